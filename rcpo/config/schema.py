@@ -1,0 +1,244 @@
+"""The typed config: frozen dataclasses, their meaning field by field, and the one validation of a composed tree.
+
+`conf/*.yaml` hold the defaults that users see; this file holds types and ranges. After `validate` the rest of rcpo
+sees only `Config`. Null means "rcpo decides": `rcpo.config.resolve` fills those in, before the config is frozen.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from rcpo.errors import UserError
+from rcpo.objectives import load_objective
+
+STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+def _text(value: object) -> object:
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+Text = Annotated[str, BeforeValidator(_text)]
+"""A string; the command line reads name=123 as a number, which is meant as text here."""
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class CalibrationConfig:
+    name: Literal["off", "on"]
+    """off: plain training. on: reward calibration as in arXiv 2604.18239."""
+    scope: Literal["head"] = "head"
+    """Parameters whose score vectors are compared. head: the output projection, through the head path."""
+    estimator: Literal["mean"] = "mean"
+    """mean: r = mean(d_w)/mean(d_l) and scores of the mean log-probabilities (the paper's)."""
+    ema_beta: Annotated[float, Field(ge=0, lt=1)] = 0.98
+    """Decay of the EMA of log r and log r*, per measured optimizer step; the paper's 0.98."""
+    max_log_alpha: Annotated[float, Field(gt=0, le=20)] = 3.0
+    """Limit of |log alpha|; limited steps are counted in calibration/clamped."""
+    every: Positive = 1
+    """Optimizer steps from one measurement of the scores to the next."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class ModelConfig:
+    path: Text
+    """builtin:tiny, a folder with safetensors weights, or a hub id."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of weights and activations; log-probs are fp32 always. auto: float32 on CPU, bfloat16 on GPUs."""
+    attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None
+    """Attention implementation; null: the model's default."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    trust_remote_code: bool = False
+    """Run Python code that lies in the model's folder."""
+    chat_template: Text | None = None
+    """null: the tokenizer's own; plain: rcpo's; else a jinja file."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class DataConfig:
+    source: Literal["arithmetic", "file"]
+    """arithmetic: generated word problems. file: anything that `path` names."""
+    path: Text | None = None
+    """File, folder or hub id; for source=file."""
+    split: Text | None = None
+    """Training split where `path` has several."""
+    eval_path: Text | None = None
+    """Held-out pairs of their own."""
+    eval_split: Text | None = None
+    """Held-out split of eval_path, or of path."""
+    train_pairs: Positive | None = None
+    """At most this many training pairs; null: all."""
+    eval_pairs: Positive = 128
+    """Held-out pairs: at most this many of the held-out set, or drawn from the training pairs where there is none."""
+    seed: NonNegative = 0
+    """Fixes which pairs are held out (and, for arithmetic, the problems)."""
+    on_bad_row: Literal["error", "drop"] = "error"
+    """A row that cannot train: stop with its number and reason, or drop and count it."""
+    columns: dict[str, str] | None = None
+    """{prompt: NAME, chosen: NAME, rejected: NAME} where a file uses other names."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class OptimConfig:
+    name: Literal["adamw", "sgd"]
+    lr: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate; null: 3e-4 for builtin:tiny, else 1e-6."""
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = Field(
+        default_factory=lambda: [0.9, 0.999]
+    )
+    """AdamW's two decay rates."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's term in the denominator."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """SGD's momentum."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled for adamw, plain L2 for sgd."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up; linear and cosine end at 0 at the last step."""
+    warmup_steps: NonNegative = 0
+    """Optimizer steps of linear warm-up from 0."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class DeepSpeedConfig:
+    stage: Annotated[int, Field(ge=0, le=3)] | None = None
+    """ZeRO stage: 0 nothing sharded, 1 optimizer state, 2 and gradients, 3 and weights; null: 1."""
+    offload: Literal["none", "optimizer"] = "none"
+    """optimizer: its state lives in CPU memory (stages 1 to 3)."""
+    extra: dict[str, Any] = Field(default_factory=dict)
+    """DeepSpeed config entries that win over rcpo's."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class TrackingConfig:
+    name: Literal["wandb", "none"]
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online where an API key is configured, else offline."""
+    project: Text = "rcpo"
+    entity: Text | None = None
+    group: Text | None = None
+    tags: list[Text] = Field(default_factory=list)
+    """Beside the four that every run gets: objective, calibration, model, data."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class TrainConfig:
+    steps: Positive | None = None
+    """Optimizer steps; null with epochs null: 150 for arithmetic data, else one epoch."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the training pairs, rounded up to whole steps; steps or epochs, not both."""
+    pairs_per_step: Positive = 16
+    """Global batch: pairs of one optimizer step over all ranks."""
+    pairs_per_device: Positive | None = None
+    """Micro-batch of one rank; null: the largest divisor of its share up to 16 (builtin:tiny) or 4."""
+    max_length: Annotated[int, Field(ge=2)] = 1024
+    """Tokens of prompt + response; responses are cut from the right."""
+    max_prompt_length: Positive | None = None
+    """Tokens of the prompt, cut from the left; null: max_length - 1."""
+    eval_every: NonNegative = 50
+    """Optimizer steps between evaluations; 0: only at the start and the end."""
+    save_every: NonNegative = 0
+    """Optimizer steps between checkpoints; 0: none."""
+    log_every: Positive = 1
+    """Steps between lines on a console that is not a terminal."""
+    grad_clip: Annotated[float, Field(ge=0)] = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@dataclass(frozen=True, config=STRICT)
+class MetricsConfig:
+    geometry_every: NonNegative = 0
+    """Measure scores and band every k steps even where calibration does not ask for it; 0: do not."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class LaunchConfig:
+    processes: Positive = 1
+    """Ranks on CPU."""
+    gpus_per_node: Positive | None = None
+    """Ranks on the GPUs of a node; null: 1 where a GPU is present."""
+    nodes: Positive = 1
+    """Nodes; more than 1 needs torchrun or srun to start the ranks."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Config:
+    objective: dict[str, Any]
+    """name and parameters; `rcpo.objectives` checks them."""
+    calibration: CalibrationConfig
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig
+    deepspeed: DeepSpeedConfig
+    tracking: TrackingConfig
+    train: TrainConfig
+    metrics: MetricsConfig
+    launch: LaunchConfig
+    name: Text | None = None
+    run_dir: Text | None = None
+    seed: NonNegative = 0
+
+    def world_size(self) -> int:
+        """Ranks of the run, once `rcpo.config.resolve` has filled in the launch section."""
+        return self.launch.nodes * (self.launch.gpus_per_node or self.launch.processes)
+
+
+def validate(tree: dict[str, Any]) -> Config:
+    """Turn a composed, interpolated tree into a `Config`; raises UserError with one line for the first fault."""
+    try:
+        config = _ADAPTER.validate_python(tree)
+    except ValidationError as error:
+        raise UserError(_one_line(error)) from None
+    _check_combinations(config)
+    return config
+
+
+_ADAPTER = TypeAdapter(Config)
+
+
+def _one_line(error: ValidationError) -> str:
+    errors = error.errors(include_url=False)
+    # Unknown keys first: a misspelt key is the likelier cause of whatever else is wrong.
+    first = next((item for item in errors if item["type"] == "unexpected_keyword_argument"), errors[0])
+    key = ".".join(str(part) for part in first["loc"] if not _is_union_arm(part))
+    if first["type"] == "unexpected_keyword_argument":
+        return f"{key}: no such key; `rcpo train --help` lists them (remove +{key}=...)"
+    if first["type"] in ("missing", "missing_argument"):
+        return f"{key}: has no value and needs one; type {key}=..."
+    rule = first["msg"].replace("Input should be", "must be").replace("greater than", "greater than")
+    return f"{key}={first['input']}: {rule[0].lower() + rule[1:]}; type {key}=VALUE"
+
+
+def _is_union_arm(part: object) -> bool:
+    """pydantic names the member of a union it tried (`constrained-int`, `literal[...]`) in an error's location."""
+    return isinstance(part, str) and (
+        "[" in part or part in ("int", "float", "str", "constrained-int", "constrained-float", "constrained-str")
+    )
+
+
+def _check_combinations(config: Config) -> None:
+    """Rules that join several keys."""
+    params = dict(config.objective)
+    load_objective(str(params.pop("name", None)), **params)
+    train, data = config.train, config.data
+    if train.steps is not None and train.epochs is not None:
+        raise UserError(
+            f"train.steps={train.steps} and train.epochs={train.epochs}: give one of the two; "
+            "type train.steps=null or train.epochs=null"
+        )
+    if train.max_prompt_length is not None and train.max_prompt_length >= train.max_length:
+        raise UserError(
+            f"train.max_prompt_length={train.max_prompt_length}: must be less than "
+            f"train.max_length={train.max_length}, so that a response has room; "
+            f"type train.max_prompt_length={max(1, train.max_length // 2)}"
+        )
+    if data.source == "file" and data.path is None:
+        raise UserError("data.path: has no value and data.source=file needs one; type data.path=PAIRS.jsonl")
+    if config.deepspeed.offload == "optimizer" and config.deepspeed.stage == 0:
+        raise UserError("deepspeed.offload=optimizer: needs ZeRO 1, 2 or 3; type deepspeed.stage=2")
+    if config.optim.name == "sgd" and config.optim.lr is None:
+        raise UserError("optim.lr: has no value and optim=sgd needs one; type optim.lr=0.01")

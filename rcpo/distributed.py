@@ -1,0 +1,117 @@
+"""Ranks: who this process is, how it joins the others, and the two collectives that rcpo itself uses.
+
+Ranks are started by `rcpo.launch`, by torchrun or by srun; either way each process ends up with RANK, WORLD_SIZE,
+LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which is all that DeepSpeed needs (with one missing it would look for MPI).
+"""
+
+import os
+import socket
+import subprocess
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+COLLECTIVE_TIMEOUT_MINUTES = 30
+
+
+def joined_world_size() -> int | None:
+    """Number of ranks when torchrun or srun has started this process among others, else None."""
+    if all(name in os.environ for name in RANK_VARIABLES):
+        return int(os.environ["WORLD_SIZE"])
+    if "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return int(os.environ["SLURM_STEP_NUM_TASKS"])
+    return None
+
+
+def _adopt_srun_variables() -> None:
+    """Give an srun task the names that torch reads; the port derives from the job id, so that jobs do not collide."""
+    env = os.environ
+    hosts = subprocess.run(
+        ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]], check=True, capture_output=True, text=True
+    ).stdout.split()
+    env["RANK"] = env["SLURM_PROCID"]
+    env["WORLD_SIZE"] = env["SLURM_STEP_NUM_TASKS"]
+    env["LOCAL_RANK"] = env["SLURM_LOCALID"]
+    env.setdefault("MASTER_ADDR", hosts[0])
+    env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+
+
+def free_port() -> int:
+    """A TCP port that was free on this host a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def single_rank_environment() -> dict[str, str]:
+    """The five variables for a world of one."""
+    return dict(zip(RANK_VARIABLES, ("0", "1", "0", "127.0.0.1", str(free_port())), strict=True))
+
+
+def initialize(device: str) -> torch.device:
+    """Join the process group (gloo on CPU, NCCL on GPUs) and return this rank's device.
+
+    Marks DeepSpeed's shared-memory collective as absent: it would be compiled here (a compiler, minutes) and gloo
+    serves as well. The attribute is private, hence the pinned version in pyproject.toml.
+    """
+    if "RANK" not in os.environ:
+        if joined_world_size() is None:
+            os.environ.update(single_rank_environment())
+        else:
+            _adopt_srun_variables()
+    if device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+    from deepspeed.utils import logger as deepspeed_logger
+
+    deepspeed_logger.setLevel("ERROR")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    local = torch.device(device)
+    if device == "cuda":
+        local = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(local)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device == "cuda" else "gloo",
+        timeout=timedelta(minutes=COLLECTIVE_TIMEOUT_MINUTES),
+        verbose=False,
+    )
+    return local
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Sum in place over all ranks; the same bits on every rank."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def from_rank_zero(value: Any) -> Any:
+    """The picklable `value` of rank 0, on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def shut_down() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

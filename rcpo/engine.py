@@ -1,0 +1,182 @@
+"""DeepSpeed behind one thin adapter: the same few verbs at every ZeRO stage, on CPU and on GPUs.
+
+Owns the DeepSpeed config, optimizer and schedule, and what differs between stages (gradient norm, whole weights,
+checkpoints). Does not own the loss: `rcpo.step` hands it a scalar per micro-batch.
+"""
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, get_scheduler
+from transformers.integrations import HfDeepSpeedConfig
+
+from rcpo.config.schema import Config, ModelConfig, OptimConfig
+from rcpo.data.batch import PairBatch
+from rcpo.model import Policy, load_model
+
+ENGINE_TAG = "engine"
+"""DeepSpeed's name for the one checkpoint inside a folder that rcpo names and completes by itself."""
+
+
+def deepspeed_config(config: Config) -> dict[str, Any]:
+    """The DeepSpeed config of a resolved run; `deepspeed.extra` wins."""
+    stage = config.deepspeed.stage
+    train = config.train
+    assert stage is not None
+    assert train.pairs_per_device is not None
+    bf16 = config.model.dtype == "bfloat16"
+    zero: dict[str, Any] = {"stage": stage}
+    if config.deepspeed.offload == "optimizer":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": train.pairs_per_device,
+        "gradient_accumulation_steps": accumulation_steps(config),
+        "gradient_clipping": train.grad_clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,  # torch's AdamW: DeepSpeed's own would be compiled here
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": bf16},
+        "steps_per_print": 10**9,
+    }
+    if bf16 and stage > 0:
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return _merged(settings, config.deepspeed.extra)
+
+
+def _merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in extra.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def accumulation_steps(config: Config) -> int:
+    """Micro-batches per rank and optimizer step; `rcpo.config.resolve` has checked that they divide."""
+    assert config.train.pairs_per_device is not None
+    return config.train.pairs_per_step // (config.world_size() * config.train.pairs_per_device)
+
+
+def build_optimizer(config: OptimConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """torch's own AdamW or SGD over the trainable parameters."""
+    assert config.lr is not None
+    if config.name == "sgd":
+        return torch.optim.SGD(
+            parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+    beta1, beta2 = config.betas
+    return torch.optim.AdamW(
+        parameters, lr=config.lr, betas=(beta1, beta2), eps=config.eps, weight_decay=config.weight_decay
+    )
+
+
+class Engine:
+    """A policy under training. Every method that says "collective" must be called by all ranks together."""
+
+    def __init__(self, config: Config, num_steps: int, device: torch.device) -> None:
+        """Load the model and wrap it; `num_steps` fixes the schedule's end. Collective."""
+        settings = deepspeed_config(config)
+        self.stage: int = settings["zero_optimization"]["stage"]
+        # Kept alive: with it transformers loads the weights already sharded.
+        self._zero3_marker = HfDeepSpeedConfig(settings) if self.stage == 3 else None
+        model = load_model(config.model)
+        self.vocabulary, self.hidden_size = _head_shape(model)
+        if self.stage != 3:
+            model.to(device)
+        self.policy = Policy(model)
+        self.device = device
+        self._clip = config.train.grad_clip
+        parameters = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+        optimizer = build_optimizer(config.optim, parameters)
+        schedule = "constant_with_warmup" if config.optim.schedule == "constant" else config.optim.schedule
+        scheduler = get_scheduler(schedule, optimizer, config.optim.warmup_steps, num_steps)
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints timings there
+            self._deepspeed, *_ = deepspeed.initialize(
+                model=self.policy, optimizer=optimizer, lr_scheduler=scheduler, config=settings
+            )
+        self._deepspeed.train()
+        self._grad_norm: Tensor | float | None = None
+
+    def logprobs(self, batch: PairBatch) -> Tensor:
+        """z (2B,) fp32, attached to the graph. Collective at stage 3."""
+        z: Tensor = self._deepspeed(batch)
+        return z
+
+    @torch.no_grad()
+    def logprobs_without_grad(self, batch: PairBatch) -> Tensor:
+        """z (2B,) fp32 in evaluation mode. Collective at stage 3."""
+        self._deepspeed.eval()
+        z: Tensor = self._deepspeed(batch)
+        self._deepspeed.train()
+        return z
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of one micro-batch: a mean over micro-batches and ranks is what steps. Collective."""
+        self._deepspeed.backward(loss)
+
+    def step(self) -> None:
+        """End a micro-batch; on the step's last one, clip and update the weights and the schedule. Collective."""
+        if self._deepspeed.is_gradient_accumulation_boundary() and self._norm_is_ours():
+            gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
+            self._grad_norm = torch.nn.utils.get_total_norm(gradients)
+        self._deepspeed.step()
+        if not self._norm_is_ours():
+            self._grad_norm = self._deepspeed.get_global_grad_norm()
+
+    def _norm_is_ours(self) -> bool:
+        """At stage 0 in fp32 DeepSpeed clips with torch and tells no norm."""
+        return self.stage == 0 and not self._deepspeed.bfloat16_enabled()
+
+    def grad_norm(self) -> float:
+        """Norm of the global gradient before clipping in the last optimizer step."""
+        return float("nan") if self._grad_norm is None else float(self._grad_norm)
+
+    def lr(self) -> float:
+        """Learning rate of the coming optimizer step."""
+        return float(self._deepspeed.get_lr()[0])
+
+    def whole_weights(self) -> dict[str, Tensor] | None:
+        """The model's own state dict on the CPU of rank 0 (tied weights once), None on other ranks. Collective."""
+        is_first = self._deepspeed.global_rank == 0
+        weights: dict[str, Tensor] = {}
+        for name, parameter in self.policy.model.named_parameters():
+            gather: Any = contextlib.nullcontext()
+            if self.stage == 3:
+                gather = deepspeed.zero.GatheredParameters([parameter])
+            with gather:
+                if is_first:
+                    weights[name] = parameter.detach().to("cpu", copy=True)
+        return weights if is_first else None
+
+    def save(self, folder: Path) -> None:
+        """Write engine, optimizer and schedule under `folder`. Collective."""
+        self._deepspeed.save_checkpoint(str(folder), tag=ENGINE_TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote, on the same number of ranks and the same stage. Collective."""
+        self._deepspeed.load_checkpoint(str(folder), tag=ENGINE_TAG)
+
+
+def _head_shape(model: PreTrainedModel) -> tuple[int, int]:
+    """(V, H) of the output projection, also where ZeRO-3 has already sharded it."""
+    weight = model.get_output_embeddings().weight
+    vocabulary, hidden = getattr(weight, "ds_shape", weight.shape)
+    return int(vocabulary), int(hidden)
+
+
+def skeleton(model: ModelConfig, folder: Path) -> PreTrainedModel:
+    """A model without weights, of the architecture in `folder`'s config.json: the names that an export needs."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            hf_config, dtype=getattr(torch, model.dtype), trust_remote_code=model.trust_remote_code
+        )

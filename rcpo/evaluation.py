@@ -1,0 +1,63 @@
+"""Log-probabilities of many pairs without gradients: the reference pass and every evaluation.
+
+Pairs are spread over the ranks in batches of similar length; the order of the result is that of the input.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rcpo.data.batch import collate
+from rcpo.data.tokenize import TokenizedPair
+from rcpo.distributed import rank, sum_over_ranks, world_size
+from rcpo.engine import Engine
+
+
+class SideLogProbs(NamedTuple):
+    """Summed log-probs of n pairs, each (n,) fp32 on the CPU."""
+
+    z_w: Tensor
+    z_l: Tensor
+
+
+def measure_logprobs(
+    engine: Engine,
+    pairs: Sequence[TokenizedPair],
+    pad_id: int,
+    pairs_per_device: int,
+    on_batch: Callable[[int], None] = lambda num_pairs: None,
+) -> SideLogProbs:
+    """z_w, z_l of `pairs` under the engine's current weights; the same on every rank. Collective.
+
+    Every rank runs the same number of forward passes, because at ZeRO 3 a forward pass is itself a collective: where
+    batches do not divide by the ranks, the last ones are computed twice and one copy is thrown away.
+    """
+    by_length = sorted(range(len(pairs)), key=lambda idx: _num_tokens(pairs[idx]))
+    batches = [by_length[start : start + pairs_per_device] for start in range(0, len(pairs), pairs_per_device)]
+    result = torch.zeros(2, len(pairs), dtype=torch.float32, device=engine.device)
+    for first in range(0, len(batches), world_size()):
+        mine = first + rank()
+        members = batches[min(mine, len(batches) - 1)]
+        z = engine.logprobs_without_grad(collate([pairs[idx] for idx in members], pad_id).to(engine.device))
+        if mine < len(batches):
+            result[:, members] = z.view(2, len(members))
+        on_batch(sum(len(batch) for batch in batches[first : first + world_size()]))
+    z_w, z_l = sum_over_ranks(result).cpu()
+    return SideLogProbs(z_w, z_l)
+
+
+def _num_tokens(pair: TokenizedPair) -> int:
+    return max(len(pair.chosen.input_ids), len(pair.rejected.input_ids))
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Largest memory so far: of the GPU where there is one, else of this process. GB of 10^9 bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource
+
+    unit = 1 if os.uname().sysname == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -1,0 +1,127 @@
+"""Token log-probabilities from hidden states, in chunks, and their sums per response.
+
+Owns the output head's forward and backward: the (tokens x vocabulary) logits never exist as a whole. Does not know
+objectives or sides' incentives; while it holds each chunk's error term it hands that to `rcpo.scores`, when asked.
+Called through `rcpo.model.Policy`.
+
+Shape legend: N response tokens of a batch, T padded tokens a row, V vocabulary, H hidden.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rcpo.data.batch import PairBatch
+from rcpo.scores import HeadScores
+
+CHUNK_ELEMENTS = 2**24
+"""Logits held at once (fp32 elements, 64 MiB): the chunk is as many tokens as fit, at least 16."""
+
+
+def matmul_fp32(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right with fp32 result, whatever the inputs' dtype: bf16 logits near 20 are spaced 0.125 apart."""
+    if left.dtype == torch.float32 and right.dtype == torch.float32:
+        return left @ right
+    if left.is_cuda and left.dtype == right.dtype:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """log softmax(h W^T + b)[target] per token (N,), recomputing each chunk's logits in the backward pass.
+
+    With e_t = onehot(target_t) - softmax(logits_t): d logp_t / d logits_t = e_t, hence
+    grad h_t = g_t W^T e_t, grad W = sum_t g_t e_t h_t^T, grad b = sum_t g_t e_t.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
+        num_chosen: int, scores: HeadScores | None,
+    ) -> Tensor:  # fmt: skip
+        logps = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+        log_norms = torch.empty_like(logps)
+        for part in _chunks(hidden.shape[0], num_chosen, weight.shape[0]):
+            logits = _logits(hidden[part], weight, bias)
+            log_norms[part] = torch.logsumexp(logits, dim=-1)
+            logps[part] = logits.gather(1, targets[part, None]).squeeze(1) - log_norms[part]
+        ctx.save_for_backward(hidden, targets, log_norms)
+        # The parameters themselves, not saved tensors: ZeRO-3 swaps their storage between forward and backward.
+        ctx.weight, ctx.bias, ctx.num_chosen, ctx.scores = weight, bias, num_chosen, scores
+        return logps
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_logps,) = grad_outputs
+        hidden, targets, log_norms = ctx.saved_tensors
+        weight, bias, scores = ctx.weight, ctx.bias, ctx.scores
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = _zeros_fp32(weight) if ctx.needs_input_grad[1] else None
+        grad_bias = _zeros_fp32(bias) if bias is not None and ctx.needs_input_grad[2] else None
+        for part in _chunks(hidden.shape[0], ctx.num_chosen, weight.shape[0]):
+            error = _logits(hidden[part], weight, bias).sub_(log_norms[part, None]).exp_().neg_()
+            error.scatter_add_(1, targets[part, None], torch.ones_like(error[:, :1]))
+            if scores is not None:
+                scores.add(part.start < ctx.num_chosen, error, hidden[part])
+            error *= grad_logps[part, None]
+            if grad_hidden is not None:
+                grad_hidden[part] = error.to(weight.dtype) @ weight
+            if grad_weight is not None:
+                grad_weight += matmul_fp32(error.to(hidden.dtype).T, hidden[part])
+            if grad_bias is not None:
+                grad_bias += error.sum(0)
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None, None, None,
+        )  # fmt: skip
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    logits = matmul_fp32(hidden, weight.T)
+    return logits if bias is None else logits.add_(bias.float())
+
+
+def _zeros_fp32(like: Tensor) -> Tensor:
+    return torch.zeros(like.shape, dtype=torch.float32, device=like.device)
+
+
+def _chunks(num_tokens: int, num_chosen: int, vocabulary: int) -> list[slice]:
+    """Slices of at most `CHUNK_ELEMENTS / V` tokens that cover all tokens and never straddle the two sides."""
+    size = max(16, CHUNK_ELEMENTS // vocabulary)
+    starts = [*range(0, num_chosen, size), *range(num_chosen, num_tokens, size)]
+    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], num_tokens], strict=True)]
+
+
+class TokenLogProbHead(nn.Module):
+    """The model's output projection, read as "log-probability of this token here". Shares the projection's parameters.
+
+    A module of its own, so that ZeRO-3 gathers the (possibly tied) weight around its forward and backward.
+    """
+
+    def __init__(self, projection: nn.Linear) -> None:
+        super().__init__()
+        self.weight = projection.weight
+        self.bias = projection.bias
+        self.scores: HeadScores | None = None
+        """Where the next backward passes add their score statistics; None costs nothing."""
+
+    def forward(self, hidden: Tensor, batch: PairBatch) -> Tensor:
+        """Token log-probs (N,) fp32 for `batch`'s response tokens from hidden states (2B, T, H)."""
+        picked = hidden.flatten(0, 1).index_select(0, batch.token_positions)
+        logps: Tensor = _TokenLogProbs.apply(
+            picked, self.weight, self.bias, batch.targets, batch.num_chosen_tokens, self.scores
+        )
+        return logps
+
+
+def sum_per_row(token_logps: Tensor, batch: PairBatch) -> Tensor:
+    """z: (2B,) fp32, token log-probs (N,) summed over each row's response.
+
+    Written through the padded grid, because `index_add` on a GPU adds in no fixed order.
+    """
+    num_rows, num_positions = batch.input_ids.shape
+    grid = torch.zeros(num_rows * num_positions, dtype=token_logps.dtype, device=token_logps.device)
+    return grid.index_put((batch.token_positions,), token_logps).view(num_rows, num_positions).sum(1)

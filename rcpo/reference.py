@@ -1,0 +1,147 @@
+"""Reference log-probabilities: computed once from the initial weights, kept, and shared between runs.
+
+A row's key is its token ids and response mask; a file's key is the weights and the dtype, and nothing else: not the
+learning rate, not the seed, not the output folder, so that every cell of a grid finds what the first one computed.
+The run folder holds a copy, so that a resumed run never asks trained weights for their reference.
+"""
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rcpo.config.schema import ModelConfig
+from rcpo.data.tokenize import TokenizedPair, TokenizedSide
+from rcpo.evaluation import SideLogProbs
+from rcpo.model import model_source
+
+KEY_BYTES = 16
+"""Length of a row key (BLAKE2b): a collision among 10^9 rows has a chance below 10^-20."""
+
+
+def cache_dir() -> Path:
+    """RCPO_CACHE, else the XDG cache folder's rcpo."""
+    if "RCPO_CACHE" in os.environ:
+        return Path(os.environ["RCPO_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rcpo"
+
+
+def weights_fingerprint(config: ModelConfig) -> str:
+    """Hash of the model's weight and config files and its dtype; for a hub model, of its id and commit."""
+    digest = hashlib.blake2b(config.dtype.encode(), digest_size=KEY_BYTES)
+    source = Path(model_source(config.path))
+    if not source.is_dir():
+        from transformers import AutoConfig
+
+        commit = getattr(AutoConfig.from_pretrained(config.path), "_commit_hash", None)
+        digest.update(f"{config.path}@{commit}".encode())
+        return digest.hexdigest()
+    for file in sorted([source / "config.json", *source.glob("*.safetensors")]):
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def side_key(side: TokenizedSide) -> bytes:
+    """Key of one tokenised side: its ids and where the response begins."""
+    ids = torch.tensor([side.num_prompt, *side.input_ids], dtype=torch.int64).numpy().tobytes()
+    return hashlib.blake2b(ids, digest_size=KEY_BYTES).digest()
+
+
+class ReferenceCache:
+    """z of rows under one set of weights: a safetensors file of keys (n, 16) uint8 and values (n,) fp32."""
+
+    def __init__(self, fingerprint: str) -> None:
+        self.path = cache_dir() / "reference" / f"{fingerprint}.safetensors"
+
+    def read(self) -> dict[bytes, float]:
+        """Everything known so far; empty when the file is absent or unreadable (it can always be computed again)."""
+        if not self.path.is_file():
+            return {}
+        try:
+            tensors = load_file(self.path)
+        except Exception:
+            return {}
+        return {bytes(key): value for key, value in zip(tensors["keys"].numpy(), tensors["z"].tolist(), strict=True)}
+
+    def merge(self, rows: dict[bytes, float]) -> None:
+        """Add rows; atomic, and safe against other runs on this host that add theirs."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(self.path.with_suffix(".lock")):
+            merged = self.read() | rows
+            keys = torch.frombuffer(bytearray(b"".join(merged)), dtype=torch.uint8).view(-1, KEY_BYTES)
+            beside = self.path.with_suffix(f".{os.getpid()}.tmp")
+            save_file({"keys": keys, "z": torch.tensor(list(merged.values()), dtype=torch.float32)}, beside)
+            os.replace(beside, self.path)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def reference_logprobs(
+    pairs: Sequence[TokenizedPair],
+    known: dict[bytes, float],
+    compute: Callable[[Sequence[TokenizedPair]], SideLogProbs],
+) -> tuple[SideLogProbs, dict[bytes, float]]:
+    """(ref_w, ref_l) of `pairs`, from `known` rows where both sides are there, else from one `compute` of the rest.
+
+    Returns the newly computed rows too. `known` must be the same on every rank.
+    """
+    keys = [(side_key(pair.chosen), side_key(pair.rejected)) for pair in pairs]
+    missing = [idx for idx, sides in enumerate(keys) if not all(key in known for key in sides)]
+    fresh: dict[bytes, float] = {}
+    if missing:
+        computed = compute([pairs[idx] for idx in missing])
+        for idx, z_w, z_l in zip(missing, computed.z_w.tolist(), computed.z_l.tolist(), strict=True):
+            fresh[keys[idx][0]], fresh[keys[idx][1]] = z_w, z_l
+    table = known | fresh
+    ref_w = torch.tensor([table[chosen] for chosen, _ in keys], dtype=torch.float32)
+    ref_l = torch.tensor([table[rejected] for _, rejected in keys], dtype=torch.float32)
+    return SideLogProbs(ref_w, ref_l), fresh
+
+
+class ReferenceTable:
+    """Reference log-probs by pair index, for the training pairs a run visits and for all held-out pairs.
+
+    Pairs the run never visits are nan, and looking one up is an error.
+    """
+
+    def __init__(self, train: SideLogProbs, held_out: SideLogProbs) -> None:
+        self.train, self.held_out = train, held_out
+
+    def train_rows(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(ref_w, ref_l) of training pairs, each (B,) fp32."""
+        rows = list(indices)
+        ref_w, ref_l = self.train.z_w[rows], self.train.z_l[rows]
+        if torch.isnan(ref_w).any() or torch.isnan(ref_l).any():
+            raise RuntimeError(f"pairs {rows} have no reference log-probs; the run's plan and its table disagree")
+        return ref_w, ref_l
+
+    def save(self, path: Path) -> None:
+        beside = path.with_name(f".{path.name}.tmp")
+        tensors = {
+            "train_w": self.train.z_w, "train_l": self.train.z_l,
+            "held_out_w": self.held_out.z_w, "held_out_l": self.held_out.z_l,
+        }  # fmt: skip
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside)
+        os.replace(beside, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "ReferenceTable":
+        tensors = load_file(path)
+        return cls(
+            SideLogProbs(tensors["train_w"], tensors["train_l"]),
+            SideLogProbs(tensors["held_out_w"], tensors["held_out_l"]),
+        )

@@ -1,0 +1,148 @@
+"""The run folder on disk: names, atomic writes, and what a resumed run finds. Written by rank 0 alone.
+
+    config.yaml  run.json  metrics.jsonl  eval.jsonl  reference.safetensors  eval/  logs/  checkpoints/  final/  wandb/
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+import rcpo
+from rcpo.config.schema import Config, validate
+from rcpo.errors import UserError
+from rcpo.evaluation import SideLogProbs
+
+LIBRARIES = ("torch", "transformers", "deepspeed", "datasets", "hydra-core", "omegaconf", "wandb")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` by `text`: a reader sees the old file or the new one, never a part."""
+    beside = path.with_name(f".{path.name}.tmp")
+    with beside.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(beside, path)
+
+
+class RunFolder:
+    """Paths and small files of one run."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.run_json = self.path / "run.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.eval = self.path / "eval.jsonl"
+        self.reference = self.path / "reference.safetensors"
+        self.pair_results = self.path / "eval"
+        self.logs = self.path / "logs"
+        self.checkpoints = self.path / "checkpoints"
+        self.final = self.path / "final"
+        self.plot = self.path / "displacement.png"
+
+    def refuse_existing(self) -> None:
+        """Raise UserError when there is something at the path: a run never overwrites another."""
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise UserError(
+                f"run_dir={self.path}: exists and is not empty; choose another name=... or run_dir=..., "
+                f"or continue it with `rcpo resume {self.path}`"
+            )
+
+    def create(self, config: Config, tree: dict[str, Any]) -> None:
+        """Make the folder with its frozen config and run.json. Raises UserError when it cannot be made."""
+        self.refuse_existing()
+        try:
+            for folder in (self.path, self.logs, self.checkpoints, self.pair_results):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run_dir={self.path}: cannot be made ({error.strerror}); type run_dir=FOLDER") from None
+        write_atomically(self.config, yaml.safe_dump(tree, sort_keys=False))
+        self.update_run(
+            name=config.name,
+            status="running",
+            started=now(),
+            host=platform.node(),
+            python=platform.python_version(),
+            versions={name: version(name) for name in LIBRARIES} | {"rcpo": rcpo.__version__},
+            git_commit=git_commit(),
+            world_size=config.world_size(),
+            wandb_id=os.urandom(6).hex(),
+        )
+
+    def read_run(self) -> dict[str, Any]:
+        run: dict[str, Any] = json.loads(self.run_json.read_text()) if self.run_json.is_file() else {}
+        return run
+
+    def update_run(self, **changes: Any) -> None:
+        """Merge `changes` into run.json."""
+        write_atomically(self.run_json, json.dumps(self.read_run() | changes, indent=2) + "\n")
+
+    def rows(self, path: Path) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl or eval.jsonl; a last line cut short by a crash is left out."""
+        if not path.is_file():
+            return []
+        lines = path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines[:-1]]
+
+    def rewind(self, step: int) -> None:
+        """Drop rows after `step`, so that a resumed run writes each of them once."""
+        for path in (self.metrics, self.eval):
+            kept = [row for row in self.rows(path) if row["step"] <= step]
+            write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def save_pair_results(self, step: int, result: SideLogProbs) -> None:
+        """Per-pair held-out log-probs of one evaluation, in the order of the held-out set."""
+        path = self.pair_results / f"step-{step:06d}.safetensors"
+        beside = path.with_name(f".{path.name}.tmp")
+        save_file({"z_w": result.z_w.contiguous(), "z_l": result.z_l.contiguous()}, beside)
+        os.replace(beside, path)
+
+    def load_pair_results(self, step: int) -> SideLogProbs:
+        tensors: dict[str, torch.Tensor] = load_file(self.pair_results / f"step-{step:06d}.safetensors")
+        return SideLogProbs(tensors["z_w"], tensors["z_l"])
+
+
+def config_tree(config: Config) -> dict[str, Any]:
+    """The config as plain containers, ready for YAML and for W&B."""
+    return dataclasses.asdict(config)
+
+
+def open_run(path: str) -> tuple[RunFolder, Config]:
+    """An existing run and its frozen config; UserError when `path` is none."""
+    folder = RunFolder(path)
+    if not folder.config.is_file():
+        raise UserError(f"{path}: is not a run folder (it has no config.yaml); give the folder that `rcpo train` printed")
+    try:
+        tree = yaml.safe_load(folder.config.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{folder.config}: is not YAML ({' '.join(str(error).split())[:200]})") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{folder.config}: is not a config")
+    return RunFolder(folder.path.absolute()), validate(tree)
+
+
+def now() -> str:
+    """UTC, ISO 8601, seconds."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def git_commit() -> str | None:
+    """Commit of rcpo's own source tree, with -dirty when it has changes; None where it is not a git checkout."""
+    source = Path(rcpo.__file__).resolve().parent
+    command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
