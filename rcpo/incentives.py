@@ -33,10 +33,13 @@ def loss_and_incentives(objective: Objective, pair: PairLogProbs) -> LossAndInce
     z_l = pair.z_l.detach().requires_grad_()
     with torch.enable_grad():
         loss = objective(pair._replace(z_w=z_w, z_l=z_l))
-        grad_w, grad_l = torch.autograd.grad(loss.sum(), (z_w, z_l), allow_unused=True, materialize_grads=True)
+        grad_w, grad_l = torch.autograd.grad(
+            loss.sum(), (z_w, z_l), allow_unused=True, materialize_grads=True
+        )
     return LossAndIncentives(loss.detach(), Incentives(-grad_w, grad_l))
 
 
 def incentives(objective: Objective, pair: PairLogProbs) -> Incentives:
-    """d_w = -dL/dz_w, d_l = +dL/dz_l, each (B,). arXiv 2604.18239, section on the incentive-score decomposition."""
+    """d_w = -dL/dz_w, d_l = +dL/dz_l, each (B,). arXiv 2604.18239, section on the incentive-score
+    decomposition."""
     return loss_and_incentives(objective, pair).incentives

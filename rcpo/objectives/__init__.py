@@ -1,0 +1,48 @@
+"""Preference objectives: one short function each, from a pair's log-probabilities to its loss.
+
+Owns the formulas, their parameters (a frozen config beside each function) and the registry. Does not own
+gradients: `rcpo.incentives` takes them from these functions by autograd, so a new objective is calibrated at
+once. To add one, write a function in the family file where it belongs, with `@objective(...)`, and a
+`conf/objective/NAME.yaml` of the same name; `tests/objective_cases.py` wants two hand-worked values.
+
+    registry.py        PairLogProbs, Objective, @objective, load_objective
+    parameters.py      kinds and ranges of parameters
+    numerics.py        exp and sigmoid that stay finite
+    pairwise.py        functions of the margin r_w - r_l
+    reference_free.py  functions of z alone
+    pointwise.py       each side judged by itself against the reference
+    ratio.py           density-ratio estimation
+    anchored.py        made to hold the chosen response up
+    mix.py             weighted sums of all of these
+
+Shape legend: B pairs. z_w, z_l are log-probabilities *summed* over response tokens; r = z - ref, mt = r_w -
+r_l, m = z_w - z_l, a bar divides by the side's length |y|.
+"""
+
+# Importing a family registers its objectives.
+from rcpo.objectives import anchored, mix, pairwise, pointwise, ratio, reference_free
+from rcpo.objectives.registry import (
+    REGISTRY,
+    BatchStatistic,
+    Objective,
+    PairLogProbs,
+    config_key,
+    load_objective,
+    objective,
+)
+
+__all__ = [
+    "REGISTRY",
+    "BatchStatistic",
+    "Objective",
+    "PairLogProbs",
+    "anchored",
+    "config_key",
+    "load_objective",
+    "mix",
+    "objective",
+    "pairwise",
+    "pointwise",
+    "ratio",
+    "reference_free",
+]

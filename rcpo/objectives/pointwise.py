@@ -1,0 +1,132 @@
+"""Objectives that judge each side by itself against the reference, some with a batch statistic as the
+reference point.
+
+Their papers take unpaired data too; here both sides come from one pair and their losses are added (apo_down
+couples them). Called through `rcpo.objectives.load_objective`.
+"""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from rcpo.objectives.numerics import sigmoid
+from rcpo.objectives.parameters import require_positive
+from rcpo.objectives.registry import BatchStatistic, PairLogProbs, objective
+
+
+def mean_log_ratio(pair: PairLogProbs) -> Tensor:
+    """(r_w + r_l)/2, (B,): the mean over both sides."""
+    return (pair.r_w + pair.r_l) / 2
+
+
+@dataclass(frozen=True)
+class PointwiseConfig:
+    beta: float = 0.1
+    """Strength of the pull to the reference, > 0."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "beta")
+
+
+KTO_REFERENCE_POINT = BatchStatistic(
+    column=mean_log_ratio,
+    start=lambda mean_total_length: (0.0,),
+    advance=lambda state, mean: (max(0.0, mean),),
+)
+"""z0 = max(0, mean of r over both sides of the global batch), in nats; 0 at the first step."""
+
+
+@objective("kto", PointwiseConfig, needs_reference=True, statistics=(KTO_REFERENCE_POINT,))
+def kto(pair: PairLogProbs, config: PointwiseConfig) -> Tensor:
+    """(1 - sigmoid(beta (r_w - z0))) + (1 - sigmoid(beta (z0 - r_l))), per pair (B,): the paired variant of
+    KTO.
+
+    z0 = max(0, mean r over both sides) is a number from the previous step's global batch. The paper estimates
+    it as a KL from mismatched prompts and responses, which pairs do not have; its weights of the two sides
+    are 1 here. Ethayarajh et al. 2024 (arXiv 2402.01306).
+    """
+    (z0,) = pair.state
+    return sigmoid(-config.beta * (pair.r_w - z0)) + sigmoid(-config.beta * (z0 - pair.r_l))
+
+
+def _running_mean(state: tuple[float, ...], mean: float) -> tuple[float, ...]:
+    average, count = state
+    return average + (mean - average) / (count + 1), count + 1
+
+
+BCO_SHIFT = BatchStatistic(
+    column=mean_log_ratio,
+    start=lambda mean_total_length: (0.0, 0.0),
+    advance=_running_mean,
+)
+"""(running mean of r over both sides in nats, optimizer steps in it); d = beta times the first."""
+
+
+@objective("bco", PointwiseConfig, needs_reference=True, statistics=(BCO_SHIFT,))
+def bco(pair: PairLogProbs, config: PointwiseConfig) -> Tensor:
+    """-log sigmoid(beta r_w - d) - log sigmoid(-(beta r_l - d)), per pair (B,), d = running mean of both beta
+    r.
+
+    d weighs the global batches of all optimizer steps so far alike, and is 0 at the first. Jung et al. 2024
+    (arXiv 2404.04656); without the paper's density-ratio weights, which need unpaired data.
+    """
+    shift = config.beta * pair.state[0]
+    return -F.logsigmoid(config.beta * pair.r_w - shift) - F.logsigmoid(-(config.beta * pair.r_l - shift))
+
+
+@objective("apo_zero", PointwiseConfig, needs_reference=True)
+def apo_zero(pair: PairLogProbs, config: PointwiseConfig) -> Tensor:
+    """1 - sigmoid(beta r_w) + sigmoid(beta r_l), per pair (B,): chosen up, rejected down.
+
+    D'Oosterlinck et al. 2024 (arXiv 2408.06266).
+    """
+    return sigmoid(-config.beta * pair.r_w) + sigmoid(config.beta * pair.r_l)
+
+
+@objective("apo_down", PointwiseConfig, needs_reference=True)
+def apo_down(pair: PairLogProbs, config: PointwiseConfig) -> Tensor:
+    """sigmoid(beta r_w) + 1 - sigmoid(beta mt), per pair (B,): both down, the rejected one more.
+
+    For models that are better than the chosen responses already; d_w is below zero once mt is large.
+    D'Oosterlinck et al. 2024 (arXiv 2408.06266).
+    """
+    return sigmoid(config.beta * pair.r_w) + sigmoid(-config.beta * pair.margin())
+
+
+@dataclass(frozen=True)
+class NCAConfig:
+    beta: float = 0.01
+    """Strength of the pull to the reference, > 0; the paper's 0.01."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "beta")
+
+
+@objective("nca", NCAConfig, needs_reference=True)
+def nca(pair: PairLogProbs, config: NCAConfig) -> Tensor:
+    """-log sigmoid(beta r_w) - 1/2 log sigmoid(-beta r_w) - 1/2 log sigmoid(-beta r_l), per pair (B,).
+
+    Noise contrastive alignment with one chosen and one rejected response. Chen et al. 2024 (arXiv
+    2402.05369).
+    """
+    reward_w, reward_l = config.beta * pair.r_w, config.beta * pair.r_l
+    return -F.logsigmoid(reward_w) - 0.5 * F.logsigmoid(-reward_w) - 0.5 * F.logsigmoid(-reward_l)
+
+
+@dataclass(frozen=True)
+class SPPOConfig:
+    beta: float = 0.001
+    """Inverse of twice the log-ratio that each side is to reach, > 0; the paper's 1e-3 (targets +-500
+    nats)."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "beta")
+
+
+@objective("sppo", SPPOConfig, needs_reference=True)
+def sppo(pair: PairLogProbs, config: SPPOConfig) -> Tensor:
+    """(r_w - 1/(2 beta))^2 + (r_l + 1/(2 beta))^2, per pair (B,). Wu et al. 2024 (arXiv 2405.00675), hard
+    labels."""
+    target = 1 / (2 * config.beta)
+    return (pair.r_w - target) ** 2 + (pair.r_l + target) ** 2

@@ -1,0 +1,208 @@
+"""What an objective is, and the table of all of them by name.
+
+Owns `PairLogProbs` (what a loss sees), `Objective` (a loss with its parameters and batch statistics), the
+decorator that registers one and the loader that checks parameters. Does not own any formula: those are in the
+family files beside it. Called by `rcpo.config.schema` (checks), `rcpo.trainer` (loads), `rcpo.step` and
+`rcpo.incentives` (evaluate).
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rcpo.errors import UserError
+from rcpo.objectives.parameters import ParameterError, check_kind, config_key
+
+TOP = "objective"
+"""The config section that holds an objective; terms of a mix live at objective.terms[i]."""
+
+
+class PairLogProbs(NamedTuple):
+    """What an objective sees of a batch of B pairs; every tensor is (B,) and floating point."""
+
+    z_w: Tensor
+    """log pi(y_w|x), summed over the chosen response's tokens, in nats."""
+    z_l: Tensor
+    """log pi(y_l|x), summed over the rejected response's tokens, in nats."""
+    ref_w: Tensor
+    """z_w under the frozen reference; zeros where the objective declares `needs_reference=False`."""
+    ref_l: Tensor
+    """z_l under the frozen reference."""
+    len_w: Tensor
+    """|y_w|, number of chosen response tokens, at least 1."""
+    len_l: Tensor
+    """|y_l|, number of rejected response tokens, at least 1."""
+    state: tuple[float, ...] = ()
+    """The objective's batch statistics, from the optimizer step before; () stands for their values at the
+    start."""
+
+    @property
+    def r_w(self) -> Tensor:
+        """z_w - ref_w, (B,)."""
+        return self.z_w - self.ref_w
+
+    @property
+    def r_l(self) -> Tensor:
+        """z_l - ref_l, (B,)."""
+        return self.z_l - self.ref_l
+
+    def margin(self) -> Tensor:
+        """mt = r_w - r_l, the implicit reward margin divided by beta, (B,)."""
+        return self.r_w - self.r_l
+
+
+LossFunction = Callable[[PairLogProbs, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class BatchStatistic:
+    """Detached numbers that a loss reads from `PairLogProbs.state`, learnt from the previous step's global
+    batch.
+
+    Lag one makes the loss independent of how the batch is split over ranks and micro-batches.
+    """
+
+    column: Callable[[PairLogProbs], Tensor]
+    """One number per pair (B,), whose mean over the global batch is what the state learns from."""
+    start: Callable[[float], tuple[float, ...]]
+    """State before the first step, from the mean of |y_w| + |y_l| over the first global batch."""
+    advance: Callable[[tuple[float, ...], float], tuple[float, ...]]
+    """Next state from the state and the global batch's mean of `column`."""
+
+    @property
+    def width(self) -> int:
+        """How many numbers of the state are this statistic's."""
+        return len(self.start(1.0))
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A registered loss with its parameters: call it with `PairLogProbs`, get the loss per pair (B,)."""
+
+    name: str
+    loss: LossFunction
+    config: Any
+    needs_reference: bool
+    """Whether ref_w and ref_l enter the loss; where they do not, they are read for the metrics only."""
+    statistics: tuple[BatchStatistic, ...] = ()
+    """Batch statistics, in the order of their numbers in the state; most objectives have none."""
+
+    def __call__(self, pair: PairLogProbs) -> Tensor:
+        if self.statistics and not pair.state:
+            pair = pair._replace(state=self.initial_state(float((pair.len_w + pair.len_l).mean())))
+        return self.loss(pair, self.config)
+
+    def params(self) -> dict[str, Any]:
+        """The parameters as a plain dict, with the keys of the YAML file."""
+        return {config_key(name): value for name, value in dataclasses.asdict(self.config).items()}
+
+    @property
+    def num_statistics(self) -> int:
+        """Columns to average over the global batch; 0 for most objectives."""
+        return len(self.statistics)
+
+    def statistic_columns(self, pair: PairLogProbs) -> Tensor:
+        """The columns whose global-batch means `advance` wants: (num_statistics, B), detached."""
+        if not self.statistics:
+            return pair.z_w.new_zeros(0, len(pair.z_w))
+        return torch.stack([statistic.column(pair).detach() for statistic in self.statistics])
+
+    def initial_state(self, mean_total_length: float) -> tuple[float, ...]:
+        """State before the first step; `mean_total_length` is the mean of |y_w| + |y_l| over the first global
+        batch."""
+        return tuple(number for statistic in self.statistics for number in statistic.start(mean_total_length))
+
+    def advance(self, state: tuple[float, ...], means: Sequence[float]) -> tuple[float, ...]:
+        """State for the next step from this one's and the global batch's means, once per optimizer step."""
+        numbers: list[float] = []
+        for statistic, mean in zip(self.statistics, means, strict=True):
+            own = state[len(numbers) : len(numbers) + statistic.width]
+            numbers += statistic.advance(own, mean)
+        return tuple(numbers)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the registry."""
+
+    loss: LossFunction
+    config_type: type
+    needs_reference: bool | Callable[[Any], bool]
+    """A function of the config where the parameters decide (mix)."""
+    statistics: tuple[BatchStatistic, ...] | Callable[[Any], tuple[BatchStatistic, ...]]
+
+    def build(self, name: str, config: Any) -> Objective:
+        needs, statistics = self.needs_reference, self.statistics
+        return Objective(
+            name,
+            self.loss,
+            config,
+            needs if isinstance(needs, bool) else needs(config),
+            statistics if isinstance(statistics, tuple) else statistics(config),
+        )
+
+
+REGISTRY: dict[str, Entry] = {}
+
+
+def objective(
+    name: str,
+    config_type: type,
+    *,
+    needs_reference: bool | Callable[[Any], bool],
+    statistics: tuple[BatchStatistic, ...] | Callable[[Any], tuple[BatchStatistic, ...]] = (),
+) -> Callable[[LossFunction], LossFunction]:
+    """Register a loss function under `name`, which is also its YAML file's name and its test id."""
+
+    def register(loss: LossFunction) -> LossFunction:
+        if name in REGISTRY:
+            raise ValueError(f"objective {name!r} is registered twice")
+        REGISTRY[name] = Entry(loss, config_type, needs_reference, statistics)
+        return loss
+
+    return register
+
+
+def load_objective(name: str, **params: Any) -> Objective:
+    """Return the objective `name` with `params` over its defaults.
+
+    Raises UserError for an unknown name, an unknown parameter, a value of the wrong kind or one outside its
+    range.
+    """
+    return load_at(TOP, name, params)
+
+
+def load_at(path: str, name: str, params: dict[str, Any]) -> Objective:
+    """`load_objective` for a section other than the top one; error messages begin with `path`."""
+    if name not in REGISTRY:
+        key = path if path == TOP else f"{path}.name"
+        raise UserError(f"{key}={name}: no such objective; choose one of {', '.join(sorted(REGISTRY))}")
+    entry = REGISTRY[name]
+    fields = {config_key(field.name): field.name for field in dataclasses.fields(entry.config_type)}
+    defaults = entry.config_type()
+    for key, value in params.items():
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean {path}.{close[0]}?" if close else f"it has {', '.join(fields) or 'none'}"
+            raise UserError(f"{path}.{key}={value}: {name} has no such parameter; {hint}")
+    try:
+        for key, value in params.items():
+            check_kind(key, value, getattr(defaults, fields[key]))
+        config = entry.config_type(**{fields[key]: value for key, value in params.items()})
+    except ParameterError as error:
+        raise UserError(_one_line(path, error)) from None
+    return entry.build(name, config)
+
+
+def _one_line(path: str, error: ParameterError) -> str:
+    example = str(error.example).lower()
+    # The command line sets a list whole, so a term's value is mended where the list is written.
+    cure = f"type {path}.{error.key}={example}"
+    if path != TOP:
+        cure = f"write {error.key}: {example} in that term"
+    return f"{path}.{error.key}={error.value}: must be {error.rule}; {cure}"
