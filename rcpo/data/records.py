@@ -1,10 +1,22 @@
-"""Preference records: the one shape every data source is read into."""
+"""Preference records: the one shape every data source is read into, and how a row of a source becomes one.
 
+Owns the formats (TRL's preference formats, UltraFeedback's, raw HH-RLHF strings) and what makes a row unfit
+to train. Does not read files (`rcpo.data.readers`), count or select (`rcpo.data.load`), or tokenise
+(`rcpo.data.tokenize`).
+"""
+
+import re
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 Messages: TypeAlias = list[dict[str, str]]
 """Chat turns, each {"role": ..., "content": ...}."""
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""Roles that a prompt may hold; a response is one assistant turn."""
+
+_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+_HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 @dataclass(frozen=True)
@@ -18,3 +30,143 @@ class PreferenceRecord:
     """The response only, without the prompt."""
     row: int
     """Row number in the source, counted from 0, for reports."""
+
+
+class BadRowError(Exception):
+    """A row that cannot train. The message is the reason, the same for every row with the same fault."""
+
+
+def read_record(prompt: Any, chosen: Any, rejected: Any, row: int) -> PreferenceRecord:
+    """Turn one row into a record; `prompt` is None where the source has no prompt of its own.
+
+    prompt        sides              becomes
+    text          text               plain text, as it is
+    none          text               plain text: what both begin with, up to a white space, is the prompt
+    none          raw HH-RLHF        messages, split at the last assistant turn of each side
+    text          an assistant turn  messages: the text becomes a user turn
+    text or none  conversations      messages, split at the last assistant turn (also UltraFeedback's rows)
+    messages      any of the three   messages
+
+    Raises BadRowError. Source of the formats: TRL's "dataset formats". Unlike TRL, an implicit plain prompt
+    ends before a word, not within one ("The sky is b" + "lue"), and a response is exactly one assistant turn.
+    """
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
+        _check_value(name, side)
+    if prompt is not None:
+        _check_value("prompt", prompt)
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise BadRowError("one side is text, the other messages")
+    if prompt is None and isinstance(chosen, str) and chosen.startswith("\n\nHuman:"):
+        chosen, rejected = _hh_messages("chosen", chosen), _hh_messages("rejected", rejected)
+    if isinstance(chosen, str) and not isinstance(prompt, list):
+        record = _plain_record(prompt, chosen, rejected, row)
+    else:
+        record = _messages_record(prompt, chosen, rejected, row)
+    _check_parts(record)
+    return record
+
+
+def _check_value(name: str, value: Any) -> None:
+    if value is None:
+        raise BadRowError(f"{name} is null")
+    if isinstance(value, str):
+        return
+    if not isinstance(value, list):
+        raise BadRowError(f"{name} is {type(value).__name__}, neither text nor messages")
+    if not value:
+        raise BadRowError(f"{name} is empty")
+    for message in value:
+        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+            raise BadRowError(f"{name} has a message without role and content")
+        if message["role"] not in ROLES:
+            raise BadRowError(f"{name} has the role {message['role']!r}; roles are {', '.join(ROLES)}")
+        if not isinstance(message["content"], str):
+            raise BadRowError(f"{name} has a message whose content is not text")
+
+
+def _plain_record(prompt: str | None, chosen: str, rejected: str, row: int) -> PreferenceRecord:
+    if prompt is None:
+        cut = _common_beginning(chosen, rejected)
+        prompt, chosen, rejected = chosen[:cut], chosen[cut:], rejected[cut:]
+    return PreferenceRecord(prompt, chosen, rejected, row)
+
+
+def _common_beginning(chosen: str, rejected: str) -> int:
+    """Length of the common beginning, moved back to a white space, which stays with the responses."""
+    if chosen == rejected:
+        raise BadRowError("the sides are identical")
+    shorter = min(len(chosen), len(rejected))
+    cut = next((i for i in range(shorter) if chosen[i] != rejected[i]), shorter)
+    while cut > 0 and not (chosen[cut : cut + 1].isspace() and rejected[cut : cut + 1].isspace()):
+        cut -= 1
+    if not chosen[:cut].strip():
+        raise BadRowError("there is no prompt, and no words that both sides begin with")
+    return cut
+
+
+def _messages_record(prompt: Any, chosen: Any, rejected: Any, row: int) -> PreferenceRecord:
+    """Sides as one assistant turn each, after the prompt that they share."""
+    if isinstance(chosen, str):
+        chosen, rejected = ([{"role": "assistant", "content": side}] for side in (chosen, rejected))
+    before_w, response_w = _split_conversation("chosen", chosen)
+    before_l, response_l = _split_conversation("rejected", rejected)
+    if before_w != before_l:
+        raise BadRowError("the sides do not share one prompt before their last assistant turn")
+    if isinstance(prompt, list):
+        prompt = _turns(prompt)
+        if before_w and before_w != prompt:
+            raise BadRowError("the prompt is not the beginning of the sides' conversation")
+    elif before_w:
+        if prompt is not None and not any(prompt.strip() in turn["content"] for turn in before_w):
+            raise BadRowError("the prompt is not in the sides' conversation")
+        prompt = before_w
+    elif prompt is None:
+        raise BadRowError("there is neither a prompt column nor a turn before the response")
+    else:
+        prompt = [{"role": "user", "content": prompt}]
+    return PreferenceRecord(prompt, response_w, response_l, row)
+
+
+def _split_conversation(name: str, side: list[dict[str, Any]]) -> tuple[Messages, Messages]:
+    turns = _turns(side)
+    if turns[-1]["role"] != "assistant":
+        raise BadRowError(f"{name} ends with a turn of the role {turns[-1]['role']}, not assistant")
+    return turns[:-1], turns[-1:]
+
+
+def _turns(messages: list[dict[str, Any]]) -> Messages:
+    """Role and content only; what else a message carries (ids, dates, null tool calls) is not text."""
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def _hh_messages(name: str, text: str) -> Messages:
+    """Turns of a raw HH-RLHF string. White space around a turn's text is the format's, not the speaker's."""
+    first, *parts = _HH_TURN.split(text)
+    if first.strip() or not parts:
+        raise BadRowError(f'{name} does not begin with "\\n\\nHuman:" as the other side does')
+    return [
+        {"role": _HH_ROLES[speaker], "content": content.strip()}
+        for speaker, content in zip(parts[::2], parts[1::2], strict=True)
+    ]
+
+
+def _check_parts(record: PreferenceRecord) -> None:
+    """Empty and identical parts, and prompts that no assistant turn can follow."""
+    for name, side in (("chosen", record.chosen), ("rejected", record.rejected)):
+        if not _text(side).strip():
+            raise BadRowError(f"{name} is empty")
+    if record.chosen == record.rejected:
+        raise BadRowError("the sides are identical")
+    if not _text(record.prompt).strip():
+        raise BadRowError("the prompt is empty")
+    if isinstance(record.prompt, list):
+        if record.prompt[-1]["role"] not in ("user", "tool"):
+            raise BadRowError(
+                f"the prompt ends with a turn of the role {record.prompt[-1]['role']}, not user"
+            )
+        if any(turn["role"] == "system" for turn in record.prompt[1:]):
+            raise BadRowError("the prompt has a system turn that is not its first")
+
+
+def _text(part: str | Messages) -> str:
+    return part if isinstance(part, str) else "".join(turn["content"] for turn in part)

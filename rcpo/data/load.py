@@ -1,0 +1,205 @@
+"""From a data config to preference records: training pairs, held-out pairs, and what became of the rows.
+
+Owns the checks on columns, the policy on bad rows, duplicates and the choice of held-out pairs.
+`rcpo.data.readers` reads, `rcpo.data.records` judges single rows. Called by `rcpo.inputs`; the same config
+gives the same records on every rank.
+"""
+
+import json
+import random
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from rcpo.config.schema import DataConfig
+from rcpo.data.arithmetic import arithmetic_records
+from rcpo.data.readers import Place, Rows, read_rows
+from rcpo.data.records import BadRowError, PreferenceRecord, read_record
+from rcpo.errors import UserError
+
+PARTS = ("prompt", "chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class PreferenceData:
+    """Training and held-out pairs; no pair is in both."""
+
+    train: list[PreferenceRecord]
+    held_out: list[PreferenceRecord]
+    report: list[str]
+    """Lines for the log: rows read, dropped and why, duplicates, held out."""
+
+
+def load_records(config: DataConfig) -> PreferenceData:
+    """Read the pairs that `config` names and hold some out.
+
+    Held-out pairs are those of data.eval_path or data.eval_split (at most data.eval_pairs of them, drawn by
+    data.seed), else data.eval_pairs pairs drawn by data.seed from the training pairs. A training pair
+    identical to a held-out one is dropped. data.train_pairs draws that many of the rest by data.seed, since
+    many files are sorted; it never moves the held-out set. Pairs keep their order. Raises UserError with one
+    line for bad input.
+    """
+    if config.source == "arithmetic":
+        return _load_arithmetic(config)
+    report: list[str] = []
+    train = _read_place(Place(config.path or "", config.split), config, report)
+    if config.eval_path is None and config.eval_split is None:
+        train, held_out = _draw_held_out(train, config, report)
+    else:
+        held_out = _read_held_out(config, report)
+    train = _drop_held_out(train, held_out, report)
+    if not train:
+        raise UserError(
+            f"data.path={config.path}: no training pair is left beside {len(held_out)} held-out pairs; "
+            "give more rows, or type a smaller data.eval_pairs=N"
+        )
+    if config.train_pairs is not None and config.train_pairs < len(train):
+        report.append(f"{config.train_pairs} of {len(train)} training pairs drawn by data.seed={config.seed}")
+        train = _draw(train, config.train_pairs, config.seed)[0]
+    return PreferenceData(train, held_out, report)
+
+
+def _load_arithmetic(config: DataConfig) -> PreferenceData:
+    if config.path is not None:
+        raise UserError(f"data.path={config.path}: data=arithmetic reads no file; type data=file")
+    if config.train_pairs is None:
+        raise UserError("data.train_pairs=null: data=arithmetic needs a number; type data.train_pairs=2048")
+    train, held_out = arithmetic_records(config.train_pairs, config.eval_pairs, config.seed)
+    return PreferenceData(
+        train, held_out, [f"arithmetic: {len(train)} training and {len(held_out)} held-out pairs"]
+    )
+
+
+def _read_held_out(config: DataConfig, report: list[str]) -> list[PreferenceRecord]:
+    if config.eval_path is None:
+        place = Place(config.path or "", config.eval_split, "data.path", "data.eval_split")
+    else:
+        place = Place(config.eval_path, config.eval_split, "data.eval_path", "data.eval_split")
+    records = _read_place(place, config, report)
+    if len(records) > config.eval_pairs:
+        report.append(
+            f"{config.eval_pairs} of {len(records)} held-out pairs drawn by data.seed={config.seed}"
+        )
+        records = _draw(records, config.eval_pairs, config.seed)[0]
+    return records
+
+
+def _read_place(place: Place, config: DataConfig, report: list[str]) -> list[PreferenceRecord]:
+    """Records of one source; bad rows stop or are counted as data.on_bad_row says."""
+    names = _column_names(config.columns)
+    source = read_rows(place, set(names.values()))
+    _check_columns(source.columns, names, place, config)
+    records, reasons = _read_records(source, names, place, config.on_bad_row)
+    if not records:
+        reason, _ = reasons.most_common(1)[0]
+        raise place.error(
+            f"none of its {len(source.rows)} rows can train ({reason}); give pairs of another form"
+        )
+    report.append(f"{place}: {len(source.rows)} rows read, {reasons.total()} dropped{_listed(reasons)}")
+    repeats = len(records) - len({_content(record) for record in records})
+    if repeats:
+        report.append(f"{place}: {repeats} rows repeat an earlier row (kept)")
+    return records
+
+
+def _column_names(columns: dict[str, str] | None) -> dict[str, str]:
+    """Column name of each part."""
+    for part in columns or {}:
+        if part not in PARTS:
+            raise UserError(
+                f"data.columns.{part}: no such part; the parts are {', '.join(PARTS)}; "
+                "type data.columns='{prompt: NAME, chosen: NAME, rejected: NAME}'"
+            )
+    return {part: part for part in PARTS} | (columns or {})
+
+
+def _check_columns(seen: list[str], names: dict[str, str], place: Place, config: DataConfig) -> None:
+    # A prompt column may be absent, unless the user has named it.
+    needed = [part for part in PARTS if part != "prompt" or "prompt" in (config.columns or {})]
+    missing = [names[part] for part in needed if names[part] not in seen]
+    if missing:
+        parts = ", ".join(f"{part}: NAME" for part in needed if names[part] in missing)
+        raise place.error(
+            f"has no column {' and no column '.join(missing)}, but {', '.join(map(str, seen))}; "
+            f"type data.columns='{{{parts}}}'"
+        )
+
+
+def _read_records(
+    source: Rows, names: dict[str, str], place: Place, on_bad_row: str
+) -> tuple[list[PreferenceRecord], Counter[str]]:
+    records, reasons = [], Counter[str]()
+    has_prompt = names["prompt"] in source.columns
+    for number, row in enumerate(source.rows):
+        values = {part: row.get(name) for part, name in names.items()}
+        try:
+            if has_prompt and values["prompt"] is None:
+                raise BadRowError("prompt is null")
+            records.append(read_record(**values, row=number))
+        except BadRowError as error:
+            if on_bad_row == "error":
+                raise place.error(
+                    f"row {number} (counted from 0) cannot train: {error}; mend it or type "
+                    "data.on_bad_row=drop"
+                ) from None
+            reasons[str(error)] += 1
+    return records, reasons
+
+
+def _listed(reasons: Counter[str]) -> str:
+    """The reasons with their counts, the most frequent first, behind a colon; nothing where there are
+    none."""
+    counts = ", ".join(f"{num} because {reason}" for reason, num in reasons.most_common())
+    return f": {counts}" if counts else ""
+
+
+def _draw_held_out(
+    records: list[PreferenceRecord], config: DataConfig, report: list[str]
+) -> tuple[list[PreferenceRecord], list[PreferenceRecord]]:
+    """(training pairs, held-out pairs), both in the source's order."""
+    if len(records) < 2:
+        raise UserError(f"data.path={config.path}: has 1 usable pair; give at least 2, one to hold out")
+    if len(records) <= config.eval_pairs:
+        raise UserError(
+            f"data.eval_pairs={config.eval_pairs}: {config.path} has {len(records)} usable pairs, and "
+            f"at least 1 must be left to train on; type data.eval_pairs={max(1, len(records) // 5)}"
+        )
+    held_out, train = _draw(records, config.eval_pairs, config.seed)
+    report.append(
+        f"{len(held_out)} held-out pairs drawn from the {len(records)} pairs by data.seed={config.seed}"
+    )
+    return train, held_out
+
+
+def _draw(
+    records: list[PreferenceRecord], num: int, seed: int
+) -> tuple[list[PreferenceRecord], list[PreferenceRecord]]:
+    """`num` records drawn by `seed`, and the rest; both keep their order."""
+    drawn = set(random.Random(seed).sample(range(len(records)), num))
+    return [records[i] for i in sorted(drawn)], [record for i, record in enumerate(records) if i not in drawn]
+
+
+def _drop_held_out(
+    train: list[PreferenceRecord], held_out: list[PreferenceRecord], report: list[str]
+) -> list[PreferenceRecord]:
+    """`train` without the pairs that are held out too; those that only share a prompt are counted and
+    kept."""
+    pairs = {_content(record) for record in held_out}
+    kept = [record for record in train if _content(record) not in pairs]
+    if len(kept) < len(train):
+        report.append(f"{len(train) - len(kept)} training pairs dropped because they are held-out pairs too")
+    prompts = {_key([record.prompt]) for record in held_out}
+    shared = sum(_key([record.prompt]) in prompts for record in kept)
+    if shared:
+        report.append(f"{shared} training pairs share their prompt with a held-out pair (kept)")
+    return kept
+
+
+def _content(record: PreferenceRecord) -> str:
+    """Equal for pairs that are equal in all but their row number."""
+    return _key([record.prompt, record.chosen, record.rejected])
+
+
+def _key(parts: Iterable[Any]) -> str:
+    return json.dumps(list(parts))

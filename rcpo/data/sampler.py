@@ -1,0 +1,59 @@
+"""Which pairs an optimizer step trains on: a pure function of seed and step, so that a resumed run needs no
+state.
+
+The stream is one shuffled pass over the pairs after another. Nothing is dropped: where a pass does not divide
+by the global batch, a batch takes the end of one pass and the start of the next.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+
+class PairSampler:
+    """Global batches of pair indices; the same on every rank."""
+
+    def __init__(self, num_pairs: int, pairs_per_step: int, seed: int) -> None:
+        """`num_pairs` training pairs, at least 1, in batches of `pairs_per_step`; `seed` fixes every pass's
+        order."""
+        self._num_pairs, self._pairs_per_step, self._seed = num_pairs, pairs_per_step, seed
+        self._passes: dict[int, list[int]] = {}
+
+    def steps_of(self, epochs: float) -> int:
+        """Optimizer steps that show at least `epochs` passes' worth of pairs."""
+        return max(1, math.ceil(epochs * self._num_pairs / self._pairs_per_step - 1e-9))
+
+    def global_batch(self, step: int) -> list[int]:
+        """Indices of optimizer step `step`, counted from 0, in training order."""
+        start = step * self._pairs_per_step
+        return [self._at(position) for position in range(start, start + self._pairs_per_step)]
+
+    def micro_batches(
+        self, step: int, rank: int, world_size: int, pairs_per_device: int
+    ) -> Iterator[list[int]]:
+        """This rank's contiguous share of the global batch, cut into micro-batches."""
+        batch = self.global_batch(step)
+        share = len(batch) // world_size
+        mine = batch[rank * share : (rank + 1) * share]
+        for start in range(0, share, pairs_per_device):
+            yield mine[start : start + pairs_per_device]
+
+    def visited(self, num_steps: int) -> list[int]:
+        """Indices that the first `num_steps` steps train on, each once, sorted."""
+        if num_steps * self._pairs_per_step >= self._num_pairs:
+            return list(range(self._num_pairs))
+        return sorted({idx for step in range(num_steps) for idx in self.global_batch(step)})
+
+    def epoch(self, num_steps: int) -> float:
+        """Passes over the training pairs after `num_steps` optimizer steps."""
+        return num_steps * self._pairs_per_step / self._num_pairs
+
+    def _at(self, position: int) -> int:
+        epoch, offset = divmod(position, self._num_pairs)
+        if epoch not in self._passes:
+            # Kept for this pass and the one before only: a batch may straddle them.
+            self._passes = {key: order for key, order in self._passes.items() if key >= epoch - 1}
+            generator = torch.Generator().manual_seed((self._seed * 1_000_003 + epoch) % 2**63)
+            self._passes[epoch] = torch.randperm(self._num_pairs, generator=generator).tolist()
+        return self._passes[epoch][offset]

@@ -1,0 +1,317 @@
+"""From preference records to token ids: chat template, prompt/response split, truncation budget, counts.
+
+Owns the one policy on BOS and EOS, and what counts as the response. Does not read data (`rcpo.data.load`) or
+pad (`rcpo.data.batch`). Called by `rcpo.inputs`.
+
+How a side becomes ids: the whole conversation is rendered and tokenised once, since a tokenizer may merge
+characters across the end of the prompt, and ids of separately tokenised parts are then not what the model
+sees. The first response token is the first one that holds a character of the response, found by character
+offset. A token that spans the boundary thus belongs to the response: it is the one that predicts response
+text. Tokenizers without offsets (not "fast") take the common beginning of prompt ids and whole ids instead,
+which is the same but for odd tokenizers.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+from rcpo.data.records import BadRowError, PreferenceRecord
+from rcpo.data.render import (
+    Rendered,
+    Template,
+    apply_chat_template_choice,
+    look_at_template,
+    render_messages,
+    render_text,
+    special_ids,
+)
+from rcpo.errors import UserError
+
+__all__ = [
+    "TokenizedData",
+    "TokenizedPair",
+    "TokenizedSide",
+    "apply_chat_template_choice",
+    "describe_example",
+    "tokenize_records",
+]
+
+_RECORDS_PER_BATCH = 512
+
+
+@dataclass(frozen=True)
+class TokenizedSide:
+    """One response with its prompt."""
+
+    input_ids: list[int]
+    """Prompt, response and closing EOS."""
+    num_prompt: int
+    """Prompt tokens, at least 1; `input_ids[num_prompt:]` is the response, at least 1 token."""
+
+
+@dataclass(frozen=True)
+class TokenizedPair:
+    """Both sides of one record."""
+
+    chosen: TokenizedSide
+    rejected: TokenizedSide
+    row: int
+    """Row number in the source."""
+
+
+@dataclass(frozen=True)
+class TokenizedData:
+    """Pairs that can train, and lines for the log: what was cut, dropped and why, and how long the pairs
+    are."""
+
+    pairs: list[TokenizedPair]
+    report: list[str]
+
+
+def tokenize_records(
+    records: Sequence[PreferenceRecord],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    max_prompt_length: int | None,
+    on_bad_row: str,
+) -> TokenizedData:
+    """Tokenise both sides of every record under one policy.
+
+    Messages: rendered whole with the chat template and split where the prompt with its generation prompt
+    ends, so that a default system prompt never leaks into a response. The response ends with the template's
+    end-of-turn token; template text behind it is cut. Plain text: prompt and response as they are, one after
+    the other, also where the tokenizer has a chat template (as TRL does). BOS: exactly once at the start
+    where the tokenizer has one, whether or not the template writes it. EOS: exactly once at the end where the
+    tokenizer has one and the template has not closed the turn with a special token of its own. A BOS or EOS
+    that the tokenizer lacks never enters the ids. Truncation, in tokens: a prompt longer than
+    `max_prompt_length` is cut from the left, but keeps BOS; with None it may take what the pair's longer
+    response leaves of `max_length`, at least half. Both sides keep one prompt. Each response is then cut from
+    the right to what is left of `max_length` (EOS is cut too), and is never empty. A row that cannot train (a
+    template's refusal, sides that the tokenizer or the cut made identical) raises UserError with `on_bad_row`
+    "error", and is dropped and counted with "drop". Raises UserError where records are messages and the
+    tokenizer has no chat template.
+    """
+    work = _Work(tokenizer, max_length, max_prompt_length)
+    pairs: list[TokenizedPair] = []
+    dropped = Counter[str]()
+    for start in range(0, len(records), _RECORDS_PER_BATCH):
+        for record, pair in work.tokenize_batch(records[start : start + _RECORDS_PER_BATCH]):
+            if isinstance(pair, TokenizedPair):
+                pairs.append(pair)
+            elif on_bad_row == "error":
+                raise UserError(
+                    f"data: row {record.row} (counted from 0) cannot train: {pair}; "
+                    "mend it or type data.on_bad_row=drop"
+                )
+            else:
+                dropped[str(pair)] += 1
+    return TokenizedData(pairs, [*work.report(), *_describe_lengths(pairs), *_describe_dropped(dropped)])
+
+
+def describe_example(pair: TokenizedPair, tokenizer: PreTrainedTokenizerBase) -> str:
+    """One decoded pair for the log: response tokens, which alone are scored, in « », special tokens in ⟦
+    ⟧."""
+    prompt = pair.chosen.input_ids[: pair.chosen.num_prompt]
+    lines = [f"prompt   ({len(prompt)} tokens, not scored): {_decode(prompt, tokenizer)}"]
+    for name, side in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        response = side.input_ids[side.num_prompt :]
+        lines.append(f"{name:8} ({len(response)} tokens, scored): «{_decode(response, tokenizer)}»")
+    return "\n".join(lines)
+
+
+def _decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    special = special_ids(tokenizer)
+    parts = []
+    for is_special, run in groupby(ids, lambda token: token in special):
+        if is_special:
+            parts += [f"⟦{tokenizer.convert_ids_to_tokens(token)}⟧" for token in run]
+        else:
+            parts.append(str(tokenizer.decode(list(run), clean_up_tokenization_spaces=False)))
+    return "".join(parts).replace("\n", "\\n")
+
+
+class _Work:
+    """One pass over records: the tokenizer, the limits and the running counts."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, max_length: int, max_prompt_length: int | None
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._max_length, self._max_prompt_length = max_length, max_prompt_length
+        self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        self._special = special_ids(tokenizer)
+        self._template: Template | None = None
+        self._counts = Counter[str]()
+        # One int object per id: lists of 100,000 pairs then take 8 bytes a token, not 36.
+        self._ints: dict[int, int] = {}
+
+    def tokenize_batch(
+        self, records: Sequence[PreferenceRecord]
+    ) -> list[tuple[PreferenceRecord, TokenizedPair | BadRowError]]:
+        """Each record with its pair, or with the reason why it has none."""
+        results: list[tuple[PreferenceRecord, TokenizedPair | BadRowError]] = []
+        rendered: dict[int, Rendered] = {}
+        for idx, record in enumerate(records):
+            try:
+                rendered[idx] = self._render(record)
+            except BadRowError as error:
+                results.append((record, error))
+        sides = self._encode(list(rendered.values()))
+        for n, (idx, whole) in enumerate(rendered.items()):
+            try:
+                pair = self._make_pair(sides[2 * n], sides[2 * n + 1], whole.is_closed, records[idx].row)
+                results.append((records[idx], pair))
+            except BadRowError as error:
+                results.append((records[idx], error))
+        return sorted(results, key=lambda result: result[0].row)
+
+    def report(self) -> list[str]:
+        """What was cut or out of the ordinary; nothing where nothing was."""
+        num, lines = self._counts, []
+        if num["prompt"]:
+            what = (
+                f"train.max_length={self._max_length}"
+                if self._max_prompt_length is None
+                else f"train.max_prompt_length={self._max_prompt_length}"
+            )
+            lines.append(f"{num['prompt']} prompts cut from the left ({what})")
+        if num["chosen"] or num["rejected"]:
+            lines.append(
+                f"{num['chosen']} chosen and {num['rejected']} rejected responses cut from the right "
+                f"(train.max_length={self._max_length})"
+            )
+        if num["spanning"]:
+            lines.append(f"{num['spanning']} sides have a token that spans prompt and response (scored)")
+        return lines
+
+    def _render(self, record: PreferenceRecord) -> Rendered:
+        if isinstance(record.prompt, str):
+            return render_text(record)
+        if self._tokenizer.chat_template is None:
+            raise UserError(
+                "model.chat_template=null: the data are messages and the tokenizer has no chat template; "
+                "type model.chat_template=plain"
+            )
+        self._template = self._template or look_at_template(self._tokenizer)
+        return render_messages(self._tokenizer, self._template, record)
+
+    def _encode(self, rendered: list[Rendered]) -> list[TokenizedSide]:
+        """Whole texts as ids with the index of the first response token: chosen and rejected side in turn."""
+        if not rendered:
+            return []
+        texts = [text for item in rendered for text in (item.chosen, item.rejected)]
+        splits = [item.split for item in rendered for _ in range(2)]
+        # verbose=False: rows longer than the model's limit are cut below, so a warning would mislead.
+        batch = self._tokenizer(texts, add_special_tokens=False, verbose=False)
+        all_ids = [list(map(self._ints.setdefault, ids, ids)) for ids in batch["input_ids"]]
+        if self._tokenizer.is_fast:
+            firsts = [
+                self._first_by_offset(batch, *item)
+                for item in zip(range(len(texts)), texts, splits, strict=True)
+            ]
+        else:
+            prompts = [text[:split] for text, split in zip(texts, splits, strict=True)]
+            prompt_ids = self._tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
+            firsts = [_num_common(*both) for both in zip(prompt_ids, all_ids, strict=True)]
+        return [TokenizedSide(ids, first) for ids, first in zip(all_ids, firsts, strict=True)]
+
+    def _first_by_offset(self, batch: BatchEncoding, idx: int, text: str, split: int) -> int:
+        """Index of the first token with a character at or behind `split`; the number of tokens if there is
+        none."""
+        for char in range(split, len(text)):
+            token = batch.char_to_token(idx, char)
+            if token is None:  # white space that the tokenizer drops
+                continue
+            if batch.token_to_chars(idx, token).start >= split:
+                return int(token)
+            if batch["input_ids"][idx][token] in self._special:  # a marker that swallows white space
+                continue
+            self._counts["spanning"] += 1
+            return int(token)
+        return len(batch["input_ids"][idx])
+
+    def _make_pair(
+        self, chosen: TokenizedSide, rejected: TokenizedSide, is_closed: bool, row: int
+    ) -> TokenizedPair:
+        # Both sides share one prompt: where a merge across its end makes their ids differ, it is the shorter
+        # one.
+        num_prompt = min(
+            chosen.num_prompt, rejected.num_prompt, _num_common(chosen.input_ids, rejected.input_ids)
+        )
+        sides = [self._close(replace(side, num_prompt=num_prompt), is_closed) for side in (chosen, rejected)]
+        if sides[0] == sides[1]:
+            raise BadRowError("the sides are identical once tokenised")
+        cut = self._cut(*sides)
+        if cut[0] == cut[1]:
+            raise BadRowError(f"the sides are identical once cut to train.max_length={self._max_length}")
+        for name, before, after in zip(("chosen", "rejected"), sides, cut, strict=True):
+            self._counts[name] += _num_response(after) < _num_response(before)
+        self._counts["prompt"] += cut[0].num_prompt < sides[0].num_prompt
+        return TokenizedPair(cut[0], cut[1], row)
+
+    def _close(self, side: TokenizedSide, is_closed: bool) -> TokenizedSide:
+        """One BOS in front, one end token behind."""
+        prompt, response = side.input_ids[: side.num_prompt], side.input_ids[side.num_prompt :]
+        if self._bos is not None:
+            while prompt[:1] == [self._bos]:
+                prompt = prompt[1:]
+            prompt = [self._bos, *prompt]
+        if not is_closed and self._eos is not None:
+            response = [*response, self._eos]
+        while len(response) > 1 and response[-1] == response[-2] and response[-1] in self._special:
+            response = response[:-1]
+        if not prompt:
+            raise BadRowError("no token is left of the prompt")
+        if not response:
+            raise BadRowError("no token is left of a response")
+        return TokenizedSide(prompt + response, len(prompt))
+
+    def _cut(self, chosen: TokenizedSide, rejected: TokenizedSide) -> tuple[TokenizedSide, TokenizedSide]:
+        """The pair within the limits; the prompt is cut from the left, each response from the right."""
+        limit = self._max_prompt_length
+        if limit is None:
+            longer = max(_num_response(chosen), _num_response(rejected))
+            limit = self._max_length - min(longer, self._max_length // 2)
+        return self._cut_side(chosen, limit), self._cut_side(rejected, limit)
+
+    def _cut_side(self, side: TokenizedSide, prompt_limit: int) -> TokenizedSide:
+        prompt, response = side.input_ids[: side.num_prompt], side.input_ids[side.num_prompt :]
+        limit = min(prompt_limit, self._max_length - 1)
+        if len(prompt) > limit:
+            first = [self._bos] if self._bos is not None else []
+            prompt = (first + prompt[len(prompt) - limit + len(first) :])[:limit]
+        return TokenizedSide(prompt + response[: self._max_length - len(prompt)], len(prompt))
+
+
+def _num_response(side: TokenizedSide) -> int:
+    return len(side.input_ids) - side.num_prompt
+
+
+def _describe_lengths(pairs: list[TokenizedPair]) -> list[str]:
+    if not pairs:
+        return []
+    num = len(pairs)
+    prompt = sum(pair.chosen.num_prompt for pair in pairs) / num
+    chosen, rejected = (sum(_num_response(side) for side in sides) / num for sides in _sides(pairs))
+    longest = max(len(side.input_ids) for sides in _sides(pairs) for side in sides)
+    return [
+        f"tokens on average: prompt {prompt:.1f}, chosen {chosen:.1f}, rejected {rejected:.1f}; "
+        f"longest row {longest}"
+    ]
+
+
+def _sides(pairs: list[TokenizedPair]) -> tuple[list[TokenizedSide], list[TokenizedSide]]:
+    return [pair.chosen for pair in pairs], [pair.rejected for pair in pairs]
+
+
+def _describe_dropped(dropped: Counter[str]) -> list[str]:
+    return [f"{num} pairs dropped because {reason}" for reason, num in dropped.most_common()]
+
+
+def _num_common(first: Sequence[object], second: Sequence[object]) -> int:
+    """Length of the common beginning."""
+    shorter = min(len(first), len(second))
+    return next((i for i in range(shorter) if first[i] != second[i]), shorter)

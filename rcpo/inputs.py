@@ -1,0 +1,71 @@
+"""Everything a run reads, checked and tokenised: what can be wrong with it is found before a run folder
+exists.
+
+Called by `rcpo.launch` in the process that the user started, and by `rcpo.worker` in ranks started from it.
+The same config gives the same inputs on every rank.
+"""
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from rcpo.config.schema import Config
+from rcpo.data.load import load_records
+from rcpo.data.sampler import PairSampler
+from rcpo.data.tokenize import TokenizedPair, describe_example, tokenize_records
+from rcpo.errors import UserError
+from rcpo.model import check_vocabulary, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Inputs:
+    tokenizer: PreTrainedTokenizerBase
+    train: list[TokenizedPair]
+    held_out: list[TokenizedPair]
+    report: list[str]
+    """What was read, dropped and cut, and one example; for the log."""
+
+    @property
+    def pad_id(self) -> int:
+        """Any valid id serves: padding is never attended to and never scored."""
+        pad = self.tokenizer.pad_token_id
+        return 0 if pad is None else int(pad)
+
+    def sampler(self, config: Config) -> PairSampler:
+        return PairSampler(len(self.train), config.train.pairs_per_step, config.seed)
+
+    def num_steps(self, config: Config) -> int:
+        """Optimizer steps of the whole run."""
+        if config.train.steps is not None:
+            return config.train.steps
+        assert config.train.epochs is not None
+        return self.sampler(config).steps_of(config.train.epochs)
+
+
+def read_inputs(config: Config) -> Inputs:
+    """Read and tokenise the data of a resolved config. Raises UserError with one line for whatever cannot
+    train."""
+    tokenizer = load_tokenizer(config.model)
+    check_vocabulary(config.model, tokenizer)
+    records = load_records(config.data)
+    limits = (config.train.max_length, config.train.max_prompt_length, config.data.on_bad_row)
+    train = tokenize_records(records.train, tokenizer, *limits)
+    held_out = tokenize_records(records.held_out, tokenizer, *limits)
+    for pairs, what in ((train.pairs, "training"), (held_out.pairs, "held-out")):
+        if not pairs:
+            raise UserError(
+                f"data: no {what} pair is left after the checks; look at data.path and data.on_bad_row"
+            )
+    if len(train.pairs) < config.train.pairs_per_step:
+        raise UserError(
+            f"train.pairs_per_step={config.train.pairs_per_step}: there are only {len(train.pairs)} training "
+            f"pairs; type train.pairs_per_step={len(train.pairs)} or less"
+        )
+    report = [
+        *records.report,
+        *(f"training pairs: {line}" for line in train.report),
+        *(f"held-out pairs: {line}" for line in held_out.report),
+        f"{len(train.pairs)} training pairs, {len(held_out.pairs)} held-out pairs",
+        "one training pair as the model sees it:\n" + describe_example(train.pairs[0], tokenizer),
+    ]
+    return Inputs(tokenizer, train.pairs, held_out.pairs, report)
