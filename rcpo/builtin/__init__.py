@@ -1,0 +1,1 @@
+"""What ships inside the package: `tiny/`, the model of `model=tiny`, and the script that made it."""
