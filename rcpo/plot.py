@@ -1,0 +1,214 @@
+"""Pictures of runs: displacement over steps with the band below it, and several runs side by side.
+
+Draws what metrics.jsonl and eval.jsonl hold, without a display and without pyplot's global state. Called by
+`rcpo.trainer` at the end of a run. Colours are of Okabe and Ito's set, which colour-blind people can tell
+apart.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from rcpo.run_folder import RunFolder, open_run
+
+CHOSEN, REJECTED, BAND, ALPHA, INK, FAINT = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#222222", "#8a8a8a"
+STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "text.color": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+}
+DPI = 150
+SMOOTH_STEPS = 9
+"""Training curves are drawn as centred running means over this many steps, with the raw steps behind."""
+
+Rows = list[dict[str, Any]]
+
+
+def plot_run(run: RunFolder, path: Path) -> None:
+    """Write one run's picture: held-out displacement, and where measured the band and alpha under it."""
+    metrics, evals = run.rows(run.metrics), run.rows(run.eval)
+    heights = {"displacement": 3.4}
+    if any("band/position" in row for row in metrics):
+        heights["band"] = 2.2
+    if any(row.get("calibration/alpha", 1.0) != 1.0 for row in metrics):
+        heights["alpha"] = 1.3
+    with rc_context(STYLE):
+        figure = Figure(figsize=(8, sum(heights.values()) + 0.9), dpi=DPI, layout="constrained")
+        grid = figure.subplots(
+            len(heights), 1, sharex=True, squeeze=False, height_ratios=list(heights.values())
+        )
+        axes = dict(zip(heights, grid[:, 0], strict=True))
+        draw_displacement(axes["displacement"], metrics, evals)
+        axes["displacement"].set_title("Change of log-probability since the start")
+        if "band" in axes:
+            draw_band(axes["band"], metrics)
+        if "alpha" in axes:
+            draw_alpha(axes["alpha"], metrics)
+        grid[-1, 0].set_xlabel("optimizer step")
+        figure.suptitle(run_title(run), x=0.01, ha="left", fontweight="bold", fontsize=12)
+        save(figure, path)
+
+
+def plot_comparison(runs: list[tuple[str, RunFolder]], path: Path) -> None:
+    """Write the displacement of several (label, run) side by side, on one scale, at most four in a row."""
+    columns = min(4, len(runs))
+    lines = math.ceil(len(runs) / columns)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(max(6, 4.1 * columns), 3.6 * lines), dpi=DPI, layout="constrained")
+        grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+        for axis, (label, run) in zip(grid.flat, runs, strict=False):
+            draw_displacement(axis, run.rows(run.metrics), run.rows(run.eval), with_legend=axis is grid[0, 0])
+            axis.set_title(label, fontweight="bold")
+            axis.set_xlabel("optimizer step")
+            axis.tick_params(labelbottom=True)
+            if axis not in grid[:, 0]:
+                axis.set_ylabel("")
+        for axis in grid.flat[len(runs) :]:
+            axis.remove()
+        save(figure, path)
+
+
+def run_title(run: RunFolder) -> str:
+    """objective, calibration and name from the frozen config; the folder's name where there is none."""
+    if not run.config.is_file():
+        return run.path.name
+    _, config = open_run(str(run.path))
+    return f"{config.objective['name']}, calibration {config.calibration.name}  ({config.name})"
+
+
+def save(figure: Figure, path: Path) -> None:
+    """PNG or what the suffix says; beside, then renamed."""
+    beside = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    figure.savefig(beside)
+    beside.replace(path)
+
+
+def column(rows: Rows, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, values) of the rows that have `key`, fp64; infinite values stay infinite."""
+    chosen = [row for row in rows if key in row]
+    return np.array([row["step"] for row in chosen], float), np.array([row[key] for row in chosen], float)
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Centred running mean over up to SMOOTH_STEPS finite values, shorter at the ends; nan where there is
+    none."""
+    half = SMOOTH_STEPS // 2
+    windows = [values[max(0, idx - half) : idx + half + 1] for idx in range(len(values))]
+    finite = [window[np.isfinite(window)] for window in windows]
+    return np.array([window.mean() if len(window) else math.nan for window in finite])
+
+
+def draw_displacement(axis: Axes, metrics: Rows, evals: Rows, with_legend: bool = True) -> None:
+    """Held-out chosen and rejected displacement with their last values; training batches faint behind."""
+    axis.axhline(0, color=FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    ends = []
+    for name, colour, marker in (("chosen", CHOSEN, "o"), ("rejected", REJECTED, "s")):
+        steps, values = column(metrics, f"displacement/{name}")
+        axis.plot(steps, values, color=colour, linewidth=0.6, alpha=0.18, zorder=2)
+        axis.plot(steps, smooth(values), color=colour, linewidth=1.1, alpha=0.45, zorder=3)
+        steps, values = column(evals, f"displacement/{name}")
+        axis.plot(
+            steps, values, color=colour, linewidth=2.2, marker=marker, markersize=5, label=name, zorder=4
+        )
+        if len(values) and math.isfinite(values[-1]):
+            ends.append((values[-1], steps[-1], name, colour))
+    _label_ends(axis, ends)
+    axis.set_ylabel("displacement (nats)")
+    axis.margins(x=0.02)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if with_legend:
+        axis.plot([], [], color=FAINT, linewidth=1.1, label="training batches")
+        axis.legend(loc="best", ncols=3, handlelength=1.6)
+
+
+def _label_ends(axis: Axes, ends: list[tuple[float, float, str, str]]) -> None:
+    """Name and last value at the right edge, in the line's colour, moved apart where they would overlap."""
+    low, high = axis.get_ylim()
+    gap = 0.075 * (high - low)
+    previous = -math.inf
+    overlap = max(0.0, gap - (max(ends)[0] - min(ends)[0])) if len(ends) == 2 else 0.0
+    for value, _, name, colour in sorted(ends):
+        height = max(value - overlap / 2, previous + gap)
+        previous = height
+        axis.annotate(
+            f"{name} {value + 0.0:+.2f}",
+            xy=(1, height),
+            xycoords=("axes fraction", "data"),
+            xytext=(5, 0),
+            textcoords="offset points",
+            color=colour,
+            va="center",
+            fontsize=9,
+            fontweight="bold",
+            annotation_clip=False,
+        )
+
+
+def draw_band(axis: Axes, metrics: Rows) -> None:
+    """The disentanglement band, its centre, and where the steps stood; edges are cut at the panel where
+    infinite."""
+    rows = [row for row in metrics if "band/position" in row]
+    steps, position = column(rows, "band/position")
+    _, center = column(rows, "band/center")
+    _, lower = column(rows, "band/lower")
+    _, upper = column(rows, "band/upper")
+    low, high = band_limits(position, center, lower, upper)
+    axis.fill_between(
+        steps,
+        np.clip(np.nan_to_num(lower, nan=low), low, high),
+        np.clip(np.nan_to_num(upper, nan=high), low, high),
+        color=BAND,
+        alpha=0.2,
+        linewidth=0,
+        label="band",
+    )
+    axis.plot(steps, smooth(center), color=BAND, linewidth=1.4, linestyle=(0, (5, 2)), label="centre")
+    axis.plot(steps, position, color=INK, linewidth=0.6, alpha=0.3)
+    axis.plot(steps, smooth(position), color=INK, linewidth=1.8, label="position")
+    _, inside = column(rows, "band/inside")
+    axis.set_ylim(low, high)
+    axis.set_ylabel("log incentive ratio")
+    axis.set_title(f"Disentanglement band: {100 * inside.mean():.0f} % of the measured steps inside")
+    axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=1.6)
+
+
+def band_limits(
+    position: np.ndarray, center: np.ndarray, lower: np.ndarray, upper: np.ndarray
+) -> tuple[float, float]:
+    """Limits that show every position and centre, and the edges up to their 90th percentile of what is
+    finite."""
+    middle = np.concatenate([position, center])
+    middle = middle[np.isfinite(middle)]
+    low, high = (middle.min(), middle.max()) if len(middle) else (-1.0, 1.0)
+    finite_low, finite_high = lower[np.isfinite(lower)], upper[np.isfinite(upper)]
+    if len(finite_low):
+        low = min(low, np.percentile(finite_low, 10))
+    if len(finite_high):
+        high = max(high, np.percentile(finite_high, 90))
+    pad = max(0.08 * (high - low), 0.05)
+    return float(low - pad), float(high + pad)
+
+
+def draw_alpha(axis: Axes, metrics: Rows) -> None:
+    """alpha over steps; above 1 the chosen side is pulled harder and the rejected side pushed less."""
+    steps, alpha = column(metrics, "calibration/alpha")
+    axis.axhline(1, color=FAINT, linewidth=1, linestyle=(0, (4, 3)))
+    axis.plot(steps, alpha, color=ALPHA, linewidth=2)
+    axis.set_ylabel("alpha")
+    axis.set_title("Calibration: pull on chosen x alpha, push on rejected / alpha")
+    axis.margins(y=0.15)
