@@ -1,12 +1,13 @@
 """Reward calibration: one alpha per optimizer step that moves the incentive ratio to the centre of its band.
 
-All kinds share one interface: `alpha()` before the step, `update(statistics)` after it, `state_dict()`. `off` is a null
-object. Owns the band formulas and the EMA; does not own where the statistics come from (`rcpo.step` measures them for
-the global batch, so alpha is the same on every rank and for every split into micro-batches).
+All kinds share one interface: `alpha()` before the step, `update(statistics)` after it, `state_dict()`. `off`
+is a null object. Owns the band formulas and the EMA; does not own where the statistics come from (`rcpo.step`
+measures them for the global batch, so alpha is the same on every rank and for every split into
+micro-batches).
 
-Source: arXiv 2604.18239. Departures from the published code, each on purpose: alpha once per optimizer step from the
-global batch with lag one; EMA starts as a running mean; steps without a positive incentive mean are skipped and counted;
-log alpha is clamped and the clamps are counted; rho <= 0 is reported as it is.
+Source: arXiv 2604.18239. Departures from the published code, each on purpose: alpha once per optimizer step
+from the global batch with lag one; EMA starts as a running mean; steps without a positive incentive mean are
+skipped and counted; log alpha is clamped and the clamps are counted; rho <= 0 is reported as it is.
 """
 
 import math
@@ -36,7 +37,8 @@ class StepStatistics:
 
 @dataclass(frozen=True)
 class Band:
-    """The disentanglement band of one step in log-ratio units: inside it the chosen side rises and the rejected falls."""
+    """The disentanglement band of one step in log-ratio units: inside it the chosen side rises and the
+    rejected falls."""
 
     position: float
     """log(alpha d_w / (d_l / alpha)): where the step stood, after calibration."""
@@ -62,11 +64,11 @@ class Band:
 def disentanglement_band(log_ratio: float, alpha: float, geometry: ScoreGeometry) -> Band | None:
     """The band around log r* = log(|s_l|/|s_w|) with the position after calibration, log r + 2 log alpha.
 
-    None where a score is zero, so that no centre exists. arXiv 2604.18239.
+    None where a score is zero or not finite, so that no centre exists. arXiv 2604.18239.
     """
-    if not (geometry.chosen_squared > 0 and geometry.rejected_squared > 0):
-        return None
     rho = geometry.cosine
+    if math.isnan(rho):
+        return None
     return Band(
         position=log_ratio + 2 * math.log(alpha),
         center=0.5 * (math.log(geometry.rejected_squared) - math.log(geometry.chosen_squared)),
@@ -126,8 +128,9 @@ class NoCalibration:
 class BandCalibration:
     """alpha = exp(1/2 (EMA[log r*] - EMA[log r])), clamped to exp(+-max_log_alpha).
 
-    The EMA advances once per measured step with beta_t = min(ema_beta, t/(t+1)), t counting the updates so far: a plain
-    running mean at first. alpha = 1 until the first update, so that step t uses measurements up to step t-1.
+    The EMA advances once per measured step with beta_t = min(ema_beta, t/(t+1)), t counting the updates so
+    far: a plain running mean at first. alpha = 1 until the first update, so that step t uses measurements up
+    to step t-1.
     """
 
     ema_beta: float
@@ -140,7 +143,7 @@ class BandCalibration:
     center_ema: float = 0.0
     """EMA[log r*]."""
     num_skipped: int = 0
-    """Measured steps that left the EMA untouched: an incentive mean or a score was not positive and finite."""
+    """Measured steps that left the EMA untouched: an incentive mean or a score not positive and finite."""
     num_clamped: int = 0
     """Steps whose alpha was limited by `max_log_alpha`."""
 

@@ -1,10 +1,10 @@
 """Checkpoints: complete or absent. Written beside their place, checksummed, fsynced, renamed.
 
-    checkpoints/step-000100/engine/...   DeepSpeed's files: weights, optimizer, schedule
-                            state.json   step, calibrator, world size, ZeRO stage
-                            rng/rank-*   random-number states
-                            model/       config.json and tokenizer, so that an export needs nothing else
-                            manifest.json  size and SHA-256 of every other file
+checkpoints/step-000100/engine/...   DeepSpeed's files: weights, optimizer, schedule
+                        state.json   step, calibrator, batch statistics, world size, ZeRO stage
+                        rng/rank-*   random-number states
+                        model/       a Hugging Face model folder: an export is a copy of it
+                        manifest.json  size and SHA-256 of every other file
 """
 
 import hashlib
@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from rcpo.distributed import barrier, rank, world_size
 from rcpo.engine import Engine
 from rcpo.errors import UserError
+from rcpo.model import save_model
 from rcpo.run_folder import RunFolder, write_atomically
 
 
@@ -30,19 +31,19 @@ def checkpoint_path(run: RunFolder, step: int) -> Path:
 
 def newest_checkpoint(run: RunFolder) -> Path | None:
     """The complete checkpoint with the highest step, or None."""
-    complete = sorted(path for path in run.checkpoints.glob("step-*") if (path / "manifest.json").is_file())
-    return complete[-1] if complete else None
+    complete = [path for path in run.checkpoints.glob("step-*") if (path / "manifest.json").is_file()]
+    # Longer names first: from step 1000000 on a name has more than the six digits.
+    return max(complete, key=lambda path: (len(path.name), path.name), default=None)
 
 
 def save_checkpoint(
     run: RunFolder,
-    step: int,
     engine: Engine,
-    calibrator_state: dict[str, Any],
+    train_state: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
 ) -> Path:
-    """Write the state after `step` optimizer steps; returns the folder. Collective."""
-    place = checkpoint_path(run, step)
+    """Write engine and `train_state` (JSON; its "step" names the folder); returns the folder. Collective."""
+    place = checkpoint_path(run, train_state["step"])
     beside = place.with_name(f".{place.name}.tmp")
     if rank() == 0:
         shutil.rmtree(beside, ignore_errors=True)
@@ -50,16 +51,11 @@ def save_checkpoint(
     barrier()
     engine.save(beside)
     save_file(_rng_state(), beside / "rng" / f"rank-{rank():04d}.safetensors")
+    weights = engine.whole_weights()
     barrier()
-    if rank() == 0:
-        engine.policy.model.config.save_pretrained(beside / "model")
-        tokenizer.save_pretrained(beside / "model")
-        state = {
-            "step": step,
-            "calibrator": calibrator_state,
-            "world_size": world_size(),
-            "stage": engine.stage,
-        }
+    if weights is not None:
+        save_model(engine.policy.model, weights, tokenizer, beside / "model")
+        state = train_state | {"world_size": world_size(), "stage": engine.stage}
         write_atomically(beside / "state.json", json.dumps(state, indent=2))
         _complete(beside, place)
     barrier()
@@ -88,11 +84,18 @@ def load_checkpoint(path: Path, engine: Engine) -> dict[str, Any]:
 
 def check_manifest(path: Path) -> None:
     """Raise UserError when a file of the checkpoint is missing or differs from its manifest."""
-    manifest = json.loads((path / "manifest.json").read_text())
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+    except (OSError, ValueError):
+        raise UserError(
+            f"{path}: manifest.json is missing or damaged; remove this checkpoint to use the one before it"
+        ) from None
     for name, entry in manifest.items():
         file = path / name
         if not file.is_file() or file.stat().st_size != entry["bytes"] or sha256(file) != entry["sha256"]:
-            raise UserError(f"{path}: {name} is missing or damaged; remove this checkpoint to use the one before it")
+            raise UserError(
+                f"{path}: {name} is missing or damaged; remove this checkpoint to use the one before it"
+            )
 
 
 def sha256(path: Path) -> str:

@@ -1,6 +1,7 @@
 """The `rcpo` command: dispatch on the first word, everything heavy behind it.
 
-Exit codes: 0 done, 1 a fault of rcpo's or the machine's (with a traceback), 2 bad input (one line), 130 interrupted.
+Exit codes: 0 done, 1 a fault of rcpo's or the machine's (with a traceback), 2 bad input (one line), 130
+interrupted.
 """
 
 import importlib

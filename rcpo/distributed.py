@@ -1,7 +1,8 @@
 """Ranks: who this process is, how it joins the others, and the two collectives that rcpo itself uses.
 
-Ranks are started by `rcpo.launch`, by torchrun or by srun; either way each process ends up with RANK, WORLD_SIZE,
-LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which is all that DeepSpeed needs (with one missing it would look for MPI).
+Ranks are started by `rcpo.launch`, by torchrun or by srun; either way each process ends up with RANK,
+WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which is all that DeepSpeed needs (with one missing it
+would look for MPI).
 """
 
 import os
@@ -28,10 +29,14 @@ def joined_world_size() -> int | None:
 
 
 def _adopt_srun_variables() -> None:
-    """Give an srun task the names that torch reads; the port derives from the job id, so that jobs do not collide."""
+    """Give an srun task the names that torch reads; the port derives from the job id, so that jobs do not
+    collide."""
     env = os.environ
     hosts = subprocess.run(
-        ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]], check=True, capture_output=True, text=True
+        ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]],
+        check=True,
+        capture_output=True,
+        text=True,
     ).stdout.split()
     env["RANK"] = env["SLURM_PROCID"]
     env["WORLD_SIZE"] = env["SLURM_STEP_NUM_TASKS"]
@@ -56,8 +61,8 @@ def single_rank_environment() -> dict[str, str]:
 def initialize(device: str) -> torch.device:
     """Join the process group (gloo on CPU, NCCL on GPUs) and return this rank's device.
 
-    Marks DeepSpeed's shared-memory collective as absent: it would be compiled here (a compiler, minutes) and gloo
-    serves as well. The attribute is private, hence the pinned version in pyproject.toml.
+    Marks DeepSpeed's shared-memory collective as absent: it would be compiled here (a compiler, minutes) and
+    gloo serves as well. The attribute is private, hence the pinned version in pyproject.toml.
     """
     if "RANK" not in os.environ:
         if joined_world_size() is None:

@@ -1,7 +1,7 @@
 """DeepSpeed behind one thin adapter: the same few verbs at every ZeRO stage, on CPU and on GPUs.
 
-Owns the DeepSpeed config, optimizer and schedule, and what differs between stages (gradient norm, whole weights,
-checkpoints). Does not own the loss: `rcpo.step` hands it a scalar per micro-batch.
+Owns the DeepSpeed config, optimizer and schedule, and what differs between stages (gradient norm, whole
+weights, checkpoints). Does not own the loss: `rcpo.step` hands it a scalar per micro-batch.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 from transformers.integrations import HfDeepSpeedConfig
 
-from rcpo.config.schema import Config, ModelConfig, OptimConfig
+from rcpo.config.schema import Config, OptimConfig
 from rcpo.data.batch import PairBatch
 from rcpo.model import Policy, load_model
 
@@ -118,11 +118,13 @@ class Engine:
         return z
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradient of one micro-batch: a mean over micro-batches and ranks is what steps. Collective."""
+        """Accumulate the gradient of one micro-batch: a mean over micro-batches and ranks is what steps.
+        Collective."""
         self._deepspeed.backward(loss)
 
     def step(self) -> None:
-        """End a micro-batch; on the step's last one, clip and update the weights and the schedule. Collective."""
+        """End a micro-batch; on the step's last one, clip and update the weights and the schedule.
+        Collective."""
         if self._deepspeed.is_gradient_accumulation_boundary() and self._norm_is_ours():
             gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
             self._grad_norm = torch.nn.utils.get_total_norm(gradients)
@@ -143,7 +145,8 @@ class Engine:
         return float(self._deepspeed.get_lr()[0])
 
     def whole_weights(self) -> dict[str, Tensor] | None:
-        """The model's own state dict on the CPU of rank 0 (tied weights once), None on other ranks. Collective."""
+        """The model's own state dict on the CPU of rank 0 (tied weights once), None on other ranks.
+        Collective."""
         is_first = self._deepspeed.global_rank == 0
         weights: dict[str, Tensor] = {}
         for name, parameter in self.policy.model.named_parameters():
@@ -153,7 +156,13 @@ class Engine:
             with gather:
                 if is_first:
                     weights[name] = parameter.detach().to("cpu", copy=True)
-        return weights if is_first else None
+        if not is_first:
+            return None
+        saved = self.policy.model.state_dict(keep_vars=False)
+        for name, buffer in self.policy.model.named_buffers():
+            if name in saved:  # persistent ones only
+                weights[name] = buffer.detach().to("cpu", copy=True)
+        return weights
 
     def save(self, folder: Path) -> None:
         """Write engine, optimizer and schedule under `folder`. Collective."""
@@ -169,14 +178,3 @@ def _head_shape(model: PreTrainedModel) -> tuple[int, int]:
     weight = model.get_output_embeddings().weight
     vocabulary, hidden = getattr(weight, "ds_shape", weight.shape)
     return int(vocabulary), int(hidden)
-
-
-def skeleton(model: ModelConfig, folder: Path) -> PreTrainedModel:
-    """A model without weights, of the architecture in `folder`'s config.json: the names that an export needs."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            hf_config, dtype=getattr(torch, model.dtype), trust_remote_code=model.trust_remote_code
-        )

@@ -32,11 +32,14 @@ def measure_logprobs(
 ) -> SideLogProbs:
     """z_w, z_l of `pairs` under the engine's current weights; the same on every rank. Collective.
 
-    Every rank runs the same number of forward passes, because at ZeRO 3 a forward pass is itself a collective: where
-    batches do not divide by the ranks, the last ones are computed twice and one copy is thrown away.
+    Every rank runs the same number of forward passes, because at ZeRO 3 a forward pass is itself a
+    collective: where batches do not divide by the ranks, the last ones are computed twice and one copy is
+    thrown away.
     """
     by_length = sorted(range(len(pairs)), key=lambda idx: _num_tokens(pairs[idx]))
-    batches = [by_length[start : start + pairs_per_device] for start in range(0, len(pairs), pairs_per_device)]
+    batches = [
+        by_length[start : start + pairs_per_device] for start in range(0, len(pairs), pairs_per_device)
+    ]
     result = torch.zeros(2, len(pairs), dtype=torch.float32, device=engine.device)
     for first in range(0, len(batches), world_size()):
         mine = first + rank()

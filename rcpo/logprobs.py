@@ -1,8 +1,8 @@
 """Token log-probabilities from hidden states, in chunks, and their sums per response.
 
-Owns the output head's forward and backward: the (tokens x vocabulary) logits never exist as a whole. Does not know
-objectives or sides' incentives; while it holds each chunk's error term it hands that to `rcpo.scores`, when asked.
-Called through `rcpo.model.Policy`.
+Owns the output head's forward and backward: the (tokens x vocabulary) logits never exist as a whole. Does not
+know objectives or sides' incentives; while it holds each chunk's error term it hands that to `rcpo.scores`,
+when asked. Called through `rcpo.model.Policy`.
 
 Shape legend: N response tokens of a batch, T padded tokens a row, V vocabulary, H hidden.
 """
@@ -20,7 +20,8 @@ CHUNK_ELEMENTS = 2**24
 
 
 def matmul_fp32(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right with fp32 result, whatever the inputs' dtype: bf16 logits near 20 are spaced 0.125 apart."""
+    """left @ right with fp32 result, whatever the inputs' dtype: bf16 logits near 20 are spaced 0.125
+    apart."""
     if left.dtype == torch.float32 and right.dtype == torch.float32:
         return left @ right
     if left.is_cuda and left.dtype == right.dtype:
@@ -47,7 +48,7 @@ class _TokenLogProbs(torch.autograd.Function):
             log_norms[part] = torch.logsumexp(logits, dim=-1)
             logps[part] = logits.gather(1, targets[part, None]).squeeze(1) - log_norms[part]
         ctx.save_for_backward(hidden, targets, log_norms)
-        # The parameters themselves, not saved tensors: ZeRO-3 swaps their storage between forward and backward.
+        # The parameters, not saved tensors: ZeRO-3 swaps their storage between forward and backward.
         ctx.weight, ctx.bias, ctx.num_chosen, ctx.scores = weight, bias, num_chosen, scores
         return logps
 
@@ -89,14 +90,16 @@ def _zeros_fp32(like: Tensor) -> Tensor:
 
 
 def _chunks(num_tokens: int, num_chosen: int, vocabulary: int) -> list[slice]:
-    """Slices of at most `CHUNK_ELEMENTS / V` tokens that cover all tokens and never straddle the two sides."""
+    """Slices of at most `CHUNK_ELEMENTS / V` tokens that cover all tokens and never straddle the two
+    sides."""
     size = max(16, CHUNK_ELEMENTS // vocabulary)
     starts = [*range(0, num_chosen, size), *range(num_chosen, num_tokens, size)]
     return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], num_tokens], strict=True)]
 
 
 class TokenLogProbHead(nn.Module):
-    """The model's output projection, read as "log-probability of this token here". Shares the projection's parameters.
+    """The model's output projection, read as "log-probability of this token here". Shares the projection's
+    parameters.
 
     A module of its own, so that ZeRO-3 gathers the (possibly tied) weight around its forward and backward.
     """

@@ -1,4 +1,5 @@
-"""From per-pair tensors to the numbers that are logged: sums on the device, one reduction per step, then one row.
+"""From per-pair tensors to the numbers that are logged: sums on the device, one reduction per step, then one
+row.
 
 Owns every metric's definition. Rows are flat dicts; keys are the same in metrics.jsonl, eval.jsonl and W&B.
 """
@@ -52,7 +53,8 @@ def pair_sums(loss: Tensor, pair: PairLogProbs, incentives: Incentives) -> Tenso
 
 
 def displacement_row(z_w: Tensor, z_l: Tensor, start_w: Tensor, start_l: Tensor) -> dict[str, float]:
-    """`displacement/*` and `logps/*` of held-out pairs against their start, means over n pairs of (n,) tensors."""
+    """`displacement/*` and `logps/*` of held-out pairs against their start, means over n pairs of (n,)
+    tensors."""
     r_w, r_l = z_w - start_w, z_l - start_l
     names = ("chosen", "rejected", "accuracy", "chosen_down", "both_down")
     row = {
@@ -64,8 +66,11 @@ def displacement_row(z_w: Tensor, z_l: Tensor, start_w: Tensor, start_l: Tensor)
     return row
 
 
-def step_row(means: dict[str, float], statistics: StepStatistics, alpha: float, calibrator: Calibrator) -> dict[str, float]:
-    """One optimizer step's row, all of it as the step was: band, rates and pathway *after* calibration with `alpha`."""
+def step_row(
+    means: dict[str, float], statistics: StepStatistics, alpha: float, calibrator: Calibrator
+) -> dict[str, float]:
+    """One optimizer step's row, all of it as the step was: band, rates and pathway *after* calibration with
+    `alpha`."""
     row = dict(means)
     row["displacement/margin"] = row["displacement/chosen"] - row["displacement/rejected"]
     row["calibration/alpha"] = alpha
@@ -80,9 +85,9 @@ def band_metrics(statistics: StepStatistics, alpha: float) -> dict[str, float]:
     """`score/*`, `band/*` and `dynamics/*` of a step with score geometry; empty without.
 
     dynamics/chosen_rate = alpha d_w |s_w|^2 - (d_l/alpha) <s_w, s_l> and
-    dynamics/rejected_rate = alpha d_w <s_w, s_l> - (d_l/alpha) |s_l|^2, in nats per unit of learning rate (plain
-    gradient). dynamics/pathway: 0 winner up & loser down, 1 both up, 2 both down, 3 winner down & loser up.
-    The band needs both incentive means positive; edges are +-inf where rho <= 0.
+    dynamics/rejected_rate = alpha d_w <s_w, s_l> - (d_l/alpha) |s_l|^2, in nats per unit of learning rate
+    (plain gradient). dynamics/pathway: 0 winner up & loser down, 1 both up, 2 both down, 3 winner down &
+    loser up. The band needs both incentive means positive; edges are +-inf where rho <= 0.
     """
     geometry = statistics.geometry
     if geometry is None:
@@ -98,7 +103,9 @@ def band_metrics(statistics: StepStatistics, alpha: float) -> dict[str, float]:
         "dynamics/rejected_rate": rejected_rate,
         "dynamics/pathway": pathway(chosen_rate, rejected_rate),
     }
-    band = None if statistics.log_ratio is None else disentanglement_band(statistics.log_ratio, alpha, geometry)
+    band = (
+        None if statistics.log_ratio is None else disentanglement_band(statistics.log_ratio, alpha, geometry)
+    )
     if band is not None:
         row |= {
             "band/position": band.position,
@@ -116,4 +123,6 @@ def pathway(chosen_rate: float, rejected_rate: float) -> float:
     if math.isnan(chosen_rate) or math.isnan(rejected_rate):
         return math.nan
     winner_up, loser_up = chosen_rate >= 0, rejected_rate > 0
-    return float({(True, False): 0, (True, True): 1, (False, False): 2, (False, True): 3}[winner_up, loser_up])
+    return float(
+        {(True, False): 0, (True, True): 1, (False, False): 2, (False, True): 3}[winner_up, loser_up]
+    )

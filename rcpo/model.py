@@ -1,7 +1,7 @@
 """The policy: a Hugging Face causal language model read as a function from pairs to summed log-probabilities.
 
-Owns loading (folder, hub id or the model that ships with rcpo), the checks on what was loaded, and the forward pass
-that never makes full logits. Does not own training: `rcpo.engine` wraps it.
+Owns loading (folder, hub id or the model that ships with rcpo), the checks on what was loaded, and the
+forward pass that never makes full logits. Does not own training: `rcpo.engine` wraps it.
 """
 
 import contextlib
@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 import rcpo.builtin
@@ -25,7 +31,12 @@ from rcpo.logprobs import TokenLogProbHead, sum_per_row
 
 logger = logging.getLogger(__name__)
 
-SCALED_LOGITS = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0, "output_multiplier": 1.0}
+SCALED_LOGITS = {
+    "final_logit_softcapping": None,
+    "logit_scale": 1.0,
+    "logits_scaling": 1.0,
+    "output_multiplier": 1.0,
+}
 """Config entries that transform logits after the output projection, with the value that means "no"."""
 
 
@@ -40,7 +51,8 @@ class Policy(nn.Module):
     def forward(self, batch: PairBatch) -> Tensor:
         """z (2B,) fp32: rows 0..B-1 chosen, B..2B-1 rejected.
 
-        Rows are padded on the right, so causal attention keeps padding out of every real position without a mask.
+        Rows are padded on the right, so causal attention keeps padding out of every real position without a
+        mask.
         """
         body = self.model.get_decoder()
         hidden = body(input_ids=batch.input_ids, use_cache=False).last_hidden_state
@@ -52,11 +64,15 @@ def _output_projection(model: PreTrainedModel) -> nn.Linear:
     name = type(model).__name__
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
-        raise UserError(f"model.path: {name} has {type(head).__name__} as its output head; rcpo needs a linear one")
+        raise UserError(
+            f"model.path: {name} has {type(head).__name__} as its output head; rcpo needs a linear one"
+        )
     for key, neutral in SCALED_LOGITS.items():
         value = getattr(model.config, key, neutral)
         if value is not None and value != neutral:
-            raise UserError(f"model.path: {name} transforms its logits ({key}={value}), which rcpo does not do yet")
+            raise UserError(
+                f"model.path: {name} transforms its logits ({key}={value}), which rcpo does not do yet"
+            )
     return head
 
 
@@ -72,12 +88,16 @@ def model_source(path: str) -> str:
         if folder.exists():
             raise UserError(f"model.path={path}: is a file; it must be a folder with config.json and weights")
         if path.startswith((".", "/", "~")) or path.count("/") != 1:
-            raise UserError(f"model.path={path}: no such folder; give a model folder, a hub id or builtin:tiny")
+            raise UserError(
+                f"model.path={path}: no such folder; give a model folder, a hub id or builtin:tiny"
+            )
         return path
     if not (folder / "config.json").is_file():
         raise UserError(f"model.path={path}: has no config.json, so it is not a Hugging Face model folder")
     if not any(folder.glob("*.safetensors")):
-        pickled = "; it has pickled weights only, convert them to safetensors" if any(folder.glob("*.bin")) else ""
+        pickled = (
+            "; it has pickled weights only, convert them to safetensors" if any(folder.glob("*.bin")) else ""
+        )
         raise UserError(f"model.path={path}: has no *.safetensors weights{pickled}")
     return path
 
@@ -103,7 +123,9 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
         for key in vars(hf_config):
             if key.endswith(("dropout", "_pdrop")) and isinstance(getattr(hf_config, key), float):
                 setattr(hf_config, key, 0.0)
-        options: dict[str, Any] = {} if config.attention is None else {"attn_implementation": config.attention}
+        options: dict[str, Any] = (
+            {} if config.attention is None else {"attn_implementation": config.attention}
+        )
         model = AutoModelForCausalLM.from_pretrained(
             source,
             config=hf_config,
@@ -117,21 +139,39 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     return model
 
 
-def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
-    """Raise UserError when the tokenizer has ids that the model has no row for."""
-    if len(tokenizer) > vocabulary:
+def check_vocabulary(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UserError when the tokenizer has ids that the model has no row for; reads config.json alone."""
+    with _one_line_errors(config.path, "config"):
+        hf_config = AutoConfig.from_pretrained(
+            model_source(config.path), trust_remote_code=config.trust_remote_code
+        ).get_text_config()
+    rows = getattr(hf_config, "vocab_size", None)
+    if rows is not None and len(tokenizer) > rows:
         raise UserError(
-            f"model.path: the tokenizer has {len(tokenizer)} tokens, {type(model).__name__} only {vocabulary}; "
+            f"model.path={config.path}: the tokenizer has {len(tokenizer)} tokens, the model only {rows}; "
             "use the tokenizer that belongs to the model"
         )
 
 
+def save_model(
+    model: PreTrainedModel, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """Write a Hugging Face model folder: safetensors (tied weights once), config, tokenizer with its
+    template."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        model.save_pretrained(folder, state_dict=weights)
+    tokenizer.save_pretrained(folder)
+
+
 @contextlib.contextmanager
 def _one_line_errors(path: str, what: str) -> Any:
-    """Turn what transformers raises for a bad folder or an unreachable hub into a UserError; keep its chatter quiet."""
+    """Turn what transformers raises for a bad folder or an unreachable hub into a UserError; keep its chatter
+    quiet."""
     with contextlib.redirect_stdout(io.StringIO()):
         try:
             yield
         except (OSError, ValueError, KeyError, ImportError) as error:
-            first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            first = next(
+                (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+            )
             raise UserError(f"model.path={path}: the {what} cannot be loaded: {first[:300]}") from error

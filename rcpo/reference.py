@@ -1,19 +1,21 @@
 """Reference log-probabilities: computed once from the initial weights, kept, and shared between runs.
 
-A row's key is its token ids and response mask; a file's key is the weights and the dtype, and nothing else: not the
-learning rate, not the seed, not the output folder, so that every cell of a grid finds what the first one computed.
-The run folder holds a copy, so that a resumed run never asks trained weights for their reference.
+A row's key is its token ids and response mask; a file's key is the weights and the dtype, and nothing else:
+not the learning rate, not the seed, not the output folder, so that every cell of a grid finds what the first
+one computed. The run folder holds a copy, so that a resumed run never asks trained weights for their
+reference.
 """
 
 import fcntl
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 from rcpo.config.schema import ModelConfig
@@ -39,7 +41,8 @@ def weights_fingerprint(config: ModelConfig) -> str:
     if not source.is_dir():
         from transformers import AutoConfig
 
-        commit = getattr(AutoConfig.from_pretrained(config.path), "_commit_hash", None)
+        hf_config = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+        commit = getattr(hf_config, "_commit_hash", None)
         digest.update(f"{config.path}@{commit}".encode())
         return digest.hexdigest()
     for file in sorted([source / "config.json", *source.glob("*.safetensors")]):
@@ -63,17 +66,24 @@ class ReferenceCache:
         self.path = cache_dir() / "reference" / f"{fingerprint}.safetensors"
 
     def read(self) -> dict[bytes, float]:
-        """Everything known so far; empty when the file is absent or unreadable (it can always be computed again)."""
+        """Everything known so far; empty when the file is absent or unreadable (it can always be computed
+        again)."""
         if not self.path.is_file():
             return {}
         try:
-            tensors = load_file(self.path)
+            # One read of one file: load_file opens the path twice, and a merge may come between.
+            tensors = load(self.path.read_bytes())
         except Exception:
             return {}
-        return {bytes(key): value for key, value in zip(tensors["keys"].numpy(), tensors["z"].tolist(), strict=True)}
+        return {
+            bytes(key): value
+            for key, value in zip(tensors["keys"].numpy(), tensors["z"].tolist(), strict=True)
+        }
 
     def merge(self, rows: dict[bytes, float]) -> None:
         """Add rows; atomic, and safe against other runs on this host that add theirs."""
+        if not rows:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(self.path.with_suffix(".lock")):
             merged = self.read() | rows
@@ -95,7 +105,8 @@ def reference_logprobs(
     known: dict[bytes, float],
     compute: Callable[[Sequence[TokenizedPair]], SideLogProbs],
 ) -> tuple[SideLogProbs, dict[bytes, float]]:
-    """(ref_w, ref_l) of `pairs`, from `known` rows where both sides are there, else from one `compute` of the rest.
+    """(ref_w, ref_l) of `pairs`, from `known` rows where both sides are there, else from one `compute` of the
+    rest.
 
     Returns the newly computed rows too. `known` must be the same on every rank.
     """
@@ -105,6 +116,11 @@ def reference_logprobs(
     if missing:
         computed = compute([pairs[idx] for idx in missing])
         for idx, z_w, z_l in zip(missing, computed.z_w.tolist(), computed.z_l.tolist(), strict=True):
+            if not (math.isfinite(z_w) and math.isfinite(z_l)):
+                raise RuntimeError(
+                    f"data row {pairs[idx].row}: reference log-probs are {z_w} and {z_l}, "
+                    "which must be finite"
+                )
             fresh[keys[idx][0]], fresh[keys[idx][1]] = z_w, z_l
     table = known | fresh
     ref_w = torch.tensor([table[chosen] for chosen, _ in keys], dtype=torch.float32)
@@ -126,7 +142,9 @@ class ReferenceTable:
         rows = list(indices)
         ref_w, ref_l = self.train.z_w[rows], self.train.z_l[rows]
         if torch.isnan(ref_w).any() or torch.isnan(ref_l).any():
-            raise RuntimeError(f"pairs {rows} have no reference log-probs; the run's plan and its table disagree")
+            raise RuntimeError(
+                f"pairs {rows} have no reference log-probs; the run's plan and its table disagree"
+            )
         return ref_w, ref_l
 
     def save(self, path: Path) -> None:

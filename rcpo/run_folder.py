@@ -1,10 +1,12 @@
 """The run folder on disk: names, atomic writes, and what a resumed run finds. Written by rank 0 alone.
 
-    config.yaml  run.json  metrics.jsonl  eval.jsonl  reference.safetensors  eval/  logs/  checkpoints/  final/  wandb/
+config.yaml  run.json  metrics.jsonl  eval.jsonl  reference.safetensors  eval/  logs/  checkpoints/  final/
+wandb/
 """
 
 import dataclasses
 import json
+import math
 import os
 import platform
 import subprocess
@@ -33,6 +35,27 @@ def write_atomically(path: Path, text: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(beside, path)
+
+
+NON_FINITE: dict[str | None, float] = {None: math.nan, "inf": math.inf, "-inf": -math.inf}
+"""How rows write what JSON has no number for; `band/lower` and `band/upper` are infinite where rho <= 0."""
+
+
+def encode_row(row: dict[str, float]) -> str:
+    """One line of metrics.jsonl or eval.jsonl, JSON for any reader: nan is null, the infinities "inf" and
+    "-inf"."""
+    names = {value: name for name, value in NON_FINITE.items() if name is not None}
+    written = {key: None if math.isnan(value) else names.get(value, value) for key, value in row.items()}
+    return json.dumps(written, allow_nan=False)
+
+
+def decode_row(line: str) -> dict[str, Any]:
+    """The row that `encode_row` wrote."""
+    row = json.loads(line)
+    return {
+        key: NON_FINITE[value] if value is None or isinstance(value, str) else value
+        for key, value in row.items()
+    }
 
 
 class RunFolder:
@@ -66,7 +89,9 @@ class RunFolder:
             for folder in (self.path, self.logs, self.checkpoints, self.pair_results):
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"run_dir={self.path}: cannot be made ({error.strerror}); type run_dir=FOLDER") from None
+            raise UserError(
+                f"run_dir={self.path}: cannot be made ({error.strerror}); type run_dir=FOLDER"
+            ) from None
         write_atomically(self.config, yaml.safe_dump(tree, sort_keys=False))
         self.update_run(
             name=config.name,
@@ -93,13 +118,13 @@ class RunFolder:
         if not path.is_file():
             return []
         lines = path.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1]]
+        return [decode_row(line) for line in lines[:-1]]
 
     def rewind(self, step: int) -> None:
         """Drop rows after `step`, so that a resumed run writes each of them once."""
         for path in (self.metrics, self.eval):
             kept = [row for row in self.rows(path) if row["step"] <= step]
-            write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+            write_atomically(path, "".join(encode_row(row) + "\n" for row in kept))
 
     def save_pair_results(self, step: int, result: SideLogProbs) -> None:
         """Per-pair held-out log-probs of one evaluation, in the order of the held-out set."""
@@ -122,7 +147,9 @@ def open_run(path: str) -> tuple[RunFolder, Config]:
     """An existing run and its frozen config; UserError when `path` is none."""
     folder = RunFolder(path)
     if not folder.config.is_file():
-        raise UserError(f"{path}: is not a run folder (it has no config.yaml); give the folder that `rcpo train` printed")
+        raise UserError(
+            f"{path}: is not a run folder (it has no config.yaml); give the folder that `rcpo train` printed"
+        )
     try:
         tree = yaml.safe_load(folder.config.read_text())
     except yaml.YAMLError as error:
@@ -138,7 +165,8 @@ def now() -> str:
 
 
 def git_commit() -> str | None:
-    """Commit of rcpo's own source tree, with -dirty when it has changes; None where it is not a git checkout."""
+    """Commit of rcpo's own source tree, with -dirty when it has changes; None where it is not a git
+    checkout."""
     source = Path(rcpo.__file__).resolve().parent
     command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:

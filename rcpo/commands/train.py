@@ -1,17 +1,22 @@
 """`rcpo train [GROUP=OPTION] [KEY=VALUE] ...`: compose, validate, freeze, start the workers."""
 
+from rcpo.config.schema import Config
+
 
 def run(words: list[str]) -> int:
-    """Train as configured; returns the exit code. Raises UserError for bad input, before anything is written."""
-    from rcpo.config.compose import compose
+    """Train as configured; returns the exit code. Raises UserError for bad input, before anything is
+    written."""
+    from rcpo.launch import start
 
-    tree = compose(words)
-    if tree is None:
-        return 0
+    return start(lambda: prepare(words))
+
+
+def prepare(words: list[str]) -> Config | None:
+    """The resolved config of these words, or None when Hydra only printed something."""
+    from rcpo.config.compose import compose
     from rcpo.config.resolve import resolve
     from rcpo.config.schema import validate
     from rcpo.distributed import joined_world_size
-    from rcpo.launch import start
 
-    config = resolve(validate(tree), joined_world_size())
-    return start(config, resume=False)
+    tree = compose(words)
+    return None if tree is None else resolve(validate(tree), joined_world_size())

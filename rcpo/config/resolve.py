@@ -1,13 +1,14 @@
 """Fill in what the config leaves to rcpo (null), so that RUN/config.yaml says everything that was decided.
 
-Called once, by the process that composed the config, before it is frozen. Depends on the machine only through the
-device and through the number of ranks.
+Called once, by the process that composed the config, before it is frozen. Depends on the machine only through
+the device and through the number of ranks.
 """
 
 import dataclasses
 import re
 from datetime import datetime
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -76,17 +77,17 @@ def default_name(config: Config) -> str:
 def _check_name(name: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", name):
         raise UserError(
-            f"name={name!r}: must be 1 to 128 letters, digits, '.', '_' or '-', and start with a letter or digit; "
-            "type for example name=dpo-on-1"
+            f"name={name!r}: must be 1 to 128 letters, digits, '.', '_' or '-', and start with a letter or "
+            "digit; type for example name=dpo-on-1"
         )
 
 
-def _device(config: Config) -> str:
+def _device(config: Config) -> Literal["cpu", "cuda"]:
     device = config.train.device
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("train.device=cuda: no CUDA device is visible here; type train.device=cpu")
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return "cuda" if torch.cuda.is_available() else "cpu"
     return device
 
 
@@ -95,26 +96,35 @@ def _launch(config: Config, device: str, joined: int | None) -> LaunchConfig:
     gpus = launch.gpus_per_node
     if device == "cpu" and gpus is not None:
         raise UserError(
-            f"launch.gpus_per_node={gpus}: no CUDA device is used here; type launch.processes={gpus} for CPU ranks"
+            f"launch.gpus_per_node={gpus}: no CUDA device is used here; "
+            f"type launch.processes={gpus} for CPU ranks"
         )
     if device == "cuda" and launch.processes > 1:
         raise UserError(
-            f"launch.processes={launch.processes}: is for CPU ranks; type launch.gpus_per_node={launch.processes}"
+            f"launch.processes={launch.processes}: is for CPU ranks; "
+            f"type launch.gpus_per_node={launch.processes}"
         )
     if device == "cuda":
         gpus = gpus or (1 if joined is None else max(1, joined // launch.nodes))
         visible = torch.cuda.device_count()
         if joined is None and gpus > visible:
-            raise UserError(f"launch.gpus_per_node={gpus}: {visible} are visible; type launch.gpus_per_node={visible}")
+            raise UserError(
+                f"launch.gpus_per_node={gpus}: {visible} are visible; type launch.gpus_per_node={visible}"
+            )
     if joined is not None:
         # torchrun or srun has decided how many ranks there are.
-        per_node = max(1, joined // launch.nodes)
+        if joined % launch.nodes:
+            raise UserError(
+                f"launch.nodes={launch.nodes}: must divide the {joined} ranks that were started; "
+                "type launch.nodes=1"
+            )
+        per_node = joined // launch.nodes
         key = {"gpus_per_node": per_node} if device == "cuda" else {"processes": per_node}
         return dataclasses.replace(launch, **key)
     if launch.nodes > 1:
         raise UserError(
-            f"launch.nodes={launch.nodes}: ranks on several nodes are started by torchrun or srun, one task per GPU; "
-            "type launch.nodes=1 here"
+            f"launch.nodes={launch.nodes}: ranks on several nodes are started by torchrun or srun, one task "
+            "per GPU; type launch.nodes=1 here"
         )
     return dataclasses.replace(launch, gpus_per_node=gpus)
 
@@ -134,13 +144,19 @@ def _pairs_per_device(config: Config, tiny: bool) -> int:
     if share % train.pairs_per_device:
         fitting = max(size for size in range(1, min(train.pairs_per_device, share) + 1) if share % size == 0)
         raise UserError(
-            f"train.pairs_per_device={train.pairs_per_device}: must divide the {share} pairs that each of {ranks} "
-            f"ranks has of train.pairs_per_step={train.pairs_per_step}; type train.pairs_per_device={fitting}"
+            f"train.pairs_per_device={train.pairs_per_device}: must divide the {share} pairs that each "
+            f"of {ranks} ranks has of train.pairs_per_step={train.pairs_per_step}; "
+            f"type train.pairs_per_device={fitting}"
         )
     return train.pairs_per_device
 
 
 def _tracking(config: Config) -> TrackingConfig:
-    own = [config.objective["name"], f"calibration-{config.calibration.name}", model_label(config), data_label(config)]
+    own = [
+        config.objective["name"],
+        f"calibration-{config.calibration.name}",
+        model_label(config),
+        data_label(config),
+    ]
     tags = [tag[:64] for tag in [*own, *config.tracking.tags]]  # W&B's limit
     return dataclasses.replace(config.tracking, tags=list(dict.fromkeys(tags)))

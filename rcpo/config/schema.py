@@ -1,11 +1,15 @@
-"""The typed config: frozen dataclasses, their meaning field by field, and the one validation of a composed tree.
+"""The typed config: frozen dataclasses, their meaning field by field, and the one validation of a composed
+tree.
 
-`conf/*.yaml` hold the defaults that users see; this file holds types and ranges. After `validate` the rest of rcpo
-sees only `Config`. Null means "rcpo decides": `rcpo.config.resolve` fills those in, before the config is frozen.
+`conf/*.yaml` hold the defaults that users see; this file holds types and ranges. After `validate` the rest of
+rcpo sees only `Config`. Null means "rcpo decides": `rcpo.config.resolve` fills those in, before the config is
+frozen.
 """
 
+import json
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
@@ -72,7 +76,8 @@ class DataConfig:
     train_pairs: Positive | None = None
     """At most this many training pairs; null: all."""
     eval_pairs: Positive = 128
-    """Held-out pairs: at most this many of the held-out set, or drawn from the training pairs where there is none."""
+    """Held-out pairs: at most this many of the held-out set, or drawn from the training pairs where there is
+    none."""
     seed: NonNegative = 0
     """Fixes which pairs are held out (and, for arithmetic, the problems)."""
     on_bad_row: Literal["error", "drop"] = "error"
@@ -188,9 +193,11 @@ class Config:
 
 
 def validate(tree: dict[str, Any]) -> Config:
-    """Turn a composed, interpolated tree into a `Config`; raises UserError with one line for the first fault."""
+    """Turn a composed, interpolated tree into a `Config`; raises UserError with one line for the first
+    fault."""
     try:
-        config = _ADAPTER.validate_python(tree)
+        # As JSON, because in Python mode strict dataclasses take instances only, no dicts.
+        config = _ADAPTER.validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
         raise UserError(_one_line(error)) from None
     _check_combinations(config)
@@ -209,14 +216,19 @@ def _one_line(error: ValidationError) -> str:
         return f"{key}: no such key; `rcpo train --help` lists them (remove +{key}=...)"
     if first["type"] in ("missing", "missing_argument"):
         return f"{key}: has no value and needs one; type {key}=..."
-    rule = first["msg"].replace("Input should be", "must be").replace("greater than", "greater than")
-    return f"{key}={first['input']}: {rule[0].lower() + rule[1:]}; type {key}=VALUE"
+    shown = yaml.safe_dump(first["input"], default_flow_style=True).removesuffix("...\n").strip()
+    if first["type"] == "dataclass_type":
+        return f"{key}={shown}: is a group of keys; type {key}.KEY=VALUE"
+    rule = first["msg"].replace("Input should be", "must be")
+    return f"{key}={shown}: {rule[0].lower() + rule[1:]}; type {key}=VALUE"
 
 
 def _is_union_arm(part: object) -> bool:
-    """pydantic names the member of a union it tried (`constrained-int`, `literal[...]`) in an error's location."""
+    """pydantic names the member of a union it tried (`constrained-int`, `literal[...]`) in an error's
+    location."""
     return isinstance(part, str) and (
-        "[" in part or part in ("int", "float", "str", "constrained-int", "constrained-float", "constrained-str")
+        "[" in part
+        or part in ("int", "float", "str", "constrained-int", "constrained-float", "constrained-str")
     )
 
 
