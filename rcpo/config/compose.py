@@ -1,19 +1,25 @@
 """From command-line words to a plain config tree: Hydra composes, once, in the process that the user started.
 
 Owns the search path of `conf/` and the translation of Hydra's and OmegaConf's exceptions into one line.
-Workers never compose: they read the frozen RUN/config.yaml.
+Imports no torch, so that what only prints (--cfg, completion) is quick. Workers never compose: they read the
+frozen RUN/config.yaml.
 """
 
+import argparse
 import contextlib
+import difflib
 import io
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import hydra
 import yaml
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -31,6 +37,16 @@ def conf_dir() -> Path:
     raise UserError(f"no conf/ folder beside or inside {package}; install rcpo again")
 
 
+PRINTING = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc")
+"""Hydra's flags that print something and train nothing."""
+HELP = ("--help", "-h")
+
+
+def only_prints(argv: list[str]) -> bool:
+    """Whether these words ask for text instead of a run."""
+    return any(word.split("=")[0] in PRINTING + HELP for word in argv)
+
+
 def compose(argv: list[str]) -> dict[str, Any] | None:
     """Compose the config from `rcpo train`'s words; None when Hydra only printed something (--help, --cfg,
     ...).
@@ -39,21 +55,32 @@ def compose(argv: list[str]) -> dict[str, Any] | None:
     """
     if flag := next((word for word in argv if word in ("-m", "--multirun")), None):
         raise UserError(f"{flag}: `rcpo train` makes one run; type one command for each")
+    if any(word in HELP for word in argv):
+        _print_help(argv)
+        return None
     composed: list[DictConfig] = []
+    _run_hydra(argv, composed.append)
+    try:
+        return None if not composed else _plain(composed[0])
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        raise UserError(_explain(error)) from None
+
+
+def _run_hydra(argv: list[str], use: Callable[[DictConfig], None]) -> None:
+    """Let Hydra compose the config and hand it to `use`, or print what its flags ask for."""
     stderr = io.StringIO()  # argparse prints a usage there that rcpo does not want
-    entry = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(composed.append)
+    entry = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(use)
     saved_argv, saved_full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = ["rcpo train", *(_calibration_word(word) for word in argv)]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, so that the one line below is all that the user sees
     try:
         with contextlib.redirect_stderr(stderr):
             entry()
-        return None if not composed else _plain(composed[0])
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         raise UserError(_explain(error)) from None
     except SystemExit as stop:
         if stop.code in (None, 0):
-            return None
+            return
         said = stderr.getvalue().strip().rsplit("error: ", 1)[-1].splitlines() or ["not a flag of rcpo train"]
         raise UserError(f"{said[0]}; `rcpo train --help` lists the flags") from None
     finally:
@@ -62,6 +89,33 @@ def compose(argv: list[str]) -> dict[str, Any] | None:
             del os.environ["HYDRA_FULL_ERROR"]
         else:
             os.environ["HYDRA_FULL_ERROR"] = saved_full
+
+
+def _print_help(argv: list[str]) -> None:
+    """Print `rcpo train --help` for what the other words choose; values may be unset."""
+    composed: list[tuple[DictConfig, dict[str, str], dict[str, list[str]]]] = []
+
+    def collect(cfg: DictConfig) -> None:
+        loader = GlobalHydra.instance().config_loader()
+        options = {group: loader.get_group_options(group) for group in loader.list_groups("")}
+        composed.append((cfg, dict(HydraConfig.get().runtime.choices), options))
+
+    _run_hydra([word for word in argv if word not in HELP], collect)
+    from rcpo.config.help import help_text
+
+    for cfg, choices, options in composed:
+        tree = OmegaConf.to_container(cfg, resolve=False)
+        assert isinstance(tree, dict)
+        named = {str(key): value for key, value in tree.items()}
+        print(help_text(named, options, choices, [*_config_dirs(argv), conf_dir()]))
+
+
+def _config_dirs(argv: list[str]) -> list[Path]:
+    """The folder that --config-dir names."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", "-cd", type=Path)
+    known, _ = parser.parse_known_args(argv)
+    return [] if known.config_dir is None else [known.config_dir]
 
 
 def _calibration_word(word: str) -> str:
@@ -91,7 +145,11 @@ def _explain(error: Exception) -> str:
         )
     if match := re.match(r"In '[^']*': Could not find '([^']+)/([^/']+)'", lines[0]):
         options = re.findall(r"^\t(\S+)$", str(error), flags=re.MULTILINE)
-        return f"{match[1]}={match[2]}: no such option; choose one of {', '.join(options)}"
+        close = difflib.get_close_matches(match[2], options, n=1)
+        hint = f"did you mean {match[1]}={close[0]}? The options are" if close else "choose one of"
+        return f"{match[1]}={match[2]}: no such option; {hint} {', '.join(options)}"
+    if match := re.match(r"Additional config directory '([^']+)' not found", lines[0]):
+        return f"--config-dir {match[1]}: no such folder"
     if match := re.match(r"Could not override '([^']+)'", lines[0]):
         return f"{match[1]}: no such key; `rcpo train --help` lists them"
     if match := re.match(r"Multiple values for ([^.\s]+)", lines[0]):

@@ -1,0 +1,161 @@
+"""`rcpo train --help`: groups, options and keys of the config that the words on the command line choose.
+
+Owns the layout alone. Values come from Hydra's composition (`rcpo.config.compose`), meanings from the
+docstrings of `rcpo.config.schema`, and where that has none from the comments in the YAML files.
+"""
+
+import re
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rcpo.config.schema import Config
+
+WIDTH = 110
+
+HEADER = """rcpo train: train a language model on preference pairs, with or without reward calibration.
+
+usage: rcpo train [GROUP=OPTION ...] [KEY=VALUE ...] [FLAGS]
+
+examples:
+  rcpo train objective=simpo calibration=on
+      the embedded default: a tiny model and word problems; no GPU, network or account, about a minute
+  rcpo train model.path=MODEL data=file data.path=PAIRS.jsonl objective=dpo calibration=on optim.lr=1e-6
+      your model (a folder or a hub id) and your pairs (columns prompt, chosen, rejected)
+  rcpo train objective=dpo objective.beta=0.05 train.steps=300 seed=1 name=dpo-low-beta
+      keys change single values
+  rcpo train objective=dpo launch.processes=2
+      two ranks on CPU; on GPUs: launch.gpus_per_node=8, or start the same command with torchrun or srun"""
+
+FLAGS = """flags:
+  --help                         this text for the options that the other words choose: objective=simpo --help
+  --cfg job                      print the composed config as YAML and stop; nothing is trained or written
+  --cfg job --package objective  the same, one group of it
+  --config-dir DIR               add a folder of your own options: DIR/objective/mine.yaml is objective=mine
+
+files of your own, for --config-dir:
+  DIR/objective/mine.yaml        name: dpo            # a loss that rcpo has
+                                 beta: 0.3            # its parameters
+  DIR/experiment/base.yaml       # @package _global_
+                                 defaults:            # options that this experiment chooses
+                                   - override /objective: mine
+                                   - override /calibration: "on"
+                                 train: {steps: 300}  # and any keys; the command line still wins
+
+A run writes into its run folder only (runs/NAME; set with name= or run_dir=) and says at its end what
+happened to the chosen responses. Bad input is one line and exit code 2. `rcpo completion --help` sets up the
+TAB key."""
+
+
+def help_text(
+    tree: dict[str, Any], options: dict[str, list[str]], choices: dict[str, str], folders: Sequence[Path]
+) -> str:
+    """The whole text. `tree` is the composed config with ??? where a value is unset, `options` the options of
+    each group, `choices` the chosen ones, `folders` where their YAML files are, the user's first."""
+    own = [group for group in options if group not in tree and group != "hydra"]
+    shown = [group for group in [*tree, *own] if options.get(group)]
+    groups = [line for group in shown for line in _group_lines(group, options, choices, folders)]
+    keys = _key_lines(tree, choices, folders)
+    return "\n".join(
+        [
+            HEADER,
+            "",
+            "groups: GROUP=OPTION chooses a file of settings (* is chosen now)",
+            *groups,
+            "",
+            "keys: KEY=VALUE sets one (shown: its value now; null: rcpo decides; ???: you must give it)",
+            *keys,
+            "",
+            FLAGS,
+        ]
+    )
+
+
+def _group_lines(
+    group: str, options: dict[str, list[str]], choices: dict[str, str], folders: Sequence[Path]
+) -> Iterator[str]:
+    yield f"  {group}"
+    width = max(len(option) for option in options[group])
+    for option in options[group]:
+        mark = "*" if choices.get(group) == option else " "
+        text = _first_comment(_option_file(group, option, folders))
+        yield from _filled(f"   {mark} {option:<{width}}  ", text)
+
+
+def _key_lines(tree: dict[str, Any], choices: dict[str, str], folders: Sequence[Path]) -> Iterator[str]:
+    """A line for each key: dotted name, value, meaning."""
+    meanings = _comments(folders[-1] / "config.yaml")
+    for group in tree:
+        file = _option_file(group, choices.get(group) or "", folders)
+        meanings |= {f"{group}.{key}": text for key, text in _comments(file).items()}
+    meanings |= dict(_schema_meanings(Config, ""))
+    # Keys that stand alone first, then section by section.
+    for name, value in sorted(_leaves(tree, ""), key=lambda leaf: "." in leaf[0]):
+        if name not in HIDDEN:
+            yield from _filled(f"  {f'{name}={_shown(value)}':<34}  ", meanings.get(name, ""))
+
+
+HIDDEN = ("objective.name", "calibration.name", "optim.name", "tracking.name", "data.source")
+"""What the choice of an option decides, not keys to set."""
+
+
+def _leaves(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every key that holds no section."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _filled(start: str, text: str) -> Iterator[str]:
+    """`start` and `text`, further lines of it indented to where it began."""
+    indent = " " * (len(start) if len(start) <= 40 else 38)
+    lines = textwrap.wrap(text, WIDTH - len(indent)) or [""]
+    if len(start) > 40 and text:
+        yield start.rstrip()
+        start = indent
+    yield (start + lines[0]).rstrip()
+    yield from (indent + line for line in lines[1:])
+
+
+def _shown(value: Any) -> str:
+    text = "null" if value is None else yaml.safe_dump(value, default_flow_style=True, width=200)
+    return text.removesuffix("\n").removesuffix("\n...").strip("'")
+
+
+def _schema_meanings(config_type: Any, prefix: str) -> Iterator[tuple[str, str]]:
+    for name, field in config_type.__pydantic_fields__.items():
+        if is_dataclass(field.annotation):
+            yield from _schema_meanings(field.annotation, f"{prefix}{name}.")
+        elif field.description:
+            yield f"{prefix}{name}", " ".join(field.description.split())
+
+
+def _option_file(group: str, option: str, folders: Sequence[Path]) -> Path | None:
+    paths = (folder / group / f"{option}.yaml" for folder in folders)
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _first_comment(path: Path | None) -> str:
+    """What the file says of itself in its first line, but for Hydra's own directives."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path else []
+    texts = (line.removeprefix("#").strip() for line in lines if line.startswith("#"))
+    return next((text for text in texts if not text.startswith("@package")), "")
+
+
+def _comments(path: Path | None) -> dict[str, str]:
+    """The comment behind each key of a YAML file, by dotted name; two levels are enough for rcpo's files."""
+    section, comments = "", {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path else []:
+        match = re.match(r"( *)(\w+):(?:.*?\s#\s+(.*))?", line)
+        if match is None:
+            continue
+        section = section if match[1] else match[2]
+        if match[3]:
+            comments[f"{section}.{match[2]}" if match[1] else match[2]] = match[3]
+    return comments
