@@ -25,7 +25,7 @@ import rcpo.builtin
 from rcpo.config.resolve import TINY
 from rcpo.config.schema import ModelConfig
 from rcpo.data.batch import PairBatch
-from rcpo.data.tokenize import apply_chat_template_choice
+from rcpo.data.render import apply_chat_template_choice
 from rcpo.errors import UserError
 from rcpo.logprobs import TokenLogProbHead, sum_per_row
 

@@ -13,8 +13,9 @@ which is the same but for odd tokenizers.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
+from statistics import fmean
 
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
@@ -22,22 +23,12 @@ from rcpo.data.records import BadRowError, PreferenceRecord
 from rcpo.data.render import (
     Rendered,
     Template,
-    apply_chat_template_choice,
     look_at_template,
     render_messages,
     render_text,
     special_ids,
 )
 from rcpo.errors import UserError
-
-__all__ = [
-    "TokenizedData",
-    "TokenizedPair",
-    "TokenizedSide",
-    "apply_chat_template_choice",
-    "describe_example",
-    "tokenize_records",
-]
 
 _RECORDS_PER_BATCH = 512
 
@@ -98,16 +89,17 @@ def tokenize_records(
     pairs: list[TokenizedPair] = []
     dropped = Counter[str]()
     for start in range(0, len(records), _RECORDS_PER_BATCH):
-        for record, pair in work.tokenize_batch(records[start : start + _RECORDS_PER_BATCH]):
-            if isinstance(pair, TokenizedPair):
-                pairs.append(pair)
+        batch = records[start : start + _RECORDS_PER_BATCH]
+        for record, outcome in zip(batch, work.tokenize_batch(batch), strict=True):
+            if isinstance(outcome, TokenizedPair):
+                pairs.append(outcome)
             elif on_bad_row == "error":
                 raise UserError(
-                    f"data: row {record.row} (counted from 0) cannot train: {pair}; "
+                    f"data: row {record.row} (counted from 0) cannot train: {outcome}; "
                     "mend it or type data.on_bad_row=drop"
                 )
             else:
-                dropped[str(pair)] += 1
+                dropped[str(outcome)] += 1
     return TokenizedData(pairs, [*work.report(), *_describe_lengths(pairs), *_describe_dropped(dropped)])
 
 
@@ -148,25 +140,20 @@ class _Work:
         # One int object per id: lists of 100,000 pairs then take 8 bytes a token, not 36.
         self._ints: dict[int, int] = {}
 
-    def tokenize_batch(
-        self, records: Sequence[PreferenceRecord]
-    ) -> list[tuple[PreferenceRecord, TokenizedPair | BadRowError]]:
-        """Each record with its pair, or with the reason why it has none."""
-        results: list[tuple[PreferenceRecord, TokenizedPair | BadRowError]] = []
-        rendered: dict[int, Rendered] = {}
-        for idx, record in enumerate(records):
+    def tokenize_batch(self, records: Sequence[PreferenceRecord]) -> list[TokenizedPair | BadRowError]:
+        """For each record its pair, or the reason why it has none."""
+        outcomes: list[TokenizedPair | BadRowError] = []
+        rendered = [self._render(record) for record in records]
+        encoded = iter(self._encode([whole for whole in rendered if isinstance(whole, Rendered)]))
+        for record, whole in zip(records, rendered, strict=True):
+            if isinstance(whole, BadRowError):
+                outcomes.append(whole)
+                continue
             try:
-                rendered[idx] = self._render(record)
+                outcomes.append(self._make_pair(next(encoded), next(encoded), whole.is_closed, record.row))
             except BadRowError as error:
-                results.append((record, error))
-        sides = self._encode(list(rendered.values()))
-        for n, (idx, whole) in enumerate(rendered.items()):
-            try:
-                pair = self._make_pair(sides[2 * n], sides[2 * n + 1], whole.is_closed, records[idx].row)
-                results.append((records[idx], pair))
-            except BadRowError as error:
-                results.append((records[idx], error))
-        return sorted(results, key=lambda result: result[0].row)
+                outcomes.append(error)
+        return outcomes
 
     def report(self) -> list[str]:
         """What was cut or out of the ordinary; nothing where nothing was."""
@@ -187,7 +174,7 @@ class _Work:
             lines.append(f"{num['spanning']} sides have a token that spans prompt and response (scored)")
         return lines
 
-    def _render(self, record: PreferenceRecord) -> Rendered:
+    def _render(self, record: PreferenceRecord) -> Rendered | BadRowError:
         if isinstance(record.prompt, str):
             return render_text(record)
         if self._tokenizer.chat_template is None:
@@ -196,7 +183,10 @@ class _Work:
                 "type model.chat_template=plain"
             )
         self._template = self._template or look_at_template(self._tokenizer)
-        return render_messages(self._tokenizer, self._template, record)
+        try:
+            return render_messages(self._tokenizer, self._template, record)
+        except BadRowError as error:
+            return error
 
     def _encode(self, rendered: list[Rendered]) -> list[TokenizedSide]:
         """Whole texts as ids with the index of the first response token: chosen and rejected side in turn."""
@@ -209,8 +199,7 @@ class _Work:
         all_ids = [list(map(self._ints.setdefault, ids, ids)) for ids in batch["input_ids"]]
         if self._tokenizer.is_fast:
             firsts = [
-                self._first_by_offset(batch, *item)
-                for item in zip(range(len(texts)), texts, splits, strict=True)
+                self._first_by_offset(batch, idx, len(text), splits[idx]) for idx, text in enumerate(texts)
             ]
         else:
             prompts = [text[:split] for text, split in zip(texts, splits, strict=True)]
@@ -218,10 +207,10 @@ class _Work:
             firsts = [_num_common(*both) for both in zip(prompt_ids, all_ids, strict=True)]
         return [TokenizedSide(ids, first) for ids, first in zip(all_ids, firsts, strict=True)]
 
-    def _first_by_offset(self, batch: BatchEncoding, idx: int, text: str, split: int) -> int:
+    def _first_by_offset(self, batch: BatchEncoding, idx: int, num_chars: int, split: int) -> int:
         """Index of the first token with a character at or behind `split`; the number of tokens if there is
         none."""
-        for char in range(split, len(text)):
+        for char in range(split, num_chars):
             token = batch.char_to_token(idx, char)
             if token is None:  # white space that the tokenizer drops
                 continue
@@ -236,12 +225,11 @@ class _Work:
     def _make_pair(
         self, chosen: TokenizedSide, rejected: TokenizedSide, is_closed: bool, row: int
     ) -> TokenizedPair:
-        # Both sides share one prompt: where a merge across its end makes their ids differ, it is the shorter
-        # one.
+        # Both sides share one prompt: where a merge across its end makes their ids differ, the shorter one.
         num_prompt = min(
             chosen.num_prompt, rejected.num_prompt, _num_common(chosen.input_ids, rejected.input_ids)
         )
-        sides = [self._close(replace(side, num_prompt=num_prompt), is_closed) for side in (chosen, rejected)]
+        sides = [self._close(side.input_ids, num_prompt, is_closed) for side in (chosen, rejected)]
         if sides[0] == sides[1]:
             raise BadRowError("the sides are identical once tokenised")
         cut = self._cut(*sides)
@@ -252,9 +240,9 @@ class _Work:
         self._counts["prompt"] += cut[0].num_prompt < sides[0].num_prompt
         return TokenizedPair(cut[0], cut[1], row)
 
-    def _close(self, side: TokenizedSide, is_closed: bool) -> TokenizedSide:
+    def _close(self, ids: list[int], num_prompt: int, is_closed: bool) -> TokenizedSide:
         """One BOS in front, one end token behind."""
-        prompt, response = side.input_ids[: side.num_prompt], side.input_ids[side.num_prompt :]
+        prompt, response = ids[:num_prompt], ids[num_prompt:]
         if self._bos is not None:
             while prompt[:1] == [self._bos]:
                 prompt = prompt[1:]
@@ -293,18 +281,14 @@ def _num_response(side: TokenizedSide) -> int:
 def _describe_lengths(pairs: list[TokenizedPair]) -> list[str]:
     if not pairs:
         return []
-    num = len(pairs)
-    prompt = sum(pair.chosen.num_prompt for pair in pairs) / num
-    chosen, rejected = (sum(_num_response(side) for side in sides) / num for sides in _sides(pairs))
-    longest = max(len(side.input_ids) for sides in _sides(pairs) for side in sides)
+    prompt = fmean(pair.chosen.num_prompt for pair in pairs)
+    chosen = fmean(_num_response(pair.chosen) for pair in pairs)
+    rejected = fmean(_num_response(pair.rejected) for pair in pairs)
+    longest = max(len(side.input_ids) for pair in pairs for side in (pair.chosen, pair.rejected))
     return [
         f"tokens on average: prompt {prompt:.1f}, chosen {chosen:.1f}, rejected {rejected:.1f}; "
         f"longest row {longest}"
     ]
-
-
-def _sides(pairs: list[TokenizedPair]) -> tuple[list[TokenizedSide], list[TokenizedSide]]:
-    return [pair.chosen for pair in pairs], [pair.rejected for pair in pairs]
 
 
 def _describe_dropped(dropped: Counter[str]) -> list[str]:
