@@ -103,9 +103,10 @@ def _read_file(path: Path, place: Place, wanted: set[str]) -> Rows:
         raise place.error(f"cannot be read: {error.strerror}; give a file that can be") from None
     if not text.strip():
         raise place.error("is empty; give a file with one pair a row")
-    if ".csv" in name:
+    kind = Path(name.removesuffix(".gz")).suffix
+    if kind == ".csv":
         return _parse_csv(text, place)
-    rows = list(_parse_json_lines(text, place) if ".jsonl" in name else _parse_json(text, place))
+    rows = list(_parse_json_lines(text, place) if kind == ".jsonl" else _parse_json(text, place))
     return Rows(list(dict.fromkeys(key for row in rows for key in row)), rows)
 
 
@@ -152,7 +153,9 @@ def _parse_csv(text: str, place: Place) -> Rows:
                 )
             rows.append({name: _csv_value(cell) for name, cell in row.items()})
     except csv.Error as error:
-        raise place.error(f"line {reader.line_num} is not CSV ({error}); mend that line") from None
+        # The count stands at the last whole row: the line where the faulty one begins is the next.
+        line = reader.line_num + 1
+        raise place.error(f"line {line} is not CSV ({error}); mend that line") from None
     return Rows(list(reader.fieldnames or []), rows)
 
 
@@ -217,12 +220,14 @@ def _read_hub(place: Place, wanted: set[str]) -> Rows:
 
 
 def _rows_of_split(loaded: Any, place: Place, wanted: set[str]) -> Rows:
-    """Rows of the split that `place` names; of the only one, or of `train`, where it names none."""
+    """Rows of the split that `place` names; where it names none, of the only one, or, to train on, of
+    `train`."""
     splits = loaded if isinstance(loaded, dict) else {"train": loaded}
     known = list(splits)
     split = place.split
     if split is None:
-        split = "train" if "train" in splits else known[0] if len(known) == 1 else None
+        is_default = "train" in splits and place.split_key == "data.split"
+        split = known[0] if len(known) == 1 else "train" if is_default else None
     if split not in splits:
         raise _unknown_split(place, known)
     dataset = splits[split]
