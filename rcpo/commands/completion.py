@@ -1,40 +1,68 @@
-"""`rcpo completion bash`: shell code that completes commands, config groups, options and keys on TAB."""
+"""`rcpo completion bash`: shell code that completes commands, config groups, options and keys on TAB.
+
+The words of `rcpo train` come from Hydra, asked in a process of its own; nothing heavy is imported for it.
+"""
 
 from rcpo.cli import COMMANDS
 from rcpo.errors import UserError
 
+HELP = """usage: rcpo completion bash
+
+Print the code that completes rcpo's words on TAB. To have it in every new shell, put this line in ~/.bashrc:
+
+  eval "$(rcpo completion bash)"
+
+Then TAB completes commands (rcpo tr), groups and options (rcpo train objective=s), keys (rcpo train train.st),
+your own options behind --config-dir DIR, flags, and files (rcpo train data.path=pa)."""
+
 BASH = r"""# rcpo: completion for bash. Put this in ~/.bashrc: eval "$(rcpo completion bash)"
 _rcpo() {
-    local word="${COMP_WORDS[COMP_CWORD]}" line choices
-    line="${COMP_LINE:0:COMP_POINT}"
-    local words=($line)
+    local line="${COMP_LINE:0:COMP_POINT}" word choices number
+    local words=($line) flags=() query="rcpo-train"
     [[ "$line" == *" " ]] && words+=("")
+    word="${words[-1]}"
     if (( ${#words[@]} <= 2 )); then
-        COMPREPLY=($(compgen -W "@COMMANDS@" -- "${words[1]}"))
+        COMPREPLY=($(compgen -W "@COMMANDS@" -- "$word"))
         (( ${#COMPREPLY[@]} == 1 )) && COMPREPLY[0]+=" "
         return
     fi
-    word="${words[-1]}"
     case "${words[1]}" in
-        train)
-            choices=$(COMP_POINT=$COMP_POINT COMP_LINE="${words[0]} ${line#* * }" \
-                "${words[0]}" train -sc query=bash 2>/dev/null)
-            COMPREPLY=($(compgen -W "$choices" -- "$word")) ;;
         completion) COMPREPLY=($(compgen -W "bash" -- "$word")) ;;
+        train)
+            if [[ "$word" == -* ]]; then
+                COMPREPLY=($(compgen -W "@FLAGS@" -- "$word"))
+                return
+            fi
+            [[ "${words[-2]}" == --config-dir ]] && { COMPREPLY=($(compgen -d -- "$word")); return; }
+            for (( number = 2; number < ${#words[@]} - 1; number++ )); do
+                case "${words[number]}" in
+                    --config-dir) flags=(--config-dir "${words[++number]}") ;;
+                    *=*) query+=" ${words[number]}" ;;
+                esac
+            done
+            query+=" $word"
+            choices=$(COMP_LINE="$query" COMP_POINT=${#query} \
+                "${words[0]}" train "${flags[@]}" -sc query=bash 2>/dev/null | tr ' ' '\n' | grep -v '^hydra')
+            COMPREPLY=($(compgen -W "$choices" -- "$word"))
+            if (( ${#COMPREPLY[@]} == 0 )) && [[ "$word" == *=* ]]; then  # a key whose value may be a file
+                COMPREPLY=($(compgen -P "${word%%=*}=" -f -- "${word#*=}"))
+            fi ;;
         *) COMPREPLY=($(compgen -f -- "$word")) ;;
     esac
 }
 COMP_WORDBREAKS=${COMP_WORDBREAKS//=}
 complete -o nospace -o default -F _rcpo rcpo
 """
+FLAGS = "--help --cfg --package --config-dir"
 
 
 def run(words: list[str]) -> int:
     """Print the code; returns the exit code."""
-    if words[:1] in (["-h"], ["--help"], []):
-        print('usage: eval "$(rcpo completion bash)"   (put that line into ~/.bashrc)')
-        return 0 if words else 2
+    if words in (["-h"], ["--help"]):
+        print(HELP)
+        return 0
     if words != ["bash"]:
-        raise UserError(f"{' '.join(words)}: no completion for that shell; type rcpo completion bash")
-    print(BASH.replace("@COMMANDS@", " ".join(COMMANDS)))
+        said = f"{' '.join(words)}: no completion for that shell" if words else "completion takes a shell"
+        raise UserError(f"{said}; type rcpo completion bash")
+    print(BASH.replace("@COMMANDS@", " ".join(COMMANDS)).replace("@FLAGS@", FLAGS))
     return 0
