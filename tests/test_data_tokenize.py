@@ -208,6 +208,16 @@ def test_a_token_across_the_boundary_belongs_to_the_response() -> None:
     assert "1 sides have a token that spans prompt and response (scored)" in data.report
 
 
+def test_a_response_that_changes_the_prompts_own_tokens_shortens_the_prompt() -> None:
+    """Prompt abc; cd merges before bc, so chosen d makes a b cd, rejected x makes a bc x: they share a
+    alone."""
+    vocabulary = {token: idx for idx, token in enumerate(["a", "b", "c", "d", "x", "bc", "cd"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("c", "d"), ("b", "c")]))
+    pair = tokenize_one("abc", "d", "x", PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    assert pair.chosen == TokenizedSide([0, 1, 6], 1)
+    assert pair.rejected == TokenizedSide([0, 5, 4], 1)
+
+
 def test_a_prompt_that_merges_into_both_responses_is_refused() -> None:
     """Prompt a, sides b and bc: no token is the prompt's alone, and there is no BOS to begin with."""
     data = tokenize([read_record("a", "b", "bc", 0)], make_merging(), on_bad_row="drop")
@@ -282,6 +292,13 @@ def test_limits_cut_prompts_left_and_responses_right_each_by_its_own_budget(
     assert response_of(pair.rejected) == rejected
 
 
+def test_a_prompt_may_take_what_short_responses_leave() -> None:
+    """Of 9 tokens the longer response takes 3, so the prompt keeps BOS and 5 of its 6 words."""
+    pair = tokenize_one("a b c d e f", " p", " x y", make_words(), max_length=9)
+    assert pair.chosen == TokenizedSide([0, *words("b c d e f p"), 1], 6)
+    assert pair.rejected == TokenizedSide([0, *words("b c d e f x y"), 1], 6)
+
+
 def test_no_limit_ever_empties_a_response_or_is_passed() -> None:
     """Prompts and responses of 1 to 9 words under every limit up to 12, with and without BOS."""
     letters = " ".join("abcdefghi")
@@ -294,7 +311,7 @@ def test_no_limit_ever_empties_a_response_or_is_passed() -> None:
             for m in (1, 4, 9)
         ]
         for max_length in range(2, 13):
-            for limit in (None, *range(1, max_length)):
+            for limit in (None, *range(1, max_length + 2)):
                 pairs = tokenize(records, tokenizer, max_length, limit).pairs
                 assert len(pairs) == len(records)
                 for side in (side for pair in pairs for side in sides_of(pair)):
