@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 from transformers.integrations import HfDeepSpeedConfig
 
+from rcpo.adapters import exported_tensors
 from rcpo.config.schema import Config, OptimConfig
 from rcpo.data.batch import PairBatch
 from rcpo.model import Policy, load_model
@@ -145,17 +146,17 @@ class Engine:
         return float(self._deepspeed.get_lr()[0])
 
     def whole_weights(self) -> dict[str, Tensor] | None:
-        """The model's own state dict on the CPU of rank 0 (tied weights once), None on other ranks.
-        Collective."""
+        """The tensors that are saved (`rcpo.adapters.exported_tensors`) on the CPU of rank 0, None on other
+        ranks. Collective."""
         is_first = self._deepspeed.global_rank == 0
         weights: dict[str, Tensor] = {}
-        for name, parameter in self.policy.model.named_parameters():
+        for name, parameters, read in exported_tensors(self.policy.model):
             gather: Any = contextlib.nullcontext()
             if self.stage == 3:
-                gather = deepspeed.zero.GatheredParameters([parameter])
+                gather = deepspeed.zero.GatheredParameters(parameters)
             with gather:
                 if is_first:
-                    weights[name] = parameter.detach().to("cpu", copy=True)
+                    weights[name] = read().to("cpu", copy=True)
         if not is_first:
             return None
         saved = self.policy.model.state_dict(keep_vars=False)

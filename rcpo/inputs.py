@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from rcpo.adapters import check_adapters
 from rcpo.config.schema import Config
 from rcpo.data.load import load_records
 from rcpo.data.sampler import PairSampler
@@ -45,6 +46,7 @@ class Inputs:
 def read_inputs(config: Config) -> Inputs:
     """Read and tokenise the data of a resolved config. Raises UserError with one line for whatever cannot
     train."""
+    check_adapters(config.model, config.train.device)
     tokenizer = load_tokenizer(config.model)
     check_vocabulary(config.model, tokenizer)
     records = load_records(config.data)

@@ -22,6 +22,13 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 import rcpo.builtin
+from rcpo.adapters import (
+    add_adapters,
+    count_parameters,
+    quantization_options,
+    save_adapter,
+    saves_adapter,
+)
 from rcpo.config.resolve import TINY
 from rcpo.config.schema import ModelConfig
 from rcpo.data.batch import PairBatch
@@ -114,7 +121,9 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 def load_model(config: ModelConfig) -> PreTrainedModel:
     """The causal language model in its training dtype, without dropout.
 
-    Dropout is off, so that the policy equals its reference at step 0 and a step has no randomness of its own.
+    Dropout is off, so that the policy equals its reference at step 0 and a step has no randomness of its own
+    (`model.lora.dropout` is the exception that a user asks for; it acts in training passes alone). With
+    `model.lora` everything but the new adapter is frozen. Collective at ZeRO 3.
     """
     source = model_source(config.path)
     transformers_logging.disable_progress_bar()
@@ -133,7 +142,11 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
             use_safetensors=True,
             trust_remote_code=config.trust_remote_code,
             **options,
+            **quantization_options(config),
         )
+    add_adapters(model, config, source)
+    trainable, total = count_parameters(model)
+    logger.info("trainable parameters: %d of %d (%.2f %%)", trainable, total, 100 * trainable / total)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
@@ -157,9 +170,12 @@ def save_model(
     model: PreTrainedModel, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
     """Write a Hugging Face model folder: safetensors (tied weights once), config, tokenizer with its
-    template."""
+    template; for `model.lora.save=adapter` peft's adapter instead, which `from_pretrained` loads likewise."""
     with contextlib.redirect_stdout(io.StringIO()):
-        model.save_pretrained(folder, state_dict=weights)
+        if saves_adapter(model):
+            save_adapter(model, weights, folder)
+        else:
+            model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
 
 

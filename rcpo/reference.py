@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
+from rcpo.adapters import below_fingerprint
 from rcpo.config.schema import ModelConfig
 from rcpo.data.tokenize import TokenizedPair, TokenizedSide
 from rcpo.evaluation import SideLogProbs
@@ -35,8 +36,10 @@ def cache_dir() -> Path:
 
 
 def weights_fingerprint(config: ModelConfig) -> str:
-    """Hash of the model's weight and config files and its dtype; for a hub model, of its id and commit."""
+    """Hash of the model's weight and config files and its dtype; for a hub model, of its id and commit.
+    An adapter below the trained one counts; the trained one does not, since it starts without effect."""
     digest = hashlib.blake2b(config.dtype.encode(), digest_size=KEY_BYTES)
+    digest.update(below_fingerprint(config))
     source = Path(model_source(config.path))
     if not source.is_dir():
         from transformers import AutoConfig

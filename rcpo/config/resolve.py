@@ -47,12 +47,18 @@ def resolve(config: Config, joined_world_size: int | None) -> Config:
         run_dir=str(Path(config.run_dir or f"runs/{name}").absolute()),
         train=train,
         model=dataclasses.replace(config.model, dtype=dtype),
-        optim=dataclasses.replace(config.optim, lr=config.optim.lr or (3e-4 if tiny else 1e-6)),
+        optim=dataclasses.replace(config.optim, lr=config.optim.lr or _default_lr(config)),
         deepspeed=dataclasses.replace(
             config.deepspeed, stage=1 if config.deepspeed.stage is None else config.deepspeed.stage
         ),
         tracking=_tracking(config),
     )
+
+
+def _default_lr(config: Config) -> float:
+    """An adapter takes about ten times the rate that all weights do."""
+    lr, with_adapter = (3e-4, 3e-3) if config.model.path == TINY else (1e-6, 1e-5)
+    return lr if config.model.lora.rank is None else with_adapter
 
 
 def model_label(config: Config) -> str:

@@ -6,6 +6,7 @@ rcpo sees only `Config`. Null means "rcpo decides": `rcpo.config.resolve` fills 
 frozen.
 """
 
+import dataclasses
 import json
 from typing import Annotated, Any, Literal
 
@@ -45,6 +46,28 @@ class CalibrationConfig:
     """Optimizer steps from one measurement of the scores to the next."""
 
 
+def _list_of_names(value: object) -> object:
+    return [value] if isinstance(value, str) and value != "all-linear" else value
+
+
+@dataclass(frozen=True, config=STRICT)
+class LoraConfig:
+    rank: Positive | None = None
+    """Rank of the trained adapter (LoRA, arXiv 2106.09685); null: no adapter, every parameter trains."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """The adapter's product is scaled by alpha / rank; null: 2 * rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of an adapted layer's inputs dropped before A in training passes; above 0 a step is random."""
+    targets: Annotated[Literal["all-linear"] | list[Text], BeforeValidator(_list_of_names)] = "all-linear"
+    """Linear layers to adapt: names, or all but the output projection."""
+    adapter: Text | None = None
+    """Folder or hub id of an adapter to start from, of SFT say; the reference has it too."""
+    on_adapter: Literal["merge", "stack"] | None = None
+    """merge: add `adapter` to the base weights; stack: keep it, frozen, beside the new one. No default."""
+    save: Literal["merged", "adapter"] = "merged"
+    """merged: final/ is a whole model, which needs neither peft nor the base model; adapter: peft's files."""
+
+
 @dataclass(frozen=True, config=STRICT)
 class ModelConfig:
     path: Text
@@ -59,6 +82,10 @@ class ModelConfig:
     """Run Python code that lies in the model's folder."""
     chat_template: Text | None = None
     """null: the tokenizer's own; plain: rcpo's; else a jinja file."""
+    lora: LoraConfig = Field(default_factory=LoraConfig)
+    """Train a low-rank adapter in place of the weights."""
+    quantization: Literal["4bit"] | None = None
+    """4bit: hold the frozen base weights as nf4 (bitsandbytes, CUDA only); needs an adapter to train."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -90,7 +117,7 @@ class DataConfig:
 class OptimConfig:
     name: Literal["adamw", "sgd"]
     lr: Annotated[float, Field(gt=0)] | None = None
-    """Peak learning rate; null: 3e-4 for builtin:tiny, else 1e-6."""
+    """Peak learning rate; null: 3e-4 for builtin:tiny, else 1e-6; ten times that with model.lora."""
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = Field(
         default_factory=lambda: [0.9, 0.999]
     )
@@ -232,8 +259,53 @@ def _is_union_arm(part: object) -> bool:
     )
 
 
+def _check_model(config: Config) -> None:
+    """Rules of adapters and quantization."""
+    model, lora = config.model, config.model.lora
+    if lora.rank is None:
+        for field in dataclasses.fields(LoraConfig):
+            value, default = getattr(lora, field.name), getattr(LoraConfig(), field.name)
+            if value != default:
+                shown = f"[{','.join(value)}]" if isinstance(value, list) else value
+                raise UserError(
+                    f"model.lora.{field.name}={shown}: has no effect without an adapter to train; type "
+                    f"model.lora.rank=16, or model.lora.{field.name}={'null' if default is None else default}"
+                )
+        if model.quantization is not None:
+            raise UserError(
+                f"model.quantization={model.quantization}: quantized weights cannot train, so it needs an "
+                "adapter; type model.lora.rank=16"
+            )
+        return
+    if not lora.targets:
+        raise UserError("model.lora.targets=[]: names no layer; type model.lora.targets=all-linear")
+    if lora.adapter is not None and lora.on_adapter is None:
+        raise UserError(
+            f"model.lora.adapter={lora.adapter}: must be merged into the base or kept frozen beside the new "
+            "one; type model.lora.on_adapter=merge or model.lora.on_adapter=stack"
+        )
+    if lora.adapter is None and lora.on_adapter is not None:
+        raise UserError(
+            f"model.lora.on_adapter={lora.on_adapter}: there is no adapter to {lora.on_adapter}; "
+            "type model.lora.adapter=PATH"
+        )
+    if model.quantization is None:
+        return
+    if lora.on_adapter == "merge":
+        raise UserError(
+            "model.lora.on_adapter=merge: cannot be done with 4-bit weights; type model.lora.on_adapter=stack"
+        )
+    if lora.save == "merged":
+        raise UserError(
+            "model.lora.save=merged: cannot be done with 4-bit weights; type model.lora.save=adapter"
+        )
+    if config.deepspeed.stage == 3:
+        raise UserError("deepspeed.stage=3: does not shard 4-bit weights here; type deepspeed.stage=2")
+
+
 def _check_combinations(config: Config) -> None:
     """Rules that join several keys."""
+    _check_model(config)
     params = dict(config.objective)
     load_objective(str(params.pop("name", None)), **params)
     train, data = config.train, config.data
