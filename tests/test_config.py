@@ -36,7 +36,8 @@ for words in json.load(sys.stdin):
 """
 """One process for many command lines; each answers with a line of JSON."""
 
-NEEDED = {"data/file": ["data.path=p"], "model/hf": ["model.path=p"], "optim/sgd": ["optim.lr=0.1"]}
+NEEDED = {"data/file": ["data.path=p"], "model/hf": ["model.path=p"], "optim/sgd": ["optim.lr=0.1"],
+          "calibration/fixed": ["calibration.alpha=1.2"]}  # fmt: skip
 """What an option leaves unset on purpose."""
 SHIPPED = sorted(str(path.relative_to(conf_dir()).with_suffix("")) for path in conf_dir().glob("*/*.yaml"))
 OPTIONS = {name: [name.replace("/", "="), *NEEDED.get(name, [])] for name in SHIPPED}
@@ -57,8 +58,16 @@ VALID = {
 WRONG = {
     "calibration=maybe": "calibration=maybe: no such option; choose one of "
     + ", ".join(sorted(path.stem for path in (conf_dir() / "calibration").glob("*.yaml"))),
-    "train.stepz=3": "train.stepz: no such key; `rcpo train --help` lists them",
+    "train.stepz=3": "train.stepz: no such key; did you mean train.steps? `rcpo train --help` lists them",
     "nogroup=3": "nogroup: no such key; `rcpo train --help` lists them",
+    "objective.betta=1": "objective.betta: objective=dpo has no such key; did you mean objective.beta? "
+    "`rcpo train --help` lists them",
+    "calibration.ema_beta=0.5": "calibration.ema_beta: calibration=off has no such key; "
+    "`rcpo train --help` lists them",
+    "objective=simp": "objective=simp: no such option; did you mean objective=simpo? The options are "
+    + ", ".join(sorted(REGISTRY)),
+    "objective=dpo,simpo": "objective=dpo,simpo: is several values; `rcpo train` makes one run; "
+    "type one command for each",
     "+typo=1": "typo: no such key; `rcpo train --help` lists them (remove +typo=...)",
     "+train.typo=1": "train.typo: no such key; `rcpo train --help` lists them (remove +train.typo=...)",
     "+objective.betta=1": "objective.betta=1: dpo has no such parameter; did you mean objective.beta?",

@@ -12,8 +12,8 @@ Print the code that completes rcpo's words on TAB. To have it in every new shell
 
   eval "$(rcpo completion bash)"
 
-Then TAB completes commands (rcpo tr), groups and options (rcpo train objective=s), keys (rcpo train train.st),
-your own options behind --config-dir DIR, flags, and files (rcpo train data.path=pa)."""
+Then TAB completes commands (rcpo tr), groups and options (rcpo train objective=s), keys (rcpo train
+train.st), your own options behind --config-dir DIR, flags, and files (rcpo train data.path=pa)."""
 
 BASH = r"""# rcpo: completion for bash. Put this in ~/.bashrc: eval "$(rcpo completion bash)"
 _rcpo() {

@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import hydra
 import yaml
@@ -63,7 +63,7 @@ def compose(argv: list[str]) -> dict[str, Any] | None:
     try:
         return None if not composed else _plain(composed[0])
     except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-        raise UserError(_explain(error)) from None
+        raise UserError(_explain(error, argv)) from None
 
 
 def _run_hydra(argv: list[str], use: Callable[[DictConfig], None]) -> None:
@@ -77,7 +77,7 @@ def _run_hydra(argv: list[str], use: Callable[[DictConfig], None]) -> None:
         with contextlib.redirect_stderr(stderr):
             entry()
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
-        raise UserError(_explain(error)) from None
+        raise UserError(_explain(error, argv)) from None
     except SystemExit as stop:
         if stop.code in (None, 0):
             return
@@ -91,23 +91,38 @@ def _run_hydra(argv: list[str], use: Callable[[DictConfig], None]) -> None:
             os.environ["HYDRA_FULL_ERROR"] = saved_full
 
 
-def _print_help(argv: list[str]) -> None:
-    """Print `rcpo train --help` for what the other words choose; values may be unset."""
-    composed: list[tuple[DictConfig, dict[str, str], dict[str, list[str]]]] = []
+class Composition(NamedTuple):
+    """What Hydra made of some words; values may be unset."""
+
+    tree: dict[str, Any]
+    choices: dict[str, str]
+    """The chosen option of each group."""
+    options: dict[str, list[str]]
+    """All options of each group."""
+
+
+def _look_at(argv: list[str]) -> Composition:
+    """Compose without asking for every value; raises UserError as `compose` does."""
+    seen: list[Composition] = []
 
     def collect(cfg: DictConfig) -> None:
         loader = GlobalHydra.instance().config_loader()
         options = {group: loader.get_group_options(group) for group in loader.list_groups("")}
-        composed.append((cfg, dict(HydraConfig.get().runtime.choices), options))
-
-    _run_hydra([word for word in argv if word not in HELP], collect)
-    from rcpo.config.help import help_text
-
-    for cfg, choices, options in composed:
         tree = OmegaConf.to_container(cfg, resolve=False)
         assert isinstance(tree, dict)
         named = {str(key): value for key, value in tree.items()}
-        print(help_text(named, options, choices, [*_config_dirs(argv), conf_dir()]))
+        seen.append(Composition(named, dict(HydraConfig.get().runtime.choices), options))
+
+    _run_hydra(argv, collect)
+    return seen[0]
+
+
+def _print_help(argv: list[str]) -> None:
+    """Print `rcpo train --help` for what the other words choose."""
+    from rcpo.config.help import help_text
+
+    seen = _look_at([word for word in argv if word not in HELP])
+    print(help_text(seen.tree, seen.options, seen.choices, [*_config_dirs(argv), conf_dir()]))
 
 
 def _config_dirs(argv: list[str]) -> list[Path]:
@@ -133,7 +148,7 @@ def _plain(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in tree.items()}
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: Exception, argv: list[str]) -> str:
     """One line: what was seen, the rule, what to type."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     key = getattr(error, "full_key", None)
@@ -143,19 +158,47 @@ def _explain(error: Exception) -> str:
         return (
             f"{error.override}: cannot be read as KEY=VALUE; quote values that hold signs as KEY='\"VALUE\"'"
         )
-    if match := re.match(r"In '[^']*': Could not find '([^']+)/([^/']+)'", lines[0]):
+    if match := re.match(r"In '[^']*': Could not find '([^']+)/([^/']*)'", lines[0]):
         options = re.findall(r"^\t(\S+)$", str(error), flags=re.MULTILINE)
-        close = difflib.get_close_matches(match[2], options, n=1)
+        close = difflib.get_close_matches(match[2], options, n=1, cutoff=0.7)
         hint = f"did you mean {match[1]}={close[0]}? The options are" if close else "choose one of"
         return f"{match[1]}={match[2]}: no such option; {hint} {', '.join(options)}"
     if match := re.match(r"Additional config directory '([^']+)' not found", lines[0]):
         return f"--config-dir {match[1]}: no such folder"
     if match := re.match(r"Could not override '([^']+)'", lines[0]):
-        return f"{match[1]}: no such key; `rcpo train --help` lists them"
+        return _explain_unknown_key(match[1], argv)
+    if match := re.match(r"Ambiguous value for argument '([^']+)'", lines[0]):
+        return f"{match[1]}: is several values; `rcpo train` makes one run; type one command for each"
     if match := re.match(r"Multiple values for ([^.\s]+)", lines[0]):
         return f"+{match[1]}: has an option already; type {match[1]}=OPTION without the +"
     if lines[0].startswith("Config group override must be"):  # as in objective=null
         return "null: is no option of a group; `rcpo train --help` lists groups and options"
+    if lines[0].startswith("Could not override ''"):
+        return "=: cannot be read as KEY=VALUE"
     if key:
         return f"{key}: {lines[0][0].lower()}{lines[0][1:]}; type {key}=VALUE"
     return " ".join(" ".join(lines).split())
+
+
+def _explain_unknown_key(key: str, argv: list[str]) -> str:
+    """Name the option that lacks the key, and the key that is spelt most like it."""
+    advice = "`rcpo train --help` lists them"
+    group = key.split(".")[0]
+    try:
+        seen = _look_at([word for word in argv if word.lstrip("+~").split("=")[0] != key])
+    except UserError:  # another word is wrong too; one message at a time
+        return f"{key}: no such key; {advice}"
+    option = f"{group}={seen.choices[group]} has" if group in seen.choices and "." in key else ""
+    fault = f"{option} no such key".strip()
+    close = difflib.get_close_matches(key, _key_names(seen.tree), n=1, cutoff=0.8)
+    return f"{key}: {fault}; {f'did you mean {close[0]}? ' if close else ''}{advice}"
+
+
+def _key_names(tree: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of all keys of a tree."""
+    names = []
+    for key, value in tree.items():
+        names.append(f"{prefix}{key}")
+        if isinstance(value, dict):
+            names += _key_names(value, f"{prefix}{key}.")
+    return names
