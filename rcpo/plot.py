@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from rcpo.console import nats, percent
 from rcpo.run_folder import RunFolder, open_run
 
 CHOSEN, REJECTED, BAND, ALPHA, INK, FAINT = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#222222", "#8a8a8a"
@@ -55,24 +56,28 @@ def plot_run(run: RunFolder, path: Path) -> None:
         axes = dict(zip(heights, grid[:, 0], strict=True))
         draw_displacement(axes["displacement"], metrics, evals)
         axes["displacement"].set_title("Change of log-probability since the start")
+        axes["displacement"].legend(loc="best", ncols=3, handlelength=1.6)
         if "band" in axes:
             draw_band(axes["band"], metrics)
         if "alpha" in axes:
             draw_alpha(axes["alpha"], metrics)
         grid[-1, 0].set_xlabel("optimizer step")
-        figure.suptitle(run_title(run), x=0.01, ha="left", fontweight="bold", fontsize=12)
+        title, name = run_title(run)
+        figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=12)
+        axes["displacement"].set_title(name, loc="right", color=FAINT, fontsize=8)
         save(figure, path)
 
 
 def plot_comparison(runs: list[tuple[str, RunFolder]], path: Path) -> None:
     """Write the displacement of several (label, run) side by side, on one scale, at most four in a row."""
-    columns = min(4, len(runs))
+    columns = len(runs) if len(runs) <= 4 else 3 if len(runs) <= 6 else 4
     lines = math.ceil(len(runs) / columns)
     with rc_context(STYLE):
-        figure = Figure(figsize=(max(6, 4.1 * columns), 3.6 * lines), dpi=DPI, layout="constrained")
+        size = (max(6, 4.1 * columns), 3.4 * lines + 0.4)
+        figure = Figure(figsize=size, dpi=DPI, layout="constrained")
         grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
         for axis, (label, run) in zip(grid.flat, runs, strict=False):
-            draw_displacement(axis, run.rows(run.metrics), run.rows(run.eval), with_legend=axis is grid[0, 0])
+            draw_displacement(axis, run.rows(run.metrics), run.rows(run.eval), with_raw=False)
             axis.set_title(label, fontweight="bold")
             axis.set_xlabel("optimizer step")
             axis.tick_params(labelbottom=True)
@@ -80,15 +85,17 @@ def plot_comparison(runs: list[tuple[str, RunFolder]], path: Path) -> None:
                 axis.set_ylabel("")
         for axis in grid.flat[len(runs) :]:
             axis.remove()
+        figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=3)
         save(figure, path)
 
 
-def run_title(run: RunFolder) -> str:
-    """objective, calibration and name from the frozen config; the folder's name where there is none."""
+def run_title(run: RunFolder) -> tuple[str, str]:
+    """Objective and calibration, and the name, from the frozen config; the folder's name where there is
+    none."""
     if not run.config.is_file():
-        return run.path.name
+        return run.path.name, ""
     _, config = open_run(str(run.path))
-    return f"{config.objective['name']}, calibration {config.calibration.name}  ({config.name})"
+    return f"{config.objective['name']}, calibration {config.calibration.name}", str(config.name)
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -113,40 +120,40 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return np.array([window.mean() if len(window) else math.nan for window in finite])
 
 
-def draw_displacement(axis: Axes, metrics: Rows, evals: Rows, with_legend: bool = True) -> None:
-    """Held-out chosen and rejected displacement with their last values; training batches faint behind."""
+def draw_displacement(axis: Axes, metrics: Rows, evals: Rows, with_raw: bool = True) -> None:
+    """Held-out chosen and rejected displacement with their last values; training batches faint behind, as
+    running means and, `with_raw`, one by one."""
     axis.axhline(0, color=FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     ends = []
     for name, colour, marker in (("chosen", CHOSEN, "o"), ("rejected", REJECTED, "s")):
         steps, values = column(metrics, f"displacement/{name}")
-        axis.plot(steps, values, color=colour, linewidth=0.6, alpha=0.18, zorder=2)
+        if with_raw:
+            axis.plot(steps, values, color=colour, linewidth=0.6, alpha=0.18, zorder=2)
         axis.plot(steps, smooth(values), color=colour, linewidth=1.1, alpha=0.45, zorder=3)
         steps, values = column(evals, f"displacement/{name}")
         axis.plot(
             steps, values, color=colour, linewidth=2.2, marker=marker, markersize=5, label=name, zorder=4
         )
         if len(values) and math.isfinite(values[-1]):
-            ends.append((values[-1], steps[-1], name, colour))
+            ends.append((values[-1], name, colour))
     _label_ends(axis, ends)
     axis.set_ylabel("displacement (nats)")
     axis.margins(x=0.02)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if with_legend:
-        axis.plot([], [], color=FAINT, linewidth=1.1, label="training batches")
-        axis.legend(loc="best", ncols=3, handlelength=1.6)
+    axis.plot([], [], color=FAINT, linewidth=1.1, label="training batches")
 
 
-def _label_ends(axis: Axes, ends: list[tuple[float, float, str, str]]) -> None:
+def _label_ends(axis: Axes, ends: list[tuple[float, str, str]]) -> None:
     """Name and last value at the right edge, in the line's colour, moved apart where they would overlap."""
     low, high = axis.get_ylim()
     gap = 0.075 * (high - low)
     previous = -math.inf
     overlap = max(0.0, gap - (max(ends)[0] - min(ends)[0])) if len(ends) == 2 else 0.0
-    for value, _, name, colour in sorted(ends):
+    for value, name, colour in sorted(ends, key=lambda end: (end[0], end[1] == "chosen")):
         height = max(value - overlap / 2, previous + gap)
         previous = height
         axis.annotate(
-            f"{name} {value + 0.0:+.2f}",
+            f"{name} {nats(value)}",
             xy=(1, height),
             xycoords=("axes fraction", "data"),
             xytext=(5, 0),
@@ -160,46 +167,52 @@ def _label_ends(axis: Axes, ends: list[tuple[float, float, str, str]]) -> None:
 
 
 def draw_band(axis: Axes, metrics: Rows) -> None:
-    """The disentanglement band, its centre, and where the steps stood; edges are cut at the panel where
-    infinite."""
+    """The disentanglement band, its centre, and where the steps stood.
+
+    Edges beyond the panel are cut there; steps with rho <= 0, where every ratio is inside, are hatched.
+    """
     rows = [row for row in metrics if "band/position" in row]
     steps, position = column(rows, "band/position")
-    _, center = column(rows, "band/center")
-    _, lower = column(rows, "band/lower")
-    _, upper = column(rows, "band/upper")
+    center, lower, upper = (column(rows, f"band/{name}")[1] for name in ("center", "lower", "upper"))
     low, high = band_limits(position, center, lower, upper)
-    axis.fill_between(
-        steps,
-        np.clip(np.nan_to_num(lower, nan=low), low, high),
-        np.clip(np.nan_to_num(upper, nan=high), low, high),
-        color=BAND,
-        alpha=0.2,
-        linewidth=0,
-        label="band",
-    )
+    span, below, above = _steps_as_spans(steps, np.clip(lower, low, high), np.clip(upper, low, high))
+    axis.fill_between(span, below, above, color=BAND, alpha=0.2, linewidth=0, label="band")
+    _, unbounded = _steps_as_spans(steps, np.isinf(lower) & np.isinf(upper))
+    if unbounded.any():
+        axis.fill_between(
+            span, low, high, where=unbounded, facecolor="none", edgecolor=BAND, hatch="///", alpha=0.35,
+            linewidth=0, label="no edges (rho ≤ 0)",
+        )  # fmt: skip
+    marker = "o" if len(steps) == 1 else ""
     axis.plot(steps, smooth(center), color=BAND, linewidth=1.4, linestyle=(0, (5, 2)), label="centre")
     axis.plot(steps, position, color=INK, linewidth=0.6, alpha=0.3)
-    axis.plot(steps, smooth(position), color=INK, linewidth=1.8, label="position")
+    axis.plot(steps, smooth(position), color=INK, linewidth=1.8, label="position", marker=marker)
     _, inside = column(rows, "band/inside")
     axis.set_ylim(low, high)
     axis.set_ylabel("log incentive ratio")
-    axis.set_title(f"Disentanglement band: {100 * inside.mean():.0f} % of the measured steps inside")
+    axis.set_title(f"Disentanglement band: {percent(inside.mean())} of the measured steps inside")
     axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=1.6)
+
+
+def _steps_as_spans(steps: np.ndarray, *values: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Each step as a span of its own, half a step to either side, so that a single step has a width too."""
+    span = np.repeat(steps, 2) + np.tile([-0.5, 0.5], len(steps))
+    return span, *(np.repeat(value, 2) for value in values)
 
 
 def band_limits(
     position: np.ndarray, center: np.ndarray, lower: np.ndarray, upper: np.ndarray
 ) -> tuple[float, float]:
-    """Limits that show every position and centre, and the edges up to their 90th percentile of what is
-    finite."""
+    """Limits that show every position and centre, and of the finite edges the nearer three quarters: a band
+    that is very wide needs no room."""
     middle = np.concatenate([position, center])
     middle = middle[np.isfinite(middle)]
     low, high = (middle.min(), middle.max()) if len(middle) else (-1.0, 1.0)
     finite_low, finite_high = lower[np.isfinite(lower)], upper[np.isfinite(upper)]
     if len(finite_low):
-        low = min(low, np.percentile(finite_low, 10))
+        low = min(low, np.percentile(finite_low, 25))
     if len(finite_high):
-        high = max(high, np.percentile(finite_high, 90))
+        high = max(high, np.percentile(finite_high, 75))
     pad = max(0.08 * (high - low), 0.05)
     return float(low - pad), float(high + pad)
 
@@ -208,7 +221,7 @@ def draw_alpha(axis: Axes, metrics: Rows) -> None:
     """alpha over steps; above 1 the chosen side is pulled harder and the rejected side pushed less."""
     steps, alpha = column(metrics, "calibration/alpha")
     axis.axhline(1, color=FAINT, linewidth=1, linestyle=(0, (4, 3)))
-    axis.plot(steps, alpha, color=ALPHA, linewidth=2)
+    axis.plot(steps, alpha, color=ALPHA, linewidth=2, marker="o" if len(steps) == 1 else "")
     axis.set_ylabel("alpha")
     axis.set_title("Calibration: pull on chosen x alpha, push on rejected / alpha")
     axis.margins(y=0.15)

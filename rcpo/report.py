@@ -9,9 +9,11 @@ import json
 import math
 import re
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -19,11 +21,10 @@ from rich.text import Text
 import rcpo
 from rcpo.config.resolve import data_label, model_label
 from rcpo.config.schema import Config
+from rcpo.console import KEPT_NATS, nats, percent
 from rcpo.objectives import Objective, load_objective
 from rcpo.run_folder import RunFolder
 
-KEPT_NATS = 0.1
-"""A mean held-out change smaller than this is called none."""
 HELD_OUT = ("chosen", "rejected", "margin", "accuracy", "chosen_down", "both_down")
 """Displacement keys whose value at the first and the last evaluation the summary holds, as start_* and
 end_*."""
@@ -75,7 +76,7 @@ def sentence(summary: dict[str, Any], calibration: str = "off") -> str:
         return (
             "The held-out chosen responses were measured once only: nothing can be said about their change."
         )
-    measured = f"{change:+.2f} nats on average, {100 * down:.0f} % of them fell"
+    measured = f"{nats(change)} nats on average, {percent(down)} of them fell"
     if change <= -KEPT_NATS:
         cure = (
             "calibration=on is made against it"
@@ -83,8 +84,7 @@ def sentence(summary: dict[str, Any], calibration: str = "off") -> str:
             else f"calibration={calibration} did not prevent it here"
         )
         return (
-            f"The chosen responses became less likely: {measured}; this is likelihood displacement, "
-            f"and {cure}."
+            f"The chosen responses became less likely: {measured}. This is likelihood displacement; {cure}."
         )
     if change < KEPT_NATS:
         return f"The chosen responses kept their likelihood: {measured}."
@@ -95,30 +95,50 @@ TABLE_HEADER = ("held-out pairs", "chosen", "rejected", "accuracy", "chosen fell
 
 
 def table_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Under `TABLE_HEADER`: the first and the last evaluation, as text."""
-    return [
-        (
-            f"step {summary[f'{when}_step']}",
-            _nats(summary[f"{when}_chosen"]),
-            _nats(summary[f"{when}_rejected"]),
-            "-" if summary[f"{when}_accuracy"] is None else f"{summary[f'{when}_accuracy']:.2f}",
-            "-"
-            if summary[f"{when}_chosen_down"] is None
-            else f"{100 * summary[f'{when}_chosen_down']:.0f} %",
-        )
-        for when in ("start", "end")
-        if summary[f"{when}_step"] is not None
-    ]
+    """Under `TABLE_HEADER`: the first and the last evaluation, as text; a dash where nothing finite was
+    measured."""
+    formats: dict[str, Callable[[float], str]] = {
+        "chosen": _nats,
+        "rejected": _nats,
+        "accuracy": "{:.2f}".format,
+        "chosen_down": percent,
+    }
+    rows = []
+    for when in ("start", "end"):
+        if summary[f"{when}_step"] is None:
+            continue
+        values = [(summary[f"{when}_{name}"], write) for name, write in formats.items()]
+        cells = ["-" if value is None else write(value) for value, write in values]
+        rows.append((f"step {summary[f'{when}_step']}", *cells))
+    return rows
 
 
-def _nats(value: float | None) -> str:
-    return "-" if value is None else f"{round(value, 2) + 0.0:+.2f} nats"
+def _nats(value: float) -> str:
+    return f"{nats(value)} nats"
+
+
+def print_start(console: Console, config: Config, num_train: int, num_held_out: int) -> None:
+    """One line before anything takes time: what is trained on what."""
+    console.print(
+        Text.assemble(
+            (title(config), "bold"),
+            f"  {model_label(config)} on {data_label(config)}: {num_train} training pairs, "
+            f"{num_held_out} held out, {config.train.pairs_per_step} a step",
+        ),
+        soft_wrap=True,
+    )
 
 
 def print_report(console: Console, run: RunFolder, config: Config, summary: dict[str, Any]) -> None:
-    """Print the table, the sentence, and where things are. Paths stay on one line each, to be copied."""
+    """Print the table, the sentence, and where things are. Paths stay on one line each, to be copied; ASCII
+    where the console is no terminal."""
+    plain = not console.is_interactive
     table = Table(
-        title=f"Change of log-probability, {title(config)}", title_justify="left", title_style="bold"
+        title=f"Change of log-probability, {title(config)}",
+        title_justify="left",
+        title_style="bold",
+        header_style="" if plain else "dim",
+        box=box.MARKDOWN if plain else box.SIMPLE_HEAD,
     )
     for column, name in enumerate(TABLE_HEADER):
         table.add_column(name, justify="left" if column == 0 else "right")
@@ -126,10 +146,24 @@ def print_report(console: Console, run: RunFolder, config: Config, summary: dict
         table.add_row(*row)
     console.print()
     console.print(table)
-    console.print(Text(sentence(summary, config.calibration.name), style=_mood(summary["end_chosen"])))
+    console.print(
+        Text(sentence(summary, config.calibration.name), style=_mood(summary["end_chosen"])), soft_wrap=plain
+    )
     console.print()
-    for label, path in (("run folder", run.path), ("model", run.final), ("plot", run.plot)):
-        console.print(Text.assemble((f"{label:<11}", "dim"), str(path)), soft_wrap=True)
+    for label, value in places(run).items():
+        console.print(Text.assemble((f"{label:<11}", "dim"), value), soft_wrap=True)
+
+
+def places(run: RunFolder) -> dict[str, str]:
+    """Where a finished run's things are, by label."""
+    found = {"run folder": str(run.path), "model": str(run.final), "plot": str(run.plot)}
+    offline = sorted(run.path.glob("wandb/offline-run-*"))
+    url = run.read_run().get("wandb_url")
+    if url is not None:
+        found["W&B"] = url
+    elif offline:
+        found["W&B"] = f"offline; wandb sync {offline[-1]}"
+    return found
 
 
 def title(config: Config) -> str:
@@ -196,7 +230,7 @@ LOGPROBS_NOTE = {
 def formula(objective: Objective) -> str:
     """First sentence of the objective's docstring: its loss per pair."""
     text = " ".join((objective.loss.__doc__ or objective.name).split("\n\n")[0].split())
-    return text.split(". ")[0]
+    return text.split(". ")[0].replace(", per pair (B,)", "").rstrip(".")
 
 
 def averages(objective: Objective) -> bool:
@@ -209,15 +243,24 @@ def _calibration_text(config: Config, summary: dict[str, Any]) -> str:
     if calibration.name == "off":
         text = "off: the gradient of the loss as it is."
     else:
-        text = (
-            f"{calibration.name}: scope {calibration.scope}, estimator {calibration.estimator}, "
-            f"ema_beta {calibration.ema_beta}. The last step's alpha was {summary['alpha'] or math.nan:.4f}: "
-            "the pull on the chosen side was multiplied by it, the push on the rejected side divided."
+        text = calibration.name
+        if calibration.name in ("on", "exact"):
+            text += (
+                f": scope {calibration.scope}, estimator {calibration.estimator}, "
+                f"ema_beta {calibration.ema_beta}"
+            )
+        text += (
+            f". The last step's alpha was {_alpha(summary['alpha'])}: the pull on the chosen side was "
+            "multiplied by it, the push on the rejected side divided."
         )
     if summary["in_band_share"] is not None:
-        share = 100 * summary["in_band_share"]
-        text += f" {share:.0f} % of the measured steps lay inside the disentanglement band."
+        share = percent(summary["in_band_share"])
+        text += f" {share} of the measured steps lay inside the disentanglement band."
     return text
+
+
+def _alpha(alpha: float | None) -> str:
+    return "not finite" if alpha is None else f"{alpha:.4f}"
 
 
 def _worst_text(summary: dict[str, Any]) -> str:
