@@ -1,6 +1,7 @@
 """Adapters: low-rank matrices beside the linear layers of a model, through peft, and what is saved of them.
 
-Owns `model.lora` and what `model.quantization` asks for. Does not own training: after `add_adapters` the new
+Owns `model.lora` and what `model.quantization` asks for; the files of an adapter to start from are read by
+`rcpo.adapter_files`. Does not own training: after `add_adapters` the new
 matrices are the only trainable parameters, and the rest of rcpo asks `requires_grad` alone. The reference of
 an adapter run is the model as it stands before the new adapter is added; the new one starts with B = 0, so
 the untrained policy is that model exactly. The model stays a transformers class, with peft's layers inside.
@@ -12,9 +13,7 @@ peft and bitsandbytes are imported where they are asked for: they take seconds.
 import contextlib
 import copy
 import dataclasses
-import hashlib
 import importlib.util
-import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rcpo.adapter_files import PREFIX, WEIGHTS_FILE, adapter_folder, read_adapter_config
 from rcpo.config.schema import LoraConfig, ModelConfig
 from rcpo.errors import UserError
 
@@ -35,14 +35,6 @@ NEW = "default"
 """The adapter that trains; peft's own name for the one adapter of a file."""
 BELOW = "below"
 """The frozen adapter that `model.lora.adapter` names."""
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
-"""What peft puts before every name in an adapter file."""
-PLAIN = {
-    "peft_type": "LORA", "bias": "none", "modules_to_save": None, "use_dora": False, "lora_bias": False,
-    "trainable_token_indices": None, "target_parameters": None, "layer_replication": None,
-}  # fmt: skip
-"""Entries of an adapter_config.json, with the values that rcpo loads: B A beside linear layers, no more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +72,7 @@ def check_adapters(config: ModelConfig, device: str) -> None:
         if importlib.util.find_spec("bitsandbytes") is None:
             raise UserError(f"{given}: needs the bitsandbytes package; pip install 'rcpo[quantization]'")
     if config.lora.adapter is not None:
-        _read_config(config.lora.adapter)
+        read_adapter_config(config.lora.adapter)
 
 
 _NO_QUANTIZATION = "model.quantization=null"
@@ -306,50 +298,11 @@ def _target_names(model: PreTrainedModel, lora: LoraConfig) -> list[str]:
     return list(lora.targets)
 
 
-def adapter_folder(path: str) -> Path:
-    """The folder of an adapter: `path`, or the downloaded files of a hub id. Raises UserError where it is no
-    adapter with safetensors weights."""
-    folder = Path(path)
-    if not folder.is_dir():
-        if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
-            raise UserError(f"model.lora.adapter={path}: no such folder; give an adapter's folder or hub id")
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(snapshot_download(path, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
-        except (OSError, ValueError) as error:
-            first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise UserError(f"model.lora.adapter={path}: cannot be loaded: {first[:300]}") from error
-    missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
-    if missing:
-        pickled = (
-            "; it has pickled weights only, convert them to safetensors" if any(folder.glob("*.bin")) else ""
-        )
-        raise UserError(f"model.lora.adapter={path}: has no {missing[0]}{pickled}")
-    return folder
-
-
-def _read_config(path: str) -> dict[str, Any]:
-    """adapter_config.json, checked against `PLAIN`."""
-    try:
-        content = json.loads((adapter_folder(path) / CONFIG_FILE).read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"model.lora.adapter={path}: {CONFIG_FILE} is not JSON") from None
-    for key, value in PLAIN.items():
-        if (content.get(key, value) or None) != (value or None):
-            raise UserError(
-                f"model.lora.adapter={path}: has {key}={json.dumps(content[key])}, which rcpo does not load; "
-                "merge it into its model with peft and give the result as model.path"
-            )
-    entries: dict[str, Any] = content
-    return entries
-
-
 def _load_below(model: PreTrainedModel, path: str, model_path: str) -> None:
     """Inject the adapter of `path`, frozen and without dropout. Raises UserError where it does not fit."""
     import peft
 
-    trained_on = _read_config(path).get("base_model_name_or_path")
+    trained_on = read_adapter_config(path).get("base_model_name_or_path")
     if trained_on != model_path:
         logger.warning(
             "model.lora.adapter=%s was trained on %s, it is put on model.path=%s",
@@ -414,18 +367,3 @@ def _inject(config: Any, model: PreTrainedModel, name: str) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         peft.inject_adapter_in_model(config, model, adapter_name=name)
-
-
-def below_fingerprint(config: ModelConfig) -> bytes:
-    """What, beside the base model's files, the reference of a run depends on; empty for a plain run.
-
-    Merged and stacked count as two: they round differently.
-    """
-    parts = [] if config.quantization is None else [config.quantization.encode()]
-    if config.lora.adapter is not None:
-        folder = adapter_folder(config.lora.adapter)
-        parts.append(str(config.lora.on_adapter).encode())
-        parts += [
-            hashlib.blake2b((folder / name).read_bytes()).digest() for name in (CONFIG_FILE, WEIGHTS_FILE)
-        ]
-    return b"".join(parts)

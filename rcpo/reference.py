@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
-from rcpo.adapters import below_fingerprint
+from rcpo.adapter_files import below_fingerprint
 from rcpo.config.schema import ModelConfig
 from rcpo.data.tokenize import TokenizedPair, TokenizedSide
 from rcpo.evaluation import SideLogProbs
