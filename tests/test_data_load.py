@@ -173,6 +173,7 @@ def test_too_few_pairs_are_refused(tmp_path: Path) -> None:
         f"data.eval_pairs=128: {three} has 3 usable pairs, and at least 1 must be left to train on; "
         "type data.eval_pairs=1"
     )
+    assert "data.eval_pairs=3: " in fault(config_of(three, eval_pairs=3))
     assert len(load_records(config_of(three, eval_pairs=1)).train) == 2
     assert fault(config_of(three, eval_path=three, eval_pairs=3)) == (
         f"data.path={three}: no training pair is left beside 3 held-out pairs; "

@@ -61,6 +61,11 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
             )
 
 
+def write_csv_gz(path: Path, rows: list[dict[str, Any]]) -> None:
+    write_csv(path, rows)
+    path.write_bytes(gzip.compress(path.read_bytes()))
+
+
 def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
     parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
@@ -88,6 +93,7 @@ FORMATS: dict[str, Callable[[Path, list[dict[str, Any]]], None]] = {
     "PAIRS.JSONL.GZ": write_json_lines_gz,
     "lines-all-the-same.json": write_json_lines,
     "pairs.csv": write_csv,
+    "pairs.csv.gz": write_csv_gz,
     "pairs.csv.jsonl": write_json_lines,
     "pairs.parquet": write_parquet,
     "saved": write_dataset,
@@ -112,6 +118,12 @@ def test_formats_with_columns_read_the_wanted_ones_only(tmp_path: Path, name: st
     read = read_rows(Place(str(tmp_path / name), None), COLUMNS)
     assert read.columns == ["prompt", "chosen", "rejected", "score_chosen"]
     assert read.rows == TEXT_ROWS
+
+
+def test_a_cell_that_only_looks_like_messages_stays_text(tmp_path: Path) -> None:
+    row = {"prompt": "[{x", "chosen": "[1, 2]", "rejected": "{}"}
+    write_csv(tmp_path / "a.csv", [row])
+    assert read_rows(Place(str(tmp_path / "a.csv"), None), COLUMNS).rows == [row]
 
 
 def test_columns_are_those_of_any_row(tmp_path: Path) -> None:
