@@ -1,5 +1,8 @@
 """Checkpoints: complete or absent. Written beside their place, checksummed, fsynced, renamed.
 
+A checkpoint that takes the place of an older one of its step lets that one stand as .step-N.old until it is
+there itself. A damaged one is refused, never skipped in silence: remove it to use the one before it.
+
 checkpoints/step-000100/engine/...   DeepSpeed's files: weights, optimizer, schedule
                         state.json   step, calibrator, batch statistics, world size, ZeRO stage
                         rng/rank-*   random-number states
@@ -18,11 +21,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
-from rcpo.distributed import barrier, rank, world_size
+from rcpo.distributed import barrier, from_rank_zero, rank, world_size
 from rcpo.engine import Engine
 from rcpo.errors import UserError
 from rcpo.model import save_model
 from rcpo.run_folder import RunFolder, write_atomically
+
+REPLACED = ".old"
+"""Ending of a checkpoint that is about to be replaced."""
 
 
 def checkpoint_path(run: RunFolder, step: int) -> Path:
@@ -31,9 +37,15 @@ def checkpoint_path(run: RunFolder, step: int) -> Path:
 
 def newest_checkpoint(run: RunFolder) -> Path | None:
     """The complete checkpoint with the highest step, or None."""
-    complete = [path for path in run.checkpoints.glob("step-*") if (path / "manifest.json").is_file()]
-    # Longer names first: from step 1000000 on a name has more than the six digits.
-    return max(complete, key=lambda path: (len(path.name), path.name), default=None)
+    places = [*run.checkpoints.glob("step-*"), *run.checkpoints.glob(f".step-*{REPLACED}")]
+    complete = [path for path in places if (path / "manifest.json").is_file()]
+    return max(complete, key=_step_and_age, default=None)
+
+
+def _step_and_age(path: Path) -> tuple[int, bool]:
+    """Sorts by step, and puts a replaced checkpoint before the one that took its place."""
+    digits = path.name.removeprefix(".").removeprefix("step-").removesuffix(REPLACED)
+    return (int(digits) if digits.isdecimal() else -1, not path.name.endswith(REPLACED))
 
 
 def save_checkpoint(
@@ -67,7 +79,7 @@ def load_checkpoint(path: Path, engine: Engine) -> dict[str, Any]:
 
     Raises UserError when the checkpoint is damaged or was written by another number of ranks or ZeRO stage.
     """
-    check_manifest(path)
+    _check_on_rank_zero(path)
     state: dict[str, Any] = json.loads((path / "state.json").read_text())
     if (state["world_size"], state["stage"]) != (world_size(), engine.stage):
         raise UserError(
@@ -80,6 +92,20 @@ def load_checkpoint(path: Path, engine: Engine) -> dict[str, Any]:
     if "cuda" in rng and torch.cuda.is_available():
         torch.cuda.set_rng_state(rng["cuda"])
     return state
+
+
+def _check_on_rank_zero(path: Path) -> None:
+    """`check_manifest`, by one rank for all: reading a checkpoint once from a shared disk is enough.
+    Collective."""
+    fault = None
+    if rank() == 0:
+        try:
+            check_manifest(path)
+        except UserError as error:
+            fault = str(error)
+    fault = from_rank_zero(fault)
+    if fault is not None:
+        raise UserError(fault)
 
 
 def check_manifest(path: Path) -> None:
@@ -118,10 +144,15 @@ def _complete(beside: Path, place: Path) -> None:
         manifest[str(file.relative_to(beside))] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
         _fsync(file)
     write_atomically(beside / "manifest.json", json.dumps(manifest, indent=2))
+    for folder in (beside, *(file for file in beside.rglob("*") if file.is_dir())):
+        _fsync(folder)
+    old = place.with_name(f".{place.name}{REPLACED}")
     if place.exists():
-        shutil.rmtree(place)
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(place, old)
     os.replace(beside, place)
     _fsync(place.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _fsync(path: Path) -> None:

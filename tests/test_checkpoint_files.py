@@ -2,6 +2,7 @@
 runs."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -99,6 +100,71 @@ def test_saving_the_same_step_again_replaces_it(run: RunFolder) -> None:
     assert write_checkpoint(run, 3) == place
     check_manifest(place)
     assert not (place / "leftover").exists()
+
+
+@pytest.mark.parametrize("num_renames", [0, 1, 2])
+def test_a_crash_while_one_takes_the_place_of_another_leaves_one_whole(
+    run: RunFolder, num_renames: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Power fails before the first, second or third rename of the folders (old away, new in): at each moment
+    the newest checkpoint is a whole one, the old before the second rename and the new after it; saving once
+    more then leaves it alone in the folder."""
+    write_checkpoint(run, 2)
+    old = write_checkpoint(run, 3)
+    created = (old / "manifest.json").stat().st_ino
+    replace, renames = os.replace, []
+
+    def replace_or_fail(source: Path, target: Path) -> None:
+        if Path(source).is_dir():
+            if len(renames) == num_renames:
+                raise OSError("power failure")
+            renames.append(source)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_or_fail)
+    if num_renames == 2:
+        monkeypatch.setattr(shutil, "rmtree", lambda path, **options: None)
+        write_checkpoint(run, 3)
+    else:
+        with pytest.raises(OSError, match="power failure"):
+            write_checkpoint(run, 3)
+    monkeypatch.undo()
+    newest = newest_checkpoint(run)
+    assert newest is not None
+    check_manifest(newest)
+    assert ((newest / "manifest.json").stat().st_ino == created) == (num_renames < 2)
+    assert newest.name == (".step-000003.old" if num_renames == 1 else "step-000003")
+    write_checkpoint(run, 3)
+    assert newest_checkpoint(run) == checkpoint_path(run, 3)
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-000002", "step-000003"]
+
+
+def test_everything_is_on_disk_before_the_checkpoint_has_its_name(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file and every folder of it is fsynced first, the folder of checkpoints after the rename."""
+    synced: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def record_fsync(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def record_replace(source: Path, target: Path) -> None:
+        synced.append(f"-> {target}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    place = write_checkpoint(run, 3)
+    monkeypatch.undo()
+    beside = run.checkpoints / ".step-000003.tmp"
+    before = set(synced[: synced.index(f"-> {place}")])
+    parts = [place, *place.rglob("*")]
+    missing = {str(beside / part.relative_to(place)) for part in parts} - before
+    assert missing == {str(beside / "manifest.json")}  # synced under its temporary name
+    assert str(beside / ".manifest.json.tmp") in before
+    assert synced[-1] == str(run.checkpoints)
 
 
 def test_sha256_of_a_known_text(tmp_path: Path) -> None:
