@@ -52,6 +52,8 @@ def encode_row(row: dict[str, float]) -> str:
 def decode_row(line: str) -> dict[str, Any]:
     """The row that `encode_row` wrote."""
     row = json.loads(line)
+    if "step" not in row:
+        raise ValueError("a row without a step")
     return {
         key: NON_FINITE[value] if value is None or isinstance(value, str) else value
         for key, value in row.items()
@@ -105,8 +107,26 @@ class RunFolder:
             wandb_id=os.urandom(6).hex(),
         )
 
+    def reopen(self) -> None:
+        """Say in run.json that the run goes on. Raises UserError when that is damaged."""
+        known = self.read_run()
+        self.update_run(
+            status="running",
+            exit_reason=None,
+            num_resumed=known.get("num_resumed", 0) + 1,
+            wandb_id=known.get("wandb_id") or os.urandom(6).hex(),
+        )
+
     def read_run(self) -> dict[str, Any]:
-        run: dict[str, Any] = json.loads(self.run_json.read_text()) if self.run_json.is_file() else {}
+        """What run.json says; empty where there is none. UserError when it is damaged."""
+        if not self.run_json.is_file():
+            return {}
+        try:
+            run = json.loads(self.run_json.read_text(encoding="utf-8"))
+        except ValueError:
+            run = None
+        if not isinstance(run, dict):
+            raise UserError(f"{self.run_json}: is damaged; remove it to go on (the W&B id is lost with it)")
         return run
 
     def update_run(self, **changes: Any) -> None:
@@ -114,11 +134,19 @@ class RunFolder:
         write_atomically(self.run_json, json.dumps(self.read_run() | changes, indent=2) + "\n")
 
     def rows(self, path: Path) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl or eval.jsonl; a last line cut short by a crash is left out."""
+        """The rows of metrics.jsonl or eval.jsonl; a last line cut short by a crash is left out.
+
+        Raises UserError for any other line that is no row.
+        """
         if not path.is_file():
             return []
-        lines = path.read_text(encoding="utf-8").split("\n")
-        return [decode_row(line) for line in lines[:-1]]
+        rows = []
+        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+            try:
+                rows.append(decode_row(line.decode("utf-8")))
+            except (ValueError, TypeError, KeyError, AttributeError):
+                raise UserError(f"{path}: line {number} is damaged; mend it or remove it") from None
+        return rows
 
     def rewind(self, step: int) -> None:
         """Drop rows after `step`, so that a resumed run writes each of them once."""

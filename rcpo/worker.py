@@ -5,70 +5,96 @@ and run.json's last word.
 """
 
 import contextlib
+import json
 import logging
+import os
+import signal
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
 
-from rcpo.config.schema import Config
 from rcpo.errors import UserError
-from rcpo.run_folder import RunFolder, now, open_run
+
+if TYPE_CHECKING:  # imported where they are used: a rank must hear Ctrl-C quietly while torch is loading
+    import torch
+
+    from rcpo.config.schema import Config
+    from rcpo.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
 
-def run_worker(run: RunFolder, config: Config, resume: bool) -> int:
-    """Train as this process's rank; returns the exit code (0, 2 for bad input, 1 for a fault, 130
-    interrupted)."""
+def run_worker(run: "RunFolder", config: "Config", resume: bool) -> int:
+    """Train as this process's rank; returns the exit code (0, 2 for bad input, 130 or 143 after SIGINT or
+    SIGTERM). A fault is raised, after it has been recorded."""
     import torch
 
-    from rcpo.distributed import initialize, rank, shut_down
+    from rcpo.distributed import initialize, rank, shut_down, world_size
     from rcpo.logs import log_to_file
+    from rcpo.processes import interrupted_line
 
     device = initialize(config.train.device or "cpu")
     log_to_file(run.logs, rank())
     torch.backends.cuda.matmul.allow_tf32 = False
+    if world_size() == 1:
+        _raise_on_sigterm()
+    # Among ranks that rcpo.processes started, it is the one that speaks at the end.
+    speaks = rank() == 0 and not _is_started_rank()
     try:
         with _outcome_recorded(run, rank()):
             _train(run, config, device, resume)
         return 0
     except UserError as error:
         logger.error("%s", error)
-        if rank() == 0:
+        if speaks:
             print(f"rcpo: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        if rank() == 0:
-            print(
-                f"rcpo: interrupted; `rcpo resume {run.path}` continues from the newest checkpoint",
-                file=sys.stderr,
-            )
-        return 130
+    except KeyboardInterrupt as stop:
+        if speaks:
+            print(interrupted_line(run), file=sys.stderr)
+        return 143 if stop.args == ("SIGTERM",) else 130
     finally:
         shut_down()
 
 
-def _train(run: RunFolder, config: Config, device: "object", resume: bool) -> None:
-    from rich.console import Console
+def _raise_on_sigterm() -> None:
+    """Let SIGTERM end a run of one process as Ctrl-C does. With several ranks it keeps ending a process at
+    once: one that waits in a collective would not hear it."""
 
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt("SIGTERM")
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
+
+
+def _train(run: "RunFolder", config: "Config", device: "torch.device", resume: bool) -> None:
+    from rcpo.console import RunConsole
     from rcpo.distributed import rank
     from rcpo.inputs import read_inputs
-    from rcpo.report import print_report
+    from rcpo.report import print_report, print_start
     from rcpo.trainer import train
 
     inputs = read_inputs(config)
     for line in inputs.report:
         logger.info("%s", line)
-    summary = train(config, run, inputs, device, resume)  # type: ignore[arg-type]
+    if rank() == 0:
+        print_start(RunConsole(), config, len(inputs.train), len(inputs.held_out))
+    summary = train(config, run, inputs, device, resume)
     if rank() == 0:
         run.update_run(summary=summary)
-        print_report(Console(), run, config, summary)
+        print_report(RunConsole(), run, config, summary)
 
 
 @contextlib.contextmanager
-def _outcome_recorded(run: RunFolder, rank: int) -> Iterator[None]:
-    """Write to run.json how the run ended; rank 0 alone writes, every rank logs."""
+def _outcome_recorded(run: "RunFolder", rank: int) -> Iterator[None]:
+    """Write to run.json how the run ended; rank 0 alone writes, every rank logs and tells who started it."""
+    from rcpo.run_folder import now
 
     def record(status: str, reason: str | None) -> None:
         if rank == 0:
@@ -78,29 +104,73 @@ def _outcome_recorded(run: RunFolder, rank: int) -> Iterator[None]:
         yield
         record("done", None)
     except UserError as error:
+        _tell_fault(str(error), is_bad_input=True)
         record("failed", str(error))
         raise
-    except KeyboardInterrupt:
-        record("interrupted", "SIGINT")
+    except KeyboardInterrupt as stop:
+        record("interrupted", "SIGTERM" if stop.args == ("SIGTERM",) else "SIGINT")
         raise
     except BaseException as error:
-        logger.error("%s", traceback.format_exc())
         last = next((line for line in reversed(str(error).splitlines()) if line.strip()), "")
-        record("failed", f"{type(error).__name__}: {last}"[:500])
+        reason = f"{type(error).__name__}: {last}"[:500]
+        _tell_fault(f"failed ({reason})")
+        logger.error("%s", traceback.format_exc())
+        record("failed", reason)
         raise
+
+
+def _is_started_rank() -> bool:
+    """Whether `rcpo.processes` started this process among others."""
+    from rcpo.processes import FAULT_FILE
+
+    return FAULT_FILE in os.environ
+
+
+def _tell_fault(reason: str, is_bad_input: bool = False) -> None:
+    """Tell `rcpo.processes` why this rank fails, at once: the others fail of that a moment later."""
+    from rcpo.processes import FAULT_FILE
+
+    path = os.environ.get(FAULT_FILE)
+    if path and not Path(path).exists():  # what came first is the cause
+        beside = Path(f"{path}.tmp")
+        beside.write_text(json.dumps({"time": time.time(), "reason": reason, "is_bad_input": is_bad_input}))
+        beside.replace(path)
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone: stdin is a pipe from there, closed by its
+    death."""
+
+    def wait() -> None:
+        while os.read(0, 1):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def main(words: list[str]) -> int:
-    """Entry of a started rank."""
+    """Entry of a started rank; what it fails of is in its log and told to `rcpo.processes`."""
     if not words or len(words) > 2 or words[1:] not in ([], ["--resume"]):
         print("usage: python -m rcpo.worker RUN [--resume]", file=sys.stderr)
         return 2
     try:
+        if _is_started_rank():
+            _end_with_parent()
+        from rcpo.run_folder import open_run
+
         run, config = open_run(str(Path(words[0])))
+        return run_worker(run, config, resume=len(words) == 2)
     except UserError as error:
-        print(f"rcpo: {error}", file=sys.stderr)
+        _tell_fault(str(error), is_bad_input=True)
         return 2
-    return run_worker(run, config, resume=len(words) == 2)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if not _is_started_rank():
+            raise
+        _tell_fault(f"failed ({type(error).__name__}: {error})")
+        return 1
 
 
 if __name__ == "__main__":

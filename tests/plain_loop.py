@@ -1,0 +1,205 @@
+"""The oracle of the engine tests: training as the formulas of the method say it, in plain torch.
+
+Full logits, log-softmax, one pair after another, no padding, no micro-batches, no ranks; losses and
+incentives written out by hand. Takes nothing of rcpo but tokenised pairs. `rows` has the names of
+metrics.jsonl.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rcpo.data.tokenize import TokenizedPair, TokenizedSide
+
+DPO_BETA, SIMPO_BETA, SIMPO_GAMMA, IPO_TAU = 0.1, 2.0, 1.0, 0.1
+EMA_BETA, MAX_LOG_ALPHA = 0.98, 3.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One plain run."""
+
+    objective: str
+    """dpo, simpo or ipo."""
+    calibration: str
+    """off, or one that centres the band: on, exact."""
+    optimizer: str
+    """sgd or adamw (eps 1e-4)."""
+    lr: float
+    grad_clip: float
+    scope: str = "head"
+    """head or full."""
+    estimator: str = "mean"
+    """mean or weighted."""
+    every: int = 1
+    """Optimizer steps between measurements."""
+
+
+@dataclass
+class PlainRun:
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    rows: list[dict[str, float]] = field(default_factory=list)
+
+
+class Sides(NamedTuple):
+    """One number a pair (B,), attached to the graph where the model trains."""
+
+    z_w: Tensor
+    z_l: Tensor
+
+
+class Geometry(NamedTuple):
+    chosen_norm: float
+    rejected_norm: float
+    cosine: float
+
+
+def train_plainly(
+    model: PreTrainedModel, pairs: Sequence[TokenizedPair], batches: list[list[int]], settings: Settings
+) -> PlainRun:
+    """Train `model` in place, one optimizer step a batch of indices into `pairs`."""
+    start = copy.deepcopy(model)
+    optimizer = _optimizer(model, settings)
+    run = PlainRun()
+    log_ratios, centers = _Ema(), _Ema()
+    for step, indices in enumerate(batches):
+        batch = [pairs[idx] for idx in indices]
+        with torch.no_grad():
+            ref = _summed(start, batch)
+        log_alpha = 0.5 * (centers.value - log_ratios.value)
+        alpha = math.exp(max(-MAX_LOG_ALPHA, min(MAX_LOG_ALPHA, log_alpha)))
+        z = _summed(model, batch)
+        leaves = Sides(z.z_w.detach(), z.z_l.detach())
+        loss, d_w, d_l = _loss_and_incentives(settings.objective, leaves, ref, batch)
+        # d loss / d theta = -d_w dz_w/dtheta + d_l dz_l/dtheta, with the two sides scaled.
+        optimizer.zero_grad()
+        (-alpha * d_w * z.z_w + d_l / alpha * z.z_l).mean().backward()
+        row = {
+            "train/loss": float(loss.mean()),
+            "logps/chosen": float(leaves.z_w.mean()),
+            "logps/rejected": float(leaves.z_l.mean()),
+            "displacement/chosen": float((leaves.z_w - ref.z_w).mean()),
+            "displacement/rejected": float((leaves.z_l - ref.z_l).mean()),
+            "incentive/chosen": float(d_w.mean()),
+            "incentive/rejected": float(d_l.mean()),
+            "calibration/alpha": alpha,
+        }
+        if settings.calibration != "off" and step % settings.every == 0:
+            weighted = settings.estimator == "weighted"
+            weights = Sides(d_w, d_l) if weighted else Sides(torch.ones_like(d_w), torch.ones_like(d_l))
+            measure = head_geometry if settings.scope == "head" else full_geometry
+            geometry = measure(model, batch, weights)
+            row |= {f"score/{name}": value for name, value in geometry._asdict().items()}
+            if d_w.mean() > 0 and d_l.mean() > 0:
+                log_norms = math.log(geometry.rejected_norm / geometry.chosen_norm)
+                log_ratios.add(-log_norms if weighted else math.log(d_w.mean() / d_l.mean()))
+                centers.add(0.0 if weighted else log_norms)
+        limit = settings.grad_clip or math.inf
+        row["train/grad_norm"] = float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
+        optimizer.step()
+        run.rows.append(row)
+    run.weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    return run
+
+
+class _Ema:
+    """A running mean whose decay ends at `EMA_BETA`: beta_t = min(EMA_BETA, t/(t+1))."""
+
+    def __init__(self) -> None:
+        self.value, self._num = 0.0, 0
+
+    def add(self, value: float) -> None:
+        beta = min(EMA_BETA, self._num / (self._num + 1))
+        self.value = beta * self.value + (1 - beta) * value
+        self._num += 1
+
+
+def _optimizer(model: PreTrainedModel, settings: Settings) -> torch.optim.Optimizer:
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=settings.lr)
+    return torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.999), eps=1e-4, weight_decay=0)
+
+
+def _loss_and_incentives(
+    objective: str, z: Sides, ref: Sides, batch: list[TokenizedPair]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """loss, d_w = -dL/dz_w, d_l = +dL/dz_l, each (B,), differentiated by hand."""
+    len_w = torch.tensor([float(_num_response(pair.chosen)) for pair in batch])
+    len_l = torch.tensor([float(_num_response(pair.rejected)) for pair in batch])
+    r_w, r_l = z.z_w - ref.z_w, z.z_l - ref.z_l
+    if objective == "dpo":
+        margin = DPO_BETA * (r_w - r_l)
+        pull = DPO_BETA * torch.sigmoid(-margin)
+        return -torch.log(torch.sigmoid(margin)), pull, pull
+    if objective == "simpo":
+        margin = SIMPO_BETA * (z.z_w / len_w - z.z_l / len_l) - SIMPO_GAMMA
+        pull = SIMPO_BETA * torch.sigmoid(-margin)
+        return -torch.log(torch.sigmoid(margin)), pull / len_w, pull / len_l
+    assert objective == "ipo"
+    excess = r_w / len_w - r_l / len_l - 1 / (2 * IPO_TAU)
+    return excess**2, -2 * excess / len_w, -2 * excess / len_l
+
+
+def _num_response(side: TokenizedSide) -> int:
+    return len(side.input_ids) - side.num_prompt
+
+
+def _summed(model: PreTrainedModel, batch: list[TokenizedPair]) -> Sides:
+    return Sides(
+        torch.stack([_log_prob(model, pair.chosen) for pair in batch]),
+        torch.stack([_log_prob(model, pair.rejected) for pair in batch]),
+    )
+
+
+def _log_prob(model: PreTrainedModel, side: TokenizedSide) -> Tensor:
+    """z = sum over response tokens of log softmax(logits)[token]."""
+    ids = torch.tensor([side.input_ids])
+    return _sum_of_targets(model(input_ids=ids).logits[0], side)
+
+
+def _sum_of_targets(logits: Tensor, side: TokenizedSide) -> Tensor:
+    """From logits (T, V) of one whole row: position t - 1 predicts token t."""
+    logps = torch.log_softmax(logits.float(), dim=-1)
+    places = range(side.num_prompt, len(side.input_ids))
+    return torch.stack([logps[place - 1, side.input_ids[place]] for place in places]).sum()
+
+
+def head_geometry(model: PreTrainedModel, batch: list[TokenizedPair], weights: Sides) -> Geometry:
+    """Norms and cosine of d mean(c_w z_w), d mean(c_l z_l) / d (output projection) with weights c, hidden
+    states held fixed."""
+    head = model.get_output_embeddings()
+    weight = head.weight.detach().clone().requires_grad_()
+    bias = None if head.bias is None else head.bias.detach().clone().requires_grad_()
+    leaves = [weight] if bias is None else [weight, bias]
+
+    def log_prob(side: TokenizedSide) -> Tensor:
+        with torch.no_grad():
+            body = model.get_decoder()(input_ids=torch.tensor([side.input_ids]))
+        logits = torch.nn.functional.linear(body.last_hidden_state[0], weight, bias)
+        return _sum_of_targets(logits, side)
+
+    z = Sides(
+        torch.stack([log_prob(pair.chosen) for pair in batch]),
+        torch.stack([log_prob(pair.rejected) for pair in batch]),
+    )
+    return _geometry(z, weights, leaves)
+
+
+def full_geometry(model: PreTrainedModel, batch: list[TokenizedPair], weights: Sides) -> Geometry:
+    """The same with respect to all parameters, through the whole model."""
+    return _geometry(_summed(model, batch), weights, list(model.parameters()))
+
+
+def _geometry(z: Sides, weights: Sides, leaves: list[Tensor]) -> Geometry:
+    sides = []
+    for values, factors in zip(z, weights, strict=True):
+        gradient = torch.autograd.grad((factors * values).mean(), leaves, retain_graph=True)
+        sides.append(torch.cat([part.flatten() for part in gradient]))
+    cosine = torch.nn.functional.cosine_similarity(sides[0], sides[1], dim=0)
+    return Geometry(float(sides[0].norm()), float(sides[1].norm()), float(cosine))

@@ -1,0 +1,230 @@
+"""Several ranks as a user starts, interrupts and loses them: the real CLI, signals by process id, no process
+left."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from rcpo.errors import UserError
+from rcpo.launch import resume
+from rcpo.processes import FAULT_FILE, Fault, _Ranks
+from rcpo.run_folder import RunFolder
+
+ENDLESS = ["train.steps=100000", "train.save_every=5", "train.eval_every=0"]
+TRAIN = [
+    sys.executable, "-m", "rcpo.cli", "train", "tracking=none", "train.pairs_per_step=4",
+    "data.train_pairs=64", "data.eval_pairs=8", "train.device=cpu",
+]  # fmt: skip
+SECONDS_TO_START = 120
+
+
+def processes_of(run_dir: Path) -> dict[int, str]:
+    """Pid and command line of every process that names the run folder."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                words = (entry / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if any(str(run_dir).encode() in word for word in words):
+                found[int(entry.name)] = b" ".join(words).decode()
+    return found
+
+
+def pid_of_rank(run_dir: Path, rank: int) -> int:
+    for pid, command in processes_of(run_dir).items():
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        if "rcpo.worker" in command and f"RANK={rank}".encode() in environment:
+            return pid
+    raise AssertionError(f"no rank {rank} runs")
+
+
+@contextmanager
+def started(words: list[str], run_dir: Path) -> Iterator[subprocess.Popen[str]]:
+    """`rcpo train WORDS` into `run_dir`; whatever it has started is ended at the end."""
+    process = subprocess.Popen(
+        [*TRAIN, *words, f"run_dir={run_dir}"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        for pid in processes_of(run_dir):
+            os.kill(pid, signal.SIGKILL)
+        process.kill()
+        process.communicate()
+
+
+def wait_for_steps(run: RunFolder, process: subprocess.Popen[str], num_steps: int) -> None:
+    deadline = time.monotonic() + SECONDS_TO_START
+    while not run.metrics.is_file() or run.metrics.read_bytes().count(b"\n") < num_steps:
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def wait_for_none(run_dir: Path, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while processes_of(run_dir):
+        assert time.monotonic() < deadline, processes_of(run_dir)
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_rank_that_dies_ends_the_run_and_resume_finishes_it(tmp_path: Path) -> None:
+    """SIGKILL of rank 1: within 10 seconds exit code 1, one line with the rank and its log, run.json says
+    failed, no process stays. `rcpo resume` then does the steps from the newest checkpoint on."""
+    run = RunFolder(tmp_path / "run")
+    words = ["launch.processes=2", "train.steps=60", "train.save_every=5", "train.eval_every=0"]
+    with started(words, run.path) as process:
+        wait_for_steps(run, process, 7)
+        os.kill(pid_of_rank(run.path, 1), signal.SIGKILL)
+        killed = time.monotonic()
+        _, stderr = process.communicate(timeout=10)
+        assert time.monotonic() - killed < 10
+        assert process.returncode == 1
+        wait_for_none(run.path, 1)
+    said = [line for line in stderr.splitlines() if line.startswith("rcpo: ")]
+    assert said == [f"rcpo: rank 1 was ended by signal 9 (SIGKILL); its log is {run.logs / 'rank-0001.log'}"]
+    assert "Traceback" not in stderr
+    state = run.read_run()
+    assert (state["status"], state["exit_reason"]) == ("failed", "rank 1 was ended by signal 9 (SIGKILL)")
+    done = subprocess.run(
+        [sys.executable, "-m", "rcpo.cli", "resume", str(run.path)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [row["step"] for row in run.rows(run.metrics)] == list(range(1, 61))
+    finished = run.read_run()
+    assert (finished["status"], finished["exit_reason"]) == ("done", None)
+    assert (finished["wandb_id"], finished["num_resumed"]) == (state["wandb_id"], 1)
+    assert (run.final / "model.safetensors").is_file()
+    assert [path.name for path in sorted(run.logs.iterdir())] == ["rank-0000.log", "rank-0001.log"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("processes", "number", "code"),
+    [(2, signal.SIGINT, 130), (1, signal.SIGINT, 130), (1, signal.SIGTERM, 143)],
+)
+def test_a_signal_interrupts_the_run(tmp_path: Path, processes: int, number: int, code: int) -> None:
+    """Ctrl-C and SIGTERM: exit code 128 + signal, one line that names `rcpo resume`, run.json says
+    interrupted."""
+    run = RunFolder(tmp_path / "run")
+    with started([f"launch.processes={processes}", *ENDLESS], run.path) as process:
+        wait_for_steps(run, process, 2)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=25)
+        assert process.returncode == code, stderr[-3000:]
+        wait_for_none(run.path, 1)
+    said = [line for line in stderr.splitlines() if line.startswith("rcpo: ")]
+    assert said == [f"rcpo: interrupted; `rcpo resume {run.path}` continues from the newest checkpoint"]
+    assert "Traceback" not in stderr
+    state = run.read_run()
+    assert (state["status"], state["exit_reason"]) == ("interrupted", signal.Signals(number).name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_ranks_do_not_outlive_their_launcher(tmp_path: Path) -> None:
+    """SIGKILL of the process that the user started: both ranks end within seconds by themselves."""
+    run = RunFolder(tmp_path / "run")
+    with started(["launch.processes=2", *ENDLESS], run.path) as process:
+        wait_for_steps(run, process, 2)
+        assert len(processes_of(run.path)) >= 3
+        process.kill()
+        process.wait()
+        wait_for_none(run.path, 5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_ranks_of_torchrun_join_one_run(tmp_path: Path) -> None:
+    """2 ranks by torchrun: one run folder, a log each, no second launcher; another number of ranks cannot
+    resume it."""
+    run = RunFolder(tmp_path / "run")
+    torchrun = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m",
+        "rcpo.cli",
+    ]  # fmt: skip
+    words = [*TRAIN[3:], "train.steps=3", "train.save_every=2", "deepspeed.stage=2", f"run_dir={run.path}"]
+    done = subprocess.run([*torchrun, *words], capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [row["step"] for row in run.rows(run.metrics)] == [1, 2, 3]
+    assert (run.read_run()["world_size"], run.read_run()["status"]) == (2, "done")
+    assert [path.name for path in sorted(run.logs.iterdir())] == ["rank-0000.log", "rank-0001.log"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+    run.update_run(status="failed")
+    torchrun[4] = "1"
+    done = subprocess.run(
+        [*torchrun, "resume", str(run.path)], capture_output=True, text=True, timeout=200, cwd=tmp_path
+    )
+    assert done.returncode != 0
+    assert f"rcpo: {run.path}: is a run of 2 ranks; start that many, not 1" in done.stderr.splitlines()
+
+
+def test_the_fault_that_came_first_is_the_cause(tmp_path: Path) -> None:
+    """Rank 0 lost its connection because rank 2 had failed before: rank 2 is named, though it still runs; a
+    rank ended by a signal comes before all, since it could say nothing."""
+    ranks = _Ranks(RunFolder(tmp_path), 3, False, tmp_path)
+    (tmp_path / "0").write_text(
+        json.dumps({"time": 20.0, "reason": "failed (connection)", "is_bad_input": False})
+    )
+    (tmp_path / "2").write_text(json.dumps({"time": 10.0, "reason": "failed (cause)", "is_bad_input": True}))
+    ranks.processes = [subprocess.Popen([sys.executable, "-c", code]) for code in ("exit(1)", "", "input()")]
+    ranks.processes[0].wait()
+    ranks.processes[1].wait()
+    try:
+        assert ranks.faults() == [
+            Fault(10.0, 2, "failed (cause)", True), Fault(20.0, 0, "failed (connection)"),
+        ]  # fmt: skip
+    finally:
+        ranks.end()
+    ranks.processes[1] = subprocess.Popen([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])
+    ranks.processes[1].wait()
+    assert [fault.rank for fault in ranks.faults()][:2] == [1, 2]
+    assert ranks.faults()[0].reason == "was ended by signal 9 (SIGKILL)"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(100)
+def test_a_started_rank_tells_why_it_failed(tmp_path: Path) -> None:
+    """`python -m rcpo.worker` on a folder that is no run, as a started rank: exit code 2, nothing printed,
+    the reason in its fault file."""
+    env = os.environ | {FAULT_FILE: str(tmp_path / "fault")}
+    command = [sys.executable, "-m", "rcpo.worker", str(tmp_path / "none")]
+    with subprocess.Popen(
+        command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.wait(timeout=60) == 2
+        assert process.stderr is not None
+        assert "rcpo:" not in process.stderr.read()
+    fault = json.loads((tmp_path / "fault").read_text())
+    assert fault["is_bad_input"]
+    assert re.match(rf"{tmp_path}/none: is not a run folder", fault["reason"])
+
+
+def test_a_run_of_several_nodes_is_not_resumed_on_one_host(tmp_path: Path) -> None:
+    """Its 2 ranks would all be started here: refused with what to type."""
+    from rank_runs import Case, Layout, make_config, make_run, write_inputs
+
+    write_inputs(tmp_path)
+    config = make_config(tmp_path, tmp_path / "run", Case("dpo", "off", "llama", "sgd"), Layout(1, 8))
+    run = make_run(config)
+    run.config.write_text(run.config.read_text().replace("nodes: 1", "nodes: 2"))
+    with pytest.raises(UserError, match="was trained on 2 nodes; start `rcpo resume` on each with torchrun"):
+        resume(str(run.path))
