@@ -8,24 +8,34 @@ reference.
 
 import fcntl
 import hashlib
+import logging
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 from rcpo.adapter_files import below_fingerprint
 from rcpo.config.schema import ModelConfig
 from rcpo.data.tokenize import TokenizedPair, TokenizedSide
+from rcpo.distributed import from_rank_zero
+from rcpo.errors import UserError
 from rcpo.evaluation import SideLogProbs
 from rcpo.model import model_source
 
+logger = logging.getLogger(__name__)
+
 KEY_BYTES = 16
 """Length of a row key (BLAKE2b): a collision among 10^9 rows has a chance below 10^-20."""
+SECONDS_BETWEEN_SIGNS = 20.0
+"""How often a rank 0 that waits for its turn tells the others: far below a collective's time limit."""
 
 
 def cache_dir() -> Path:
@@ -36,7 +46,8 @@ def cache_dir() -> Path:
 
 
 def weights_fingerprint(config: ModelConfig) -> str:
-    """Hash of the model's weight and config files and its dtype; for a hub model, of its id and commit.
+    """Hash of the model's weight and config files (with its code, where that is trusted) and its dtype; for a
+    hub model, of its id and commit. A hub model whose commit is unknown has a fingerprint used only once.
     An adapter below the trained one counts; the trained one does not, since it starts without effect."""
     digest = hashlib.blake2b(config.dtype.encode(), digest_size=KEY_BYTES)
     digest.update(below_fingerprint(config))
@@ -46,9 +57,16 @@ def weights_fingerprint(config: ModelConfig) -> str:
 
         hf_config = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
         commit = getattr(hf_config, "_commit_hash", None)
+        if commit is None:
+            logger.warning(
+                "%s: its commit on the hub is unknown, so other runs cannot share its reference log-probs",
+                config.path,
+            )
+            commit = os.urandom(KEY_BYTES).hex()
         digest.update(f"{config.path}@{commit}".encode())
         return digest.hexdigest()
-    for file in sorted([source / "config.json", *source.glob("*.safetensors")]):
+    code = source.glob("*.py") if config.trust_remote_code else ()
+    for file in sorted([source / "config.json", *source.glob("*.safetensors"), *code]):
         digest.update(file.name.encode())
         with file.open("rb") as stream:
             while block := stream.read(1 << 24):
@@ -84,23 +102,91 @@ class ReferenceCache:
         }
 
     def merge(self, rows: dict[bytes, float]) -> None:
-        """Add rows; atomic, and safe against other runs on this host that add theirs."""
+        """Add rows; atomic. Call with the lock held: another run's rows could be lost otherwise."""
         if not rows:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(self.path.with_suffix(".lock")):
-            merged = self.read() | rows
-            keys = torch.frombuffer(bytearray(b"".join(merged)), dtype=torch.uint8).view(-1, KEY_BYTES)
-            beside = self.path.with_suffix(f".{os.getpid()}.tmp")
-            save_file({"keys": keys, "z": torch.tensor(list(merged.values()), dtype=torch.float32)}, beside)
-            os.replace(beside, self.path)
+        merged = self.read() | rows
+        keys = torch.frombuffer(bytearray(b"".join(merged)), dtype=torch.uint8).view(-1, KEY_BYTES)
+        beside = self.path.with_suffix(f".{os.getpid()}.tmp")
+        save_file({"keys": keys, "z": torch.tensor(list(merged.values()), dtype=torch.float32)}, beside)
+        os.replace(beside, self.path)
+
+    @contextmanager
+    def lock(self) -> Iterator[Callable[[float], bool]]:
+        """A function that waits at most so many seconds for the lock and returns whether it is held; it is
+        given back at the end, or by the system when the process dies. OSError where there can be no lock."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.with_suffix(".lock").open("w") as stream:
+            yield lambda seconds: _lock_within(stream, seconds)
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
+def _lock_within(stream: TextIO, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.1)
+
+
+def shared_reference(
+    cache: ReferenceCache | None,
+    pairs: Sequence[TokenizedPair],
+    compute: Callable[[Sequence[TokenizedPair]], SideLogProbs],
+) -> tuple[SideLogProbs, int]:
+    """(ref_w, ref_l) of `pairs` from the cache, and how many sides had to be computed. Collective.
+
+    `cache` is rank 0's; the other ranks give None. One lock is held from reading through computing to
+    merging, so that the cells of a grid that start together compute each pair once: the first does, the
+    others wait.
+    A cache that cannot be written is a warning: the run computes for itself alone.
+    """
+    keys = {key for pair in pairs for key in (side_key(pair.chosen), side_key(pair.rejected))}
+
+    def read() -> dict[bytes, float]:
+        known = {} if cache is None else cache.read()
+        wanted: dict[bytes, float] = from_rank_zero({key: known[key] for key in keys if key in known})
+        return wanted
+
+    known = read()
+    if len(known) == len(keys):
+        return reference_logprobs(pairs, known, compute)[0], 0
+    with ExitStack() as stack:
+        _wait_for_turn(cache, stack)
+        values, fresh = reference_logprobs(pairs, read(), compute)
+        if cache is not None and fresh:
+            try:
+                cache.merge(fresh)
+            except (OSError, SafetensorError) as error:
+                logger.warning(
+                    "%s cannot be written (%s): other runs will compute it again", cache.path, error
+                )
+    return values, len(fresh)
+
+
+def _wait_for_turn(cache: ReferenceCache | None, stack: ExitStack) -> None:
+    """Take the cache's lock into `stack` on rank 0. Collective: the others hear from rank 0 all along,
+    because a silent wait would outlast the time limit of a collective."""
+    lock_within: Callable[[float], bool] | None = None
+    num_waits = 0
+    while True:
+        has_turn = True
+        if cache is not None:
+            try:
+                if lock_within is None:
+                    lock_within = stack.enter_context(cache.lock())
+                has_turn = lock_within(SECONDS_BETWEEN_SIGNS)
+            except OSError as error:  # no such folder can be made, or a file system without locks
+                logger.warning("%s cannot be locked (%s): other runs may compute the same", cache.path, error)
+        if from_rank_zero(has_turn):
+            return
+        if num_waits == 0:
+            logger.info("another run computes reference log-probs of this model; waiting for it")
+        num_waits += 1
 
 
 def reference_logprobs(
@@ -161,8 +247,15 @@ class ReferenceTable:
 
     @classmethod
     def load(cls, path: Path) -> "ReferenceTable":
-        tensors = load_file(path)
-        return cls(
-            SideLogProbs(tensors["train_w"], tensors["train_l"]),
-            SideLogProbs(tensors["held_out_w"], tensors["held_out_l"]),
-        )
+        """What `save` wrote; UserError when it is missing or damaged."""
+        try:
+            tensors = load_file(path)
+            return cls(
+                SideLogProbs(tensors["train_w"], tensors["train_l"]),
+                SideLogProbs(tensors["held_out_w"], tensors["held_out_l"]),
+            )
+        except (OSError, SafetensorError, KeyError):
+            raise UserError(
+                f"{path}: is missing or damaged, and displacement is measured against it; remove the run's "
+                "checkpoints to start it again from its first step"
+            ) from None

@@ -2,8 +2,7 @@
 
 `python rank_runs.py JOBS` is one rank. It imports everything once and then forks a process for each job,
 which trains a run folder's frozen config with `rcpo.trainer.train`, as `rcpo.worker` does; a job may be
-killed at a
-given moment. `do_jobs` starts the ranks, and ends all of them when one fails or time is up.
+killed at a given moment. `do_jobs` starts the ranks, and ends all of them when one fails or time is up.
 """
 
 import json

@@ -1,22 +1,26 @@
 """Reference log-probs: what a key depends on, what the cache keeps, and that runs can share it."""
 
+import dataclasses
 import multiprocessing
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import make_llama, make_neox, make_pairs
 
 from rcpo.config.schema import ModelConfig
 from rcpo.data.tokenize import TokenizedPair, TokenizedSide
+from rcpo.errors import UserError
 from rcpo.evaluation import SideLogProbs
 from rcpo.reference import (
     ReferenceCache,
     ReferenceTable,
     reference_logprobs,
+    shared_reference,
     side_key,
     weights_fingerprint,
 )
@@ -74,7 +78,7 @@ def test_cache_is_empty_then_keeps_and_overwrites_rows() -> None:
     cache.merge({b"b" * 16: -7.25, b"c" * 16: 3.0})
     assert ReferenceCache("f").read() == {b"a" * 16: -1.5, b"b" * 16: -7.25, b"c" * 16: 3.0}
     assert ReferenceCache("g").read() == {}
-    assert {path.suffix for path in cache.path.parent.iterdir()} == {".safetensors", ".lock"}
+    assert [path.suffix for path in cache.path.parent.iterdir()] == [".safetensors"]
 
 
 def test_merging_nothing_makes_no_file() -> None:
@@ -99,7 +103,9 @@ def add_rows(writer: int, num_rows: int) -> None:
     one."""
     cache = ReferenceCache("shared")
     for row in range(num_rows):
-        cache.merge({bytes([writer, row] * 8): float(writer * 100 + row)})
+        with cache.lock() as lock_within:
+            assert lock_within(60)
+            cache.merge({bytes([writer, row] * 8): float(writer * 100 + row)})
         assert bytes([writer, row] * 8) in cache.read()
 
 
@@ -122,6 +128,110 @@ def test_processes_that_merge_at_the_same_time_lose_nothing() -> None:
     assert [process.exitcode for process in processes] == [0] * 4
     expected = {bytes([w, r] * 8): float(w * 100 + r) for w in range(4) for r in range(10)}
     assert ReferenceCache("shared").read() == expected
+
+
+def ask_for_reference(cell: int, folder: Path) -> None:
+    """What each cell of the test below does: half of its pairs are its own, half are everybody's; computing
+    takes a while and leaves a line for each pair."""
+
+    def compute(pairs: Sequence[TokenizedPair]) -> SideLogProbs:
+        time.sleep(0.3)
+        with (folder / "computed").open("a") as stream:
+            stream.write("".join(f"{pair.row}\n" for pair in pairs))
+        return lengths_as_logprobs(pairs)
+
+    pairs = make_pairs(4, seed=1) + [
+        dataclasses.replace(pair, row=100 + cell) for pair in make_pairs(1, seed=10 + cell)
+    ]
+    values, _ = shared_reference(ReferenceCache("grid"), pairs, compute)
+    assert torch.equal(values.z_w, lengths_as_logprobs(pairs).z_w)
+
+
+@pytest.mark.timeout(120)
+def test_cells_that_start_together_compute_each_pair_once(tmp_path: Path) -> None:
+    """16 processes, 4 pairs in common and 1 of its own each: 20 pairs computed, none twice. (pitfall: a grid
+    that computes its reference once a cell)"""
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=ask_for_reference, args=(cell, tmp_path)) for cell in range(16)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 16
+    computed = sorted(int(row) for row in (tmp_path / "computed").read_text().split())
+    assert computed == [0, 1, 2, 3, *range(100, 116)]
+
+
+def test_a_full_cache_needs_no_turn(tmp_path: Path) -> None:
+    """While another holds the lock, a run that finds every pair goes on at once."""
+    pairs = make_pairs(3)
+    shared_reference(ReferenceCache("f"), pairs, lengths_as_logprobs)
+
+    def refuse(missing: Sequence[TokenizedPair]) -> SideLogProbs:
+        raise AssertionError("nothing is missing")
+
+    with ReferenceCache("f").lock() as lock_within:
+        assert lock_within(0)
+        with ReferenceCache("f").lock() as second:
+            assert not second(0.05)
+        values, num_computed = shared_reference(ReferenceCache("f"), pairs, refuse)
+    assert num_computed == 0
+    assert torch.equal(values.z_l, lengths_as_logprobs(pairs).z_l)
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A file stands where the folder should be: the run gets its numbers, and the log says what is lost."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("RCPO_CACHE", str(tmp_path / "file"))
+    pairs = make_pairs(3)
+    values, num_computed = shared_reference(ReferenceCache("f"), pairs, lengths_as_logprobs)
+    assert num_computed == 6
+    assert torch.equal(values.z_w, lengths_as_logprobs(pairs).z_w)
+    assert [record.message.partition(" cannot be ")[2].partition(" ")[0] for record in caplog.records] == [
+        "locked", "written",
+    ]  # fmt: skip
+
+
+def test_a_hub_model_of_unknown_commit_shares_no_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's answer is stood in for: with a commit the fingerprint is the same every time and differs
+    between commits; without one it never comes twice."""
+    import transformers
+
+    answer = make_llama().config
+
+    def fingerprint(commit: str | None) -> str:
+        answer._commit_hash = commit
+        monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda path, **options: answer)
+        return weights_fingerprint(ModelConfig(path="owner/name", dtype="float32"))
+
+    assert fingerprint("a") == fingerprint("a") != fingerprint("b")
+    assert fingerprint(None) != fingerprint(None)
+
+
+def test_code_counts_where_it_is_trusted(tmp_path: Path) -> None:
+    make_llama().save_pretrained(tmp_path)
+    config = {"path": str(tmp_path), "dtype": "float32"}
+    plain = weights_fingerprint(ModelConfig(**config))
+    (tmp_path / "modeling.py").write_text("x = 1")
+    assert weights_fingerprint(ModelConfig(**config)) == plain
+    trusted = weights_fingerprint(ModelConfig(**config, trust_remote_code=True))
+    (tmp_path / "modeling.py").write_text("x = 2")
+    assert len({plain, trusted, weights_fingerprint(ModelConfig(**config, trust_remote_code=True))}) == 3
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "other"])
+def test_damaged_table_is_one_line(tmp_path: Path, damage: str) -> None:
+    """As a run that is resumed would find it."""
+    path = tmp_path / "reference.safetensors"
+    if damage != "missing":
+        ReferenceTable(*(SideLogProbs(torch.zeros(2), torch.zeros(2)) for _ in range(2))).save(path)
+        path.write_bytes(path.read_bytes()[:-3])
+    if damage == "other":
+        save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match="is missing or damaged, and displacement is measured against it"):
+        ReferenceTable.load(path)
 
 
 def test_only_what_is_missing_is_computed() -> None:
