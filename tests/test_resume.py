@@ -1,0 +1,176 @@
+"""Invariant 8: a run that was killed and resumed is the run that was never killed, line for line and bit for
+bit.
+
+Also what a resume says about damaged files. Killed means SIGKILL of rank 0 at a chosen moment.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from rank_runs import (
+    Case,
+    Job,
+    Layout,
+    Moment,
+    do_jobs,
+    final_weights,
+    make_config,
+    make_run,
+    metrics,
+    write_inputs,
+)
+
+import rcpo.launch
+from rcpo.errors import UserError
+from rcpo.run_folder import RunFolder
+
+CASE = Case("dpo", "on", "llama-tied", "adamw")
+LAYOUTS = (*(Layout(1, 4, stage) for stage in (0, 1, 2, 3)), Layout(2, 2, 2), Layout(2, 2, 3))
+AFTER_A_CHECKPOINT: tuple[Moment, int] = ("row", 5)
+MOMENTS: list[tuple[Case, Layout, tuple[Moment, int]]] = [
+    *((CASE, layout, AFTER_A_CHECKPOINT) for layout in LAYOUTS),
+    (CASE, Layout(1, 4, 1), ("row", 1)),  # before any checkpoint: starts again
+    (CASE, Layout(1, 4, 1), ("row", 4)),  # after the row, before its checkpoint and evaluation
+    (CASE, Layout(1, 4, 1), ("checkpoint", 4)),  # half-written: the one of step 2 is used
+    (Case("simpo", "off", "neox", "sgd"), Layout(1, 4, 1), AFTER_A_CHECKPOINT),
+    (Case("bco", "on", "neox", "adamw"), Layout(1, 4, 1), AFTER_A_CHECKPOINT),  # has batch statistics
+]
+"""Checkpoints are written at steps 2, 4 and 6, evaluations at 0, 4 and 6."""
+
+
+def name_of(case: Case, layout: Layout, moment: tuple[Moment, int] | None) -> str:
+    return f"{case}-{layout}-" + ("whole" if moment is None else f"{moment[0]}{moment[1]}")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunFolder]:
+    """By name: each case never killed, and killed and resumed, by one launch of one rank and one of two."""
+    inputs = tmp_path_factory.mktemp("inputs")
+    write_inputs(inputs)
+    folder = tmp_path_factory.mktemp("runs")
+    jobs: dict[str, list[Job]] = {}
+    runs = {}
+    ranks_of = {}
+    for case, layout, moment in MOMENTS:
+        for at in (None, moment):
+            name = name_of(case, layout, at)
+            if name in runs:
+                continue
+            config = make_config(
+                inputs, folder / name, case, layout, "train.save_every=2", "optim.schedule=cosine",
+                "optim.warmup_steps=2",
+            )  # fmt: skip
+            runs[name], ranks_of[name] = make_run(config), layout.ranks
+            path = str(runs[name].path)
+            jobs[name] = [Job(path)] if at is None else [Job(path, killed_at=at), Job(path, resume=True)]
+    for num_ranks in (1, 2):
+        do_jobs([job for name in jobs if ranks_of[name] == num_ranks for job in jobs[name]], num_ranks, 200)
+    return runs
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize(("case", "layout", "moment"), MOMENTS, ids=str)
+def test_killed_and_resumed_equals_never_killed(
+    case: Case, layout: Layout, moment: tuple[Moment, int], runs: dict[str, RunFolder]
+) -> None:
+    """metrics.jsonl but for speed, eval.jsonl, per-pair results and final weights: the same bits."""
+    whole, resumed = runs[name_of(case, layout, None)], runs[name_of(case, layout, moment)]
+    assert [row["step"] for row in metrics(whole)] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in whole.rows(whole.eval)] == [0, 4, 6]
+    assert repr(metrics(resumed)) == repr(metrics(whole))  # repr: nan equals nan
+    assert resumed.eval.read_bytes() == whole.eval.read_bytes()
+    expected = final_weights(whole)
+    assert all(torch.equal(weight, expected[name]) for name, weight in final_weights(resumed).items())
+    for results in whole.pair_results.iterdir():
+        assert (resumed.pair_results / results.name).read_bytes() == results.read_bytes()
+    assert sorted(path.name for path in resumed.checkpoints.iterdir() if not path.name.startswith(".")) == [
+        "step-000002", "step-000004", "step-000006",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def damaged(runs: dict[str, RunFolder], tmp_path: Path) -> RunFolder:
+    """A copy of a run that was resumed, for a test to damage."""
+    shutil.copytree(runs[name_of(*MOMENTS[1])].path, tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
+    run.update_run(status="failed")
+    return run
+
+
+def resume_as_rank(run: RunFolder) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "rcpo.cli", "resume", str(run.path)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, env=os.environ | {"CI": "1"})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_damaged_checkpoint_is_refused_and_the_one_before_it_used_when_it_is_removed(
+    damaged: RunFolder, runs: dict[str, RunFolder]
+) -> None:
+    """One byte of the newest checkpoint's optimizer state changed: exit code 2 and one line; removed, as that
+    line says: resumed from step 4, with the rows and weights of the run that was never killed."""
+    newest = damaged.checkpoints / "step-000006"
+    state = next(newest.rglob("*optim_states.pt"))
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 1
+    state.write_bytes(content)
+    done = resume_as_rank(damaged)
+    assert done.returncode == 2, done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("rcpo: ")]
+    assert said == [
+        f"rcpo: {newest}: {state.relative_to(newest)} is missing or damaged; remove this checkpoint to use "
+        "the one before it"
+    ]
+    assert "Traceback" not in done.stderr
+    shutil.rmtree(newest)
+    done = resume_as_rank(damaged)
+    assert done.returncode == 0, done.stderr
+    whole = runs[name_of(CASE, LAYOUTS[1], None)]
+    assert repr(metrics(damaged)) == repr(metrics(whole))
+    expected = final_weights(whole)
+    assert all(torch.equal(weight, expected[name]) for name, weight in final_weights(damaged).items())
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def break_second_line(path: Path) -> None:
+    lines = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join([lines[0], lines[1][:25], *lines[2:]]))
+
+
+def not_utf8(path: Path) -> None:
+    path.write_bytes(b"\xff\xfe" + path.read_bytes())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "damage", "said"),
+    [
+        ("run.json", cut, "is damaged; remove it to go on"),
+        ("run.json", not_utf8, "is damaged; remove it to go on"),
+        ("metrics.jsonl", break_second_line, "line 2 is damaged; mend it or remove it"),
+        ("eval.jsonl", break_second_line, "line 2 is damaged; mend it or remove it"),
+        ("metrics.jsonl", not_utf8, "line 1 is damaged; mend it or remove it"),
+        ("config.yaml", lambda path: path.write_text("a: [1"), "is not YAML"),
+        ("config.yaml", lambda path: path.write_text("a: 1"), "a: no such key"),
+    ],
+)
+def test_damaged_small_file_is_one_line_before_anything_starts(
+    damaged: RunFolder, name: str, damage: Callable[[Path], object], said: str
+) -> None:
+    damage(damaged.path / name)
+    before = {path: path.read_bytes() for path in damaged.path.rglob("*") if path.is_file()}
+    with pytest.raises(UserError) as caught:
+        rcpo.launch.resume(str(damaged.path))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert {path: path.read_bytes() for path in damaged.path.rglob("*") if path.is_file()} == before
