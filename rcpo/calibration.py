@@ -26,6 +26,10 @@ class StepStatistics:
     mean_d_l: float
     geometry: ScoreGeometry | None
     """None where no score geometry was measured in this step."""
+    mean_r_w: float = math.nan
+    """Mean of z_w - ref_w over the global batch, before its update, in nats."""
+    probe_r_w: float | None = None
+    """The same on the held-out probe pairs, where the calibrator asked for it before this step."""
 
     @property
     def log_ratio(self) -> float | None:
@@ -41,9 +45,10 @@ class Band:
     rejected falls."""
 
     position: float
-    """log(alpha d_w / (d_l / alpha)): where the step stood, after calibration."""
+    """Where the step stood, after calibration. mean: log(alpha d_w / (d_l / alpha)); weighted: log(alpha
+    |G_w| / (|G_l| / alpha))."""
     center: float
-    """log r* = log(|s_l| / |s_w|)."""
+    """mean: log r* = log(|s_l| / |s_w|); weighted: 0, both halves of the gradient equally long."""
     half_width: float
     """-log rho; +inf where rho <= 0: every positive ratio is inside."""
 
@@ -62,16 +67,18 @@ class Band:
 
 
 def disentanglement_band(log_ratio: float, alpha: float, geometry: ScoreGeometry) -> Band | None:
-    """The band around log r* = log(|s_l|/|s_w|) with the position after calibration, log r + 2 log alpha.
+    """The band of a step with incentive ratio log r before calibration by alpha, which adds 2 log alpha to
+    the position.
 
-    None where a score is zero or not finite, so that no centre exists. arXiv 2604.18239.
+    None where a side's vector is zero or not finite, so that no centre exists. arXiv 2604.18239.
     """
     rho = geometry.cosine
     if math.isnan(rho):
         return None
+    log_norms = 0.5 * (math.log(geometry.rejected_squared) - math.log(geometry.chosen_squared))
     return Band(
-        position=log_ratio + 2 * math.log(alpha),
-        center=0.5 * (math.log(geometry.rejected_squared) - math.log(geometry.chosen_squared)),
+        position=(-log_norms if geometry.weighted else log_ratio) + 2 * math.log(alpha),
+        center=0.0 if geometry.weighted else log_norms,
         half_width=-math.log(rho) if rho > 0 else math.inf,
     )
 
@@ -81,6 +88,9 @@ class Calibrator(Protocol):
 
     def measures_at(self, step: int) -> bool:
         """Whether this calibrator asks for score geometry in optimizer step `step` (counted from 0)."""
+
+    def probes_at(self, step: int) -> bool:
+        """Whether it asks for the displacement of the held-out probe pairs before optimizer step `step`."""
 
     def alpha(self) -> float:
         """The factor for the next step."""
@@ -99,14 +109,20 @@ class Calibrator(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class NoCalibration:
-    """alpha = 1 always: plain training."""
+@dataclass
+class FixedCalibration:
+    """alpha constant: the static baseline, and at 1 plain training. Learns nothing, measures nothing."""
+
+    value: float = 1.0
 
     def measures_at(self, step: int) -> bool:
         return False
 
+    def probes_at(self, step: int) -> bool:
+        return False
+
     def alpha(self) -> float:
-        return 1.0
+        return self.value
 
     def update(self, statistics: StepStatistics) -> None:
         pass
@@ -126,7 +142,9 @@ class NoCalibration:
 
 @dataclass
 class BandCalibration:
-    """alpha = exp(1/2 (EMA[log r*] - EMA[log r])), clamped to exp(+-max_log_alpha).
+    """alpha = exp(1/2 (EMA[center] - EMA[position])), clamped to exp(+-max_log_alpha); position is log r and
+    center log r* for the estimator mean, log(|G_w| / |G_l|) and 0 for weighted, which gives the two halves
+    equal norm.
 
     The EMA advances once per measured step with beta_t = min(ema_beta, t/(t+1)), t counting the updates so
     far: a plain running mean at first. alpha = 1 until the first update, so that step t uses measurements up
@@ -136,19 +154,24 @@ class BandCalibration:
     ema_beta: float
     max_log_alpha: float
     every: int
-    """Optimizer steps from one measurement to the next."""
+    """Optimizer steps from one measurement to the next, once `warmup_steps` are over."""
+    warmup_steps: int = 0
+    """Optimizer steps at the start that are all measured."""
     num_updates: int = 0
     position_ema: float = 0.0
-    """EMA[log r], before calibration."""
+    """EMA of the band position before calibration."""
     center_ema: float = 0.0
-    """EMA[log r*]."""
+    """EMA of the band centre."""
     num_skipped: int = 0
     """Measured steps that left the EMA untouched: an incentive mean or a score not positive and finite."""
     num_clamped: int = 0
     """Steps whose alpha was limited by `max_log_alpha`."""
 
     def measures_at(self, step: int) -> bool:
-        return step % self.every == 0
+        return step < self.warmup_steps or step % self.every == 0
+
+    def probes_at(self, step: int) -> bool:
+        return False
 
     def _raw_log_alpha(self) -> float:
         return 0.5 * (self.center_ema - self.position_ema)
@@ -166,7 +189,7 @@ class BandCalibration:
             self.num_skipped += 1
             return
         beta = min(self.ema_beta, self.num_updates / (self.num_updates + 1))
-        self.position_ema = beta * self.position_ema + (1 - beta) * log_ratio
+        self.position_ema = beta * self.position_ema + (1 - beta) * band.position
         self.center_ema = beta * self.center_ema + (1 - beta) * band.center
         self.num_updates += 1
 
@@ -186,8 +209,96 @@ class BandCalibration:
     _STATE = ("num_updates", "position_ema", "center_ema", "num_skipped", "num_clamped")
 
 
-def build_calibrator(config: CalibrationConfig) -> Calibrator:
-    """The calibrator that a config asks for."""
-    if config.name == "off":
-        return NoCalibration()
-    return BandCalibration(config.ema_beta, config.max_log_alpha, config.every)
+@dataclass
+class FeedbackCalibration:
+    """log alpha <- clip(log alpha - gain clip(r - target, -2, 2), low, high), once per measurement r of
+    displacement.
+
+    r is the mean of r_w = z_w - ref_w, in nats. While every pair of a batch is new to the run (its first
+    `num_fresh_steps` optimizer steps), the batch mean is a held-out measurement, and each step gives one;
+    after that, or always with `from_probe`, r is measured on held-out probe pairs before every `every`-th
+    step. The measurement of step t moves alpha from step t+1 on. Needs no score geometry; rcpo's own, not of
+    the paper.
+    """
+
+    gain: float
+    target: float
+    low: float
+    high: float
+    every: int
+    num_fresh_steps: int
+    from_probe: bool
+    step: int = 0
+    """Optimizer steps seen."""
+    log_alpha: float = 0.0
+    num_skipped: int = 0
+    """Measurements that were not finite."""
+    num_clamped: int = 0
+    """Updates that `low` or `high` cut short."""
+    last: float = math.nan
+    """The newest measurement used."""
+
+    def measures_at(self, step: int) -> bool:
+        return False
+
+    def probes_at(self, step: int) -> bool:
+        return (self.from_probe or step >= self.num_fresh_steps) and step % self.every == 0
+
+    def alpha(self) -> float:
+        return math.exp(self.log_alpha)
+
+    def update(self, statistics: StepStatistics) -> None:
+        is_fresh = not self.from_probe and self.step < self.num_fresh_steps
+        measured = statistics.mean_r_w if is_fresh else statistics.probe_r_w
+        self.step += 1
+        if measured is None:
+            return
+        if not math.isfinite(measured):
+            self.num_skipped += 1
+            return
+        error = max(-FEEDBACK_ERROR_NATS, min(FEEDBACK_ERROR_NATS, measured - self.target))
+        wanted = self.log_alpha - self.gain * error
+        self.log_alpha = max(self.low, min(self.high, wanted))
+        self.num_clamped += self.log_alpha != wanted
+        self.last = measured
+
+    def metrics(self) -> dict[str, float]:
+        return {} if math.isnan(self.last) else {"calibration/measured": self.last}
+
+    def counts(self) -> dict[str, float]:
+        return {"calibration/skipped": self.num_skipped, "calibration/clamped": self.num_clamped}
+
+    def state_dict(self) -> dict[str, Any]:
+        state = {name: getattr(self, name) for name in self._STATE}
+        return state | {"last": None if math.isnan(self.last) else self.last}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in self._STATE:
+            setattr(self, name, state[name])
+        self.last = math.nan if state["last"] is None else state["last"]
+
+    _STATE = ("step", "log_alpha", "num_skipped", "num_clamped")
+
+
+FEEDBACK_ERROR_NATS = 2.0
+"""One measurement moves log alpha by at most gain times this: batch means of r_w are noisy."""
+
+
+def build_calibrator(config: CalibrationConfig, num_fresh_steps: int = 0) -> Calibrator:
+    """The calibrator that a config asks for, in a run whose first `num_fresh_steps` optimizer steps train on
+    pairs that are new to it."""
+    if config.name in ("off", "fixed"):
+        return FixedCalibration(config.alpha)
+    if config.name == "feedback":
+        feedback = config.feedback
+        high = config.max_log_alpha if feedback.high is None else feedback.high
+        return FeedbackCalibration(
+            gain=feedback.gain,
+            target=feedback.target,
+            low=feedback.low,
+            high=high,
+            every=feedback.every,
+            num_fresh_steps=num_fresh_steps,
+            from_probe=feedback.source == "probe",
+        )
+    return BandCalibration(config.ema_beta, config.max_log_alpha, config.every, config.warmup_steps)

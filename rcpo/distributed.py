@@ -120,3 +120,18 @@ def barrier() -> None:
 def shut_down() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def reduce_scatter(values: Tensor) -> Tensor:
+    """This rank's share along dimension 0 of the sum of `values` over all ranks; `values` itself with one
+    rank.
+
+    Dimension 0 must be a multiple of the number of ranks.
+    """
+    if world_size() == 1:
+        return values
+    share = values.new_empty(values.shape[0] // world_size(), *values.shape[1:])
+    # torch 2.13 renamed it.
+    collective = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    collective(share, values.contiguous())
+    return share

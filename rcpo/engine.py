@@ -6,11 +6,13 @@ weights, checkpoints). Does not own the loss: `rcpo.step` hands it a scalar per 
 
 import contextlib
 import io
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.utils import safe_get_full_optimizer_state
 from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 from transformers.integrations import HfDeepSpeedConfig
@@ -93,9 +95,12 @@ class Engine:
             model.to(device)
         self.policy = Policy(model)
         self.device = device
-        self._clip = config.train.grad_clip
-        parameters = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
-        optimizer = build_optimizer(config.optim, parameters)
+        self._accumulation_steps = accumulation_steps(config)
+        self._num_micro_batches = 0
+        self._is_adam = config.optim.name == "adamw"
+        self._has_moments = False
+        optimizer = build_optimizer(config.optim, self.trainable_parameters())
+        self._optimizer = optimizer
         schedule = "constant_with_warmup" if config.optim.schedule == "constant" else config.optim.schedule
         scheduler = get_scheduler(schedule, optimizer, config.optim.warmup_steps, num_steps)
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints timings there
@@ -110,6 +115,19 @@ class Engine:
         z: Tensor = self._deepspeed(batch)
         return z
 
+    def trainable_parameters(self) -> list[torch.nn.Parameter]:
+        """In the order of the model, each once."""
+        return [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+
+    def second_moments(self, parameters: Sequence[torch.nn.Parameter]) -> Iterator[Tensor] | None:
+        """Adam's running mean of squared gradients, whole and fp32, one parameter after the other; None where
+        the optimizer keeps none (yet). Collective."""
+        if not self._has_moments:
+            return None
+        if self._is_plain():
+            return (self._optimizer.state[parameter]["exp_avg_sq"] for parameter in parameters)
+        return (safe_get_full_optimizer_state(parameter, "exp_avg_sq") for parameter in parameters)
+
     @torch.no_grad()
     def logprobs_without_grad(self, batch: PairBatch) -> Tensor:
         """z (2B,) fp32 in evaluation mode. Collective at stage 3."""
@@ -118,23 +136,34 @@ class Engine:
         self._deepspeed.train()
         return z
 
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradient of one micro-batch: a mean over micro-batches and ranks is what steps.
-        Collective."""
+    def backward(self, loss: Tensor, is_last: bool = True) -> None:
+        """Accumulate a gradient: the mean over micro-batches and ranks is what steps. Collective.
+
+        A micro-batch may have several backward passes, each on a forward pass of its own and run right after
+        it; `is_last` says that no further one follows before `step`.
+        """
+        self._deepspeed.set_gradient_accumulation_boundary(is_last and self._ends_step())
         self._deepspeed.backward(loss)
 
     def step(self) -> None:
         """End a micro-batch; on the step's last one, clip and update the weights and the schedule.
         Collective."""
-        if self._deepspeed.is_gradient_accumulation_boundary() and self._norm_is_ours():
+        self._has_moments |= self._is_adam and self._ends_step()
+        if self._ends_step() and self._is_plain():
             gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
             self._grad_norm = torch.nn.utils.get_total_norm(gradients)
         self._deepspeed.step()
-        if not self._norm_is_ours():
+        self._num_micro_batches += 1
+        if not self._is_plain():
             self._grad_norm = self._deepspeed.get_global_grad_norm()
 
-    def _norm_is_ours(self) -> bool:
-        """At stage 0 in fp32 DeepSpeed clips with torch and tells no norm."""
+    def _ends_step(self) -> bool:
+        """Whether the current micro-batch is its optimizer step's last."""
+        return (self._num_micro_batches + 1) % self._accumulation_steps == 0
+
+    def _is_plain(self) -> bool:
+        """At stage 0 in fp32 DeepSpeed steps the torch optimizer itself; it clips with torch and tells no
+        norm."""
         return self.stage == 0 and not self._deepspeed.bfloat16_enabled()
 
     def grad_norm(self) -> float:
@@ -172,6 +201,7 @@ class Engine:
     def load(self, folder: Path) -> None:
         """Read what `save` wrote, on the same number of ranks and the same stage. Collective."""
         self._deepspeed.load_checkpoint(str(folder), tag=ENGINE_TAG)
+        self._has_moments = self._is_adam
 
 
 def _head_shape(model: PreTrainedModel) -> tuple[int, int]:

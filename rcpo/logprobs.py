@@ -61,15 +61,21 @@ class _TokenLogProbs(torch.autograd.Function):
         grad_weight = _zeros_fp32(weight) if ctx.needs_input_grad[1] else None
         grad_bias = _zeros_fp32(bias) if bias is not None and ctx.needs_input_grad[2] else None
         for part in _chunks(hidden.shape[0], ctx.num_chosen, weight.shape[0]):
+            is_chosen = part.start < ctx.num_chosen
             error = _logits(hidden[part], weight, bias).sub_(log_norms[part, None]).exp_().neg_()
             error.scatter_add_(1, targets[part, None], torch.ones_like(error[:, :1]))
-            if scores is not None:
-                scores.add(part.start < ctx.num_chosen, error, hidden[part])
+            if scores is not None and not scores.weighted:
+                scores.add(is_chosen, error, hidden[part])
             error *= grad_logps[part, None]
+            if scores is not None and scores.weighted and grad_weight is None:
+                scores.add(is_chosen, error, hidden[part])
             if grad_hidden is not None:
                 grad_hidden[part] = error.to(weight.dtype) @ weight
             if grad_weight is not None:
-                grad_weight += matmul_fp32(error.to(hidden.dtype).T, hidden[part])
+                product = matmul_fp32(error.to(hidden.dtype).T, hidden[part])
+                grad_weight += product
+                if scores is not None and scores.weighted:
+                    scores.add_product(is_chosen, product, None if bias is None else error.sum(0))
             if grad_bias is not None:
                 grad_bias += error.sum(0)
         return (

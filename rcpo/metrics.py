@@ -5,6 +5,8 @@ Owns every metric's definition. Rows are flat dicts; keys are the same in metric
 """
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch import Tensor
 from rcpo.calibration import Calibrator, StepStatistics, disentanglement_band
 from rcpo.incentives import Incentives
 from rcpo.objectives import PairLogProbs
+from rcpo.scores import ScoreGeometry
 
 QUANTITIES = (
     "train/loss",
@@ -67,7 +70,11 @@ def displacement_row(z_w: Tensor, z_l: Tensor, start_w: Tensor, start_l: Tensor)
 
 
 def step_row(
-    means: dict[str, float], statistics: StepStatistics, alpha: float, calibrator: Calibrator
+    means: dict[str, float],
+    statistics: StepStatistics,
+    alpha: float,
+    calibrator: Calibrator,
+    population: Mapping[str, ScoreGeometry] = MappingProxyType({}),
 ) -> dict[str, float]:
     """One optimizer step's row, all of it as the step was: band, rates and pathway *after* calibration with
     `alpha`."""
@@ -78,21 +85,26 @@ def step_row(
     if statistics.log_ratio is not None:
         row["incentive/log_ratio"] = statistics.log_ratio
     row.update(band_metrics(statistics, alpha))
+    row.update(population_metrics(statistics, alpha, population))
     return row
 
 
 def band_metrics(statistics: StepStatistics, alpha: float) -> dict[str, float]:
     """`score/*`, `band/*` and `dynamics/*` of a step with score geometry; empty without.
 
-    dynamics/chosen_rate = alpha d_w |s_w|^2 - (d_l/alpha) <s_w, s_l> and
-    dynamics/rejected_rate = alpha d_w <s_w, s_l> - (d_l/alpha) |s_l|^2, in nats per unit of learning rate
-    (plain gradient). dynamics/pathway: 0 winner up & loser down, 1 both up, 2 both down, 3 winner down &
-    loser up. The band needs both incentive means positive; edges are +-inf where rho <= 0.
+    The rates are first-order changes per unit of learning rate under plain gradient descent. mean: of the
+    batch mean of z, dynamics/chosen_rate = alpha d_w |s_w|^2 - (d_l/alpha) <s_w, s_l> and
+    dynamics/rejected_rate = alpha d_w <s_w, s_l> - (d_l/alpha) |s_l|^2 with mean incentives d, exact where
+    all incentives of a side are equal. weighted: of the incentive-weighted batch means of d_w z_w and d_l
+    z_l, alpha |G_w|^2 - <G_w, G_l>/alpha and alpha <G_w, G_l> - |G_l|^2/alpha, exact always.
+    dynamics/pathway: 0 winner up & loser down, 1 both up, 2 both down, 3 winner down & loser up. The band
+    needs both incentive means positive; edges are +-inf where rho <= 0.
     """
     geometry = statistics.geometry
     if geometry is None:
         return {}
-    pull, push = alpha * statistics.mean_d_w, statistics.mean_d_l / alpha
+    d_w, d_l = (1.0, 1.0) if geometry.weighted else (statistics.mean_d_w, statistics.mean_d_l)
+    pull, push = alpha * d_w, d_l / alpha
     chosen_rate = pull * geometry.chosen_squared - push * geometry.dot
     rejected_rate = pull * geometry.dot - push * geometry.rejected_squared
     row = {
@@ -115,6 +127,24 @@ def band_metrics(statistics: StepStatistics, alpha: float) -> dict[str, float]:
             "band/slack": band.slack,
             "band/inside": float(band.slack >= 0),
         }
+    return row
+
+
+def population_metrics(
+    statistics: StepStatistics, alpha: float, population: Mapping[str, ScoreGeometry]
+) -> dict[str, float]:
+    """`population/*`: cosine, center, slack as in `band/*`, of the population's mean vectors; adam_* in the
+    metric of 1/sqrt(v), in which Adam steps. nan where a product of one side between two batches is not
+    positive: noise."""
+    row: dict[str, float] = {}
+    for name, geometry in population.items():
+        prefix = "population/adam_" if name == "adam" else "population/"
+        is_positive = geometry.chosen_squared > 0 and geometry.rejected_squared > 0
+        row[f"{prefix}cosine"] = geometry.cosine if is_positive else math.nan
+        if is_positive and statistics.log_ratio is not None:
+            band = disentanglement_band(statistics.log_ratio, alpha, geometry)
+            if band is not None:
+                row |= {f"{prefix}center": band.center, f"{prefix}slack": band.slack}
     return row
 
 

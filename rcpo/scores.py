@@ -1,29 +1,46 @@
-"""Scores: the geometry of the two sides' gradients of z, for the global batch.
+"""Scores: the two sides' gradient vectors of the global batch, and the products that calibration needs of
+them.
 
-Owns the sums S_w = sum_i grad z_w,i and S_l with respect to the output projection, through the head path only
-(with tied embeddings too), and the three numbers that calibration needs of them. Filled by the head's own
-backward (`rcpo.logprobs`), read by `rcpo.step`. Does not know alpha, objectives or bands.
+Owns `Sides` (this rank's shards of both vectors), `HeadScores` (the output projection through the head path,
+filled by the head's own backward in `rcpo.logprobs`) and `ParameterScores` (any set of parameters, captured
+while autograd delivers their gradients). Does not know alpha, objectives or bands: `rcpo.measurement` decides
+what is summed.
+
+Norms of per-rank sums do not add up to the norm of their sum, so the vectors themselves are reduced over the
+ranks first, each rank keeping one share, and three numbers of each share are added up.
 """
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-ROWS_AT_ONCE = 4096
-"""Vocabulary rows turned into fp64 together: the whole sums as fp64 would need twice their own memory
-again."""
+from rcpo.distributed import rank, reduce_scatter, world_size
+
+ROWS_AT_ONCE = 2**22
+"""Numbers turned into fp64 together: whole vectors as fp64 would need twice their own memory again."""
+BUCKET_NUMBERS = 2**24
+"""Gradient numbers that travel together between ranks (64 MiB of fp32)."""
+CHOSEN, REJECTED = 0, 1
 
 
 @dataclass(frozen=True)
 class ScoreGeometry:
-    """|s_w|^2, |s_l|^2 and <s_w, s_l>, where s = grad of the batch mean of z; units nats^2/parameter^2."""
+    """|v_w|^2, |v_l|^2 and <v_w, v_l> of the two sides' vectors, for the global batch.
+
+    mean: v = s, the gradient of the batch mean of z; units nats^2/parameter^2. weighted: v = G = (1/B) sum_i
+    d_i s_i, the two halves of the loss's real gradient before calibration, grad L = -G_w + G_l.
+    """
 
     chosen_squared: float
     rejected_squared: float
     dot: float
+    weighted: bool = False
 
     @property
     def chosen_norm(self) -> float:
@@ -35,60 +52,197 @@ class ScoreGeometry:
 
     @property
     def cosine(self) -> float:
-        """rho = cos(s_w, s_l), in [-1, 1]; nan when a side's score is zero or not finite."""
+        """rho = cos(v_w, v_l), in [-1, 1]; nan when a side's vector is zero or not finite."""
         product = self.chosen_norm * self.rejected_norm
         if not (product > 0 and math.isfinite(product) and math.isfinite(self.dot)):
             return math.nan  # max and min below would make 1 of a nan
         return max(-1.0, min(1.0, self.dot / product))
 
 
-class HeadScores:
-    """Accumulates S_w and S_l (each V x H, and V for a bias) over the micro-batches of one optimizer step.
+class Sides(NamedTuple):
+    """This rank's share of both vectors: v_w = chosen_scale * chosen, v_l likewise; parts of one vector in
+    order."""
 
-    Memory: 2 V (H + 1) fp32 numbers per rank while geometry is measured. Time: one more product per chunk of
-    the head's backward. Traffic with several ranks: one reduce-scatter of both sums.
+    chosen: list[Tensor]
+    rejected: list[Tensor]
+    chosen_scale: float
+    rejected_scale: float
+
+    def partial_products(self) -> Tensor:
+        """This rank's share of (|v_w|^2, |v_l|^2, <v_w, v_l>): (3,) fp64, to be summed over ranks."""
+        products = torch.stack(
+            [
+                partial_dot(self.chosen, self.chosen),
+                partial_dot(self.rejected, self.rejected),
+                partial_dot(self.chosen, self.rejected),
+            ]
+        )
+        scales = (self.chosen_scale**2, self.rejected_scale**2, self.chosen_scale * self.rejected_scale)
+        return products * products.new_tensor(scales)
+
+
+def partial_dot(first: Sequence[Tensor], second: Sequence[Tensor], metric: Sequence[Tensor] = ()) -> Tensor:
+    """sum of first * second (* metric, where given) over this rank's parts: fp64 scalar, summed in fp64."""
+    total = torch.zeros((), dtype=torch.float64, device=first[0].device)
+    for parts in zip(first, second, *([metric] if metric else []), strict=True):
+        for blocks in zip(*(part.flatten().split(ROWS_AT_ONCE) for part in parts), strict=True):
+            a, b, *weights = (block.double() for block in blocks)
+            total += torch.dot(a, weights[0] * b if weights else b)
+    return total
+
+
+class HeadScores:
+    """Accumulates both sides' sums over tokens of c_t e_t h_t^T (V x H, and V for a bias) in one optimizer
+    step.
+
+    e_t = onehot(target_t) - softmax(logits_t). unweighted: c = 1, one more product per chunk of the head's
+    backward. weighted: c_t is the gradient that reaches token t, so that the sums are the two parts of the
+    head's own gradient: no product more. Memory: 2 V (H + 1) fp32 numbers per rank while geometry is
+    measured; weighted: V H more for a chunk's product. Traffic with several ranks: one reduce-scatter of both
+    sums.
     """
 
-    def __init__(self, vocabulary: int, hidden: int, has_bias: bool, device: torch.device) -> None:
-        self._width = hidden + 1 if has_bias else hidden
+    def __init__(
+        self, vocabulary: int, hidden: int, has_bias: bool, device: torch.device, weighted: bool = False
+    ) -> None:
         self._has_bias = has_bias
-        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        self.weighted = weighted
         # The reduce-scatter wants equal shares; rows of zeros change no norm.
-        rows = -(-vocabulary // ranks) * ranks
+        rows = -(-vocabulary // world_size()) * world_size()
         self._vocabulary = vocabulary
-        self._sums = torch.zeros(2, rows, self._width, dtype=torch.float32, device=device)
+        width = hidden + 1 if has_bias else hidden
+        self._sums = torch.zeros(2, rows, width, dtype=torch.float32, device=device)
 
     def reset(self) -> None:
         self._sums.zero_()
 
     def add(self, chosen: bool, error: Tensor, hidden: Tensor) -> None:
-        """Add sum_t e_t h_t^T of some tokens of one side: error (n, V) fp32 = onehot - softmax, hidden (n,
-        H)."""
+        """Add the sum over some tokens of one side: error (n, V) fp32 = c_t e_t, hidden (n, H)."""
         rows = hidden.float()
         if self._has_bias:
             rows = torch.cat([rows, rows.new_ones(rows.shape[0], 1)], dim=1)
-        self._sums[0 if chosen else 1, : self._vocabulary].addmm_(error.T, rows)
+        self._side(chosen).addmm_(error.T, rows)
 
-    def partial_squares(self) -> Tensor:
-        """This rank's share of (|S_w|^2, |S_l|^2, <S_w, S_l>) of the *global* batch: (3,) fp64, to be summed
-        over ranks.
+    def add_product(self, chosen: bool, product: Tensor, bias: Tensor | None) -> None:
+        """Add an already computed sum over some tokens of one side: product (V, H) fp32, bias (V,)."""
+        side = self._side(chosen)
+        side[:, : product.shape[1]] += product
+        if bias is not None:
+            side[:, -1] += bias
 
-        Norms of per-rank sums do not add up to the global norm, so the sums themselves are reduced first.
-        """
-        sums: Tensor | list[Tensor] = self._sums
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            shares = [torch.empty_like(side[: side.shape[0] // dist.get_world_size()]) for side in sums]
-            for share, side in zip(shares, sums, strict=True):
-                dist.reduce_scatter_tensor(share, side)
-            sums = shares
-        squares = torch.zeros(3, dtype=torch.float64, device=self._sums.device)
-        for block in zip(sums[0].split(ROWS_AT_ONCE), sums[1].split(ROWS_AT_ONCE), strict=True):
-            chosen, rejected = (side.double().flatten() for side in block)
-            squares += torch.stack([chosen @ chosen, rejected @ rejected, chosen @ rejected])
-        return squares
+    def _side(self, chosen: bool) -> Tensor:
+        return self._sums[CHOSEN if chosen else REJECTED, : self._vocabulary]
+
+    def sides(self, chosen_scale: float, rejected_scale: float) -> Sides:
+        """This rank's rows of the sums over all ranks. Collective."""
+        chosen, rejected = (reduce_scatter(side) for side in self._sums)
+        return Sides([chosen], [rejected], chosen_scale, rejected_scale)
+
+    def shares_of(self, full: Sequence[Tensor]) -> list[Tensor]:
+        """The parts of `sides` of a vector given as [weight (V, H), bias (V,) or nothing]."""
+        columns = [full[0].float(), *(bias.float()[:, None] for bias in full[1:])]
+        whole = torch.zeros_like(self._sums[0])
+        whole[: self._vocabulary] = torch.cat(columns, dim=1)
+        return [whole.chunk(world_size())[rank()]]
 
 
-def geometry_of_mean(squares: list[float], num_pairs: int) -> ScoreGeometry:
-    """Geometry of s = S/B from the globally summed `partial_squares` and the number of pairs B."""
-    chosen_squared, rejected_squared, dot = (value / num_pairs**2 for value in squares)
-    return ScoreGeometry(chosen_squared, rejected_squared, dot)
+class _Bucket(NamedTuple):
+    members: list[int]
+    numel: int
+    """Padded to a multiple of the ranks."""
+
+
+class ParameterScores:
+    """Both sides' gradients with respect to a set of parameters, captured while backward passes deliver them.
+
+    Memory per rank: 2 P/N fp32 numbers for P parameters and N ranks, and up to a few buckets of
+    `BUCKET_NUMBERS`. Traffic with several ranks: one reduce-scatter of P fp32 numbers per captured backward
+    pass; none with one rank. Works at every ZeRO stage, because a leaf's hook sees the rank's own whole
+    gradient before the engine does.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
+        self._parameters = list(parameters)
+        self._numels = [int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in parameters]
+        self._buckets: list[_Bucket] = []
+        self._places: dict[int, tuple[int, int]] = {}
+        # Gradients arrive from the last layer to the first; parameters of one bucket should arrive together.
+        for idx in reversed(range(len(self._parameters))):
+            self._place(idx)
+        self._buckets = [
+            bucket._replace(numel=-(-bucket.numel // world_size()) * world_size()) for bucket in self._buckets
+        ]
+        self._shards = [
+            [torch.zeros(bucket.numel // world_size(), device=device) for bucket in self._buckets]
+            for _ in (CHOSEN, REJECTED)
+        ]
+        self._arriving: dict[int, tuple[Tensor, set[int]]] = {}
+
+    def _place(self, idx: int) -> None:
+        numel = self._numels[idx]
+        if not self._buckets or self._buckets[-1].numel + numel > BUCKET_NUMBERS:
+            self._buckets.append(_Bucket([], 0))
+        bucket = self._buckets[-1]
+        self._places[idx] = (len(self._buckets) - 1, bucket.numel)
+        self._buckets[-1] = _Bucket([*bucket.members, idx], bucket.numel + numel)
+
+    def reset(self) -> None:
+        for side in self._shards:
+            for shard in side:
+                shard.zero_()
+
+    @contextmanager
+    def capture(self, side: int, keep_gradient: bool) -> Iterator[None]:
+        """While open, one backward pass adds its gradients to `side`; without `keep_gradient` the engine gets
+        zeros. Collective."""
+        handles = [
+            parameter.register_hook(partial(self._take, idx, side, keep_gradient))
+            for idx, parameter in enumerate(self._parameters)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        for number in sorted(self._arriving):  # where a parameter had no part in the pass
+            self._deliver(number, side)
+
+    def _take(self, idx: int, side: int, keep_gradient: bool, gradient: Tensor) -> Tensor | None:
+        number, start = self._places[idx]
+        bucket = self._buckets[number]
+        if number not in self._arriving:
+            # With one rank the shard is the bucket, and nothing has to wait.
+            flat = (
+                self._shards[side][number]
+                if world_size() == 1
+                else torch.zeros(bucket.numel, device=gradient.device)
+            )
+            self._arriving[number] = (flat, set(bucket.members))
+        flat, missing = self._arriving[number]
+        flat[start : start + self._numels[idx]] += gradient.detach().flatten()
+        missing.discard(idx)
+        if not missing:
+            self._deliver(number, side)
+        return None if keep_gradient else torch.zeros_like(gradient)
+
+    def _deliver(self, number: int, side: int) -> None:
+        flat, _ = self._arriving.pop(number)
+        if world_size() > 1:
+            self._shards[side][number] += reduce_scatter(flat)
+
+    def sides(self, chosen_scale: float, rejected_scale: float) -> Sides:
+        """This rank's shards of the sums over all captured passes and ranks; views that the next capture
+        changes."""
+        return Sides(self._shards[CHOSEN], self._shards[REJECTED], chosen_scale, rejected_scale)
+
+    def shares_of(self, full: Iterator[Tensor]) -> list[Tensor]:
+        """The parts of `sides` of a vector given parameter by parameter, in the order of the parameters."""
+        shares = [torch.zeros_like(shard) for shard in self._shards[CHOSEN]]
+        for idx, whole in enumerate(full):
+            number, start = self._places[idx]
+            share = shares[number]
+            first = rank() * share.numel()
+            low, high = max(start, first), min(start + self._numels[idx], first + share.numel())
+            if low < high:
+                share[low - first : high - first] = whole.flatten()[low - start : high - start]
+        return shares

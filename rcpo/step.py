@@ -4,18 +4,19 @@
     loss        = objective(z, ref, |y|)                         rcpo.objectives, on detached leaves
     d_w, d_l    = -dL/dz_w, +dL/dz_l                             rcpo.incentives, by autograd
     surrogate   = mean(-alpha d_w z_w + (d_l/alpha) z_l)         its gradient is the calibrated gradient of
-    the loss s_w, s_l    = grad of mean z_w, z_l                          rcpo.scores, filled by the head's
-    own backward calibrator  sees the global batch once, after the step       rcpo.calibration: alpha of the
-    next step objective   its batch statistics advance likewise            kto's z0, bco's d, ...: numbers of
-    the next step
+    the loss geometry    = products of the two sides' score vectors       rcpo.measurement, where this step is
+    measured calibrator  sees the global batch once, after the step       rcpo.calibration: alpha of the next
+    step objective   its batch statistics advance likewise            kto's z0, bco's d, ...: numbers of the
+    next step
 
 With alpha = 1 the surrogate's gradient is the loss's own, -d_w grad z_w + d_l grad z_l. There is no branch on
 the objective's name and none on the kind of calibration. Called by `rcpo.trainer`.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,10 +25,10 @@ from rcpo.calibration import Calibrator, StepStatistics
 from rcpo.data.batch import PairBatch
 from rcpo.distributed import sum_over_ranks
 from rcpo.engine import Engine
-from rcpo.incentives import loss_and_incentives
+from rcpo.incentives import Incentives, loss_and_incentives
 from rcpo.metrics import QUANTITIES, pair_sums, step_row
 from rcpo.objectives import Objective, PairLogProbs
-from rcpo.scores import HeadScores, geometry_of_mean
+from rcpo.scores import ScoreGeometry
 
 
 class MicroBatch(NamedTuple):
@@ -36,6 +37,45 @@ class MicroBatch(NamedTuple):
     batch: PairBatch
     ref_w: Tensor
     ref_l: Tensor
+
+
+class Priced(NamedTuple):
+    """A micro-batch after the objective has seen it; every tensor (B,), detached."""
+
+    pair: PairLogProbs
+    loss: Tensor
+    incentives: Incentives
+
+
+Price = Callable[[Tensor, Tensor], Priced]
+"""From detached z_w, z_l (B,) to loss and incentives."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Score geometry of one optimizer step's global batch."""
+
+    geometry: ScoreGeometry | None = None
+    """None where the step was not measured."""
+    population: dict[str, ScoreGeometry] = field(default_factory=dict)
+    """"population" and, in Adam's metric, "adam": from products with the measurement before."""
+
+
+class Measurement(Protocol):
+    """How a step's backward passes are run, and what is read off them; `rcpo.measurement` has the kinds."""
+
+    def begin(self, alpha: float) -> None:
+        """Start an optimizer step that is calibrated with `alpha`."""
+
+    def backward(self, engine: Engine, batch: PairBatch, price: Price, alpha: float) -> Priced:
+        """Forward and backward of one micro-batch. Collective at ZeRO 3."""
+
+    def partials(self, engine: Engine) -> Tensor:
+        """This rank's share of what `read` wants, to be summed over ranks: fp64, on the device.
+        Collective."""
+
+    def read(self, totals: list[float]) -> Measured:
+        """The geometry from the sums over ranks."""
 
 
 @dataclass
@@ -62,46 +102,70 @@ class TrainState:
         self.objective_state = tuple(state["objective_state"])
 
 
+def price(
+    objective: Objective, state: tuple[float, ...], micro_batch: MicroBatch, z_w: Tensor, z_l: Tensor
+) -> Priced:
+    """Loss and incentives of a micro-batch at detached z_w, z_l (B,) fp32."""
+    len_w, len_l = micro_batch.batch.lengths.to(z_w.dtype).chunk(2)
+    pair = PairLogProbs(z_w, z_l, micro_batch.ref_w, micro_batch.ref_l, len_w, len_l, state)
+    return Priced(pair, *loss_and_incentives(objective, pair))
+
+
+def surrogate_sides(priced: Priced, alpha: float) -> tuple[Tensor, Tensor]:
+    """Coefficients of z_w and z_l in the surrogate: -alpha d_w and d_l / alpha, each (B,)."""
+    return -alpha * priced.incentives.d_w, priced.incentives.d_l / alpha
+
+
+def joint_backward(
+    engine: Engine, batch: PairBatch, price: Price, alpha: float, is_last: bool = True
+) -> Priced:
+    """The ordinary micro-batch: both sides forward together, and back."""
+    z_w, z_l = engine.logprobs(batch).chunk(2)
+    priced = price(z_w.detach(), z_l.detach())
+    surrogate_w, surrogate_l = surrogate_sides(priced, alpha)
+    engine.backward((surrogate_w * z_w + surrogate_l * z_l).mean(), is_last)
+    return priced
+
+
 def train_step(
     engine: Engine,
     objective: Objective,
     state: TrainState,
     micro_batches: Iterable[MicroBatch],
     pairs_per_step: int,
-    scores: HeadScores | None,
+    measurement: Measurement,
+    probe_r_w: float | None = None,
 ) -> dict[str, float]:
     """Train on this rank's micro-batches of one global batch; returns the metrics row, the same on every
     rank.
 
-    `scores` is where geometry is measured in this step, or None. `state` advances by one step. The only wait
-    for the device is the one reduction of the metrics, after the weights have been updated.
+    `measurement` says how the step is run and what geometry is read off it; `probe_r_w` is the displacement
+    of the held-out probe pairs, where the calibrator asked for it. `state` advances by one step. The only
+    wait for the device is the one reduction of the metrics, after the weights have been updated.
     """
     alpha = state.calibrator.alpha()
-    engine.policy.head.scores = scores
+    measurement.begin(alpha)
     sums = torch.zeros(len(QUANTITIES) + objective.num_statistics, dtype=torch.float64, device=engine.device)
-    for batch, ref_w, ref_l in micro_batches:
-        z_w, z_l = engine.logprobs(batch).chunk(2)
-        len_w, len_l = batch.lengths.to(z_w.dtype).chunk(2)
-        pair = PairLogProbs(z_w.detach(), z_l.detach(), ref_w, ref_l, len_w, len_l, state.objective_state)
-        loss, incentives = loss_and_incentives(objective, pair)
-        surrogate = (-alpha * incentives.d_w * z_w + incentives.d_l / alpha * z_l).mean()
-        engine.backward(surrogate)
-        engine.step()
-        sums += torch.cat(
-            [pair_sums(loss, pair, incentives), objective.statistic_columns(pair).double().sum(1)]
+    for micro_batch in micro_batches:
+        priced = measurement.backward(
+            engine, micro_batch.batch, partial(price, objective, state.objective_state, micro_batch), alpha
         )
-    engine.policy.head.scores = None
+        engine.step()
+        columns = objective.statistic_columns(priced.pair).double().sum(1)
+        sums += torch.cat([pair_sums(priced.loss, priced.pair, priced.incentives), columns])
 
-    squares = sums.new_zeros(0) if scores is None else scores.partial_squares()
-    totals = sum_over_ranks(torch.cat([sums, squares])).tolist()
+    totals = sum_over_ranks(torch.cat([sums, measurement.partials(engine)])).tolist()
     means = [total / pairs_per_step for total in totals[: len(sums)]]
     quantities = dict(zip(QUANTITIES, means, strict=False))
+    measured = measurement.read(totals[len(sums) :])
     statistics = StepStatistics(
         mean_d_w=quantities["incentive/chosen"],
         mean_d_l=quantities["incentive/rejected"],
-        geometry=None if scores is None else geometry_of_mean(totals[len(sums) :], pairs_per_step),
+        geometry=measured.geometry,
+        mean_r_w=quantities["displacement/chosen"],
+        probe_r_w=probe_r_w,
     )
-    row = step_row(quantities, statistics, alpha, state.calibrator)
+    row = step_row(quantities, statistics, alpha, state.calibrator, measured.population)
     state.calibrator.update(statistics)
     state.objective_state = objective.advance(state.objective_state, means[len(QUANTITIES) :])
     state.step += 1

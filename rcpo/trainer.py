@@ -21,14 +21,14 @@ from rcpo.distributed import barrier, from_rank_zero, rank, world_size
 from rcpo.engine import Engine
 from rcpo.evaluation import SideLogProbs, measure_logprobs, peak_memory_gb
 from rcpo.inputs import Inputs
+from rcpo.measurement import Measurements
 from rcpo.metrics import displacement_row
 from rcpo.model import save_model
 from rcpo.objectives import Objective, load_objective
 from rcpo.plot import plot_run
-from rcpo.reference import ReferenceCache, ReferenceTable, reference_logprobs, weights_fingerprint
+from rcpo.reference import ReferenceCache, ReferenceTable, shared_reference, weights_fingerprint
 from rcpo.report import model_card, summarize
 from rcpo.run_folder import RunFolder
-from rcpo.scores import HeadScores
 from rcpo.sinks import Sink, build_sinks
 from rcpo.step import MicroBatch, TrainState, train_step
 
@@ -52,7 +52,8 @@ def train(
     sampler = inputs.sampler(config)
     num_steps = inputs.num_steps(config)
     engine = Engine(config, num_steps, device)
-    state = TrainState(0, build_calibrator(config.calibration), _initial_state(objective, inputs, sampler))
+    calibrator = build_calibrator(config.calibration, sampler.num_fresh_steps)
+    state = TrainState(0, calibrator, _initial_state(objective, inputs, sampler))
     checkpoint = from_rank_zero(newest_checkpoint(run)) if resume else None
     if checkpoint is None:
         reference = _compute_reference(config, run, inputs, engine, sampler.visited(num_steps))
@@ -62,15 +63,20 @@ def train(
     sinks = _start_sinks(config, run, num_steps, state.step)
     if checkpoint is None:
         _record_evaluation(run, sinks, 0, reference.held_out, reference)
-    scores = HeadScores(engine.vocabulary, engine.hidden_size, engine.policy.head.bias is not None, device)
+    measurements = Measurements(config, engine)
 
     while state.step < num_steps:
         started = time.perf_counter()
         micro_batches = _micro_batches(config, inputs, sampler, reference, state.step, device)
         num_tokens = _num_tokens(inputs, sampler.global_batch(state.step))
         lr = engine.lr()
-        measured = scores if _measures(config, state) else None
-        row = train_step(engine, objective, state, micro_batches, config.train.pairs_per_step, measured)
+        probe_r_w = None
+        if calibrator.probes_at(state.step):
+            probe_r_w = _measure_probe(config, inputs, engine, reference)
+        measurement = measurements.at(state.step, calibrator)
+        row = train_step(
+            engine, objective, state, micro_batches, config.train.pairs_per_step, measurement, probe_r_w
+        )
         seconds = time.perf_counter() - started
         row |= {
             "step": state.step,
@@ -98,10 +104,11 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _measures(config: Config, state: TrainState) -> bool:
-    """Whether score geometry is measured in the coming step."""
-    every = config.metrics.geometry_every
-    return state.calibrator.measures_at(state.step) or (every > 0 and state.step % every == 0)
+def _measure_probe(config: Config, inputs: Inputs, engine: Engine, reference: ReferenceTable) -> float:
+    """Mean r_w of the probe pairs, the first of the held-out ones. Collective."""
+    pairs = inputs.held_out[: config.calibration.feedback.pairs]
+    result = measure_logprobs(engine, pairs, inputs.pad_id, _eval_batch(config))
+    return float((result.z_w - reference.held_out.z_w[: len(pairs)]).double().mean())
 
 
 def _eval_batch(config: Config) -> int:
@@ -153,15 +160,14 @@ def _compute_reference(
     """Reference log-probs of all held-out pairs and of the training pairs that the run visits, under the
     initial weights, from the cache where it has them; kept in the run folder. Collective."""
     cache = ReferenceCache(weights_fingerprint(config.model)) if rank() == 0 else None
-    known = from_rank_zero(cache.read() if cache else None)
     pairs = [inputs.train[idx] for idx in visited] + inputs.held_out
     started = time.perf_counter()
-    values, fresh = reference_logprobs(
-        pairs, known, lambda missing: measure_logprobs(engine, missing, inputs.pad_id, _eval_batch(config))
+    values, num_computed = shared_reference(
+        cache, pairs, lambda missing: measure_logprobs(engine, missing, inputs.pad_id, _eval_batch(config))
     )
     logger.info(
         "reference log-probs of %d pairs: %d sides computed in %.1f s, the rest from the cache",
-        len(pairs), len(fresh), time.perf_counter() - started,
+        len(pairs), num_computed, time.perf_counter() - started,
     )  # fmt: skip
     train_w = torch.full((len(inputs.train),), math.nan)
     train_l = torch.full((len(inputs.train),), math.nan)
@@ -169,8 +175,6 @@ def _compute_reference(
     held_out = SideLogProbs(values.z_w[len(visited) :], values.z_l[len(visited) :])
     table = ReferenceTable(SideLogProbs(train_w, train_l), held_out)
     if cache is not None:
-        if fresh:
-            cache.merge(fresh)
         table.save(run.reference)
     barrier()
     return table

@@ -71,12 +71,12 @@ def train_plainly(
     for step, indices in enumerate(batches):
         batch = [pairs[idx] for idx in indices]
         with torch.no_grad():
-            ref = _summed(start, batch)
+            ref = summed(start, batch)
         log_alpha = 0.5 * (centers.value - log_ratios.value)
         alpha = math.exp(max(-MAX_LOG_ALPHA, min(MAX_LOG_ALPHA, log_alpha)))
-        z = _summed(model, batch)
+        z = summed(model, batch)
         leaves = Sides(z.z_w.detach(), z.z_l.detach())
-        loss, d_w, d_l = _loss_and_incentives(settings.objective, leaves, ref, batch)
+        loss, d_w, d_l = loss_and_incentives(settings.objective, leaves, ref, batch)
         # d loss / d theta = -d_w dz_w/dtheta + d_l dz_l/dtheta, with the two sides scaled.
         optimizer.zero_grad()
         (-alpha * d_w * z.z_w + d_l / alpha * z.z_l).mean().backward()
@@ -126,7 +126,7 @@ def _optimizer(model: PreTrainedModel, settings: Settings) -> torch.optim.Optimi
     return torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.999), eps=1e-4, weight_decay=0)
 
 
-def _loss_and_incentives(
+def loss_and_incentives(
     objective: str, z: Sides, ref: Sides, batch: list[TokenizedPair]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """loss, d_w = -dL/dz_w, d_l = +dL/dz_l, each (B,), differentiated by hand."""
@@ -150,7 +150,7 @@ def _num_response(side: TokenizedSide) -> int:
     return len(side.input_ids) - side.num_prompt
 
 
-def _summed(model: PreTrainedModel, batch: list[TokenizedPair]) -> Sides:
+def summed(model: PreTrainedModel, batch: list[TokenizedPair]) -> Sides:
     return Sides(
         torch.stack([_log_prob(model, pair.chosen) for pair in batch]),
         torch.stack([_log_prob(model, pair.rejected) for pair in batch]),
@@ -165,7 +165,7 @@ def _log_prob(model: PreTrainedModel, side: TokenizedSide) -> Tensor:
 
 def _sum_of_targets(logits: Tensor, side: TokenizedSide) -> Tensor:
     """From logits (T, V) of one whole row: position t - 1 predicts token t."""
-    logps = torch.log_softmax(logits.float(), dim=-1)
+    logps = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
     places = range(side.num_prompt, len(side.input_ids))
     return torch.stack([logps[place - 1, side.input_ids[place]] for place in places]).sum()
 
@@ -193,7 +193,7 @@ def head_geometry(model: PreTrainedModel, batch: list[TokenizedPair], weights: S
 
 def full_geometry(model: PreTrainedModel, batch: list[TokenizedPair], weights: Sides) -> Geometry:
     """The same with respect to all parameters, through the whole model."""
-    return _geometry(_summed(model, batch), weights, list(model.parameters()))
+    return _geometry(summed(model, batch), weights, list(model.parameters()))
 
 
 def _geometry(z: Sides, weights: Sides, leaves: list[Tensor]) -> Geometry:

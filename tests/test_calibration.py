@@ -11,7 +11,7 @@ from torch import Tensor
 from rcpo.calibration import (
     Band,
     BandCalibration,
-    NoCalibration,
+    FixedCalibration,
     StepStatistics,
     build_calibrator,
     disentanglement_band,
@@ -176,7 +176,7 @@ def test_state_survives_json_bit_for_bit() -> None:
 def test_off_is_plain_training_whatever_it_sees() -> None:
     """alpha is exactly 1, nothing is measured, nothing is kept."""
     off = build_calibrator(CalibrationConfig(name="off"))
-    assert isinstance(off, NoCalibration)
+    assert isinstance(off, FixedCalibration)
     off.update(StepStatistics(0.2, 0.4, GEOMETRY))
     assert (off.alpha(), off.measures_at(0), off.state_dict(), off.metrics(), off.counts()) == (
         1,

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rcpo.calibration import BandCalibration, NoCalibration, StepStatistics
+from rcpo.calibration import BandCalibration, FixedCalibration, StepStatistics
 from rcpo.incentives import Incentives
 from rcpo.metrics import QUANTITIES, band_metrics, displacement_row, pair_sums, pathway, step_row
 from rcpo.objectives import PairLogProbs
@@ -105,7 +105,7 @@ def test_step_row_by_hand() -> None:
 def test_step_row_without_geometry_has_no_band() -> None:
     """calibration=off, nothing measured: the means, the margin, alpha = 1 and log r = log(.5/2)."""
     means = {"displacement/chosen": 1.0, "displacement/rejected": 4.0}
-    row = step_row(means, StepStatistics(0.5, 2.0, None), 1.0, NoCalibration())
+    row = step_row(means, StepStatistics(0.5, 2.0, None), 1.0, FixedCalibration())
     assert row == {
         **means,
         "displacement/margin": -3.0,

@@ -12,7 +12,7 @@ import rcpo.logprobs
 from rcpo.data.batch import PairBatch, collate
 from rcpo.logprobs import TokenLogProbHead
 from rcpo.model import Policy
-from rcpo.scores import HeadScores, ScoreGeometry, geometry_of_mean
+from rcpo.scores import HeadScores, ScoreGeometry, Sides
 
 CPU = torch.device("cpu")
 
@@ -43,9 +43,9 @@ def test_sums_agree_with_autograd_on_the_head_path(has_bias: bool, monkeypatch: 
         s_w, s_l = plain_sides(hidden, list(projection.parameters()), batch)
         total_w, total_l = total_w + s_w, total_l + s_l
     expected = torch.stack([total_w @ total_w, total_l @ total_l, total_w @ total_l])
-    torch.testing.assert_close(head.scores.partial_squares(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(head.scores.sides(1.0, 1.0).partial_products(), expected, rtol=1e-5, atol=1e-5)
     head.scores.reset()
-    assert head.scores.partial_squares().tolist() == [0.0, 0.0, 0.0]
+    assert head.scores.sides(1.0, 1.0).partial_products().tolist() == [0.0, 0.0, 0.0]
 
 
 def test_tied_or_not_only_the_head_path_counts(tiny_model: PreTrainedModel) -> None:
@@ -57,7 +57,9 @@ def test_tied_or_not_only_the_head_path_counts(tiny_model: PreTrainedModel) -> N
     hidden = tiny_model.get_decoder()(input_ids=batch.input_ids).last_hidden_state
     s_w, s_l = plain_sides(hidden, [policy.head.weight], batch)
     expected = torch.stack([s_w @ s_w, s_l @ s_l, s_w @ s_l])
-    torch.testing.assert_close(policy.head.scores.partial_squares(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        policy.head.scores.sides(1.0, 1.0).partial_products(), expected, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_measuring_changes_no_gradient(tiny_model: PreTrainedModel) -> None:
@@ -82,7 +84,7 @@ def test_splitting_into_micro_batches_changes_nothing(tiny_model: PreTrainedMode
         policy.head.scores = HeadScores(VOCABULARY, HIDDEN, False, CPU)
         for start in range(0, 6, size):
             policy(collate(pairs[start : start + size], 0)).sum().backward()
-        squares.append(policy.head.scores.partial_squares())
+        squares.append(policy.head.scores.sides(1.0, 1.0).partial_products())
     torch.testing.assert_close(squares[1], squares[0], rtol=1e-4, atol=1e-4)
 
 
@@ -91,16 +93,24 @@ def test_blocks_of_rows_cover_all_of_them(monkeypatch: pytest.MonkeyPatch) -> No
     scores = HeadScores(VOCABULARY, HIDDEN, False, CPU)
     for chosen in (True, False):
         scores.add(chosen, torch.randn(11, VOCABULARY), torch.randn(11, HIDDEN))
-    whole = scores.partial_squares()
+    whole = scores.sides(1.0, 1.0).partial_products()
     monkeypatch.setattr("rcpo.scores.ROWS_AT_ONCE", 5)
-    torch.testing.assert_close(scores.partial_squares(), whole, rtol=1e-12, atol=0)
+    torch.testing.assert_close(scores.sides(1.0, 1.0).partial_products(), whole, rtol=1e-12, atol=0)
 
 
 def test_geometry_by_hand() -> None:
-    """Sums (36, 16, 12) of 2 pairs: |s_w|^2 = 9, |s_l|^2 = 4, dot 3, so norms 3 and 2, rho = 3/6."""
-    geometry = geometry_of_mean([36.0, 16.0, 12.0], 2)
-    assert geometry == ScoreGeometry(9.0, 4.0, 3.0)
+    """|v_w|^2 = 9, |v_l|^2 = 4, dot 3: norms 3 and 2, rho = 3/6."""
+    geometry = ScoreGeometry(9.0, 4.0, 3.0)
     assert (geometry.chosen_norm, geometry.rejected_norm, geometry.cosine) == (3.0, 2.0, 0.5)
+
+
+def test_sides_scale_their_products() -> None:
+    """v_w = 1/2 (6, 0), v_l = -2 (0.5, 1): |v_w|^2 = 9, |v_l|^2 = 5, dot = -3; parts of a vector in any
+    cut."""
+    sides = Sides(
+        [torch.tensor([6.0]), torch.tensor([0.0])], [torch.tensor([0.5]), torch.tensor([1.0])], 0.5, -2.0
+    )
+    assert sides.partial_products().tolist() == [9.0, 5.0, -3.0]
 
 
 @pytest.mark.parametrize(

@@ -31,19 +31,47 @@ NonNegative = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True, config=STRICT)
+class FeedbackConfig:
+    gain: Annotated[float, Field(gt=0, le=1)] = 0.02
+    """Change of log alpha per nat of measured displacement below the target."""
+    target: float = 0.0
+    """Mean change of the chosen log-probability to hold, in nats."""
+    low: float = 0.0
+    """Lower limit of log alpha."""
+    high: float | None = None
+    """Upper limit of log alpha; null: max_log_alpha."""
+    source: Literal["batch", "probe"] = "batch"
+    """batch: the training batches of the first pass, whose pairs are still new, then the probe. probe:
+    held-out pairs."""
+    every: Positive = 10
+    """Optimizer steps between two measurements on the probe pairs."""
+    pairs: Positive = 64
+    """Probe pairs: the first of the held-out ones."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class CalibrationConfig:
-    name: Literal["off", "on"]
-    """off: plain training. on: reward calibration as in arXiv 2604.18239."""
-    scope: Literal["head"] = "head"
-    """Parameters whose score vectors are compared. head: the output projection, through the head path."""
-    estimator: Literal["mean"] = "mean"
-    """mean: r = mean(d_w)/mean(d_l) and scores of the mean log-probabilities (the paper's)."""
+    name: Literal["off", "on", "exact", "feedback", "fixed"]
+    """off: plain training. on: reward calibration as in arXiv 2604.18239. exact: the same on the two real
+    halves of the gradient. feedback: steers alpha by measured displacement. fixed: alpha as given."""
+    scope: Literal["head", "lora_last", "full"] = "head"
+    """Parameters whose score vectors are compared. head: the output projection, through the head path.
+    lora_last: the adapters of the last transformer block. full: all that are trained."""
+    estimator: Literal["mean", "weighted"] = "mean"
+    """mean: r = mean(d_w)/mean(d_l) and scores of the mean log-probabilities (the paper's). weighted: the two
+    halves G_w = mean(d_w s_w) and G_l = mean(d_l s_l) of the real gradient."""
     ema_beta: Annotated[float, Field(ge=0, lt=1)] = 0.98
-    """Decay of the EMA of log r and log r*, per measured optimizer step; the paper's 0.98."""
+    """Decay of the EMA of band position and centre, per measured optimizer step; the paper's 0.98."""
     max_log_alpha: Annotated[float, Field(gt=0, le=20)] = 3.0
     """Limit of |log alpha|; limited steps are counted in calibration/clamped."""
     every: Positive = 1
     """Optimizer steps from one measurement of the scores to the next."""
+    warmup_steps: NonNegative = 0
+    """Optimizer steps at the start that are all measured, so that the first averages are not of two or three
+    batches."""
+    alpha: Annotated[float, Field(gt=0)] = 1.0
+    """The constant alpha of fixed."""
+    feedback: FeedbackConfig = Field(default_factory=FeedbackConfig)
 
 
 def _list_of_names(value: object) -> object:
@@ -184,7 +212,11 @@ class TrainConfig:
 @dataclass(frozen=True, config=STRICT)
 class MetricsConfig:
     geometry_every: NonNegative = 0
-    """Measure scores and band every k steps even where calibration does not ask for it; 0: do not."""
+    """Measure scores and band (calibration.scope, calibration.estimator) every k steps even where calibration
+    does not ask for it; 0: do not."""
+    population: bool = False
+    """Also estimate cosine, centre and slack of the population from products between consecutive
+    measurements: 2 P/N more fp32 numbers per rank."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -324,5 +356,18 @@ def _check_combinations(config: Config) -> None:
         raise UserError("data.path: has no value and data.source=file needs one; type data.path=PAIRS.jsonl")
     if config.deepspeed.offload == "optimizer" and config.deepspeed.stage == 0:
         raise UserError("deepspeed.offload=optimizer: needs ZeRO 1, 2 or 3; type deepspeed.stage=2")
+    _check_calibration(config.calibration)
     if config.optim.name == "sgd" and config.optim.lr is None:
         raise UserError("optim.lr: has no value and optim=sgd needs one; type optim.lr=0.01")
+
+
+def _check_calibration(calibration: CalibrationConfig) -> None:
+    if calibration.alpha != 1.0 and calibration.name != "fixed":
+        raise UserError(
+            f"calibration.alpha={calibration.alpha}: is for a constant alpha; type calibration=fixed as well"
+        )
+    feedback = calibration.feedback
+    if feedback.high is not None and feedback.high < feedback.low:
+        raise UserError(
+            f"calibration.feedback.high={feedback.high}: must be at least calibration.feedback.low={feedback.low}"
+        )

@@ -39,6 +39,26 @@ class PairBatch(NamedTuple):
             num_chosen_tokens=self.num_chosen_tokens,
         )
 
+    def side(self, chosen: bool) -> "PairBatch":
+        """The rows of one side alone, (B, T), on the same grid."""
+        num_rows, width = self.num_pairs, self.input_ids.shape[1]
+        num_chosen = self.num_chosen_tokens
+        if chosen:
+            return PairBatch(
+                self.input_ids[:num_rows],
+                self.token_positions[:num_chosen],
+                self.targets[:num_chosen],
+                self.lengths[:num_rows],
+                num_chosen,
+            )
+        return PairBatch(
+            self.input_ids[num_rows:],
+            self.token_positions[num_chosen:] - num_rows * width,
+            self.targets[num_chosen:],
+            self.lengths[num_rows:],
+            0,
+        )
+
     @property
     def num_pairs(self) -> int:
         return self.input_ids.shape[0] // 2

@@ -20,6 +20,12 @@ class PairSampler:
         self._num_pairs, self._pairs_per_step, self._seed = num_pairs, pairs_per_step, seed
         self._passes: dict[int, list[int]] = {}
 
+    @property
+    def num_fresh_steps(self) -> int:
+        """Optimizer steps whose pairs are all new to the run: those of the first pass, less one that
+        straddles it."""
+        return self._num_pairs // self._pairs_per_step
+
     def steps_of(self, epochs: float) -> int:
         """Optimizer steps that show at least `epochs` passes' worth of pairs."""
         return max(1, math.ceil(epochs * self._num_pairs / self._pairs_per_step - 1e-9))

@@ -1,0 +1,269 @@
+"""How one optimizer step's backward passes are run so that score geometry can be read off them.
+
+A step is `Unmeasured`, or a measurement fills `rcpo.scores` on the way:
+
+    HeadMeasurement    scope head: the ordinary backward pass, whose head adds up both sides
+    ApartMeasurement   the calibrator wants the two halves of the real gradient over parameters: the sides go
+    backward
+                       one after the other. One forward pass without gradients more: about a sixth of a step.
+    ProbeMeasurement   geometry of parameters that must not touch the training (metrics.geometry_every), or of
+                       unweighted scores: two backward passes beside the ordinary one, whose gradients are
+                       captured and withheld from the engine. The training is bit-identical; the step takes
+                       twice its time.
+
+All use a backward pass right after its own forward pass, which is what ZeRO 3 wants. Called by `rcpo.trainer`
+(which one) and `rcpo.step` (run it).
+"""
+
+import torch
+from torch import Tensor
+
+from rcpo.adapters import last_block_parameters
+from rcpo.calibration import Calibrator
+from rcpo.config.schema import Config
+from rcpo.data.batch import PairBatch
+from rcpo.distributed import world_size
+from rcpo.engine import Engine
+from rcpo.scores import CHOSEN, REJECTED, HeadScores, ParameterScores, ScoreGeometry, Sides, partial_dot
+from rcpo.step import Measured, Measurement, Price, Priced, joint_backward, surrogate_sides
+
+
+class Unmeasured:
+    """No geometry: the ordinary step."""
+
+    def begin(self, alpha: float) -> None:
+        pass
+
+    def backward(self, engine: Engine, batch: PairBatch, price: Price, alpha: float) -> Priced:
+        return joint_backward(engine, batch, price, alpha)
+
+    def partials(self, engine: Engine) -> Tensor:
+        return torch.zeros(0, dtype=torch.float64, device=engine.device)
+
+    def read(self, totals: list[float]) -> Measured:
+        return Measured()
+
+
+class Reader:
+    """From sides to numbers: the batch's products, and with `population` those with the measurement before.
+
+    One batch's |v|^2 is mostly its own noise; products between different batches estimate those of the
+    population's mean vectors without it: <v_w(t), v_w(t')>, <v_l(t), v_l(t')> and the mean of both mixed
+    products.
+    """
+
+    def __init__(self, weighted: bool, population: bool) -> None:
+        self._weighted, self._population = weighted, population
+        self._previous: Sides | None = None
+        self._kinds: list[str] = []
+
+    def partials(self, sides: Sides, metric: list[Tensor] | None) -> Tensor:
+        """This rank's share of three products per kind of geometry; `metric` is 1/sqrt(v) of Adam, by
+        parts."""
+        products = [sides.partial_products()]
+        self._kinds = ["batch"]
+        if self._population:
+            if self._previous is not None:
+                products.append(_cross_products(sides, self._previous, []))
+                self._kinds.append("population")
+                if metric is not None:
+                    products.append(_cross_products(sides, self._previous, metric))
+                    self._kinds.append("adam")
+            self._previous = sides._replace(
+                chosen=[part.clone() for part in sides.chosen],
+                rejected=[part.clone() for part in sides.rejected],
+            )
+        return torch.cat(products)
+
+    def read(self, totals: list[float]) -> Measured:
+        """The geometries from the sums over ranks."""
+        found = {
+            kind: ScoreGeometry(totals[3 * idx], totals[3 * idx + 1], totals[3 * idx + 2], self._weighted)
+            for idx, kind in enumerate(self._kinds)
+        }
+        return Measured(found.pop("batch"), found)
+
+
+def _cross_products(now: Sides, before: Sides, metric: list[Tensor]) -> Tensor:
+    chosen = now.chosen_scale * before.chosen_scale * partial_dot(now.chosen, before.chosen, metric)
+    rejected = now.rejected_scale * before.rejected_scale * partial_dot(now.rejected, before.rejected, metric)
+    mixed = now.chosen_scale * before.rejected_scale * partial_dot(now.chosen, before.rejected, metric)
+    mixed += now.rejected_scale * before.chosen_scale * partial_dot(now.rejected, before.chosen, metric)
+    return torch.stack([chosen, rejected, mixed / 2])
+
+
+ADAM_EPS = 1e-12
+"""Keeps 1/sqrt(v) finite where a parameter has had no gradient."""
+
+
+class HeadMeasurement:
+    """Geometry of the output projection, from the ordinary backward pass."""
+
+    def __init__(self, engine: Engine, weighted: bool, num_pairs: int, population: bool) -> None:
+        has_bias = engine.policy.head.bias is not None
+        self._scores = HeadScores(engine.vocabulary, engine.hidden_size, has_bias, engine.device, weighted)
+        self._reader = Reader(weighted, population)
+        self._population = population
+        self._num_pairs = num_pairs
+        self._alpha = 1.0
+
+    def begin(self, alpha: float) -> None:
+        self._alpha = alpha
+        self._scores.reset()
+
+    def backward(self, engine: Engine, batch: PairBatch, price: Price, alpha: float) -> Priced:
+        engine.policy.head.scores = self._scores
+        try:
+            return joint_backward(engine, batch, price, alpha)
+        finally:
+            engine.policy.head.scores = None
+
+    def partials(self, engine: Engine) -> Tensor:
+        if self._scores.weighted:
+            scales = _calibrated_scales(self._alpha)
+        else:
+            scales = (1 / self._num_pairs, 1 / self._num_pairs)
+        return self._reader.partials(self._scores.sides(*scales), self._metric(engine))
+
+    def _metric(self, engine: Engine) -> list[Tensor] | None:
+        head = engine.policy.head
+        parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
+        moments = engine.second_moments(parameters) if self._population and parameters else None
+        return None if moments is None else _inverse_roots(self._scores.shares_of(list(moments)))
+
+    def read(self, totals: list[float]) -> Measured:
+        return self._reader.read(totals)
+
+
+def _calibrated_scales(alpha: float) -> tuple[float, float]:
+    """What turns the sum over ranks of the calibrated surrogate's two gradients, -alpha G_w and G_l / alpha
+    (the engine takes the mean over micro-batches before autograd), into G_w and G_l."""
+    return -1 / (alpha * world_size()), alpha / world_size()
+
+
+def _inverse_roots(moments: list[Tensor]) -> list[Tensor]:
+    return [moment.sqrt().add_(ADAM_EPS).reciprocal_() for moment in moments]
+
+
+class ApartMeasurement:
+    """The two halves of the real gradient over a set of parameters: the sides go backward one after the
+    other."""
+
+    def __init__(self, scores: ParameterScores, reader: "ParameterReader") -> None:
+        self._scores, self._reader = scores, reader
+        self._alpha = 1.0
+
+    def begin(self, alpha: float) -> None:
+        self._alpha = alpha
+        self._scores.reset()
+
+    def backward(self, engine: Engine, batch: PairBatch, price: Price, alpha: float) -> Priced:
+        chosen, rejected = batch.side(chosen=True), batch.side(chosen=False)
+        with torch.no_grad():
+            z_l = engine.logprobs(rejected)
+        z_w = engine.logprobs(chosen)
+        priced = price(z_w.detach(), z_l)
+        surrogate_w, surrogate_l = surrogate_sides(priced, alpha)
+        with self._scores.capture(CHOSEN, keep_gradient=True):
+            engine.backward((surrogate_w * z_w).mean(), is_last=False)
+        z_l = engine.logprobs(rejected)
+        with self._scores.capture(REJECTED, keep_gradient=True):
+            engine.backward((surrogate_l * z_l).mean())
+        return priced
+
+    def partials(self, engine: Engine) -> Tensor:
+        return self._reader.partials(engine, self._scores.sides(*_calibrated_scales(self._alpha)))
+
+    def read(self, totals: list[float]) -> Measured:
+        return self._reader.read(totals)
+
+
+class ProbeMeasurement:
+    """Geometry of a set of parameters beside an ordinary step, which it leaves as it is, bit for bit."""
+
+    def __init__(self, scores: ParameterScores, reader: "ParameterReader", weighted: bool) -> None:
+        self._scores, self._reader, self._weighted = scores, reader, weighted
+
+    def begin(self, alpha: float) -> None:
+        self._scores.reset()
+
+    def backward(self, engine: Engine, batch: PairBatch, price: Price, alpha: float) -> Priced:
+        priced = joint_backward(engine, batch, price, alpha, is_last=False)
+        weights = priced.incentives if self._weighted else [torch.ones_like(priced.loss)] * 2
+        for side, is_last in ((CHOSEN, False), (REJECTED, True)):
+            z = engine.logprobs(batch.side(chosen=side == CHOSEN))
+            with self._scores.capture(side, keep_gradient=False):
+                engine.backward((weights[side] * z).mean(), is_last)
+        return priced
+
+    def partials(self, engine: Engine) -> Tensor:
+        return self._reader.partials(engine, self._scores.sides(1 / world_size(), 1 / world_size()))
+
+    def read(self, totals: list[float]) -> Measured:
+        return self._reader.read(totals)
+
+
+class ParameterReader:
+    """`Reader` for sides over parameters; shared by both measurements, so that either follows the other."""
+
+    def __init__(
+        self, parameters: list[torch.nn.Parameter], scores: ParameterScores, weighted: bool, population: bool
+    ) -> None:
+        self._parameters, self._scores, self._population = parameters, scores, population
+        self._reader = Reader(weighted, population)
+
+    def partials(self, engine: Engine, sides: Sides) -> Tensor:
+        moments = engine.second_moments(self._parameters) if self._population else None
+        metric = None if moments is None else _inverse_roots(self._scores.shares_of(moments))
+        return self._reader.partials(sides, metric)
+
+    def read(self, totals: list[float]) -> Measured:
+        return self._reader.read(totals)
+
+
+class Measurements:
+    """The measurements of a run; buffers are made when the first one is due, and never where none is."""
+
+    def __init__(self, config: Config, engine: Engine) -> None:
+        self._config, self._engine = config, engine
+        self._unmeasured = Unmeasured()
+        self._head: HeadMeasurement | None = None
+        self._apart: ApartMeasurement | None = None
+        self._probe: ProbeMeasurement | None = None
+
+    def at(self, step: int, calibrator: Calibrator) -> Measurement:
+        """How optimizer step `step` (counted from 0) is measured."""
+        every = self._config.metrics.geometry_every
+        wanted = calibrator.measures_at(step)
+        if not wanted and (every == 0 or step % every):
+            return self._unmeasured
+        if self._config.calibration.scope == "head":
+            return self._of_head()
+        apart, probe = self._of_parameters()
+        return apart if wanted and self._weighted else probe
+
+    @property
+    def _weighted(self) -> bool:
+        return self._config.calibration.estimator == "weighted"
+
+    def _of_head(self) -> HeadMeasurement:
+        if self._head is None:
+            self._head = HeadMeasurement(
+                self._engine,
+                self._weighted,
+                self._config.train.pairs_per_step,
+                self._config.metrics.population,
+            )
+        return self._head
+
+    def _of_parameters(self) -> tuple[ApartMeasurement, ProbeMeasurement]:
+        if self._apart is None or self._probe is None:
+            if self._config.calibration.scope == "lora_last":
+                parameters = last_block_parameters(self._engine.policy.model)
+            else:
+                parameters = self._engine.trainable_parameters()
+            scores = ParameterScores(parameters, self._engine.device)
+            reader = ParameterReader(parameters, scores, self._weighted, self._config.metrics.population)
+            self._apart = ApartMeasurement(scores, reader)
+            self._probe = ProbeMeasurement(scores, reader, self._weighted)
+        return self._apart, self._probe
