@@ -13,6 +13,8 @@ from rcpo.config.schema import Config
 from rcpo.inputs import read_inputs
 from rcpo.run_folder import RunFolder
 
+Runs = dict[str, tuple[Config, RunFolder]]
+
 SGD = Case("dpo", "off", "llama", "sgd")
 WATCHED = ("metrics.geometry_every=1", "calibration.scope=full", "optim.lr=1e-4", "train.grad_clip=0")
 ALPHA = 1.3
@@ -33,7 +35,7 @@ RUNS = {
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Config, RunFolder]]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Each trained for one step of 8 pairs, in micro-batches of 4."""
     inputs = tmp_path_factory.mktemp("inputs")
     write_inputs(inputs)
@@ -50,7 +52,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Config, Ru
 @pytest.mark.parametrize("name", RUNS)
 def test_predicted_and_realised_changes_agree(name: str, runs: dict[str, tuple[Config, RunFolder]]) -> None:
     """Change of mean(d z) (weighted) or of mean(z) (mean) of each side over the step, in fp64 from the
-    weights before and after it, per unit of learning rate: within 2 % of dynamics/chosen_rate and rejected_rate."""
+    weights before and after it, per unit of learning rate: within 2 % of the dynamics/*_rate."""
     config, run = runs[name]
     inputs = read_inputs(config)
     batch = [inputs.train[idx] for idx in inputs.sampler(config).global_batch(0)]

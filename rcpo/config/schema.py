@@ -369,5 +369,6 @@ def _check_calibration(calibration: CalibrationConfig) -> None:
     feedback = calibration.feedback
     if feedback.high is not None and feedback.high < feedback.low:
         raise UserError(
-            f"calibration.feedback.high={feedback.high}: must be at least calibration.feedback.low={feedback.low}"
+            f"calibration.feedback.high={feedback.high}: must be at least "
+            f"calibration.feedback.low={feedback.low}; type calibration.feedback.high=null"
         )
