@@ -17,6 +17,8 @@ from torch import Tensor
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 COLLECTIVE_TIMEOUT_MINUTES = 30
+_made_here: set[str] = set()
+"""Variables that `initialize` has set for a world of one."""
 
 
 def joined_world_size() -> int | None:
@@ -67,6 +69,7 @@ def initialize(device: str) -> torch.device:
     if "RANK" not in os.environ:
         if joined_world_size() is None:
             os.environ.update(single_rank_environment())
+            _made_here.update(RANK_VARIABLES)
         else:
             _adopt_srun_variables()
     if device == "cpu":
@@ -118,8 +121,14 @@ def barrier() -> None:
 
 
 def shut_down() -> None:
+    """Leave the process group, so that this process may join another one later."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        import deepspeed
+
+        deepspeed.comm.destroy_process_group()
+    for name in _made_here:
+        os.environ.pop(name, None)
+    _made_here.clear()
 
 
 def reduce_scatter(values: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from rcpo.config.schema import Config, validate
 from rcpo.errors import UserError
 from rcpo.evaluation import SideLogProbs
 
-LIBRARIES = ("torch", "transformers", "deepspeed", "datasets", "hydra-core", "omegaconf", "wandb")
+LIBRARIES = ("torch", "transformers", "deepspeed", "datasets", "hydra-core", "omegaconf", "wandb", "peft")
 
 
 def write_atomically(path: Path, text: str) -> None:

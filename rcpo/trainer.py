@@ -4,10 +4,12 @@ Owns the order of things (reference, step, evaluation, checkpoint, final model) 
 method is in `rcpo.step`, what users see in `rcpo.sinks` and `rcpo.report`.
 """
 
+import contextlib
 import logging
 import math
 import shutil
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from rcpo.data.batch import collate
 from rcpo.data.sampler import PairSampler
 from rcpo.distributed import barrier, from_rank_zero, rank, world_size
 from rcpo.engine import Engine
+from rcpo.errors import UserError
 from rcpo.evaluation import SideLogProbs, measure_logprobs, peak_memory_gb
 from rcpo.inputs import Inputs
 from rcpo.measurement import Measurements
@@ -61,19 +64,35 @@ def train(
         reference = ReferenceTable.load(run.reference)
         state.load_state_dict(load_checkpoint(checkpoint, engine))
     sinks = _start_sinks(config, run, num_steps, state.step)
-    if checkpoint is None:
-        _record_evaluation(run, sinks, 0, reference.held_out, reference)
-    measurements = Measurements(config, engine)
+    with _closed_on_failure(sinks):
+        if checkpoint is None:
+            _record_evaluation(run, sinks, 0, reference.held_out, reference)
+        _train_steps(config, run, inputs, engine, objective, state, reference, sinks)
+        return _finish(config, run, inputs, engine, sinks)
 
+
+def _train_steps(
+    config: Config,
+    run: RunFolder,
+    inputs: Inputs,
+    engine: Engine,
+    objective: Objective,
+    state: TrainState,
+    reference: ReferenceTable,
+    sinks: list[Sink],
+) -> None:
+    """Optimizer steps up to the run's end, with their rows, evaluations and checkpoints. Collective."""
+    sampler, num_steps, device = inputs.sampler(config), inputs.num_steps(config), engine.device
+    measurements = Measurements(config, engine)
     while state.step < num_steps:
         started = time.perf_counter()
         micro_batches = _micro_batches(config, inputs, sampler, reference, state.step, device)
         num_tokens = _num_tokens(inputs, sampler.global_batch(state.step))
         lr = engine.lr()
         probe_r_w = None
-        if calibrator.probes_at(state.step):
+        if state.calibrator.probes_at(state.step):
             probe_r_w = _measure_probe(config, inputs, engine, reference)
-        measurement = measurements.at(state.step, calibrator)
+        measurement = measurements.at(state.step, state.calibrator)
         row = train_step(
             engine, objective, state, micro_batches, config.train.pairs_per_step, measurement, probe_r_w
         )
@@ -92,16 +111,38 @@ def train(
             _check_start(row, config.model.dtype)
         for sink in sinks:
             sink.log_step(row)
+        _refuse_non_finite(row)
         if state.step == num_steps or _due(state.step, config.train.eval_every):
             result = measure_logprobs(engine, inputs.held_out, inputs.pad_id, _eval_batch(config))
             _record_evaluation(run, sinks, state.step, result, reference)
         if _due(state.step, config.train.save_every):
             save_checkpoint(run, engine, state.state_dict(), inputs.tokenizer)
-    return _finish(config, run, inputs, engine, sinks)
 
 
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+@contextlib.contextmanager
+def _closed_on_failure(sinks: list[Sink]) -> Iterator[None]:
+    """Close the sinks as failed when what happens inside raises."""
+    try:
+        yield
+    except BaseException:
+        for sink in sinks:
+            sink.close({}, 1)
+        raise
+
+
+def _refuse_non_finite(row: dict[str, float]) -> None:
+    """Stop a run whose numbers are lost; the row that shows it has been written."""
+    for key in ("train/loss", "train/grad_norm"):
+        if not math.isfinite(row[key]):
+            raise UserError(
+                f"step {row['step']:.0f}: {key} is {row[key]}, and the weights are spoiled; train again with "
+                "a smaller optim.lr=..., or resume if the newest checkpoint is from well before this step"
+            )
+
+
+def _due(step: int, every: int | None) -> bool:
+    """Whether something happens after optimizer step `step` (counted from 1); never with every = 0."""
+    return every is not None and every > 0 and step % every == 0
 
 
 def _measure_probe(config: Config, inputs: Inputs, engine: Engine, reference: ReferenceTable) -> float:

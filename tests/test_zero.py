@@ -61,7 +61,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Case, int], tup
 def test_every_stage_trains_as_the_plain_loop(
     case: Case, stage: int, runs: dict[tuple[Case, int], tuple[Config, RunFolder]]
 ) -> None:
-    """Weights after 6 steps to 1e-5; loss, alpha, score norms and gradient norm of every step. Clipping was at work."""
+    """Weights after 6 steps to 1e-5; loss, alpha, score norms and gradient norm of every step. Clipping was
+    at work."""
     config, run = runs[case, stage]
     assert (config.deepspeed.stage, config.world_size()) == (stage, 2)
     plain = plain_run(config)

@@ -30,6 +30,8 @@ def resolve(config: Config, joined_world_size: int | None) -> Config:
     launch = _launch(config, device, joined_world_size)
     config = dataclasses.replace(config, launch=launch)
     train = dataclasses.replace(config.train, device=device, pairs_per_device=_pairs_per_device(config, tiny))
+    if train.eval_every is None:
+        train = dataclasses.replace(train, eval_every=25 if tiny else 100)
     if train.steps is None and train.epochs is None:
         train = (
             dataclasses.replace(train, steps=150)

@@ -198,8 +198,9 @@ class TrainConfig:
     """Tokens of prompt + response; responses are cut from the right."""
     max_prompt_length: Positive | None = None
     """Tokens of the prompt, cut from the left; null: max_length - 1."""
-    eval_every: NonNegative = 50
-    """Optimizer steps between evaluations; 0: only at the start and the end."""
+    eval_every: NonNegative | None = None
+    """Optimizer steps between evaluations; 0: only at the start and the end; null: 25 for builtin:tiny, else
+    100."""
     save_every: NonNegative = 0
     """Optimizer steps between checkpoints; 0: none."""
     log_every: Positive = 1
