@@ -14,8 +14,10 @@ from rcpo.config.schema import Config
 from rcpo.data.load import load_records
 from rcpo.data.sampler import PairSampler
 from rcpo.data.tokenize import TokenizedPair, describe_example, tokenize_records
+from rcpo.data.weights import weighing_of
 from rcpo.errors import UserError
 from rcpo.model import check_vocabulary, load_tokenizer
+from rcpo.objectives import composition_of
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def read_inputs(config: Config) -> Inputs:
     check_adapters(config.model, config.train.device)
     tokenizer = load_tokenizer(config.model)
     check_vocabulary(config.model, tokenizer)
-    records = load_records(config.data)
+    records = load_records(config.data, weighing_of(composition_of(config.objective)))
     limits = (config.train.max_length, config.train.max_prompt_length, config.data.on_bad_row)
     train = tokenize_records(records.train, tokenizer, *limits)
     held_out = tokenize_records(records.held_out, tokenizer, *limits)

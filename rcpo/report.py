@@ -22,7 +22,7 @@ import rcpo
 from rcpo.config.resolve import data_label, model_label
 from rcpo.config.schema import Config
 from rcpo.console import KEPT_NATS, nats, percent
-from rcpo.objectives import Objective, load_objective
+from rcpo.objectives import Objective, composition_of, objective_of
 from rcpo.run_folder import RunFolder
 
 HELD_OUT = ("chosen", "rejected", "margin", "accuracy", "chosen_down", "both_down")
@@ -177,8 +177,8 @@ def _mood(change: float | None) -> str:
 
 def model_card(config: Config, summary: dict[str, Any]) -> str:
     """README.md of final/: YAML front matter, objective, calibration, displacement, how to load."""
-    params = dict(config.objective)
-    objective = load_objective(params.pop("name"), **params)
+    objective = objective_of(config.objective)
+    composed = composition_of(config.objective).describe()
     settings = ", ".join(f"{key} = {value}" for key, value in objective.params().items()) or "no parameters"
     rows = "\n".join(f"| {' | '.join(row)} |" for row in [TABLE_HEADER, ("---",) * 5, *table_rows(summary)])
     return f"""{_front_matter(config)}
@@ -194,7 +194,7 @@ def model_card(config: Config, summary: dict[str, Any]) -> str:
 
     {formula(objective)}
 
-{LOGPROBS_NOTE[averages(objective)]}
+{LOGPROBS_NOTE[averages(objective)]}{f" Composed: {composed}." if composed else ""}
 
 ## Calibration
 

@@ -1,21 +1,20 @@
 """One optimizer step of the method: the file to read first.
 
-    z           = log pi(y|x) of both sides                      rcpo.model, attached to the graph
-    loss        = objective(z, ref, |y|)                         rcpo.objectives, on detached leaves
-    d_w, d_l    = -dL/dz_w, +dL/dz_l                             rcpo.incentives, by autograd
-    surrogate   = mean(-alpha d_w z_w + (d_l/alpha) z_l)         its gradient is the calibrated gradient of
-    the loss geometry    = products of the two sides' score vectors       rcpo.measurement, where this step is
-    measured calibrator  sees the global batch once, after the step       rcpo.calibration: alpha of the next
-    step objective   its batch statistics advance likewise            kto's z0, bco's d, ...: numbers of the
-    next step
+    z           = log pi(y|x) of both sides                  rcpo.model, attached to the graph
+    loss        = weight * objective(z, ref, |y|)            rcpo.objectives, on detached leaves
+    d_w, d_l    = -dL/dz_w, +dL/dz_l                         rcpo.incentives, by autograd
+    aggregate   = the mean over the batch, or KL-DRO         rcpo.aggregate, scales loss and incentives
+    surrogate   = mean(-alpha d_w z_w + (d_l/alpha) z_l)     its gradient is the loss's, calibrated
+    geometry    = products of the sides' score vectors       rcpo.measurement, where this step is measured
+    calibrator  sees the global batch once, after the step   rcpo.calibration: alpha of the next step
+    objective   its batch statistics advance likewise        kto's z0, bco's d, ...: the next step's numbers
 
 With alpha = 1 the surrogate's gradient is the loss's own, -d_w grad z_w + d_l grad z_l. There is no branch on
-the objective's name and none on the kind of calibration. Called by `rcpo.trainer`.
+the objective's name, and none on the kind of calibration or of aggregate. Called by `rcpo.trainer`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -32,11 +31,13 @@ from rcpo.scores import ScoreGeometry
 
 
 class MicroBatch(NamedTuple):
-    """Pairs on the device with their reference log-probs (B,) fp32."""
+    """Pairs on the device with their reference log-probs and weights (B,) fp32."""
 
     batch: PairBatch
     ref_w: Tensor
     ref_l: Tensor
+    weight: Tensor
+    """What multiplies a pair's loss; 1 where a run has no sample weights."""
 
 
 class Priced(NamedTuple):
@@ -78,6 +79,16 @@ class Measurement(Protocol):
         """The geometry from the sums over ranks."""
 
 
+class Aggregate(Protocol):
+    """From the pairs' losses to the loss of the global batch; `rcpo.aggregate` has the kinds."""
+
+    def prices(
+        self, engine: Engine, objective: Objective, state: tuple[float, ...], batches: Sequence[MicroBatch]
+    ) -> Iterator[tuple[MicroBatch, Price]]:
+        """Each of this rank's micro-batches of one global batch with its price, in turn: loss and incentives
+        whose means over the global batch are the loss and its derivatives. Collective."""
+
+
 @dataclass
 class TrainState:
     """What the method carries from step to step. With the engine it is all that a restart needs: data order
@@ -105,10 +116,12 @@ class TrainState:
 def price(
     objective: Objective, state: tuple[float, ...], micro_batch: MicroBatch, z_w: Tensor, z_l: Tensor
 ) -> Priced:
-    """Loss and incentives of a micro-batch at detached z_w, z_l (B,) fp32."""
+    """Weighted loss and incentives of a micro-batch's pairs at detached z_w, z_l (B,) fp32."""
     len_w, len_l = micro_batch.batch.lengths.to(z_w.dtype).chunk(2)
     pair = PairLogProbs(z_w, z_l, micro_batch.ref_w, micro_batch.ref_l, len_w, len_l, state)
-    return Priced(pair, *loss_and_incentives(objective, pair))
+    loss, (d_w, d_l) = loss_and_incentives(objective, pair)
+    weight = micro_batch.weight
+    return Priced(pair, weight * loss, Incentives(weight * d_w, weight * d_l))
 
 
 def surrogate_sides(priced: Priced, alpha: float) -> tuple[Tensor, Tensor]:
@@ -131,25 +144,25 @@ def train_step(
     engine: Engine,
     objective: Objective,
     state: TrainState,
-    micro_batches: Iterable[MicroBatch],
+    micro_batches: Sequence[MicroBatch],
     pairs_per_step: int,
     measurement: Measurement,
+    aggregate: Aggregate,
     probe_r_w: float | None = None,
 ) -> dict[str, float]:
     """Train on this rank's micro-batches of one global batch; returns the metrics row, the same on every
     rank.
 
-    `measurement` says how the step is run and what geometry is read off it; `probe_r_w` is the displacement
-    of the held-out probe pairs, where the calibrator asked for it. `state` advances by one step. The only
-    wait for the device is the one reduction of the metrics, after the weights have been updated.
+    `measurement` says how the step is run and what geometry is read off it, `aggregate` what the pairs'
+    losses add up to; `probe_r_w` is the displacement of the held-out probe pairs, where the calibrator asked
+    for it. `state` advances by one step. The only wait for the device is the one reduction of the metrics,
+    after the weights have been updated.
     """
     alpha = state.calibrator.alpha()
     measurement.begin(alpha)
     sums = torch.zeros(len(QUANTITIES) + objective.num_statistics, dtype=torch.float64, device=engine.device)
-    for micro_batch in micro_batches:
-        priced = measurement.backward(
-            engine, micro_batch.batch, partial(price, objective, state.objective_state, micro_batch), alpha
-        )
+    for micro_batch, price_of in aggregate.prices(engine, objective, state.objective_state, micro_batches):
+        priced = measurement.backward(engine, micro_batch.batch, price_of, alpha)
         engine.step()
         columns = objective.statistic_columns(priced.pair).double().sum(1)
         sums += torch.cat([pair_sums(priced.loss, priced.pair, priced.incentives), columns])

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from rcpo.aggregate import aggregate_of
 from rcpo.calibration import build_calibrator
 from rcpo.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from rcpo.config.schema import Config
@@ -27,7 +28,7 @@ from rcpo.inputs import Inputs
 from rcpo.measurement import Measurements
 from rcpo.metrics import displacement_row
 from rcpo.model import save_model
-from rcpo.objectives import Objective, load_objective
+from rcpo.objectives import Objective, composition_of, objective_of
 from rcpo.plot import plot_run
 from rcpo.reference import ReferenceCache, ReferenceTable, shared_reference, weights_fingerprint
 from rcpo.report import model_card, summarize
@@ -50,8 +51,7 @@ def train(
     Raises UserError when the model cannot be used or a checkpoint cannot be loaded.
     """
     torch.manual_seed(config.seed)
-    params = dict(config.objective)
-    objective = load_objective(params.pop("name"), **params)
+    objective = objective_of(config.objective)
     sampler = inputs.sampler(config)
     num_steps = inputs.num_steps(config)
     engine = Engine(config, num_steps, device)
@@ -84,6 +84,7 @@ def _train_steps(
     """Optimizer steps up to the run's end, with their rows, evaluations and checkpoints. Collective."""
     sampler, num_steps, device = inputs.sampler(config), inputs.num_steps(config), engine.device
     measurements = Measurements(config, engine)
+    aggregate = aggregate_of(composition_of(config.objective))
     while state.step < num_steps:
         started = time.perf_counter()
         micro_batches = _micro_batches(config, inputs, sampler, reference, state.step, device)
@@ -94,7 +95,14 @@ def _train_steps(
             probe_r_w = _measure_probe(config, inputs, engine, reference)
         measurement = measurements.at(state.step, state.calibrator)
         row = train_step(
-            engine, objective, state, micro_batches, config.train.pairs_per_step, measurement, probe_r_w
+            engine,
+            objective,
+            state,
+            micro_batches,
+            config.train.pairs_per_step,
+            measurement,
+            aggregate,
+            probe_r_w,
         )
         seconds = time.perf_counter() - started
         row |= {
@@ -191,7 +199,10 @@ def _micro_batches(
     for indices in sampler.micro_batches(step, rank(), world_size(), config.train.pairs_per_device):
         ref_w, ref_l = reference.train_rows(indices)
         batch = collate([inputs.train[idx] for idx in indices], inputs.pad_id)
-        micro_batches.append(MicroBatch(batch.to(device), ref_w.to(device), ref_l.to(device)))
+        weight = torch.tensor([inputs.train[idx].weight for idx in indices])
+        micro_batches.append(
+            MicroBatch(batch.to(device), ref_w.to(device), ref_l.to(device), weight.to(device))
+        )
     return micro_batches
 
 

@@ -39,6 +39,8 @@ class Settings:
     """mean or weighted."""
     every: int = 1
     """Optimizer steps between measurements."""
+    dro_lambda: float | None = None
+    """lambda of KL-DRO; None: the mean of the losses."""
 
 
 @dataclass
@@ -77,11 +79,14 @@ def train_plainly(
         z = summed(model, batch)
         leaves = Sides(z.z_w.detach(), z.z_l.detach())
         loss, d_w, d_l = loss_and_incentives(settings.objective, leaves, ref, batch)
+        weight = torch.tensor([pair.weight for pair in batch])
+        loss, factor = aggregated(weight * loss, settings.dro_lambda)
+        d_w, d_l = factor * weight * d_w, factor * weight * d_l
         # d loss / d theta = -d_w dz_w/dtheta + d_l dz_l/dtheta, with the two sides scaled.
         optimizer.zero_grad()
         (-alpha * d_w * z.z_w + d_l / alpha * z.z_l).mean().backward()
         row = {
-            "train/loss": float(loss.mean()),
+            "train/loss": float(loss),
             "logps/chosen": float(leaves.z_w.mean()),
             "logps/rejected": float(leaves.z_l.mean()),
             "displacement/chosen": float((leaves.z_w - ref.z_w).mean()),
@@ -144,6 +149,14 @@ def loss_and_incentives(
     assert objective == "ipo"
     excess = r_w / len_w - r_l / len_l - 1 / (2 * IPO_TAU)
     return excess**2, -2 * excess / len_w, -2 * excess / len_l
+
+
+def aggregated(loss: Tensor, dro_lambda: float | None) -> tuple[Tensor, Tensor]:
+    """The batch's loss and, times B, its derivative by each pair's loss (B,)."""
+    if dro_lambda is None:
+        return loss.mean(), torch.ones_like(loss)
+    powers = torch.exp(loss.double() / dro_lambda)
+    return dro_lambda * torch.log(powers.mean()), (powers / powers.mean()).float()
 
 
 def _num_response(side: TokenizedSide) -> int:

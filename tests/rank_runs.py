@@ -196,8 +196,9 @@ def plain_run(config: Config) -> PlainRun:
     assert config.optim.lr is not None
     band = config.calibration
     settings = Settings(
-        *case, config.optim.lr, config.train.grad_clip, band.scope, band.estimator, band.every
-    )
+        *case, config.optim.lr, config.train.grad_clip, band.scope, band.estimator, band.every,
+        config.objective["dro_lambda"] if config.objective["aggregate"] == "kl_dro" else None,
+    )  # fmt: skip
     inputs = read_inputs(config)
     sampler = inputs.sampler(config)
     batches = [sampler.global_batch(step) for step in range(inputs.num_steps(config))]

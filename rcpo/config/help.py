@@ -88,13 +88,17 @@ def _group_lines(
 
 def _key_lines(tree: dict[str, Any], choices: dict[str, str], folders: Sequence[Path]) -> Iterator[str]:
     """A line for each key: dotted name, value, meaning."""
+    shared = _comments(folders[-1] / "every_objective.yaml")
     meanings = _comments(folders[-1] / "config.yaml")
+    meanings |= {f"objective.{key}": text for key, text in shared.items()}
     for group in tree:
         file = _option_file(group, choices.get(group) or "", folders)
         meanings |= {f"{group}.{key}": text for key, text in _comments(file).items()}
     meanings |= dict(_schema_meanings(Config, ""))
-    # Keys that stand alone first, then section by section.
-    for name, value in sorted(_leaves(tree, ""), key=lambda leaf: "." in leaf[0]):
+    # Keys that stand alone first, then section by section; what all objectives have after what one has.
+    own = sorted(tree["objective"].items(), key=lambda item: item[0] in shared)
+    ordered = tree | {"objective": dict(own)}
+    for name, value in sorted(_leaves(ordered, ""), key=lambda leaf: "." in leaf[0]):
         if name not in HIDDEN:
             yield from _filled(f"  {f'{name}={_shown(value)}':<34}  ", meanings.get(name, ""))
 

@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from pydantic.dataclasses import dataclass
 
 from rcpo.errors import UserError
-from rcpo.objectives import load_objective
+from rcpo.objectives import composition_of, objective_of
 
 STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -138,7 +138,8 @@ class DataConfig:
     on_bad_row: Literal["error", "drop"] = "error"
     """A row that cannot train: stop with its number and reason, or drop and count it."""
     columns: dict[str, str] | None = None
-    """{prompt: NAME, chosen: NAME, rejected: NAME} where a file uses other names."""
+    """{prompt: NAME, chosen: NAME, rejected: NAME} where a file uses other names; also {weight: NAME} or
+    {probability: NAME} with objective.sample_weight."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -233,7 +234,7 @@ class LaunchConfig:
 @dataclass(frozen=True, config=STRICT)
 class Config:
     objective: dict[str, Any]
-    """name and parameters; `rcpo.objectives` checks them."""
+    """name, parameters and keys that all objectives have; `rcpo.objectives` checks them."""
     calibration: CalibrationConfig
     model: ModelConfig
     data: DataConfig
@@ -339,8 +340,8 @@ def _check_model(config: Config) -> None:
 def _check_combinations(config: Config) -> None:
     """Rules that join several keys."""
     _check_model(config)
-    params = dict(config.objective)
-    load_objective(str(params.pop("name", None)), **params)
+    composition_of(config.objective)
+    objective_of(config.objective)
     train, data = config.train, config.data
     if train.steps is not None and train.epochs is not None:
         raise UserError(

@@ -5,6 +5,7 @@ Owns the checks on columns, the policy on bad rows, duplicates and the choice of
 gives the same records on every rank.
 """
 
+import dataclasses
 import json
 import random
 from collections import Counter
@@ -16,6 +17,7 @@ from rcpo.config.schema import DataConfig
 from rcpo.data.arithmetic import arithmetic_records
 from rcpo.data.readers import Place, Rows, read_rows
 from rcpo.data.records import BadRowError, PreferenceRecord, read_record
+from rcpo.data.weights import UNWEIGHTED, WEIGHT_PARTS, Weighing, describe_weights
 from rcpo.errors import UserError
 
 PARTS = ("prompt", "chosen", "rejected")
@@ -31,19 +33,20 @@ class PreferenceData:
     """Lines for the log: rows read, dropped and why, duplicates, held out."""
 
 
-def load_records(config: DataConfig) -> PreferenceData:
+def load_records(config: DataConfig, weighing: Weighing = UNWEIGHTED) -> PreferenceData:
     """Read the pairs that `config` names and hold some out.
 
     Held-out pairs are those of data.eval_path or data.eval_split (at most data.eval_pairs of them, drawn by
     data.seed), else data.eval_pairs pairs drawn by data.seed from the training pairs. A training pair
     identical to a held-out one is dropped. data.train_pairs draws that many of the rest by data.seed, since
-    many files are sorted; it never moves the held-out set. Pairs keep their order. Raises UserError with one
-    line for bad input.
+    many files are sorted; it never moves the held-out set. Pairs keep their order. Training pairs have
+    the weights that `weighing` reads. Raises UserError with one line for bad input.
     """
+    _check_parts(config, weighing)
     if config.source == "arithmetic":
         return _load_arithmetic(config)
     report: list[str] = []
-    train = _read_place(Place(config.path or "", config.split), config, report)
+    train = _read_place(Place(config.path or "", config.split), config, report, weighing)
     if config.eval_path is None and config.eval_split is None:
         train, held_out = _draw_held_out(train, config, report)
     else:
@@ -57,6 +60,8 @@ def load_records(config: DataConfig) -> PreferenceData:
     if config.train_pairs is not None and config.train_pairs < len(train):
         report.append(f"{config.train_pairs} of {len(train)} training pairs drawn by data.seed={config.seed}")
         train = _draw(train, config.train_pairs, config.seed)[0]
+    if weighing.parts:
+        report.append(_describe_weights(train, weighing))
     return PreferenceData(train, held_out, report)
 
 
@@ -76,7 +81,7 @@ def _read_held_out(config: DataConfig, report: list[str]) -> list[PreferenceReco
         place = Place(config.path or "", config.eval_split, "data.path", "data.eval_split")
     else:
         place = Place(config.eval_path, config.eval_split, "data.eval_path", "data.eval_split")
-    records = _read_place(place, config, report)
+    records = _read_place(place, config, report, UNWEIGHTED)
     if len(records) > config.eval_pairs:
         report.append(
             f"{config.eval_pairs} of {len(records)} held-out pairs drawn by data.seed={config.seed}"
@@ -85,12 +90,14 @@ def _read_held_out(config: DataConfig, report: list[str]) -> list[PreferenceReco
     return records
 
 
-def _read_place(place: Place, config: DataConfig, report: list[str]) -> list[PreferenceRecord]:
+def _read_place(
+    place: Place, config: DataConfig, report: list[str], weighing: Weighing
+) -> list[PreferenceRecord]:
     """Records of one source; bad rows stop or are counted as data.on_bad_row says."""
-    names = _column_names(config.columns)
+    names = {part: (config.columns or {}).get(part, part) for part in (*PARTS, *weighing.parts)}
     source = read_rows(place, set(names.values()))
     _check_columns(source.columns, names, place, config)
-    records, reasons = _read_records(source, names, place, config.on_bad_row)
+    records, reasons = _read_records(source, names, place, config.on_bad_row, weighing)
     if not records:
         reason, _ = reasons.most_common(1)[0]
         raise place.error(
@@ -103,20 +110,30 @@ def _read_place(place: Place, config: DataConfig, report: list[str]) -> list[Pre
     return records
 
 
-def _column_names(columns: dict[str, str] | None) -> dict[str, str]:
-    """Column name of each part."""
-    for part in columns or {}:
-        if part not in PARTS:
+def _check_parts(config: DataConfig, weighing: Weighing) -> None:
+    """Parts that data.columns names: known, and those of a weight also read."""
+    for part, name in (config.columns or {}).items():
+        if part not in PARTS + WEIGHT_PARTS:
             raise UserError(
-                f"data.columns.{part}: no such part; the parts are {', '.join(PARTS)}; "
+                f"data.columns.{part}: no such part; the parts are {', '.join(PARTS + WEIGHT_PARTS)}; "
                 "type data.columns='{prompt: NAME, chosen: NAME, rejected: NAME}'"
             )
-    return {part: part for part in PARTS} | (columns or {})
+        if part in WEIGHT_PARTS and part not in weighing.parts:
+            kind = "weight" if part == "weight" else "dora"
+            raise UserError(
+                f"data.columns.{part}={name}: has no effect without {kind}; "
+                f"type objective.sample_weight={kind} as well"
+            )
+    if weighing.parts and config.source == "arithmetic":
+        raise UserError(
+            f"objective.sample_weight: data=arithmetic has no column {weighing.parts[0]}; "
+            "type data=file data.path=PAIRS.jsonl, or objective.sample_weight=null"
+        )
 
 
 def _check_columns(seen: list[str], names: dict[str, str], place: Place, config: DataConfig) -> None:
     # A prompt column may be absent, unless the user has named it.
-    needed = [part for part in PARTS if part != "prompt" or "prompt" in (config.columns or {})]
+    needed = [part for part in names if part != "prompt" or "prompt" in (config.columns or {})]
     missing = [names[part] for part in needed if names[part] not in seen]
     if missing:
         parts = ", ".join(f"{part}: NAME" for part in needed if names[part] in missing)
@@ -127,7 +144,7 @@ def _check_columns(seen: list[str], names: dict[str, str], place: Place, config:
 
 
 def _read_records(
-    source: Rows, names: dict[str, str], place: Place, on_bad_row: str
+    source: Rows, names: dict[str, str], place: Place, on_bad_row: str, weighing: Weighing
 ) -> tuple[list[PreferenceRecord], Counter[str]]:
     records, reasons = [], Counter[str]()
     has_prompt = names["prompt"] in source.columns
@@ -136,7 +153,8 @@ def _read_records(
         try:
             if has_prompt and values["prompt"] is None:
                 raise BadRowError("prompt is null")
-            records.append(read_record(**values, row=number))
+            record = read_record(values["prompt"], values["chosen"], values["rejected"], number)
+            records.append(dataclasses.replace(record, weight=weighing.weight(values)))
         except BadRowError as error:
             if on_bad_row == "error":
                 raise place.error(
@@ -152,6 +170,17 @@ def _listed(reasons: Counter[str]) -> str:
     none."""
     counts = ", ".join(f"{num} because {reason}" for reason, num in reasons.most_common())
     return f": {counts}" if counts else ""
+
+
+def _describe_weights(train: list[PreferenceRecord], weighing: Weighing) -> str:
+    """The weights' line for the log; raises UserError where nothing would be trained."""
+    weights = [record.weight for record in train]
+    if not any(weights):
+        raise UserError(
+            f"objective.sample_weight: the weight of all {len(train)} training pairs is 0, from column "
+            f"{weighing.parts[0]}; mend it or type objective.sample_weight=null"
+        )
+    return describe_weights(weights)
 
 
 def _draw_held_out(

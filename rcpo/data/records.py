@@ -30,6 +30,8 @@ class PreferenceRecord:
     """The response only, without the prompt."""
     row: int
     """Row number in the source, counted from 0, for reports."""
+    weight: float = 1.0
+    """What multiplies the pair's loss, finite and >= 0 (`rcpo.data.weights`)."""
 
 
 class BadRowError(Exception):

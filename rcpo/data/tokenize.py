@@ -51,6 +51,8 @@ class TokenizedPair:
     rejected: TokenizedSide
     row: int
     """Row number in the source."""
+    weight: float = 1.0
+    """What multiplies the pair's loss, finite and >= 0."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,8 @@ class _Work:
                 outcomes.append(whole)
                 continue
             try:
-                outcomes.append(self._make_pair(next(encoded), next(encoded), whole.is_closed, record.row))
+                pair = self._make_pair(next(encoded), next(encoded), whole.is_closed, record)
+                outcomes.append(pair)
             except BadRowError as error:
                 outcomes.append(error)
         return outcomes
@@ -223,7 +226,7 @@ class _Work:
         return len(batch["input_ids"][idx])
 
     def _make_pair(
-        self, chosen: TokenizedSide, rejected: TokenizedSide, is_closed: bool, row: int
+        self, chosen: TokenizedSide, rejected: TokenizedSide, is_closed: bool, record: PreferenceRecord
     ) -> TokenizedPair:
         # Both sides share one prompt: where a merge across its end makes their ids differ, the shorter one.
         num_prompt = min(
@@ -238,7 +241,7 @@ class _Work:
         for name, before, after in zip(("chosen", "rejected"), sides, cut, strict=True):
             self._counts[name] += _num_response(after) < _num_response(before)
         self._counts["prompt"] += cut[0].num_prompt < sides[0].num_prompt
-        return TokenizedPair(cut[0], cut[1], row)
+        return TokenizedPair(cut[0], cut[1], record.row, record.weight)
 
     def _close(self, ids: list[int], num_prompt: int, is_closed: bool) -> TokenizedSide:
         """One BOS in front, one end token behind."""

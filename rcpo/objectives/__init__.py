@@ -14,6 +14,7 @@ once. To add one, write a function in the family file where it belongs, with `@o
     ratio.py           density-ratio estimation
     anchored.py        made to hold the chosen response up
     mix.py             weighted sums of all of these
+    composition.py     what every objective accepts: weights of pairs, and what takes the mean's place
 
 Shape legend: B pairs. z_w, z_l are log-probabilities *summed* over response tokens; r = z - ref, mt = r_w -
 r_l, m = z_w - z_l, a bar divides by the side's length |y|.
@@ -21,6 +22,7 @@ r_l, m = z_w - z_l, a bar divides by the side's length |y|.
 
 # Importing a family registers its objectives.
 from rcpo.objectives import anchored, mix, pairwise, pointwise, ratio, reference_free
+from rcpo.objectives.composition import Composition, composition_of, objective_of
 from rcpo.objectives.registry import (
     REGISTRY,
     BatchStatistic,
@@ -34,13 +36,16 @@ from rcpo.objectives.registry import (
 __all__ = [
     "REGISTRY",
     "BatchStatistic",
+    "Composition",
     "Objective",
     "PairLogProbs",
     "anchored",
+    "composition_of",
     "config_key",
     "load_objective",
     "mix",
     "objective",
+    "objective_of",
     "pairwise",
     "pointwise",
     "ratio",

@@ -177,8 +177,8 @@ def load_objective(name: str, **params: Any) -> Objective:
     return load_at(TOP, name, params)
 
 
-def load_at(path: str, name: str, params: dict[str, Any]) -> Objective:
-    """`load_objective` for a section other than the top one; error messages begin with `path`."""
+def load_at(path: str, name: str, params: dict[str, Any], also: tuple[str, ...] = ()) -> Objective:
+    """`load_objective` for any section; error messages begin with `path`, and hint at keys in `also` too."""
     if name not in REGISTRY:
         key = path if path == TOP else f"{path}.name"
         raise UserError(f"{key}={name}: no such objective; choose one of {', '.join(sorted(REGISTRY))}")
@@ -187,7 +187,7 @@ def load_at(path: str, name: str, params: dict[str, Any]) -> Objective:
     defaults = entry.config_type()
     for key, value in params.items():
         if key not in fields:
-            close = difflib.get_close_matches(str(key), fields, n=1)
+            close = difflib.get_close_matches(str(key), [*fields, *also], n=1)
             hint = f"did you mean {path}.{close[0]}?" if close else f"it has {', '.join(fields) or 'none'}"
             raise UserError(f"{path}.{key}={value}: {name} has no such parameter; {hint}")
     try:
@@ -195,11 +195,12 @@ def load_at(path: str, name: str, params: dict[str, Any]) -> Objective:
             check_kind(key, value, getattr(defaults, fields[key]))
         config = entry.config_type(**{fields[key]: value for key, value in params.items()})
     except ParameterError as error:
-        raise UserError(_one_line(path, error)) from None
+        raise UserError(one_line(path, error)) from None
     return entry.build(name, config)
 
 
-def _one_line(path: str, error: ParameterError) -> str:
+def one_line(path: str, error: ParameterError) -> str:
+    """Value, rule and what to type, for a parameter of the section at `path`."""
     example = str(error.example).lower()
     # The command line sets a list whole, so a term's value is mended where the list is written.
     cure = f"type {path}.{error.key}={example}"

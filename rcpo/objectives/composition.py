@@ -1,0 +1,95 @@
+"""What every objective accepts beside its own parameters: weights of pairs, and what takes the mean's place.
+
+Owns these keys of the `objective` section, their rules, and the one way from that section to an `Objective`.
+The keys' defaults as users see them are in conf/every_objective.yaml. Does not own what they mean:
+`rcpo.data.weights` reads the weights, `rcpo.step` multiplies by them, `rcpo.aggregate` aggregates.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rcpo.errors import UserError
+from rcpo.objectives.parameters import ParameterError, check_kind, require_not_negative, require_positive
+from rcpo.objectives.registry import TOP, Objective, load_at, one_line
+
+SAMPLE_WEIGHTS = (None, "weight", "dora")
+AGGREGATES = ("mean", "kl_dro")
+
+
+@dataclass(frozen=True)
+class Composition:
+    """How the losses of single pairs become the loss of a global batch.
+
+    `sample_weight` is a key of its own, and a column alone weighs nothing: a file that happens to have a
+    column named weight trains as it did before, and a sweep compares weighted with unweighted runs of the
+    same data.
+    """
+
+    sample_weight: str | None = None
+    """null: every pair counts alike. weight: by the column `weight`. dora: by 1/(a + a_i (1-p)/p) of the
+    column `probability` (`rcpo.data.weights`)."""
+    dora_a: float = 0.5
+    """DoRA's a > 0: the target distribution's share of the data; the weight is at most 1/a. Published code:
+    1/2 for pairs."""
+    dora_a_i: float = 0.5
+    """DoRA's a_i >= 0: the share of the distribution that the pair comes from. Published code: 1/2 for
+    pairs."""
+    aggregate: str = "mean"
+    """mean, or kl_dro: lambda log mean exp(loss/lambda) over the global batch (`rcpo.aggregate`)."""
+    dro_lambda: float = 1.0
+    """lambda of kl_dro, > 0, in units of the loss: towards infinity the mean, towards 0 the worst pair.
+    Published code: 1."""
+
+    def __post_init__(self) -> None:
+        if self.sample_weight not in SAMPLE_WEIGHTS:
+            raise ParameterError("sample_weight", self.sample_weight, "null, weight or dora", "weight")
+        if self.aggregate not in AGGREGATES:
+            raise ParameterError("aggregate", self.aggregate, "mean or kl_dro", "mean")
+        require_positive(self, "dora_a", "dro_lambda")
+        require_not_negative(self, "dora_a_i")
+        for key, switch, option in (
+            ("dora_a", "sample_weight", "dora"),
+            ("dora_a_i", "sample_weight", "dora"),
+            ("dro_lambda", "aggregate", "kl_dro"),
+        ):
+            if getattr(self, key) != DEFAULTS[key] and getattr(self, switch) != option:
+                raise UserError(
+                    f"{TOP}.{key}={getattr(self, key)}: has no effect without {option}; type "
+                    f"{TOP}.{switch}={option}, or {TOP}.{key}={DEFAULTS[key]}"
+                )
+
+    def describe(self) -> str:
+        """What departs from a plain mean, for people; empty where nothing does."""
+        parts = []
+        if self.sample_weight == "weight":
+            parts.append("each pair's loss times its weight in the data")
+        if self.sample_weight == "dora":
+            parts.append(f"each pair's loss times DoRA's weight 1/({self.dora_a} + {self.dora_a_i} (1-p)/p)")
+        if self.aggregate == "kl_dro":
+            parts.append(f"{self.dro_lambda} log mean exp(loss/{self.dro_lambda}) in place of the mean")
+        return "; ".join(parts)
+
+
+DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Composition)}
+"""Keys of the `objective` section that every objective has, and their defaults."""
+
+
+def composition_of(section: Mapping[str, Any]) -> Composition:
+    """The composition in an `objective` section. Raises UserError with one line."""
+    params = {key: value for key, value in section.items() if key in DEFAULTS}
+    try:
+        for key, value in params.items():
+            if isinstance(DEFAULTS[key], float):
+                check_kind(key, value, DEFAULTS[key])
+        return Composition(**params)
+    except ParameterError as error:
+        raise UserError(one_line(TOP, error)) from None
+
+
+def objective_of(section: Mapping[str, Any]) -> Objective:
+    """The objective of an `objective` section {name, its parameters, keys of the composition}. Raises
+    UserError with one line, as `load_objective` does."""
+    params = {str(key): value for key, value in section.items() if key not in DEFAULTS}
+    return load_at(TOP, str(params.pop("name", None)), params, also=tuple(DEFAULTS))
