@@ -183,6 +183,19 @@ def test_train_help_explains_every_option_and_key(answers: dict[str, tuple[int, 
     assert "Optimizer steps" in steps
 
 
+def test_train_help_lists_what_all_objectives_have_after_what_one_has(
+    answers: dict[str, tuple[int, str, str]],
+) -> None:
+    """Each with the comment of conf/every_objective.yaml."""
+    lines = [line.strip() for line in answers["train --help"][1].splitlines()]
+    shown = [line for line in lines if line.startswith("objective.")]
+    assert [line.split("=")[0] for line in shown] == [
+        "objective.beta",
+        *(f"objective.{key}" for key in DEFAULTS),
+    ]
+    assert all(len(line.split()) > 3 for line in shown[1:])
+
+
 def test_train_help_shows_what_the_other_words_choose(answers: dict[str, tuple[int, str, str]]) -> None:
     """A user's own objective and experiment, with their comments."""
     output = answers["train --config-dir mine objective=own experiment=base --help"][1]
