@@ -64,7 +64,8 @@ WRONG = {
     "`rcpo train --help` lists them",
     "objective.agregate=kl_dro": "objective.agregate: objective=dpo has no such key; did you mean "
     "objective.aggregate? `rcpo train --help` lists them",
-    "objective.aggregate=max": "objective.aggregate=max: must be mean or kl_dro; type objective.aggregate=mean",
+    "objective.aggregate=max": "objective.aggregate=max: must be mean or kl_dro; "
+    "type objective.aggregate=mean",
     "calibration.ema_beta=0.5": "calibration.ema_beta: calibration=off has no such key; "
     "`rcpo train --help` lists them",
     "objective=simp": "objective=simp: no such option; did you mean objective=simpo? The options are "
