@@ -16,7 +16,7 @@ from rcpo.data.sampler import PairSampler
 from rcpo.data.tokenize import TokenizedPair, describe_example, tokenize_records
 from rcpo.data.weights import weighing_of
 from rcpo.errors import UserError
-from rcpo.model import check_vocabulary, load_tokenizer
+from rcpo.model import check_positions, check_vocabulary, load_tokenizer
 from rcpo.objectives import composition_of
 
 
@@ -65,6 +65,8 @@ def read_inputs(config: Config) -> Inputs:
             f"train.pairs_per_step={config.train.pairs_per_step}: there are only {len(train.pairs)} training "
             f"pairs; type train.pairs_per_step={len(train.pairs)} or less"
         )
+    sides = [side for pair in [*train.pairs, *held_out.pairs] for side in (pair.chosen, pair.rejected)]
+    check_positions(config.model, max(len(side.input_ids) for side in sides))
     report = [
         *records.report,
         *(f"training pairs: {line}" for line in train.report),

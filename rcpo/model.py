@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -154,16 +155,29 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
 
 def check_vocabulary(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise UserError when the tokenizer has ids that the model has no row for; reads config.json alone."""
-    with _one_line_errors(config.path, "config"):
-        hf_config = AutoConfig.from_pretrained(
-            model_source(config.path), trust_remote_code=config.trust_remote_code
-        ).get_text_config()
-    rows = getattr(hf_config, "vocab_size", None)
+    rows = getattr(_text_config(config), "vocab_size", None)
     if rows is not None and len(tokenizer) > rows:
         raise UserError(
             f"model.path={config.path}: the tokenizer has {len(tokenizer)} tokens, the model only {rows}; "
             "use the tokenizer that belongs to the model"
         )
+
+
+def check_positions(config: ModelConfig, longest: int) -> None:
+    """Raise UserError when a row of `longest` tokens is longer than the model's positions go."""
+    positions = getattr(_text_config(config), "max_position_embeddings", None)
+    if isinstance(positions, int) and longest > positions:
+        raise UserError(
+            f"train.max_length: the longest row has {longest} tokens, model.path={config.path} takes "
+            f"{positions}; type train.max_length={positions}"
+        )
+
+
+def _text_config(config: ModelConfig) -> PretrainedConfig:
+    with _one_line_errors(config.path, "config"):
+        return AutoConfig.from_pretrained(
+            model_source(config.path), trust_remote_code=config.trust_remote_code
+        ).get_text_config()
 
 
 def save_model(

@@ -89,6 +89,38 @@ def plot_comparison(runs: list[tuple[str, RunFolder]], path: Path) -> None:
         save(figure, path)
 
 
+def plot_band_comparison(runs: list[tuple[str, RunFolder]], path: Path) -> None:
+    """Write how the band, alpha and the displacement of both sides went in several (label, run) that measured
+    the band, side by side on common scales."""
+    heights = {"band": 2.6, "alpha": 1.3, "chosen": 1.9, "rejected": 1.9}
+    rows = [(run.rows(run.metrics), run.rows(run.eval)) for _, run in runs]
+    limits = [band_limits(*_band_columns(metrics)[1:]) for metrics, _ in rows]
+    shared = min(low for low, _ in limits), max(high for _, high in limits)
+    with rc_context(STYLE):
+        size = (5.1 * len(runs) + 0.5, sum(heights.values()) + 0.9)
+        figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+        grid = figure.subplots(
+            len(heights), len(runs), sharex=True, sharey="row", squeeze=False,
+            height_ratios=list(heights.values()),
+        )  # fmt: skip
+        for column_axes, (label, _), (metrics, evals) in zip(grid.T, runs, rows, strict=True):
+            axes = dict(zip(heights, column_axes, strict=True))
+            draw_band(axes["band"], metrics, shared)
+            draw_alpha(axes["alpha"], metrics)
+            for side, colour in (("chosen", CHOSEN), ("rejected", REJECTED)):
+                draw_side(axes[side], side, colour, metrics, evals)
+            axes["band"].annotate(
+                label, xy=(0, 1), xycoords="axes fraction", xytext=(0, 24), textcoords="offset points",
+                fontweight="bold", fontsize=12,
+            )  # fmt: skip
+            column_axes[-1].set_xlabel("optimizer step")
+        for axis in grid[:, 1:].flat:
+            axis.set_ylabel("")
+        for axis in grid[0, :-1]:
+            axis.get_legend().remove()
+        save(figure, path)
+
+
 def run_title(run: RunFolder) -> tuple[str, str]:
     """Objective and calibration, and the name, from the frozen config; the folder's name where there is
     none."""
@@ -118,6 +150,22 @@ def smooth(values: np.ndarray) -> np.ndarray:
     windows = [values[max(0, idx - half) : idx + half + 1] for idx in range(len(values))]
     finite = [window[np.isfinite(window)] for window in windows]
     return np.array([window.mean() if len(window) else math.nan for window in finite])
+
+
+def draw_side(axis: Axes, side: str, colour: str, metrics: Rows, evals: Rows) -> None:
+    """Displacement of one side, "chosen" or "rejected": held-out pairs with markers, the batches as a running
+    mean and one by one behind."""
+    axis.axhline(0, color=FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    steps, values = column(metrics, f"displacement/{side}")
+    axis.plot(steps, values, color=colour, linewidth=0.6, alpha=0.2, zorder=2)
+    axis.plot(steps, smooth(values), color=colour, linewidth=1.1, alpha=0.45, zorder=3)
+    steps, values = column(evals, f"displacement/{side}")
+    marker = "o" if side == "chosen" else "s"
+    axis.plot(steps, values, color=colour, linewidth=2.2, marker=marker, markersize=5, zorder=4)
+    axis.set_ylabel("nats")
+    end = f", at the end {nats(values[-1])}" if len(values) and math.isfinite(values[-1]) else ""
+    axis.set_title(f"Held-out {side} responses{end}")
+    axis.margins(x=0.02)
 
 
 def draw_displacement(axis: Axes, metrics: Rows, evals: Rows, with_raw: bool = True) -> None:
@@ -166,15 +214,21 @@ def _label_ends(axis: Axes, ends: list[tuple[float, str, str]]) -> None:
         )
 
 
-def draw_band(axis: Axes, metrics: Rows) -> None:
-    """The disentanglement band, its centre, and where the steps stood.
+def _band_columns(metrics: Rows) -> tuple[np.ndarray, ...]:
+    """Steps that measured the band, and its position, centre, lower and upper edge there."""
+    rows = [row for row in metrics if "band/position" in row]
+    names = ("position", "center", "lower", "upper")
+    return column(rows, "band/position")[0], *(column(rows, f"band/{name}")[1] for name in names)
+
+
+def draw_band(axis: Axes, metrics: Rows, limits: tuple[float, float] | None = None) -> None:
+    """The disentanglement band, its centre, and where the steps stood; `limits` of the axis where not its
+    own.
 
     Edges beyond the panel are cut there; steps with rho <= 0, where every ratio is inside, are hatched.
     """
-    rows = [row for row in metrics if "band/position" in row]
-    steps, position = column(rows, "band/position")
-    center, lower, upper = (column(rows, f"band/{name}")[1] for name in ("center", "lower", "upper"))
-    low, high = band_limits(position, center, lower, upper)
+    steps, position, center, lower, upper = _band_columns(metrics)
+    low, high = limits or band_limits(position, center, lower, upper)
     span, below, above = _steps_as_spans(steps, np.clip(lower, low, high), np.clip(upper, low, high))
     axis.fill_between(span, below, above, color=BAND, alpha=0.2, linewidth=0, label="band")
     _, unbounded = _steps_as_spans(steps, np.isinf(lower) & np.isinf(upper))
@@ -187,7 +241,7 @@ def draw_band(axis: Axes, metrics: Rows) -> None:
     axis.plot(steps, smooth(center), color=BAND, linewidth=1.4, linestyle=(0, (5, 2)), label="centre")
     axis.plot(steps, position, color=INK, linewidth=0.6, alpha=0.3)
     axis.plot(steps, smooth(position), color=INK, linewidth=1.8, label="position", marker=marker)
-    _, inside = column(rows, "band/inside")
+    _, inside = column(metrics, "band/inside")
     axis.set_ylim(low, high)
     axis.set_ylabel("log incentive ratio")
     axis.set_title(f"Disentanglement band: {percent(inside.mean())} of the measured steps inside")

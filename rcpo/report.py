@@ -186,7 +186,7 @@ def model_card(config: Config, summary: dict[str, Any]) -> str:
 
 {model_label(config)} after {summary["steps"]} optimizer steps of preference optimisation on
 {data_label(config)} with [rcpo](https://arxiv.org/abs/2604.18239) {rcpo.__version__},
-{config.train.pairs_per_step} pairs a step.
+{config.train.pairs_per_step} pairs a step.{_adapter_text(config)}
 
 ## Objective
 
@@ -218,6 +218,14 @@ half.
     tokenizer = AutoTokenizer.from_pretrained("PATH")
     model = AutoModelForCausalLM.from_pretrained("PATH")
 """
+
+
+def _adapter_text(config: Config) -> str:
+    lora = config.model.lora
+    if lora.rank is None:
+        return ""
+    saved = "merged into these weights" if lora.save == "merged" else "in this folder, to be put on its base"
+    return f" Trained as a low-rank adapter of rank {lora.rank}, {saved}."
 
 
 LOGPROBS_NOTE = {

@@ -140,6 +140,20 @@ def test_fewer_pairs_than_a_step_takes_are_refused(tmp_path: Path) -> None:
     )
 
 
+def test_rows_beyond_the_models_positions_are_refused(tmp_path: Path) -> None:
+    """The embedded model goes to 1024 positions: with a longer limit, longer rows are refused; cut, they
+    train."""
+    long = " ".join(["seven"] * 1100)
+    rows = [row("alice", f"{long} six", f"{long} two")] * 2
+    rows += [row("bob", f"six {long}", f"two {long}")] * 2
+    groups = {"data": {"eval_pairs": 1}, "train": {"pairs_per_step": 1, "max_length": 2048}}
+    said = fault(file_config(tmp_path / "a.jsonl", rows, **groups))
+    assert said.startswith("train.max_length: the longest row has 11")
+    assert said.endswith("takes 1024; type train.max_length=1024")
+    groups = {"data": {"eval_pairs": 1}, "train": {"pairs_per_step": 1, "max_length": 1024}}
+    assert read_inputs(file_config(tmp_path / "b.jsonl", rows[2:] + ROWS[:1], **groups)).train
+
+
 def test_pairs_that_the_model_cannot_tell_apart_stop_or_are_dropped(tmp_path: Path) -> None:
     """Both answers are unknown words. Where every training pair is such, nothing is left."""
     alike = [row(name, "Paris", "London") for name in ("alice", "bob", "carol", "david")]

@@ -55,6 +55,7 @@ def started(words: list[str], run_dir: Path) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
         [*TRAIN, *words, f"run_dir={run_dir}"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=_hear_sigint,
     )  # fmt: skip
     try:
         yield process
@@ -63,6 +64,11 @@ def started(words: list[str], run_dir: Path) -> Iterator[subprocess.Popen[str]]:
             os.kill(pid, signal.SIGKILL)
         process.kill()
         process.communicate()
+
+
+def _hear_sigint() -> None:
+    """As at a terminal: tests that a shell runs in the background inherit a SIGINT that is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for_steps(run: RunFolder, process: subprocess.Popen[str], num_steps: int) -> None:

@@ -198,7 +198,8 @@ class TrainConfig:
     max_length: Annotated[int, Field(ge=2)] = 1024
     """Tokens of prompt + response; responses are cut from the right."""
     max_prompt_length: Positive | None = None
-    """Tokens of the prompt, cut from the left; null: max_length - 1."""
+    """Tokens of the prompt, cut from the left; null: what the longer response leaves of max_length, at least
+    half."""
     eval_every: NonNegative | None = None
     """Optimizer steps between evaluations; 0: only at the start and the end; null: 25 for builtin:tiny, else
     100."""
