@@ -211,17 +211,26 @@ class BandCalibration:
 
 @dataclass
 class FeedbackCalibration:
-    """log alpha <- clip(log alpha - gain clip(r - target, -2, 2), low, high), once per measurement r of
-    displacement.
+    """Closed loop: a proportional-integral law holds the displacement r of pairs not trained on at `target`.
 
-    r is the mean of r_w = z_w - ref_w, in nats. While every pair of a batch is new to the run (its first
-    `num_fresh_steps` optimizer steps), the batch mean is a held-out measurement, and each step gives one;
-    after that, or always with `from_probe`, r is measured on held-out probe pairs before every `every`-th
-    step. The measurement of step t moves alpha from step t+1 on. Needs no score geometry; rcpo's own, not of
-    the paper.
+        e        <- smoothing^k e + (1 - smoothing^k) clip(r - target, -5, 5)    e = 0 at the start, as r is
+        integral <- clip(integral - integral_gain k e, low, high)
+        log alpha = clip(integral - gain e, low, high)
+
+    r is the mean of r_w = z_w - ref_w, in nats; k optimizer steps have passed since the measurement before.
+    While every pair of a batch is new to the run (its first `num_fresh_steps` optimizer steps), the batch
+    mean is a held-out measurement, and each step gives one; after that, or always with `from_probe`, r is
+    measured on held-out probe pairs before every `every`-th step. The measurement of step t moves alpha from
+    step t+1 on. Needs no score geometry; rcpo's own, not of the paper.
+
+    Departure from rcpo's first law, log alpha <- log alpha - .02 clip(r - target, -2, 2): displacement sums
+    up what alpha did, so a law that sums up displacement swings about the target undamped. The proportional
+    term damps it, and smoothing keeps one noisy batch from moving alpha: by at most gain (1 - smoothing) 5.
     """
 
     gain: float
+    integral_gain: float
+    smoothing: float
     target: float
     low: float
     high: float
@@ -230,6 +239,10 @@ class FeedbackCalibration:
     from_probe: bool
     step: int = 0
     """Optimizer steps seen."""
+    error: float = 0.0
+    """e: the smoothed measurement above the target, in nats."""
+    integral: float = 0.0
+    """The part of log alpha that stays when the error is gone."""
     log_alpha: float = 0.0
     num_skipped: int = 0
     """Measurements that were not finite."""
@@ -256,11 +269,17 @@ class FeedbackCalibration:
         if not math.isfinite(measured):
             self.num_skipped += 1
             return
-        error = max(-FEEDBACK_ERROR_NATS, min(FEEDBACK_ERROR_NATS, measured - self.target))
-        wanted = self.log_alpha - self.gain * error
-        self.log_alpha = max(self.low, min(self.high, wanted))
-        self.num_clamped += self.log_alpha != wanted
         self.last = measured
+        num_steps = 1 if is_fresh else self.every
+        kept = self.smoothing**num_steps
+        self.error = kept * self.error + (1 - kept) * _limited(
+            measured - self.target, -FEEDBACK_ERROR_NATS, FEEDBACK_ERROR_NATS
+        )
+        integral = self.integral - self.integral_gain * num_steps * self.error
+        self.integral = _limited(integral, self.low, self.high)
+        wanted = self.integral - self.gain * self.error
+        self.log_alpha = _limited(wanted, self.low, self.high)
+        self.num_clamped += self.integral != integral or self.log_alpha != wanted
 
     def metrics(self) -> dict[str, float]:
         return {} if math.isnan(self.last) else {"calibration/measured": self.last}
@@ -277,11 +296,15 @@ class FeedbackCalibration:
             setattr(self, name, state[name])
         self.last = math.nan if state["last"] is None else state["last"]
 
-    _STATE = ("step", "log_alpha", "num_skipped", "num_clamped")
+    _STATE = ("step", "error", "integral", "log_alpha", "num_skipped", "num_clamped")
 
 
-FEEDBACK_ERROR_NATS = 2.0
-"""One measurement moves log alpha by at most gain times this: batch means of r_w are noisy."""
+FEEDBACK_ERROR_NATS = 5.0
+"""The most that one measurement counts: batch means of r_w are noisy."""
+
+
+def _limited(value: float, low: float, high: float) -> float:
+    return max(low, min(high, value))
 
 
 def build_calibrator(config: CalibrationConfig, num_fresh_steps: int = 0) -> Calibrator:
@@ -294,6 +317,8 @@ def build_calibrator(config: CalibrationConfig, num_fresh_steps: int = 0) -> Cal
         high = config.max_log_alpha if feedback.high is None else feedback.high
         return FeedbackCalibration(
             gain=feedback.gain,
+            integral_gain=feedback.integral_gain,
+            smoothing=feedback.smoothing,
             target=feedback.target,
             low=feedback.low,
             high=high,

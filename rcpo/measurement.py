@@ -4,8 +4,8 @@ A step is `Unmeasured`, or a measurement fills `rcpo.scores` on the way:
 
     HeadMeasurement    scope head: the ordinary backward pass, whose head adds up both sides
     ApartMeasurement   the calibrator wants the two halves of the real gradient over parameters: the sides go
-    backward
-                       one after the other. One forward pass without gradients more: about a sixth of a step.
+                       backward one after the other. One forward pass of one side without gradients more:
+                       about a sixth of a step.
     ProbeMeasurement   geometry of parameters that must not touch the training (metrics.geometry_every), or of
                        unweighted scores: two backward passes beside the ordinary one, whose gradients are
                        captured and withheld from the engine. The training is bit-identical; the step takes

@@ -32,8 +32,12 @@ NonNegative = Annotated[int, Field(ge=0)]
 
 @dataclass(frozen=True, config=STRICT)
 class FeedbackConfig:
-    gain: Annotated[float, Field(gt=0, le=1)] = 0.02
-    """Change of log alpha per nat of measured displacement below the target."""
+    gain: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """log alpha per nat of smoothed displacement below the target, for as long as it lies there."""
+    integral_gain: Annotated[float, Field(ge=0, le=1)] = 0.005
+    """Lasting change of log alpha per nat below the target and optimizer step."""
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of the moving average of measurements, per optimizer step."""
     target: float = 0.0
     """Mean change of the chosen log-probability to hold, in nats."""
     low: float = 0.0
