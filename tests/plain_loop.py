@@ -22,13 +22,28 @@ EMA_BETA, MAX_LOG_ALPHA = 0.98, 3.0
 
 
 @dataclass(frozen=True)
+class Steering:
+    """What feedback goes by."""
+
+    gain: float
+    integral_gain: float
+    smoothing: float
+    low: float
+    high: float
+    every: int
+    """Optimizer steps between measurements on the probe; 1 on the batch."""
+    num_fresh_steps: int
+    """Steps at the start that measure on the batch."""
+
+
+@dataclass(frozen=True)
 class Settings:
     """One plain run."""
 
     objective: str
     """dpo, simpo or ipo."""
     calibration: str
-    """off, or one that centres the band: on, exact."""
+    """off, fixed, feedback, or one that centres the band: on, exact."""
     optimizer: str
     """sgd or adamw (eps 1e-4)."""
     lr: float
@@ -41,6 +56,10 @@ class Settings:
     """Optimizer steps between measurements."""
     dro_lambda: float | None = None
     """lambda of KL-DRO; None: the mean of the losses."""
+    alpha: float = 1.0
+    """Of fixed."""
+    steering: Steering | None = None
+    """Of feedback."""
 
 
 @dataclass
@@ -63,19 +82,25 @@ class Geometry(NamedTuple):
 
 
 def train_plainly(
-    model: PreTrainedModel, pairs: Sequence[TokenizedPair], batches: list[list[int]], settings: Settings
+    model: PreTrainedModel,
+    pairs: Sequence[TokenizedPair],
+    batches: list[list[int]],
+    settings: Settings,
+    probe: Sequence[TokenizedPair] = (),
 ) -> PlainRun:
-    """Train `model` in place, one optimizer step a batch of indices into `pairs`."""
+    """Train `model` in place, one optimizer step a batch of indices into `pairs`; `probe`, where feedback
+    asks for it, is measured before the step."""
     start = copy.deepcopy(model)
     optimizer = _optimizer(model, settings)
     run = PlainRun()
     log_ratios, centers = _Ema(), _Ema()
+    loop = None if settings.steering is None else _Loop(settings.steering)
     for step, indices in enumerate(batches):
         batch = [pairs[idx] for idx in indices]
         with torch.no_grad():
             ref = summed(start, batch)
-        log_alpha = 0.5 * (centers.value - log_ratios.value)
-        alpha = math.exp(max(-MAX_LOG_ALPHA, min(MAX_LOG_ALPHA, log_alpha)))
+        log_alpha = 0.5 * (centers.value - log_ratios.value) if loop is None else loop.log_alpha
+        alpha = settings.alpha * math.exp(max(-MAX_LOG_ALPHA, min(MAX_LOG_ALPHA, log_alpha)))
         z = summed(model, batch)
         leaves = Sides(z.z_w.detach(), z.z_l.detach())
         loss, d_w, d_l = loss_and_incentives(settings.objective, leaves, ref, batch)
@@ -95,7 +120,12 @@ def train_plainly(
             "incentive/rejected": float(d_l.mean()),
             "calibration/alpha": alpha,
         }
-        if settings.calibration != "off" and step % settings.every == 0:
+        if loop is not None and settings.steering is not None:
+            if step < settings.steering.num_fresh_steps:
+                loop.see(row["displacement/chosen"], 1)
+            elif step % settings.steering.every == 0:
+                loop.see(_mean_r_w(model, start, probe), settings.steering.every)
+        if settings.calibration in ("on", "exact") and step % settings.every == 0:
             weighted = settings.estimator == "weighted"
             weights = Sides(d_w, d_l) if weighted else Sides(torch.ones_like(d_w), torch.ones_like(d_l))
             measure = head_geometry if settings.scope == "head" else full_geometry
@@ -123,6 +153,31 @@ class _Ema:
         beta = min(EMA_BETA, self._num / (self._num + 1))
         self.value = beta * self.value + (1 - beta) * value
         self._num += 1
+
+
+class _Loop:
+    """e <- s^k e + (1 - s^k) r, integral <- [integral - g_i k e], log alpha = [integral - g e], where []
+    limits to low .. high; r is far from 5 nats here."""
+
+    def __init__(self, steering: Steering) -> None:
+        self._steering = steering
+        self._error = self._integral = self.log_alpha = 0.0
+
+    def see(self, mean_r_w: float, num_steps: int) -> None:
+        steering = self._steering
+        assert abs(mean_r_w) < 5
+        kept = steering.smoothing**num_steps
+        self._error = kept * self._error + (1 - kept) * mean_r_w
+        moved = self._integral - steering.integral_gain * num_steps * self._error
+        self._integral = min(max(moved, steering.low), steering.high)
+        wanted = self._integral - steering.gain * self._error
+        self.log_alpha = min(max(wanted, steering.low), steering.high)
+
+
+def _mean_r_w(model: PreTrainedModel, start: PreTrainedModel, pairs: Sequence[TokenizedPair]) -> float:
+    with torch.no_grad():
+        moved = [_log_prob(model, pair.chosen) - _log_prob(start, pair.chosen) for pair in pairs]
+    return float(torch.stack(moved).mean())
 
 
 def _optimizer(model: PreTrainedModel, settings: Settings) -> torch.optim.Optimizer:
@@ -201,15 +256,15 @@ def head_geometry(model: PreTrainedModel, batch: list[TokenizedPair], weights: S
         torch.stack([log_prob(pair.chosen) for pair in batch]),
         torch.stack([log_prob(pair.rejected) for pair in batch]),
     )
-    return _geometry(z, weights, leaves)
+    return geometry_of(z, weights, leaves)
 
 
 def full_geometry(model: PreTrainedModel, batch: list[TokenizedPair], weights: Sides) -> Geometry:
     """The same with respect to all parameters, through the whole model."""
-    return _geometry(summed(model, batch), weights, list(model.parameters()))
+    return geometry_of(summed(model, batch), weights, list(model.parameters()))
 
 
-def _geometry(z: Sides, weights: Sides, leaves: list[Tensor]) -> Geometry:
+def geometry_of(z: Sides, weights: Sides, leaves: list[Tensor]) -> Geometry:
     sides = []
     for values, factors in zip(z, weights, strict=True):
         gradient = torch.autograd.grad((factors * values).mean(), leaves, retain_graph=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
-from plain_loop import PlainRun, Settings, train_plainly
+from plain_loop import PlainRun, Settings, Steering, train_plainly
 from safetensors.torch import load_file
 from tiny_models import MODELS, VOCABULARY
 from tokenizers import Tokenizer
@@ -195,15 +195,28 @@ def plain_run(config: Config) -> PlainRun:
     case = config.objective["name"], config.calibration.name, config.optim.name
     assert config.optim.lr is not None
     band = config.calibration
+    inputs = read_inputs(config)
+    sampler = inputs.sampler(config)
     settings = Settings(
         *case, config.optim.lr, config.train.grad_clip, band.scope, band.estimator, band.every,
         config.objective["dro_lambda"] if config.objective["aggregate"] == "kl_dro" else None,
+        band.alpha, _steering(config, sampler.num_fresh_steps),
     )  # fmt: skip
-    inputs = read_inputs(config)
-    sampler = inputs.sampler(config)
     batches = [sampler.global_batch(step) for step in range(inputs.num_steps(config))]
     model = AutoModelForCausalLM.from_pretrained(config.model.path, attn_implementation="eager")
-    return train_plainly(model.float(), inputs.train, batches, settings)
+    probe = inputs.held_out[: band.feedback.pairs]
+    return train_plainly(model.float(), inputs.train, batches, settings, probe)
+
+
+def _steering(config: Config, num_fresh_steps: int) -> Steering | None:
+    loop = config.calibration.feedback
+    if config.calibration.name != "feedback":
+        return None
+    high = config.calibration.max_log_alpha if loop.high is None else loop.high
+    return Steering(
+        loop.gain, loop.integral_gain, loop.smoothing, loop.low, high, loop.every,
+        num_fresh_steps if loop.source == "batch" else 0,
+    )  # fmt: skip
 
 
 def assert_equals_plain(run: RunFolder, plain: PlainRun, tolerance: float) -> None:

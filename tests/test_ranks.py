@@ -22,19 +22,19 @@ from rank_runs import (
 from rcpo.config.schema import Config
 from rcpo.run_folder import RunFolder
 
-CALIBRATIONS = ("off", "on")
 LAYOUTS = (Layout(1, 8), Layout(1, 1), Layout(2, 4), Layout(2, 1))
-MODEL_OF = {
-    ("dpo", "off"): "llama-tied",
-    ("dpo", "on"): "neox",
-    ("simpo", "off"): "neox-tied",
-    ("simpo", "on"): "llama-tied",
+STEERED = ("calibration.feedback.every=2", "calibration.feedback.pairs=3", "calibration.feedback.low=-1")
+CASES = {
+    Case("dpo", "off", "llama-tied", "adamw"): (),
+    Case("dpo", "on", "neox", "adamw"): (),
+    Case("simpo", "off", "neox-tied", "adamw"): (),
+    Case("simpo", "on", "llama-tied", "adamw"): (),
+    Case("dpo", "fixed", "neox-tied", "adamw"): ("calibration.alpha=1.05",),
+    # Two steps of new pairs, then the probe: every second step, three of the six held-out pairs.
+    Case("dpo", "feedback", "llama", "adamw"): STEERED,
+    Case("simpo", "feedback", "neox", "adamw"): (*STEERED, "calibration.feedback.source=probe"),
 }
-CASES = [
-    Case(objective, calibration, MODEL_OF.get((objective, calibration), "llama"), "adamw")
-    for objective in ("dpo", "simpo")
-    for calibration in CALIBRATIONS
-]
+"""Each with its further overrides."""
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +44,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Case, Layout], 
     write_inputs(inputs)
     folder = tmp_path_factory.mktemp("runs")
     made = {}
-    for case in CASES:
+    for case, words in CASES.items():
         for layout in LAYOUTS:
-            config = make_config(inputs, folder / f"{case}-{layout}", case, layout)
+            config = make_config(inputs, folder / f"{case}-{layout}", case, layout, *words)
             made[case, layout] = config, make_run(config)
     for num_ranks in (1, 2):
         mine = [run for (_, layout), (_, run) in made.items() if layout.ranks == num_ranks]
