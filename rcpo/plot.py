@@ -91,34 +91,45 @@ def plot_comparison(runs: list[tuple[str, RunFolder]], path: Path) -> None:
 
 def plot_band_comparison(runs: list[tuple[str, RunFolder]], path: Path) -> None:
     """Write how the band, alpha and the displacement of both sides went in several (label, run) that measured
-    the band, side by side on common scales."""
-    heights = {"band": 2.6, "alpha": 1.3, "chosen": 1.9, "rejected": 1.9}
+    the band, side by side on common scales; the band as running medians."""
+    heights = {"band": 2.5, "alpha": 1.1, "chosen": 1.8, "rejected": 1.8}
     rows = [(run.rows(run.metrics), run.rows(run.eval)) for _, run in runs]
     limits = [band_limits(*_band_columns(metrics)[1:]) for metrics, _ in rows]
     shared = min(low for low, _ in limits), max(high for _, high in limits)
     with rc_context(STYLE):
-        size = (5.1 * len(runs) + 0.5, sum(heights.values()) + 0.9)
-        figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+        figure = Figure(
+            figsize=(16 / 3 * len(runs), sum(heights.values()) + 1.3), dpi=DPI, layout="constrained"
+        )
         grid = figure.subplots(
             len(heights), len(runs), sharex=True, sharey="row", squeeze=False,
             height_ratios=list(heights.values()),
         )  # fmt: skip
         for column_axes, (label, _), (metrics, evals) in zip(grid.T, runs, rows, strict=True):
             axes = dict(zip(heights, column_axes, strict=True))
-            draw_band(axes["band"], metrics, shared)
+            draw_band(axes["band"], metrics, shared, with_raw=False)
+            axes["band"].get_legend().remove()
+            inside = percent(column(metrics, "band/inside")[1].mean())
+            axes["band"].set_title(f"{label}\n", fontweight="bold", fontsize=12)
+            _say(axes["band"], f"{inside} of the measured steps inside their band")
             draw_alpha(axes["alpha"], metrics)
+            axes["alpha"].set_title("")
+            _say(axes["alpha"], f"alpha of the last step {column(metrics, 'calibration/alpha')[1][-1]:.2f}")
             for side, colour in (("chosen", CHOSEN), ("rejected", REJECTED)):
                 draw_side(axes[side], side, colour, metrics, evals)
-            axes["band"].annotate(
-                label, xy=(0, 1), xycoords="axes fraction", xytext=(0, 24), textcoords="offset points",
-                fontweight="bold", fontsize=12,
-            )  # fmt: skip
             column_axes[-1].set_xlabel("optimizer step")
         for axis in grid[:, 1:].flat:
             axis.set_ylabel("")
-        for axis in grid[0, :-1]:
-            axis.get_legend().remove()
+        entries: dict[str, Any] = {}
+        for axis in grid[0]:
+            handles, labels = axis.get_legend_handles_labels()
+            entries = dict(zip(labels, handles, strict=True)) | entries
+        figure.legend(entries.values(), entries.keys(), loc="outside upper right", ncols=len(entries))
         save(figure, path)
+
+
+def _say(axis: Axes, text: str) -> None:
+    """A line over an axis."""
+    axis.annotate(text, (0, 1), (0, 5), xycoords="axes fraction", textcoords="offset points", fontsize=10)
 
 
 def run_title(run: RunFolder) -> tuple[str, str]:
@@ -152,6 +163,16 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return np.array([window.mean() if len(window) else math.nan for window in finite])
 
 
+def running_median(values: np.ndarray) -> np.ndarray:
+    """Centred running median over up to SMOOTH_STEPS values that may be infinite, shorter at the ends; nan
+    where there is none but nan."""
+    half = SMOOTH_STEPS // 2
+    windows = [values[max(0, idx - half) : idx + half + 1] for idx in range(len(values))]
+    # The middle value itself: the mean of two middle ones may be inf - inf.
+    known = [np.sort(window[~np.isnan(window)]) for window in windows]
+    return np.array([window[len(window) // 2] if len(window) else math.nan for window in known])
+
+
 def draw_side(axis: Axes, side: str, colour: str, metrics: Rows, evals: Rows) -> None:
     """Displacement of one side, "chosen" or "rejected": held-out pairs with markers, the batches as a running
     mean and one by one behind."""
@@ -162,9 +183,9 @@ def draw_side(axis: Axes, side: str, colour: str, metrics: Rows, evals: Rows) ->
     steps, values = column(evals, f"displacement/{side}")
     marker = "o" if side == "chosen" else "s"
     axis.plot(steps, values, color=colour, linewidth=2.2, marker=marker, markersize=5, zorder=4)
-    axis.set_ylabel("nats")
-    end = f", at the end {nats(values[-1])}" if len(values) and math.isfinite(values[-1]) else ""
-    axis.set_title(f"Held-out {side} responses{end}")
+    axis.set_ylabel(f"{side} (nats)")
+    end = f" {nats(values[-1])} nats at the end" if len(values) and math.isfinite(values[-1]) else ""
+    _say(axis, f"held-out {side} responses{end}")
     axis.margins(x=0.02)
 
 
@@ -221,14 +242,18 @@ def _band_columns(metrics: Rows) -> tuple[np.ndarray, ...]:
     return column(rows, "band/position")[0], *(column(rows, f"band/{name}")[1] for name in names)
 
 
-def draw_band(axis: Axes, metrics: Rows, limits: tuple[float, float] | None = None) -> None:
+def draw_band(
+    axis: Axes, metrics: Rows, limits: tuple[float, float] | None = None, with_raw: bool = True
+) -> None:
     """The disentanglement band, its centre, and where the steps stood; `limits` of the axis where not its
-    own.
+    own. The edges step by step, or as running medians.
 
     Edges beyond the panel are cut there; steps with rho <= 0, where every ratio is inside, are hatched.
     """
     steps, position, center, lower, upper = _band_columns(metrics)
     low, high = limits or band_limits(position, center, lower, upper)
+    if not with_raw:
+        lower, upper = running_median(lower), running_median(upper)
     span, below, above = _steps_as_spans(steps, np.clip(lower, low, high), np.clip(upper, low, high))
     axis.fill_between(span, below, above, color=BAND, alpha=0.2, linewidth=0, label="band")
     _, unbounded = _steps_as_spans(steps, np.isinf(lower) & np.isinf(upper))

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from plain_loop import Sides, geometry_of, loss_and_incentives, summed
 from rank_runs import (
     Case,
     Layout,
@@ -20,7 +21,10 @@ from rank_runs import (
     write_inputs,
 )
 
+from rcpo.adapters import last_block_parameters
 from rcpo.config.schema import Config
+from rcpo.inputs import read_inputs
+from rcpo.model import load_model
 from rcpo.run_folder import RunFolder
 
 NO_WARMUP = "calibration.warmup_steps=0"
@@ -67,6 +71,19 @@ PLAIN_AND_WATCHED = [
 """The same training without and with an eye on it."""
 
 
+LORA_LAST = ("model.lora.rank=3", "calibration.scope=lora_last")
+ADAPTERS = {
+    estimator: [
+        Measured(
+            Case("simpo", "on", "neox", "adamw"), layout, (f"calibration.estimator={estimator}", *LORA_LAST)
+        )
+        for layout in (Layout(1, 8, 0), Layout(2, 1, 2), Layout(2, 2, 3))
+    ]
+    for estimator in ("mean", "weighted")
+}
+"""The last block's adapters, in every way to split the batch."""
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Measured, tuple[Config, RunFolder]]:
     """All of them, by one launch of one rank and one of two."""
@@ -74,7 +91,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Measured, tuple[Confi
     write_inputs(inputs)
     folder: Path = tmp_path_factory.mktemp("runs")
     made = {}
-    for measured in [*CALIBRATED, *(one for pair in PLAIN_AND_WATCHED for one in pair)]:
+    watched = [one for pair in PLAIN_AND_WATCHED for one in pair]
+    adapters = [one for layouts in ADAPTERS.values() for one in layouts]
+    for measured in [*CALIBRATED, *watched, *adapters]:
         case, layout, words = measured
         config = make_config(inputs, folder / str(measured), case, layout, *words)
         made[measured] = config, make_run(config)
@@ -126,3 +145,29 @@ def test_every_stage_measures_the_same(runs: dict[Measured, tuple[Config, RunFol
     rows = [metrics(runs[watched][1]) for _, watched in PLAIN_AND_WATCHED]
     for other in rows[1:]:
         assert_equal_rows(rows[0], other)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(700)
+@pytest.mark.parametrize("estimator", ADAPTERS)
+def test_the_last_blocks_adapters_are_measured(
+    estimator: str, runs: dict[Measured, tuple[Config, RunFolder]]
+) -> None:
+    """Step 1 against autograd with respect to the adapters of the last block alone; all steps equal in every
+    split and at every stage; alpha has left 1."""
+    config, run = runs[ADAPTERS[estimator][0]]
+    inputs = read_inputs(config)
+    batch = [inputs.train[idx] for idx in inputs.sampler(config).global_batch(0)]
+    torch.manual_seed(config.seed)
+    model = load_model(config.model)
+    z = summed(model, batch)
+    weights = Sides(torch.ones(len(batch)), torch.ones(len(batch)))
+    if estimator == "weighted":
+        weights = Sides(*loss_and_incentives("simpo", Sides(z.z_w.detach(), z.z_l.detach()), z, batch)[1:])
+    expected = geometry_of(z, weights, last_block_parameters(model))
+    row = metrics(run)[0]
+    for name, value in expected._asdict().items():
+        assert row[f"score/{name}"] == pytest.approx(value, rel=1e-3)
+    for other in ADAPTERS[estimator][1:]:
+        assert_equal_rows(metrics(run), metrics(runs[other][1]))
+    assert max(abs(row["calibration/alpha"] - 1) for row in metrics(run)) > 1e-3

@@ -364,6 +364,11 @@ def _check_combinations(config: Config) -> None:
     if config.deepspeed.offload == "optimizer" and config.deepspeed.stage == 0:
         raise UserError("deepspeed.offload=optimizer: needs ZeRO 1, 2 or 3; type deepspeed.stage=2")
     _check_calibration(config.calibration)
+    if config.calibration.scope == "lora_last" and config.model.lora.rank is None:
+        raise UserError(
+            "calibration.scope=lora_last: there is no adapter to measure; type model.lora.rank=16 as well, "
+            "or calibration.scope=full"
+        )
     if config.optim.name == "sgd" and config.optim.lr is None:
         raise UserError("optim.lr: has no value and optim=sgd needs one; type optim.lr=0.01")
 
