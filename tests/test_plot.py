@@ -12,7 +12,17 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rcpo.plot import band_limits, column, draw_band, draw_displacement, plot_comparison, plot_run, smooth
+from rcpo.plot import (
+    band_limits,
+    column,
+    draw_band,
+    draw_displacement,
+    plot_band_comparison,
+    plot_comparison,
+    plot_run,
+    running_median,
+    smooth,
+)
 from rcpo.run_folder import RunFolder, encode_row
 
 Row = dict[str, Any]
@@ -114,6 +124,31 @@ def test_a_comparison_has_one_panel_a_run(
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape not in ("off", "no step", "no rows")])
+def test_a_band_comparison_has_four_panels_a_run_on_common_scales(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: str
+) -> None:
+    """Beside a run whose last step is outside: 19 of 20 steps inside, alpha 3 and -2 nats at the end are
+    written over its panels."""
+    figures: list[Figure] = []
+    savefig = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, path: (figures.append(self), savefig(self, path)))
+    run = make_run(tmp_path / "run", *SHAPES[shape])
+    other = make_run(tmp_path / "other", [*steps_of(19), step_row(20) | {"band/inside": 0.0}], EVALUATIONS)
+    plot_band_comparison([("one", run), ("other", other)], tmp_path / "band.png")
+    axes = figures[0].axes
+    assert len(axes) == 8
+    for left, right in zip(axes[::2], axes[1::2], strict=True):
+        assert left.get_ylim() == right.get_ylim()
+    assert matplotlib.image.imread(tmp_path / "band.png").shape[1] == 1600
+    assert [text.get_text() for axis in axes[1::2] for text in axis.texts] == [
+        "95% of the measured steps inside their band",
+        "alpha of the last step 3.00",
+        "held-out chosen responses -2.00 nats at the end",
+        "held-out rejected responses -4.00 nats at the end",
+    ]
+
+
 def axis() -> Axes:
     return Figure().subplots()
 
@@ -195,3 +230,14 @@ def test_running_means_skip_what_is_not_finite_and_keep_both_ends() -> None:
 def test_a_column_has_only_the_rows_that_measured_it() -> None:
     steps, values = column([{"step": 1, "x": 2.0}, {"step": 2}, {"step": 3, "x": -math.inf}], "x")
     assert (steps.tolist(), values.tolist()) == ([1, 3], [2, -math.inf])
+
+
+def test_running_medians_keep_what_is_infinite_where_most_is() -> None:
+    """Of nine values five infinite: infinite; four: the largest finite one. Not a number counts as none."""
+    values = np.array([1.0, 2, 3, 4, 5, *[np.inf] * 4])
+    assert running_median(values)[4] == 5
+    values[4] = np.inf
+    assert running_median(values)[4] == np.inf
+    values[4:] = np.nan
+    assert running_median(values)[4] == 3
+    assert np.isnan(running_median(np.full(3, np.nan))).all()
