@@ -31,6 +31,15 @@ from rcpo.errors import UserError
 from rcpo.run_folder import RunFolder
 
 CASE = Case("dpo", "on", "llama-tied", "adamw")
+EXACT = Case("dpo", "exact", "llama", "adamw")
+FEEDBACK = Case("simpo", "feedback", "llama-tied", "adamw")
+WORDS = {
+    # Measured at steps 1, 3 and 5: the run resumes from step 4 between two measurements.
+    EXACT: ("calibration.every=2", "calibration.warmup_steps=0"),
+    # On batches in steps 1 and 2, on the probe in 3 and 5: the run resumes between those two.
+    FEEDBACK: ("calibration.feedback.every=2", "calibration.feedback.low=-1"),
+}
+"""Further overrides."""
 LAYOUTS = (*(Layout(1, 4, stage) for stage in (0, 1, 2, 3)), Layout(2, 2, 2), Layout(2, 2, 3))
 AFTER_A_CHECKPOINT: tuple[Moment, int] = ("row", 5)
 MOMENTS: list[tuple[Case, Layout, tuple[Moment, int]]] = [
@@ -40,6 +49,10 @@ MOMENTS: list[tuple[Case, Layout, tuple[Moment, int]]] = [
     (CASE, Layout(1, 4, 1), ("checkpoint", 4)),  # half-written: the one of step 2 is used
     (Case("simpo", "off", "neox", "sgd"), Layout(1, 4, 1), AFTER_A_CHECKPOINT),
     (Case("bco", "on", "neox", "adamw"), Layout(1, 4, 1), AFTER_A_CHECKPOINT),  # has batch statistics
+    (EXACT, Layout(1, 4, 1), AFTER_A_CHECKPOINT),
+    (EXACT, Layout(2, 2, 3), AFTER_A_CHECKPOINT),
+    (FEEDBACK, Layout(1, 4, 1), AFTER_A_CHECKPOINT),
+    (FEEDBACK, Layout(2, 2, 2), AFTER_A_CHECKPOINT),
 ]
 """Checkpoints are written at steps 2, 4 and 6, evaluations at 0, 4 and 6."""
 
@@ -64,7 +77,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunFolder]:
                 continue
             config = make_config(
                 inputs, folder / name, case, layout, "train.save_every=2", "optim.schedule=cosine",
-                "optim.warmup_steps=2",
+                "optim.warmup_steps=2", *WORDS.get(case, ()),
             )  # fmt: skip
             runs[name], ranks_of[name] = make_run(config), layout.ranks
             path = str(runs[name].path)
