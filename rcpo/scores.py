@@ -157,8 +157,13 @@ class ParameterScores:
 
     Memory per rank: 2 P/N fp32 numbers for P parameters and N ranks, and up to a few buckets of
     `BUCKET_NUMBERS`. Traffic with several ranks: one reduce-scatter of P fp32 numbers per captured backward
-    pass; none with one rank. Works at every ZeRO stage, because a leaf's hook sees the rank's own whole
-    gradient before the engine does.
+    pass, none with one rank; two passes where one was also doubles the engine's own gradient traffic at ZeRO
+    2 and 3, and more gathers at 3. Measured with P = 20 M (82 MB of fp32), two ranks on CPU, one micro-batch,
+    a measured step of `exact` against an ordinary one, in MB given to collectives: 245 / 82 at ZeRO 0, 327 /
+    164 at 1, 409 / 164 at 2, 736 / 245 at 3; peak memory of a rank 160 to 200 MB higher.
+
+    Works at every ZeRO stage, because a leaf's hook sees the rank's own whole gradient before the engine
+    does.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
