@@ -226,6 +226,9 @@ class FeedbackCalibration:
     Departure from rcpo's first law, log alpha <- log alpha - .02 clip(r - target, -2, 2): displacement sums
     up what alpha did, so a law that sums up displacement swings about the target undamped. The proportional
     term damps it, and smoothing keeps one noisy batch from moving alpha: by at most gain (1 - smoothing) 5.
+    Embedded default, dpo and simpo, seeds 0-2, 150 steps: held-out chosen at the end +.27 nats on average and
+    +.13 at worst (first law +.12 and -.30), largest alpha 1.47 (1.96), accuracy .89 (.89); the dip of the
+    first 50 steps is deeper, worst evaluations -1.4 on average (-1.3).
     """
 
     gain: float
