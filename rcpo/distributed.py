@@ -34,17 +34,28 @@ def _adopt_srun_variables() -> None:
     """Give an srun task the names that torch reads; the port derives from the job id, so that jobs do not
     collide."""
     env = os.environ
-    hosts = subprocess.run(
-        ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout.split()
+    first_host = _said_by_scontrol("show", "hostnames", env["SLURM_STEP_NODELIST"]).split()[0]
     env["RANK"] = env["SLURM_PROCID"]
     env["WORLD_SIZE"] = env["SLURM_STEP_NUM_TASKS"]
     env["LOCAL_RANK"] = env["SLURM_LOCALID"]
-    env.setdefault("MASTER_ADDR", hosts[0])
+    env.setdefault("MASTER_ADDR", _address_of(first_host))
     env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+
+
+def _address_of(node: str) -> str:
+    """The node's name where it resolves, else the address that SLURM itself reaches it by."""
+    try:
+        socket.gethostbyname(node)
+        return node
+    except OSError:
+        fields = _said_by_scontrol("--oneliner", "show", "node", node).split()
+        addresses = [field.removeprefix("NodeAddr=") for field in fields if field.startswith("NodeAddr=")]
+        return addresses[0] if addresses else node
+
+
+def _said_by_scontrol(*words: str) -> str:
+    done = subprocess.run(["scontrol", *words], check=True, capture_output=True, text=True)
+    return done.stdout
 
 
 def free_port() -> int:
