@@ -6,15 +6,18 @@ that goes away (`rcpo train | head`) never stops training.
 """
 
 import atexit
+import contextlib
 import math
 import os
 import sys
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
+from rich.progress import Progress
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -38,6 +41,19 @@ class RunConsole(Console):
         """Rich would exit here; the run goes on instead, and says nothing more."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def passes_shown(console: Console, what: str, num_pairs: int) -> Iterator[Callable[[int], None]]:
+    """On a terminal a bar over `num_pairs` pairs while it is open, elsewhere one line; gives the function to
+    call with how many more pairs are done."""
+    if not console.is_interactive:
+        console.print(f"{what} of {num_pairs} pairs", soft_wrap=True)
+        yield lambda num_done: None
+        return
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task(what, total=num_pairs)
+        yield lambda num_done: progress.advance(task, num_done)
 
 
 def number(value: float) -> str:

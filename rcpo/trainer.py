@@ -9,7 +9,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,10 @@ from rcpo.aggregate import aggregate_of
 from rcpo.calibration import build_calibrator
 from rcpo.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from rcpo.config.schema import Config
+from rcpo.console import RunConsole, passes_shown
 from rcpo.data.batch import collate
 from rcpo.data.sampler import PairSampler
+from rcpo.data.tokenize import TokenizedPair
 from rcpo.distributed import barrier, from_rank_zero, rank, world_size
 from rcpo.engine import Engine
 from rcpo.errors import UserError
@@ -214,9 +216,13 @@ def _compute_reference(
     cache = ReferenceCache(weights_fingerprint(config.model)) if rank() == 0 else None
     pairs = [inputs.train[idx] for idx in visited] + inputs.held_out
     started = time.perf_counter()
-    values, num_computed = shared_reference(
-        cache, pairs, lambda missing: measure_logprobs(engine, missing, inputs.pad_id, _eval_batch(config))
-    )
+
+    def compute(missing: Sequence[TokenizedPair]) -> SideLogProbs:
+        shown = passes_shown(RunConsole(), "reference log-probs", len(missing))
+        with shown if rank() == 0 else contextlib.nullcontext(lambda num_done: None) as on_batch:
+            return measure_logprobs(engine, missing, inputs.pad_id, _eval_batch(config), on_batch)
+
+    values, num_computed = shared_reference(cache, pairs, compute)
     logger.info(
         "reference log-probs of %d pairs: %d sides computed in %.1f s, the rest from the cache",
         len(pairs), num_computed, time.perf_counter() - started,

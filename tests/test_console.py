@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from rcpo.console import ConsoleSink, StepLine, duration, evaluation_line, nats, number, percent
+from rcpo.console import (
+    ConsoleSink,
+    StepLine,
+    duration,
+    evaluation_line,
+    nats,
+    number,
+    passes_shown,
+    percent,
+)
 
 EVALUATION = {
     "step": 150,
@@ -135,6 +144,20 @@ def test_plain_lines_are_ascii_without_markup_or_escape_codes() -> None:
     assert "\x1b" not in stream.getvalue()
     assert "[" not in stream.getvalue()
     assert stream.getvalue().count("\n") == 2
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_passes_over_pairs_are_a_bar_on_a_terminal_and_one_line_elsewhere(is_terminal: bool) -> None:
+    """The bar reaches 100 % when all pairs are done; the line says how many there are."""
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=is_terminal, force_interactive=is_terminal, width=80)
+    with passes_shown(console, "reference log-probs", 40) as done:
+        done(30)
+        done(10)
+    if is_terminal:
+        assert "100%" in stream.getvalue()
+    else:
+        assert stream.getvalue() == "reference log-probs of 40 pairs\n"
 
 
 def test_an_evaluation_fits_into_80_columns() -> None:
