@@ -87,19 +87,20 @@ class ReferenceCache:
         self.path = cache_dir() / "reference" / f"{fingerprint}.safetensors"
 
     def read(self) -> dict[bytes, float]:
-        """Everything known so far; empty when the file is absent or unreadable (it can always be computed
-        again)."""
+        """Everything known so far; empty when the file is absent, or with a warning when it is unreadable: it
+        can always be computed again."""
         if not self.path.is_file():
             return {}
         try:
             # One read of one file: load_file opens the path twice, and a merge may come between.
             tensors = load(self.path.read_bytes())
-        except Exception:
+            return {
+                bytes(key): value
+                for key, value in zip(tensors["keys"].numpy(), tensors["z"].tolist(), strict=True)
+            }
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            logger.warning("%s cannot be read (%s): it is computed again and replaced", self.path, error)
             return {}
-        return {
-            bytes(key): value
-            for key, value in zip(tensors["keys"].numpy(), tensors["z"].tolist(), strict=True)
-        }
 
     def merge(self, rows: dict[bytes, float]) -> None:
         """Add rows; atomic. Call with the lock held: another run's rows could be lost otherwise."""

@@ -88,12 +88,13 @@ def test_merging_nothing_makes_no_file() -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"not safetensors", b"\xff" * 64])
-def test_a_damaged_cache_is_computed_again(content: bytes) -> None:
-    """It reads as empty, and the next merge repairs it."""
+def test_a_damaged_cache_is_computed_again(content: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    """It reads as empty, with a warning that names it, and the next merge repairs it."""
     cache = ReferenceCache("f")
     cache.merge({b"a" * 16: -1.0})
     cache.path.write_bytes(content)
     assert cache.read() == {}
+    assert f"{cache.path} cannot be read" in caplog.text
     cache.merge({b"b" * 16: -2.0})
     assert cache.read() == {b"b" * 16: -2.0}
 
