@@ -9,7 +9,7 @@ import json
 import math
 import os
 import platform
-import subprocess
+import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +23,7 @@ import rcpo
 from rcpo.config.schema import Config, validate
 from rcpo.errors import UserError
 from rcpo.evaluation import SideLogProbs
+from rcpo.source import git_commit, source_hash
 
 LIBRARIES = ("torch", "transformers", "deepspeed", "datasets", "hydra-core", "omegaconf", "wandb", "peft")
 
@@ -84,8 +85,9 @@ class RunFolder:
                 f"or continue it with `rcpo resume {self.path}`"
             )
 
-    def create(self, config: Config, tree: dict[str, Any]) -> None:
-        """Make the folder with its frozen config and run.json. Raises UserError when it cannot be made."""
+    def create(self, config: Config, tree: dict[str, Any], status: str = "running") -> None:
+        """Make the folder with its frozen config and run.json; `status` pending: to be started later, by
+        `reopen`. Raises UserError when it cannot be made."""
         self.refuse_existing()
         try:
             for folder in (self.path, self.logs, self.checkpoints, self.pair_results):
@@ -97,24 +99,27 @@ class RunFolder:
         write_atomically(self.config, yaml.safe_dump(tree, sort_keys=False))
         self.update_run(
             name=config.name,
-            status="running",
-            started=now(),
-            host=platform.node(),
-            python=platform.python_version(),
-            versions={name: version(name) for name in LIBRARIES} | {"rcpo": rcpo.__version__},
+            status=status,
+            created=now(),
             git_commit=git_commit(),
+            source_hash=source_hash(),
             world_size=config.world_size(),
             wandb_id=os.urandom(6).hex(),
+            **(_start_facts() if status == "running" else {}),
         )
 
     def reopen(self) -> None:
-        """Say in run.json that the run goes on. Raises UserError when that is damaged."""
+        """Say in run.json that the run goes on, or that a pending one starts, and warn where that happens
+        under other code than before. Raises UserError when run.json is damaged."""
         known = self.read_run()
+        is_start = known.get("status") == "pending"
         self.update_run(
             status="running",
             exit_reason=None,
-            num_resumed=known.get("num_resumed", 0) + 1,
+            num_resumed=known.get("num_resumed", 0) + (not is_start),
             wandb_id=known.get("wandb_id") or os.urandom(6).hex(),
+            **(_start_facts() if is_start else {"host": platform.node()}),
+            **_code_change(known),
         )
 
     def read_run(self) -> dict[str, Any]:
@@ -192,13 +197,27 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def git_commit() -> str | None:
-    """Commit of rcpo's own source tree, with -dirty when it has changes; None where it is not a git
-    checkout."""
-    source = Path(rcpo.__file__).resolve().parent
-    command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
+def _start_facts() -> dict[str, Any]:
+    """When, where and with what a run starts."""
+    return {
+        "started": now(),
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in LIBRARIES} | {"rcpo": rcpo.__version__},
+    }
+
+
+def _code_change(known: dict[str, Any]) -> dict[str, Any]:
+    """What run.json gets, and a warning, when a run goes on under other code than it last had."""
+    changes = known.get("code_changes", [])
+    last = changes[-1] if changes else known
+    if last.get("source_hash") in (None, source_hash()):
+        return {}
+    print(
+        f"rcpo: warning: rcpo's code has changed since this run was made (source {last['source_hash']}, "
+        f"commit {last.get('git_commit')}; now {source_hash()}, commit {git_commit()})",
+        file=sys.stderr,
+        flush=True,
+    )
+    change = {"time": now(), "git_commit": git_commit(), "source_hash": source_hash()}
+    return {"code_changes": [*changes, change]}

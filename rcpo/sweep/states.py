@@ -1,0 +1,155 @@
+"""What state a cell is in and how far it is, read from its files and, where there is one, a scheduler's queue.
+
+Owns the meaning of the states. Here, on this machine, a cell runs while something holds its run folder's lock
+(`rcpo.sweep.locks`); under a scheduler while the queue says so. Nothing is written.
+"""
+
+import functools
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rcpo.errors import UserError
+from rcpo.run_folder import RunFolder, decode_row
+from rcpo.sweep.folder import Cell, SweepFolder
+from rcpo.sweep.locks import is_held, run_lock
+
+RECENT_STEPS = 10
+"""Loss and speed are means over this many steps: one batch is noisy."""
+TAIL_BYTES = 1 << 16
+"""How much of the end of metrics.jsonl is read."""
+
+
+class State(StrEnum):
+    """pending: never started. running. preempted: stopped with a checkpoint, to go on (exit code 75).
+    interrupted: Ctrl-C. failed. lost: run.json says running, but nothing runs it. done."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    INTERRUPTED = "interrupted"
+    FAILED = "failed"
+    LOST = "lost"
+    DONE = "done"
+
+
+UNFINISHED = frozenset(State) - {State.DONE, State.RUNNING}
+"""States of a cell that `rcpo sweep` and `rcpo resume` start."""
+
+
+@dataclass(frozen=True)
+class QueueEntry:
+    """What a scheduler says of a cell that it has queued or runs."""
+
+    running: bool
+    node: str | None = None
+    job: str | None = None
+
+
+@dataclass(frozen=True)
+class CellStatus:
+    """One line of `rcpo status`."""
+
+    cell: Cell
+    state: State
+    step: int
+    num_steps: int | None
+    """None where that takes the data to know, and no step has been made."""
+    loss: float | None
+    chosen: float | None
+    """Mean change of the held-out chosen log-probability at the last evaluation, in nats."""
+    eta_seconds: float | None
+    node: str | None
+    reason: str | None
+    queued: bool = False
+    """Whether a scheduler will start it, or runs it."""
+
+
+def read_status(sweep: SweepFolder, cell: Cell, queue: Mapping[str, QueueEntry] | None) -> CellStatus:
+    """The cell's state now. `queue` is what a scheduler says, by the cell's name; None: cells run here."""
+    run = sweep.run(cell)
+    try:
+        known = run.read_run()
+    except UserError as error:
+        known = {"status": "failed", "exit_reason": str(error)}
+    entry = None if queue is None else queue.get(cell.name)
+    runs = is_held(run_lock(run.path)) if queue is None else entry is not None and entry.running
+    state = _state(known.get("status", "pending"), runs)
+    rows = _last_rows(run.metrics)
+    step = int(rows[-1]["step"]) if rows else 0
+    num_steps = _num_steps(run, rows)
+    recent = rows[-RECENT_STEPS:]
+    eta = None
+    if state is State.RUNNING and num_steps is not None and recent:
+        eta = (num_steps - step) * _mean(recent, "speed/step_seconds")
+    node = entry.node if entry is not None else known.get("host") if state is State.RUNNING else None
+    evaluations = _last_rows(run.eval)
+    return CellStatus(
+        cell=cell,
+        state=state,
+        step=step,
+        num_steps=num_steps,
+        loss=_mean(recent, "train/loss") if recent else None,
+        chosen=evaluations[-1].get("displacement/chosen") if evaluations else None,
+        eta_seconds=eta,
+        node=node,
+        reason=None if state in (State.RUNNING, State.DONE, State.PENDING) else known.get("exit_reason"),
+        queued=entry is not None,
+    )
+
+
+def _state(status: str, runs: bool) -> State:
+    """The state of a cell whose run.json says `status`."""
+    if status == "done":
+        return State.DONE
+    if runs:
+        return State.RUNNING
+    return State.LOST if status == "running" else State(status)
+
+
+def _last_rows(path: Path) -> list[dict[str, Any]]:
+    """Whole rows at the end of metrics.jsonl or eval.jsonl; a line that is none is left out."""
+    try:
+        with path.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, size - TAIL_BYTES))
+            lines = stream.read().split(b"\n")[:-1]
+    except OSError:
+        return []
+    rows = []
+    for line in lines[1:] if size > TAIL_BYTES else lines:
+        try:
+            rows.append(decode_row(line.decode("utf-8")))
+        except (ValueError, TypeError, KeyError, AttributeError):
+            continue
+    return rows
+
+
+def _num_steps(run: RunFolder, rows: list[dict[str, Any]]) -> int | None:
+    """Optimizer steps of the whole run, from its config or, for epochs, from how far one step goes."""
+    steps, epochs = _length(run.config)
+    if steps is not None or epochs is None or not rows:
+        return steps
+    steps_per_epoch = float(rows[-1]["step"]) / float(rows[-1]["train/epoch"])
+    return max(1, math.ceil(epochs * steps_per_epoch - 1e-6))
+
+
+@functools.lru_cache(maxsize=4096)
+def _length(config: Path) -> tuple[int | None, float | None]:
+    """train.steps and train.epochs of a frozen config; it never changes."""
+    try:
+        train = yaml.load(config.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))["train"]
+        return train["steps"], train["epochs"]
+    except (OSError, yaml.YAMLError, TypeError, KeyError):
+        return None, None
+
+
+def _mean(rows: list[dict[str, Any]], key: str) -> float:
+    values = [float(row[key]) for row in rows if key in row]
+    return sum(values) / len(values) if values else math.nan
