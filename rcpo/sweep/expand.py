@@ -41,9 +41,7 @@ def expand(definition: Definition) -> list[Point]:
     for axes, _ in combinations:
         if (key := json.dumps(axes, sort_keys=True)) in seen:
             shown = ", ".join(f"{axis}: {label}" for axis, label in axes.items())
-            raise UserError(
-                f"include: the cell {{{shown}}} is there already; give the entry a label or drop it"
-            )
+            raise UserError(f"include: the cell {{{shown}}} is there already; give the entry a label")
         seen.add(key)
     if not combinations:
         raise UserError("exclude: leaves no cell")

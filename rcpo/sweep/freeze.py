@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -97,6 +98,9 @@ def write_sweep(sweep: SweepFolder, definition: Definition, cells: Sequence[Froz
     if others and not sweep.sweep_yaml.is_file():
         raise UserError(f"{sweep.path}: exists, is not empty and is no sweep folder; type --out FOLDER")
     write_atomically(sweep.sweep_yaml, yaml.safe_dump(_description(definition), sort_keys=False))
+    for cell_folder in sweep.cells.glob("*"):
+        if (cell_folder / "metrics.jsonl").exists():
+            raise UserError(f"{sweep.path}: has lost its manifest.jsonl, and {cell_folder.name} has run")
     shutil.rmtree(sweep.cells, ignore_errors=True)
     for frozen in cells:
         sweep.run(frozen.cell).create(frozen.config, config_tree(frozen.config), status="pending")
@@ -141,9 +145,11 @@ def _refuse_changes(sweep: SweepFolder, cells: Sequence[FrozenCell]) -> None:
     here = {frozen.cell.name: frozen for frozen in cells}
     differences = [f"{name} is new" for name in here if name not in there]
     differences += [f"{name} is gone" for name in there if name not in here]
+    changes: Counter[str] = Counter()
     for name, frozen in here.items():
         if name in there and there[name].digest != frozen.cell.digest:
-            differences += [f"{name}: {change}" for change in _changes(sweep, frozen)]
+            changes.update(_changes(sweep, frozen))
+    differences += [f"{change} in {times} cells" for change, times in changes.items()]
     if not differences:
         return
     shown = "; ".join(differences[:NUM_DIFFERENCES_SHOWN])

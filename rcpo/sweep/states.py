@@ -1,4 +1,4 @@
-"""What state a cell is in and how far it is, read from its files and, where there is one, a scheduler's queue.
+"""What state a cell is in and how far it is: read from its files and a scheduler's queue, if any.
 
 Owns the meaning of the states. Here, on this machine, a cell runs while something holds its run folder's lock
 (`rcpo.sweep.locks`); under a scheduler while the queue says so. Nothing is written.
