@@ -1,31 +1,38 @@
 """Checkpoints: complete or absent. Written beside their place, checksummed, fsynced, renamed.
 
 A checkpoint that takes the place of an older one of its step lets that one stand as .step-N.old until it is
-there itself. A damaged one is refused, never skipped in silence: remove it to use the one before it.
+there itself. A damaged one is reported, and the newest whole one is used.
 
 checkpoints/step-000100/engine/...   DeepSpeed's files: weights, optimizer, schedule
                         state.json   step, calibrator, batch statistics, world size, ZeRO stage
                         rng/rank-*   random-number states
+                        scores/rank-*  the measurement before (metrics.population)
                         model/       a Hugging Face model folder: an export is a copy of it
                         manifest.json  size and SHA-256 of every other file
 """
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
-from rcpo.distributed import barrier, from_rank_zero, rank, world_size
+from rcpo.distributed import from_rank_zero, gather, rank, world_size
 from rcpo.engine import Engine
-from rcpo.errors import UserError
+from rcpo.errors import SaveError, UserError
 from rcpo.model import save_model
 from rcpo.run_folder import RunFolder, write_atomically
+
+logger = logging.getLogger(__name__)
 
 REPLACED = ".old"
 """Ending of a checkpoint that is about to be replaced."""
@@ -35,11 +42,57 @@ def checkpoint_path(run: RunFolder, step: int) -> Path:
     return run.checkpoints / f"step-{step:06d}"
 
 
-def newest_checkpoint(run: RunFolder) -> Path | None:
-    """The complete checkpoint with the highest step, or None."""
+def complete_checkpoints(run: RunFolder) -> list[Path]:
+    """The checkpoints that have a manifest, the newest first; what the manifest says is not checked."""
     places = [*run.checkpoints.glob("step-*"), *run.checkpoints.glob(f".step-*{REPLACED}")]
     complete = [path for path in places if (path / "manifest.json").is_file()]
-    return max(complete, key=_step_and_age, default=None)
+    return sorted(complete, key=_step_and_age, reverse=True)
+
+
+def newest_checkpoint(run: RunFolder) -> Path | None:
+    """The complete checkpoint with the highest step, or None."""
+    return next(iter(complete_checkpoints(run)), None)
+
+
+def checkpoint_to_resume(run: RunFolder) -> Path | None:
+    """The newest whole checkpoint, with a warning for each newer one that is damaged; None where there never
+    was one. By one rank for all: reading a checkpoint once from a shared disk is enough. Collective.
+
+    Raises UserError where all are damaged.
+    """
+    found: tuple[Path | None, str | None] = (None, None)
+    if rank() == 0:
+        try:
+            found = (_newest_whole(run), None)
+        except UserError as error:
+            found = (None, str(error))
+    path, fault = from_rank_zero(found)
+    if fault is not None:
+        raise UserError(fault)
+    return path
+
+
+def _newest_whole(run: RunFolder) -> Path | None:
+    unfinished = [path for path in run.checkpoints.glob("step-*") if not (path / "manifest.json").is_file()]
+    for path in unfinished:
+        logger.warning("%s: has no manifest.json, so it is not used", path)
+    damaged = len(unfinished)
+    for path in complete_checkpoints(run):
+        try:
+            check_manifest(path)
+        except UserError as error:
+            logger.warning("%s; looking for the one before it", error)
+            damaged += 1
+            continue
+        if damaged:
+            logger.warning("%s: is the newest whole checkpoint, and the run goes on from there", path)
+        return path
+    if damaged:
+        raise UserError(
+            f"{run.checkpoints}: none of its {damaged} checkpoints is whole; remove them to start again from "
+            "the first step"
+        )
+    return None
 
 
 def _step_and_age(path: Path) -> tuple[int, bool]:
@@ -52,60 +105,91 @@ def save_checkpoint(
     run: RunFolder,
     engine: Engine,
     train_state: dict[str, Any],
+    scores: dict[str, torch.Tensor],
     tokenizer: PreTrainedTokenizerBase,
+    keep_last: int | None = None,
 ) -> Path:
-    """Write engine and `train_state` (JSON; its "step" names the folder); returns the folder. Collective."""
+    """Write engine, `train_state` (JSON; its "step" names the folder) and this rank's `scores`; returns the
+    folder. Of the older checkpoints all but `keep_last` - 1 are removed. Collective.
+
+    Raises SaveError on every rank when any could not write; nothing of the new one is left then.
+    """
     place = checkpoint_path(run, train_state["step"])
     beside = place.with_name(f".{place.name}.tmp")
-    if rank() == 0:
-        shutil.rmtree(beside, ignore_errors=True)
-        (beside / "rng").mkdir(parents=True)
-    barrier()
-    engine.save(beside)
-    save_file(_rng_state(), beside / "rng" / f"rank-{rank():04d}.safetensors")
+    with _all_or_nothing(beside):
+        if rank() == 0:
+            shutil.rmtree(beside, ignore_errors=True)
+            for folder in ("rng", "scores"):
+                (beside / folder).mkdir(parents=True)
+    with _all_or_nothing(beside):
+        engine.save(beside)
+        save_file(_rng_state(), _of_rank(beside / "rng"))
+        if scores:
+            save_file(scores, _of_rank(beside / "scores"))
     weights = engine.whole_weights()
-    barrier()
-    if weights is not None:
-        save_model(engine.policy.model, weights, tokenizer, beside / "model")
-        state = train_state | {"world_size": world_size(), "stage": engine.stage}
-        write_atomically(beside / "state.json", json.dumps(state, indent=2))
-        _complete(beside, place)
-    barrier()
+    with _all_or_nothing(beside):
+        if weights is not None:
+            save_model(engine.policy.model, weights, tokenizer, beside / "model")
+            state = train_state | {"world_size": world_size(), "stage": engine.stage}
+            write_atomically(beside / "state.json", json.dumps(state, indent=2))
+            _complete(beside, place)
+            if keep_last is not None:
+                for path in complete_checkpoints(run)[keep_last:]:
+                    shutil.rmtree(path, ignore_errors=True)
     return place
 
 
-def load_checkpoint(path: Path, engine: Engine) -> dict[str, Any]:
-    """Put engine and random numbers back as they were; returns state.json's content. Collective.
+@contextlib.contextmanager
+def _all_or_nothing(beside: Path) -> Iterator[None]:
+    """Raise SaveError on every rank when any rank's writing fails, and remove the files. Collective at its
+    end.
 
-    Raises UserError when the checkpoint is damaged or was written by another number of ranks or ZeRO stage.
+    torch.save turns a full disk into a RuntimeError.
     """
-    _check_on_rank_zero(path)
-    state: dict[str, Any] = json.loads((path / "state.json").read_text())
-    if (state["world_size"], state["stage"]) != (world_size(), engine.stage):
-        raise UserError(
-            f"{path}: was written by {state['world_size']} ranks at ZeRO {state['stage']}, this run has "
-            f"{world_size()} at ZeRO {engine.stage}; resume with the same"
-        )
-    engine.load(path)
-    rng = load_file(path / "rng" / f"rank-{rank():04d}.safetensors")
-    torch.set_rng_state(rng["cpu"])
-    if "cuda" in rng and torch.cuda.is_available():
-        torch.cuda.set_rng_state(rng["cuda"])
-    return state
-
-
-def _check_on_rank_zero(path: Path) -> None:
-    """`check_manifest`, by one rank for all: reading a checkpoint once from a shared disk is enough.
-    Collective."""
     fault = None
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        fault = getattr(error, "strerror", None) or said[0]
+        logger.error("rank %d could not write %s: %s", rank(), beside, error)
+    faults = [f"rank {number}: {said}" for number, said in enumerate(gather(fault)) if said]
+    if not faults:
+        return
     if rank() == 0:
-        try:
-            check_manifest(path)
-        except UserError as error:
-            fault = str(error)
-    fault = from_rank_zero(fault)
-    if fault is not None:
-        raise UserError(fault)
+        shutil.rmtree(beside, ignore_errors=True)
+    free = shutil.disk_usage(beside.parent).free / 1e9
+    raise SaveError(
+        f"{beside.parent}: a checkpoint could not be written ({faults[0][:200]}; {free:.1f} GB are free); "
+        "the ones before it are whole"
+    )
+
+
+def load_checkpoint(path: Path, engine: Engine) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Put engine and random numbers back as they were; returns state.json's content and this rank's scores.
+    Collective.
+
+    Raises UserError when the checkpoint was written by another number of ranks or ZeRO stage and DeepSpeed
+    cannot convert it.
+    """
+    state: dict[str, Any] = json.loads((path / "state.json").read_text())
+    is_same = (state["world_size"], state["stage"]) == (world_size(), engine.stage)
+    if is_same:
+        engine.load(path)
+    else:
+        engine.load_from(path, state["world_size"], state["stage"])
+    rng = _of_rank(path / "rng")
+    if rng.is_file():
+        states = load_file(rng)
+        torch.set_rng_state(states["cpu"])
+        if "cuda" in states and torch.cuda.is_available():
+            torch.cuda.set_rng_state(states["cuda"])
+    scores = _of_rank(path / "scores")
+    return state, load_file(scores) if is_same and scores.is_file() else {}
+
+
+def _of_rank(folder: Path) -> Path:
+    return folder / f"rank-{rank():04d}.safetensors"
 
 
 def check_manifest(path: Path) -> None:

@@ -126,6 +126,15 @@ def from_rank_zero(value: Any) -> Any:
     return box[0]
 
 
+def gather(value: Any) -> list[Any]:
+    """The picklable `value` of every rank, in order of rank, on every rank. Collective."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()

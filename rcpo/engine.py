@@ -20,6 +20,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from rcpo.adapters import exported_tensors
 from rcpo.config.schema import Config, OptimConfig
 from rcpo.data.batch import PairBatch
+from rcpo.errors import UserError
 from rcpo.model import Policy, load_model
 
 ENGINE_TAG = "engine"
@@ -108,7 +109,11 @@ class Engine:
                 model=self.policy, optimizer=optimizer, lr_scheduler=scheduler, config=settings
             )
         self._deepspeed.train()
+        self._scheduler = scheduler
         self._grad_norm: Tensor | float | None = None
+        self._largest = torch.zeros((), device=device)
+        for parameter in self.trainable_parameters():
+            parameter.register_hook(self._watch)
 
     def logprobs(self, batch: PairBatch) -> Tensor:
         """z (2B,) fp32, attached to the graph. Collective at stage 3."""
@@ -145,17 +150,50 @@ class Engine:
         self._deepspeed.set_gradient_accumulation_boundary(is_last and self._ends_step())
         self._deepspeed.backward(loss)
 
-    def step(self) -> None:
-        """End a micro-batch; on the step's last one, clip and update the weights and the schedule.
+    def _watch(self, gradient: Tensor) -> None:
+        self._largest = torch.maximum(self._largest, gradient.detach().abs().amax().float())
+
+    def largest_gradient(self) -> Tensor:
+        """Largest |entry| of this rank's gradients since the last call, on the device: fp32, nan or inf where
+        one is not finite."""
+        largest, self._largest = self._largest, torch.zeros_like(self._largest)
+        return largest
+
+    def end_micro_batch(self) -> None:
+        """Close a micro-batch that is not its step's last; the last one is closed by `step` or `skip_step`.
         Collective."""
-        self._has_moments |= self._is_adam and self._ends_step()
-        if self._ends_step() and self._is_plain():
+        if not self._ends_step():
+            self._deepspeed.step()
+            self._num_micro_batches += 1
+
+    def step(self) -> None:
+        """Clip the accumulated gradient and update the weights and the schedule. Collective."""
+        self._has_moments |= self._is_adam
+        if self._is_plain():
             gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
             self._grad_norm = torch.nn.utils.get_total_norm(gradients)
         self._deepspeed.step()
         self._num_micro_batches += 1
         if not self._is_plain():
             self._grad_norm = self._deepspeed.get_global_grad_norm()
+
+    def skip_step(self) -> None:
+        """Throw the accumulated gradient away: weights and optimizer stay, the schedule goes on. Collective.
+
+        DeepSpeed goes through its step, which clears its buffers; the optimizer inside it is held still. At
+        stages 1 to 3 DeepSpeed sees the overflow and leaves the schedule, hence the second look.
+        """
+        num_scheduled = self._scheduler.last_epoch
+        update = self._optimizer.step
+        self._optimizer.step = lambda *args, **kwargs: None  # type: ignore[assignment]
+        try:
+            self._deepspeed.step()
+        finally:
+            self._optimizer.step = update  # type: ignore[method-assign]
+        if self._scheduler.last_epoch == num_scheduled:
+            self._scheduler.step()
+        self._num_micro_batches += 1
+        self._grad_norm = None
 
     def _ends_step(self) -> bool:
         """Whether the current micro-batch is its optimizer step's last."""
@@ -195,13 +233,50 @@ class Engine:
         return weights
 
     def save(self, folder: Path) -> None:
-        """Write engine, optimizer and schedule under `folder`. Collective."""
-        self._deepspeed.save_checkpoint(str(folder), tag=ENGINE_TAG, save_latest=False)
+        """Write engine, optimizer and schedule under `folder`. Collective.
+
+        Raises OSError or RuntimeError where this rank could not write, after all ranks are through:
+        DeepSpeed's own save has barriers, at which the others would wait for one that has failed.
+        """
+        writer = _Writer(self._deepspeed.checkpoint_engine)
+        self._deepspeed.checkpoint_engine = writer
+        try:
+            self._deepspeed.save_checkpoint(str(folder), tag=ENGINE_TAG, save_latest=False)
+        finally:
+            self._deepspeed.checkpoint_engine = writer.inner
+        if writer.fault is not None:
+            raise writer.fault
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote, on the same number of ranks and the same stage. Collective."""
         self._deepspeed.load_checkpoint(str(folder), tag=ENGINE_TAG)
         self._has_moments = self._is_adam
+
+    def load_from(self, folder: Path, num_ranks: int, stage: int) -> None:
+        """Read what `save` wrote on another number of ranks or at another stage. Collective.
+
+        Raises UserError where DeepSpeed cannot.
+        """
+        raise UserError(
+            f"{folder.parent}: was written by {num_ranks} ranks at ZeRO {stage}; resume with the same"
+        )
+
+
+class _Writer:
+    """DeepSpeed's checkpoint engine, whose `save` remembers a fault in place of raising it."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.fault: Exception | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def save(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self.inner.save(*args, **kwargs)
+        except (OSError, RuntimeError) as error:
+            self.fault = self.fault or error
 
 
 def _head_shape(model: PreTrainedModel) -> tuple[int, int]:

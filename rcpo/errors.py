@@ -1,5 +1,30 @@
-"""The one exception for what a user can mend. `rcpo.cli` prints it as one line and exits with code 2."""
+"""Exceptions whose message is all that a user needs: `rcpo.cli` prints it as one line and exits with their
+code."""
 
 
 class UserError(Exception):
     """Bad input. The message is one line: the value seen, the rule, and what to type instead."""
+
+    exit_code = 2
+    status = "failed"
+    """What run.json says of a run that ended so."""
+
+
+class NonFiniteError(UserError):
+    """A loss, log-probability or gradient was not finite; the weights are as they were before that step."""
+
+    exit_code = 3
+
+
+class SaveError(UserError):
+    """A checkpoint could not be written; the ones before it are whole."""
+
+    exit_code = 4
+
+
+class StoppedError(UserError):
+    """SIGTERM or SIGUSR2 asked the run to stop; `rcpo resume` goes on. The code is EX_TEMPFAIL of
+    sysexits.h."""
+
+    exit_code = 75
+    status = "preempted"

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rcpo.config.schema import Config
 from rcpo.data.batch import collate
 from rcpo.data.tokenize import TokenizedPair
 from rcpo.distributed import rank, sum_over_ranks, world_size
@@ -21,6 +22,13 @@ class SideLogProbs(NamedTuple):
 
     z_w: Tensor
     z_l: Tensor
+
+
+def eval_batch(config: Config) -> int:
+    """Pairs of one forward pass without gradients: four micro-batches' worth take less memory than one step
+    does."""
+    assert config.train.pairs_per_device is not None
+    return max(4, 4 * config.train.pairs_per_device)
 
 
 def measure_logprobs(

@@ -53,7 +53,7 @@ class Reader:
     """
 
     def __init__(self, weighted: bool, population: bool) -> None:
-        self._weighted, self._population = weighted, population
+        self.weighted, self.population = weighted, population
         self._previous: Sides | None = None
         self._kinds: list[str] = []
 
@@ -62,7 +62,7 @@ class Reader:
         parts."""
         products = [sides.partial_products()]
         self._kinds = ["batch"]
-        if self._population:
+        if self.population:
             if self._previous is not None:
                 products.append(_cross_products(sides, self._previous, []))
                 self._kinds.append("population")
@@ -75,10 +75,30 @@ class Reader:
             )
         return torch.cat(products)
 
+    def state(self) -> dict[str, Tensor]:
+        """The measurement before, this rank's shards: what a resumed run needs for its first row of
+        `population/*`."""
+        if self._previous is None:
+            return {}
+        named = {"scales": torch.tensor(self._previous[2:], dtype=torch.float64)}
+        for name, parts in zip(("chosen", "rejected"), self._previous[:2], strict=True):
+            named |= {f"{name}.{idx}": part for idx, part in enumerate(parts)}
+        return named
+
+    def load_state(self, state: dict[str, Tensor], device: torch.device) -> None:
+        """Take `state` back."""
+        if not state:
+            return
+        num_parts = (len(state) - 1) // 2
+        chosen, rejected = (
+            [state[f"{name}.{idx}"].to(device) for idx in range(num_parts)] for name in ("chosen", "rejected")
+        )
+        self._previous = Sides(chosen, rejected, *state["scales"].tolist())
+
     def read(self, totals: list[float]) -> Measured:
         """The geometries from the sums over ranks."""
         found = {
-            kind: ScoreGeometry(totals[3 * idx], totals[3 * idx + 1], totals[3 * idx + 2], self._weighted)
+            kind: ScoreGeometry(totals[3 * idx], totals[3 * idx + 1], totals[3 * idx + 2], self.weighted)
             for idx, kind in enumerate(self._kinds)
         }
         return Measured(found.pop("batch"), found)
@@ -99,11 +119,12 @@ ADAM_EPS = 1e-12
 class HeadMeasurement:
     """Geometry of the output projection, from the ordinary backward pass."""
 
-    def __init__(self, engine: Engine, weighted: bool, num_pairs: int, population: bool) -> None:
+    def __init__(self, engine: Engine, reader: Reader, num_pairs: int) -> None:
         has_bias = engine.policy.head.bias is not None
-        self._scores = HeadScores(engine.vocabulary, engine.hidden_size, has_bias, engine.device, weighted)
-        self._reader = Reader(weighted, population)
-        self._population = population
+        self._scores = HeadScores(
+            engine.vocabulary, engine.hidden_size, has_bias, engine.device, reader.weighted
+        )
+        self._reader = reader
         self._num_pairs = num_pairs
         self._alpha = 1.0
 
@@ -128,7 +149,7 @@ class HeadMeasurement:
     def _metric(self, engine: Engine) -> list[Tensor] | None:
         head = engine.policy.head
         parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
-        moments = engine.second_moments(parameters) if self._population and parameters else None
+        moments = engine.second_moments(parameters) if self._reader.population and parameters else None
         return None if moments is None else _inverse_roots(self._scores.shares_of(list(moments)))
 
     def read(self, totals: list[float]) -> Measured:
@@ -206,14 +227,11 @@ class ProbeMeasurement:
 class ParameterReader:
     """`Reader` for sides over parameters; shared by both measurements, so that either follows the other."""
 
-    def __init__(
-        self, parameters: list[torch.nn.Parameter], scores: ParameterScores, weighted: bool, population: bool
-    ) -> None:
-        self._parameters, self._scores, self._population = parameters, scores, population
-        self._reader = Reader(weighted, population)
+    def __init__(self, parameters: list[torch.nn.Parameter], scores: ParameterScores, reader: Reader) -> None:
+        self._parameters, self._scores, self._reader = parameters, scores, reader
 
     def partials(self, engine: Engine, sides: Sides) -> Tensor:
-        moments = engine.second_moments(self._parameters) if self._population else None
+        moments = engine.second_moments(self._parameters) if self._reader.population else None
         metric = None if moments is None else _inverse_roots(self._scores.shares_of(moments))
         return self._reader.partials(sides, metric)
 
@@ -230,6 +248,21 @@ class Measurements:
         self._head: HeadMeasurement | None = None
         self._apart: ApartMeasurement | None = None
         self._probe: ProbeMeasurement | None = None
+        self._reader: Reader | None = None
+        self._loaded: dict[str, Tensor] = {}
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of measurements, this rank's share; empty without metrics.population."""
+        return self._loaded if self._reader is None else self._reader.state()
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take `state` back, before the first measurement."""
+        self._loaded = state
+
+    def _make_reader(self) -> Reader:
+        self._reader = Reader(self._weighted, self._config.metrics.population)
+        self._reader.load_state(self._loaded, self._engine.device)
+        return self._reader
 
     def at(self, step: int, calibrator: Calibrator) -> Measurement:
         """How optimizer step `step` (counted from 0) is measured."""
@@ -248,12 +281,8 @@ class Measurements:
 
     def _of_head(self) -> HeadMeasurement:
         if self._head is None:
-            self._head = HeadMeasurement(
-                self._engine,
-                self._weighted,
-                self._config.train.pairs_per_step,
-                self._config.metrics.population,
-            )
+            pairs_per_step = self._config.train.pairs_per_step
+            self._head = HeadMeasurement(self._engine, self._make_reader(), pairs_per_step)
         return self._head
 
     def _of_parameters(self) -> tuple[ApartMeasurement, ProbeMeasurement]:
@@ -263,7 +292,7 @@ class Measurements:
             else:
                 parameters = self._engine.trainable_parameters()
             scores = ParameterScores(parameters, self._engine.device)
-            reader = ParameterReader(parameters, scores, self._weighted, self._config.metrics.population)
+            reader = ParameterReader(parameters, scores, self._make_reader())
             self._apart = ApartMeasurement(scores, reader)
             self._probe = ProbeMeasurement(scores, reader, self._weighted)
         return self._apart, self._probe

@@ -18,11 +18,15 @@ from pathlib import Path
 from types import FrameType
 
 from rcpo.distributed import RANK_VARIABLES, free_port
+from rcpo.errors import StoppedError
 from rcpo.logs import log_path
 from rcpo.run_folder import RunFolder, now
+from rcpo.stopping import SIGNALS
 
 GRACE_SECONDS = 20.0
 """Between asking ranks to end and ending them."""
+CHECKPOINT_SECONDS = 3600.0
+"""The same after SIGTERM or SIGUSR2, which ask for a checkpoint; SIGKILL is for those in more of a hurry."""
 FAULT_FILE = "RCPO_FAULT_FILE"
 """Environment variable of a started rank: where it writes at once why it fails (`rcpo.worker`)."""
 
@@ -35,7 +39,8 @@ class Fault:
     """Seconds since the epoch; 0 where the rank was ended by a signal and could not say."""
     rank: int
     reason: str
-    is_bad_input: bool = False
+    exit_code: int = 1
+    """What the rank ended with by itself (`rcpo.errors`)."""
 
 
 class _Ranks:
@@ -80,16 +85,19 @@ class _Ranks:
     def forward(self, number: int, frame: FrameType | None = None) -> None:
         """Pass a signal on to every rank; the ranks decide how to end."""
         if self.received is None:
-            self.received, self._deadline = number, time.monotonic() + GRACE_SECONDS
+            patience = GRACE_SECONDS if number == signal.SIGINT else CHECKPOINT_SECONDS
+            self.received, self._deadline = number, time.monotonic() + patience
         for process in self.processes:
             if process.poll() is None:
                 process.send_signal(number)
 
     def wait(self) -> None:
-        """Until all ranks are done, one has failed, or a signal has not ended them in time."""
+        """Until all ranks are done or have stopped, one has failed, or a signal has not ended them in
+        time."""
+        good = (0, StoppedError.exit_code)
         while time.monotonic() < self._deadline:
             codes = [process.poll() for process in self.processes]
-            if all(code == 0 for code in codes) or any(code not in (None, 0) for code in codes):
+            if all(code in good for code in codes) or any(code not in (None, *good) for code in codes):
                 return
             time.sleep(0.05)
 
@@ -126,8 +134,8 @@ class _Ranks:
 
 @contextlib.contextmanager
 def _signals_forwarded(ranks: _Ranks) -> Iterator[None]:
-    """While open, SIGINT and SIGTERM of this process go to every rank."""
-    saved = {number: signal.signal(number, ranks.forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    """While open, SIGINT, SIGTERM and SIGUSR2 of this process go to every rank."""
+    saved = {number: signal.signal(number, ranks.forward) for number in (signal.SIGINT, *SIGNALS)}
     try:
         yield
     finally:
@@ -137,7 +145,7 @@ def _signals_forwarded(ranks: _Ranks) -> Iterator[None]:
 
 def run_ranks(run: RunFolder, num_ranks: int, resume: bool) -> int:
     """Start one process a rank on this host and wait; when one fails the others are ended. Returns the exit
-    code: 0, 2 for bad input, 1 for a fault, 130 or 143 after SIGINT or SIGTERM."""
+    code: 0, that of a UserError of a rank (`rcpo.errors`), 1 for a fault, or 130 after Ctrl-C."""
     with tempfile.TemporaryDirectory(prefix="rcpo-") as folder:
         ranks = _Ranks(run, num_ranks, resume, Path(folder))
         with _signals_forwarded(ranks):
@@ -149,22 +157,30 @@ def run_ranks(run: RunFolder, num_ranks: int, resume: bool) -> int:
                 ranks.end()
     if all(process.returncode == 0 for process in ranks.processes):
         return 0
-    if ranks.received is not None:
-        name = signal.Signals(ranks.received).name
-        run.update_run(status="interrupted", exit_reason=name, ended=now())
+    if ranks.received == signal.SIGINT:
+        run.update_run(status="interrupted", exit_reason="SIGINT", ended=now())
         print(interrupted_line(run), file=sys.stderr)
-        return 128 + ranks.received
-    first = faults[0]
-    if first.is_bad_input:
-        print(f"rcpo: {first.reason}", file=sys.stderr)
-        run.update_run(status="failed", exit_reason=first.reason, ended=now())
-        return 2
-    print(
-        f"rcpo: rank {first.rank} {first.reason}; its log is {log_path(run.logs, first.rank)}",
-        file=sys.stderr,
-    )
-    run.update_run(status="failed", exit_reason=f"rank {first.rank} {first.reason}", ended=now())
-    return 1
+        return 130
+    fault, status = _cause(faults, ranks.received), "failed"
+    line = fault.reason
+    if fault.exit_code == StoppedError.exit_code:
+        status = StoppedError.status
+    elif fault.exit_code == 1:
+        line = f"rank {fault.rank} {fault.reason}; its log is {log_path(run.logs, fault.rank)}"
+    print(f"rcpo: {line}", file=sys.stderr)
+    reason = fault.reason if fault.exit_code != 1 else f"rank {fault.rank} {fault.reason}"
+    run.update_run(status=status, exit_reason=reason, ended=now())
+    return fault.exit_code
+
+
+def _cause(faults: list[Fault], received: int | None) -> Fault:
+    """Of what the ranks failed: the first, but for the signal that was passed on to them."""
+    if received is None:
+        return faults[0]
+    told = [fault for fault in faults if fault.time > 0]
+    name = signal.Signals(received).name
+    stopped = Fault(0.0, 0, f"stopped by {name} before the first step", StoppedError.exit_code)
+    return told[0] if told else stopped
 
 
 def interrupted_line(run: RunFolder) -> str:

@@ -227,6 +227,11 @@ class ReferenceTable:
     def __init__(self, train: SideLogProbs, held_out: SideLogProbs) -> None:
         self.train, self.held_out = train, held_out
 
+    def has(self, indices: Sequence[int]) -> bool:
+        """Whether all these training pairs are in the table."""
+        rows = list(indices)
+        return not bool(torch.isnan(self.train.z_w[rows]).any() or torch.isnan(self.train.z_l[rows]).any())
+
     def train_rows(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """(ref_w, ref_l) of training pairs, each (B,) fp32."""
         rows = list(indices)

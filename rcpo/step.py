@@ -5,6 +5,7 @@
     d_w, d_l    = -dL/dz_w, +dL/dz_l                         rcpo.incentives, by autograd
     aggregate   = the mean over the batch, or KL-DRO         rcpo.aggregate, scales loss and incentives
     surrogate   = mean(-alpha d_w z_w + (d_l/alpha) z_l)     its gradient is the loss's, calibrated
+    guard       every loss, z and gradient is finite         or nothing is updated: NonFiniteStepError
     geometry    = products of the sides' score vectors       rcpo.measurement, where this step is measured
     calibrator  sees the global batch once, after the step   rcpo.calibration: alpha of the next step
     objective   its batch statistics advance likewise        kto's z0, bco's d, ...: the next step's numbers
@@ -62,6 +63,25 @@ class Measured:
     """"population" and, in Adam's metric, "adam": from products with the measurement before."""
 
 
+class NonFiniteStepError(Exception):
+    """Numbers of this step are not finite: the gradient is still there, no weight and no state has changed.
+    Raised on every rank."""
+
+    def __init__(self, row: dict[str, float], lost: list[int]) -> None:
+        super().__init__(f"micro-batches {lost} of this rank")
+        self.row = row
+        """The step's metrics row, as far as it goes."""
+        self.lost = lost
+        """Which of this rank's micro-batches hold such numbers; empty where all are on other ranks."""
+
+
+class TrainedStep(NamedTuple):
+    row: dict[str, float]
+    """The metrics row, the same on every rank."""
+    stop: bool
+    """Whether a rank was asked to stop."""
+
+
 class Measurement(Protocol):
     """How a step's backward passes are run, and what is read off them; `rcpo.measurement` has the kinds."""
 
@@ -99,18 +119,22 @@ class TrainState:
     calibrator: Calibrator
     objective_state: tuple[float, ...]
     """The objective's batch statistics of the step before."""
+    num_nonfinite_steps: int = 0
+    """Steps skipped because their numbers were not finite."""
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "step": self.step,
             "calibrator": self.calibrator.state_dict(),
             "objective_state": list(self.objective_state),
+            "num_nonfinite_steps": self.num_nonfinite_steps,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
         self.calibrator.load_state_dict(state["calibrator"])
         self.objective_state = tuple(state["objective_state"])
+        self.num_nonfinite_steps = state["num_nonfinite_steps"]
 
 
 def price(
@@ -149,25 +173,32 @@ def train_step(
     measurement: Measurement,
     aggregate: Aggregate,
     probe_r_w: float | None = None,
-) -> dict[str, float]:
-    """Train on this rank's micro-batches of one global batch; returns the metrics row, the same on every
-    rank.
+    asked_to_stop: bool = False,
+) -> TrainedStep:
+    """Train on this rank's micro-batches of one global batch.
 
     `measurement` says how the step is run and what geometry is read off it, `aggregate` what the pairs'
     losses add up to; `probe_r_w` is the displacement of the held-out probe pairs, where the calibrator asked
-    for it. `state` advances by one step. The only wait for the device is the one reduction of the metrics,
-    after the weights have been updated.
+    for it. `state` advances by one step. The only wait for the device is the one reduction of the metrics; it
+    comes before the update, so that numbers that are not finite never reach the weights.
+
+    Raises NonFiniteStepError on every rank in that case, with `state` as it was.
     """
     alpha = state.calibrator.alpha()
     measurement.begin(alpha)
     sums = torch.zeros(len(QUANTITIES) + objective.num_statistics, dtype=torch.float64, device=engine.device)
+    finite = []
     for micro_batch, price_of in aggregate.prices(engine, objective, state.objective_state, micro_batches):
         priced = measurement.backward(engine, micro_batch.batch, price_of, alpha)
-        engine.step()
+        engine.end_micro_batch()
         columns = objective.statistic_columns(priced.pair).double().sum(1)
         sums += torch.cat([pair_sums(priced.loss, priced.pair, priced.incentives), columns])
+        finite.append(is_finite(priced, engine.largest_gradient()))
 
-    totals = sum_over_ranks(torch.cat([sums, measurement.partials(engine)])).tolist()
+    lost = ~torch.stack(finite)
+    votes = torch.stack([lost.any(), lost.new_tensor(asked_to_stop)]).double()
+    totals = sum_over_ranks(torch.cat([votes, sums, measurement.partials(engine)])).tolist()
+    (num_lost, num_asked), totals = totals[:2], totals[2:]
     means = [total / pairs_per_step for total in totals[: len(sums)]]
     quantities = dict(zip(QUANTITIES, means, strict=False))
     measured = measurement.read(totals[len(sums) :])
@@ -179,7 +210,17 @@ def train_step(
         probe_r_w=probe_r_w,
     )
     row = step_row(quantities, statistics, alpha, state.calibrator, measured.population)
+    if num_lost:
+        raise NonFiniteStepError(row, lost.nonzero().flatten().tolist())
+    engine.step()
     state.calibrator.update(statistics)
     state.objective_state = objective.advance(state.objective_state, means[len(QUANTITIES) :])
     state.step += 1
-    return row | state.calibrator.counts()
+    return TrainedStep(row | state.calibrator.counts(), num_asked > 0)
+
+
+def is_finite(priced: Priced, largest_gradient: Tensor) -> Tensor:
+    """Whether every loss, log-probability, incentive and gradient entry of a micro-batch is: bool scalar on
+    the device."""
+    values = torch.cat([priced.loss, priced.pair.z_w, priced.pair.z_l, *priced.incentives])
+    return values.isfinite().all() & largest_gradient.isfinite()

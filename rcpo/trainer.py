@@ -10,22 +10,23 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from rcpo import stopping
 from rcpo.aggregate import aggregate_of
 from rcpo.calibration import build_calibrator
-from rcpo.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from rcpo.checkpoint import checkpoint_to_resume, load_checkpoint, save_checkpoint
 from rcpo.config.schema import Config
 from rcpo.console import RunConsole, passes_shown
 from rcpo.data.batch import collate
 from rcpo.data.sampler import PairSampler
 from rcpo.data.tokenize import TokenizedPair
-from rcpo.distributed import barrier, from_rank_zero, rank, world_size
+from rcpo.distributed import barrier, rank, world_size
 from rcpo.engine import Engine
-from rcpo.errors import UserError
-from rcpo.evaluation import SideLogProbs, measure_logprobs, peak_memory_gb
+from rcpo.evaluation import SideLogProbs, eval_batch, measure_logprobs, peak_memory_gb
 from rcpo.inputs import Inputs
 from rcpo.measurement import Measurements
 from rcpo.metrics import displacement_row
@@ -33,16 +34,42 @@ from rcpo.model import save_model
 from rcpo.objectives import Objective, composition_of, objective_of
 from rcpo.plot import plot_run
 from rcpo.reference import ReferenceCache, ReferenceTable, shared_reference, weights_fingerprint
+from rcpo.rehearsal import rehearse
 from rcpo.report import model_card, summarize
 from rcpo.run_folder import RunFolder
+from rcpo.setbacks import save_or_go_on, skip_or_stop, stop_with_checkpoint
 from rcpo.sinks import Sink, build_sinks
-from rcpo.step import MicroBatch, TrainState, train_step
+from rcpo.step import MicroBatch, NonFiniteStepError, TrainState, train_step
 
 logger = logging.getLogger(__name__)
 
-START_TOLERANCE_NATS = 0.05
-"""Largest |mean r| of the first batch in fp32 that padding and summation order explain; bf16 gets 20 times as
-much."""
+
+@dataclass(frozen=True)
+class Training:
+    """What the training loop works with."""
+
+    config: Config
+    run: RunFolder
+    inputs: Inputs
+    engine: Engine
+    objective: Objective
+    sampler: PairSampler
+    num_steps: int
+    state: TrainState
+    measurements: Measurements
+    reference: ReferenceTable
+    sinks: list[Sink]
+
+    def save(self) -> None:
+        """Write a checkpoint. Raises SaveError on every rank when it cannot be written. Collective."""
+        save_checkpoint(
+            self.run,
+            self.engine,
+            self.state.state_dict(),
+            self.measurements.state(),
+            self.inputs.tokenizer,
+            self.config.train.keep_last,
+        )
 
 
 def train(
@@ -50,83 +77,86 @@ def train(
 ) -> dict[str, Any]:
     """Train a resolved config in its run folder; returns the summary. Collective.
 
-    Raises UserError when the model cannot be used or a checkpoint cannot be loaded.
+    Raises UserError when the model cannot be used or no checkpoint can be loaded, and its kinds in
+    `rcpo.errors` when the run stops before its end.
     """
     torch.manual_seed(config.seed)
     objective = objective_of(config.objective)
     sampler = inputs.sampler(config)
     num_steps = inputs.num_steps(config)
     engine = Engine(config, num_steps, device)
+    measurements = Measurements(config, engine)
     calibrator = build_calibrator(config.calibration, sampler.num_fresh_steps)
     state = TrainState(0, calibrator, _initial_state(objective, inputs, sampler))
-    checkpoint = from_rank_zero(newest_checkpoint(run)) if resume else None
-    if checkpoint is None:
-        reference = _compute_reference(config, run, inputs, engine, sampler.visited(num_steps))
-    else:
-        reference = ReferenceTable.load(run.reference)
-        state.load_state_dict(load_checkpoint(checkpoint, engine))
+    checkpoint = checkpoint_to_resume(run) if resume else None
+    visited = sampler.visited(num_steps)
+    reference = None if checkpoint is None else ReferenceTable.load(run.reference)
+    if reference is None or not reference.has(visited):
+        reference = _compute_reference(config, run, inputs, engine, visited)
+    rehearse(config, inputs, engine, sampler, num_steps, reference)
+    if checkpoint is not None:
+        values, scores = load_checkpoint(checkpoint, engine)
+        state.load_state_dict(values)
+        measurements.load_state(scores)
     sinks = _start_sinks(config, run, num_steps, state.step)
-    with _closed_on_failure(sinks):
+    training = Training(
+        config, run, inputs, engine, objective, sampler, num_steps, state, measurements, reference, sinks
+    )
+    with stopping.deferred(), _closed_on_failure(sinks):
         if checkpoint is None:
-            _record_evaluation(run, sinks, 0, reference.held_out, reference)
-        _train_steps(config, run, inputs, engine, objective, state, reference, sinks)
+            _record_evaluation(training, reference.held_out)
+        _train_steps(training)
         return _finish(config, run, inputs, engine, sinks)
 
 
-def _train_steps(
-    config: Config,
-    run: RunFolder,
-    inputs: Inputs,
-    engine: Engine,
-    objective: Objective,
-    state: TrainState,
-    reference: ReferenceTable,
-    sinks: list[Sink],
-) -> None:
+def _train_steps(training: Training) -> None:
     """Optimizer steps up to the run's end, with their rows, evaluations and checkpoints. Collective."""
-    sampler, num_steps, device = inputs.sampler(config), inputs.num_steps(config), engine.device
-    measurements = Measurements(config, engine)
+    config, state, engine = training.config, training.state, training.engine
     aggregate = aggregate_of(composition_of(config.objective))
-    while state.step < num_steps:
+    while state.step < training.num_steps:
         started = time.perf_counter()
-        micro_batches = _micro_batches(config, inputs, sampler, reference, state.step, device)
-        num_tokens = _num_tokens(inputs, sampler.global_batch(state.step))
+        micro_batches = _micro_batches(training)
+        num_tokens = _num_tokens(training.inputs, training.sampler.global_batch(state.step))
         lr = engine.lr()
-        probe_r_w = None
-        if state.calibrator.probes_at(state.step):
-            probe_r_w = _measure_probe(config, inputs, engine, reference)
-        measurement = measurements.at(state.step, state.calibrator)
-        row = train_step(
-            engine,
-            objective,
-            state,
-            micro_batches,
-            config.train.pairs_per_step,
-            measurement,
-            aggregate,
-            probe_r_w,
-        )
+        probe_r_w = _measure_probe(training) if state.calibrator.probes_at(state.step) else None
+        stop = False
+        try:
+            row, stop = train_step(
+                engine,
+                training.objective,
+                state,
+                micro_batches,
+                config.train.pairs_per_step,
+                training.measurements.at(state.step, state.calibrator),
+                aggregate,
+                probe_r_w,
+                stopping.asked(),
+            )
+        except NonFiniteStepError as error:
+            row = skip_or_stop(training, error)
         seconds = time.perf_counter() - started
         row |= {
             "step": state.step,
             "train/lr": lr,
             "train/grad_norm": engine.grad_norm(),
-            "train/epoch": sampler.epoch(state.step),
+            "train/epoch": training.sampler.epoch(state.step),
+            "train/nonfinite_steps": state.num_nonfinite_steps,
             "speed/step_seconds": seconds,
             "speed/pairs_per_second": config.train.pairs_per_step / seconds,
             "speed/tokens_per_second": num_tokens / seconds,
-            "speed/peak_memory_gb": peak_memory_gb(device),
+            "speed/peak_memory_gb": peak_memory_gb(engine.device),
         }
-        if state.step == 1:
-            _check_start(row, config.model.dtype)
-        for sink in sinks:
+        for sink in training.sinks:
             sink.log_step(row)
-        _refuse_non_finite(row)
-        if state.step == num_steps or _due(state.step, config.train.eval_every):
-            result = measure_logprobs(engine, inputs.held_out, inputs.pad_id, _eval_batch(config))
-            _record_evaluation(run, sinks, state.step, result, reference)
-        if _due(state.step, config.train.save_every):
-            save_checkpoint(run, engine, state.state_dict(), inputs.tokenizer)
+        if state.step == training.num_steps or _due(state.step, config.train.eval_every):
+            pairs, pad_id = training.inputs.held_out, training.inputs.pad_id
+            result = measure_logprobs(engine, pairs, pad_id, eval_batch(config))
+            _record_evaluation(training, result)
+        is_due = _due(state.step, config.train.save_every)
+        if is_due:
+            save_or_go_on(training)
+        if stop and state.step < training.num_steps:
+            stop_with_checkpoint(training, is_saved=is_due)
 
 
 @contextlib.contextmanager
@@ -140,33 +170,16 @@ def _closed_on_failure(sinks: list[Sink]) -> Iterator[None]:
         raise
 
 
-def _refuse_non_finite(row: dict[str, float]) -> None:
-    """Stop a run whose numbers are lost; the row that shows it has been written."""
-    for key in ("train/loss", "train/grad_norm"):
-        if not math.isfinite(row[key]):
-            raise UserError(
-                f"step {row['step']:.0f}: {key} is {row[key]}, and the weights are spoiled; train again with "
-                "a smaller optim.lr=..., or resume if the newest checkpoint is from well before this step"
-            )
-
-
 def _due(step: int, every: int | None) -> bool:
     """Whether something happens after optimizer step `step` (counted from 1); never with every = 0."""
     return every is not None and every > 0 and step % every == 0
 
 
-def _measure_probe(config: Config, inputs: Inputs, engine: Engine, reference: ReferenceTable) -> float:
+def _measure_probe(training: Training) -> float:
     """Mean r_w of the probe pairs, the first of the held-out ones. Collective."""
-    pairs = inputs.held_out[: config.calibration.feedback.pairs]
-    result = measure_logprobs(engine, pairs, inputs.pad_id, _eval_batch(config))
-    return float((result.z_w - reference.held_out.z_w[: len(pairs)]).double().mean())
-
-
-def _eval_batch(config: Config) -> int:
-    """Pairs of one forward pass without gradients: four micro-batches' worth take less memory than one step
-    does."""
-    assert config.train.pairs_per_device is not None
-    return max(4, 4 * config.train.pairs_per_device)
+    pairs = training.inputs.held_out[: training.config.calibration.feedback.pairs]
+    result = measure_logprobs(training.engine, pairs, training.inputs.pad_id, eval_batch(training.config))
+    return float((result.z_w - training.reference.held_out.z_w[: len(pairs)]).double().mean())
 
 
 def _initial_state(objective: Objective, inputs: Inputs, sampler: PairSampler) -> tuple[float, ...]:
@@ -188,20 +201,19 @@ def _num_tokens(inputs: Inputs, indices: list[int]) -> int:
     )
 
 
-def _micro_batches(
-    config: Config,
-    inputs: Inputs,
-    sampler: PairSampler,
-    reference: ReferenceTable,
-    step: int,
-    device: torch.device,
-) -> list[MicroBatch]:
+def _micro_batches(training: Training) -> list[MicroBatch]:
+    """This rank's micro-batches of the coming step, on the device."""
+    config, device = training.config, training.engine.device
     assert config.train.pairs_per_device is not None
+    cut = training.sampler.micro_batches(
+        training.state.step, rank(), world_size(), config.train.pairs_per_device
+    )
     micro_batches = []
-    for indices in sampler.micro_batches(step, rank(), world_size(), config.train.pairs_per_device):
-        ref_w, ref_l = reference.train_rows(indices)
-        batch = collate([inputs.train[idx] for idx in indices], inputs.pad_id)
-        weight = torch.tensor([inputs.train[idx].weight for idx in indices])
+    for indices in cut:
+        ref_w, ref_l = training.reference.train_rows(indices)
+        pairs = [training.inputs.train[idx] for idx in indices]
+        batch = collate(pairs, training.inputs.pad_id)
+        weight = torch.tensor([pair.weight for pair in pairs])
         micro_batches.append(
             MicroBatch(batch.to(device), ref_w.to(device), ref_l.to(device), weight.to(device))
         )
@@ -220,7 +232,7 @@ def _compute_reference(
     def compute(missing: Sequence[TokenizedPair]) -> SideLogProbs:
         shown = passes_shown(RunConsole(), "reference log-probs", len(missing))
         with shown if rank() == 0 else contextlib.nullcontext(lambda num_done: None) as on_batch:
-            return measure_logprobs(engine, missing, inputs.pad_id, _eval_batch(config), on_batch)
+            return measure_logprobs(engine, missing, inputs.pad_id, eval_batch(config), on_batch)
 
     values, num_computed = shared_reference(cache, pairs, compute)
     logger.info(
@@ -238,19 +250,6 @@ def _compute_reference(
     return table
 
 
-def _check_start(row: dict[str, float], dtype: str) -> None:
-    """Warn when policy and reference disagree before the first update."""
-    tolerance = START_TOLERANCE_NATS * (20 if dtype == "bfloat16" else 1)
-    largest = max(abs(row["displacement/chosen"]), abs(row["displacement/rejected"]))
-    if largest > tolerance:
-        logger.warning(
-            "policy and reference differ by %.3f nats before the first update (tolerance %.2f): another "
-            "dtype or attention kernel, dropout, or a reference cache of other weights",
-            largest,
-            tolerance,
-        )
-
-
 def _start_sinks(config: Config, run: RunFolder, num_steps: int, start_step: int) -> list[Sink]:
     """The sinks, on rank 0 alone; rows that a crash left after the checkpoint are dropped, to be written
     again."""
@@ -260,16 +259,15 @@ def _start_sinks(config: Config, run: RunFolder, num_steps: int, start_step: int
     return build_sinks(config, run, num_steps, start_step)
 
 
-def _record_evaluation(
-    run: RunFolder, sinks: list[Sink], step: int, result: SideLogProbs, reference: ReferenceTable
-) -> None:
+def _record_evaluation(training: Training, result: SideLogProbs) -> None:
     """Displacement of the held-out pairs against step 0, to every sink; per-pair results to the run
     folder."""
     if rank() != 0:
         return
-    row = displacement_row(result.z_w, result.z_l, reference.held_out.z_w, reference.held_out.z_l)
-    run.save_pair_results(step, result)
-    for sink in sinks:
+    step, start = training.state.step, training.reference.held_out
+    row = displacement_row(result.z_w, result.z_l, start.z_w, start.z_l)
+    training.run.save_pair_results(step, result)
+    for sink in training.sinks:
         sink.log_eval({"step": step} | row)
 
 

@@ -8,14 +8,12 @@ import contextlib
 import json
 import logging
 import os
-import signal
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from rcpo.errors import UserError
@@ -30,19 +28,20 @@ logger = logging.getLogger(__name__)
 
 
 def run_worker(run: "RunFolder", config: "Config", resume: bool) -> int:
-    """Train as this process's rank; returns the exit code (0, 2 for bad input, 130 or 143 after SIGINT or
-    SIGTERM). A fault is raised, after it has been recorded."""
+    """Train as this process's rank; returns the exit code: 0, that of a UserError (`rcpo.errors`), or 130
+    after Ctrl-C. A fault is raised, after it has been recorded."""
     import torch
 
-    from rcpo.distributed import initialize, rank, shut_down, world_size
+    from rcpo import stopping
+    from rcpo.distributed import initialize, rank, shut_down
     from rcpo.logs import log_to_file
     from rcpo.processes import interrupted_line
 
     device = initialize(config.train.device or "cpu")
     log_to_file(run.logs, rank())
     torch.backends.cuda.matmul.allow_tf32 = False
-    if world_size() == 1:
-        _raise_on_sigterm()
+    if rank() == 0:
+        stopping.stop_at_once()
     # Among ranks that rcpo.processes started, it is the one that speaks at the end.
     speaks = rank() == 0 and not _is_started_rank()
     try:
@@ -53,24 +52,13 @@ def run_worker(run: "RunFolder", config: "Config", resume: bool) -> int:
         logger.error("%s", error)
         if speaks:
             print(f"rcpo: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
+        return error.exit_code
+    except KeyboardInterrupt:
         if speaks:
             print(interrupted_line(run), file=sys.stderr)
-        return 143 if stop.args == ("SIGTERM",) else 130
+        return 130
     finally:
         shut_down()
-
-
-def _raise_on_sigterm() -> None:
-    """Let SIGTERM end a run of one process as Ctrl-C does. With several ranks it keeps ending a process at
-    once: one that waits in a collective would not hear it."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt("SIGTERM")
-
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, stop)
 
 
 def _train(run: "RunFolder", config: "Config", device: "torch.device", resume: bool) -> None:
@@ -104,11 +92,11 @@ def _outcome_recorded(run: "RunFolder", rank: int) -> Iterator[None]:
         yield
         record("done", None)
     except UserError as error:
-        _tell_fault(str(error), is_bad_input=True)
-        record("failed", str(error))
+        _tell_fault(str(error), error.exit_code)
+        record(error.status, str(error))
         raise
-    except KeyboardInterrupt as stop:
-        record("interrupted", "SIGTERM" if stop.args == ("SIGTERM",) else "SIGINT")
+    except KeyboardInterrupt:
+        record("interrupted", "SIGINT")
         raise
     except BaseException as error:
         last = next((line for line in reversed(str(error).splitlines()) if line.strip()), "")
@@ -126,14 +114,14 @@ def _is_started_rank() -> bool:
     return FAULT_FILE in os.environ
 
 
-def _tell_fault(reason: str, is_bad_input: bool = False) -> None:
+def _tell_fault(reason: str, exit_code: int = 1) -> None:
     """Tell `rcpo.processes` why this rank fails, at once: the others fail of that a moment later."""
     from rcpo.processes import FAULT_FILE
 
     path = os.environ.get(FAULT_FILE)
     if path and not Path(path).exists():  # what came first is the cause
         beside = Path(f"{path}.tmp")
-        beside.write_text(json.dumps({"time": time.time(), "reason": reason, "is_bad_input": is_bad_input}))
+        beside.write_text(json.dumps({"time": time.time(), "reason": reason, "exit_code": exit_code}))
         beside.replace(path)
 
 
@@ -162,8 +150,8 @@ def main(words: list[str]) -> int:
         run, config = open_run(str(Path(words[0])))
         return run_worker(run, config, resume=len(words) == 2)
     except UserError as error:
-        _tell_fault(str(error), is_bad_input=True)
-        return 2
+        _tell_fault(str(error), error.exit_code)
+        return error.exit_code
     except KeyboardInterrupt:
         return 130
     except Exception as error:

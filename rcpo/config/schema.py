@@ -209,6 +209,15 @@ class TrainConfig:
     100."""
     save_every: NonNegative = 0
     """Optimizer steps between checkpoints; 0: none."""
+    keep_last: Positive | None = None
+    """Checkpoints that are kept, the newest ones; null: all."""
+    on_save_error: Literal["continue", "stop"] = "continue"
+    """A checkpoint that cannot be written, on a full disk say: warn and go on, or stop with exit code 4."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss, log-probability or gradient that is not finite: stop before the weights change, with a
+    checkpoint and exit code 3, or leave the step out and count it in train/nonfinite_steps."""
+    max_nonfinite_steps: Positive = 10
+    """Steps that on_nonfinite=skip may leave out before the run stops all the same."""
     log_every: Positive = 1
     """Steps between lines on a console that is not a terminal."""
     grad_clip: Annotated[float, Field(ge=0)] = 1.0
