@@ -1,0 +1,120 @@
+"""`rcpo compare PATH...`: runs side by side, as a table, an HTML report, and figures for a paper."""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from rcpo.errors import UserError
+
+if TYPE_CHECKING:
+    from rcpo.compare.load import Run
+
+HELP = """usage: rcpo compare PATH... [options]
+
+One row for each cell (objective, calibration and whatever else differs), its seeds merged into mean and
+standard error, with the difference to calibration=off. PATH: run folders, sweep folders, folders of runs, or
+patterns in quotes. Runs that are unfinished, failed, or measured on other pairs are named and left out.
+
+  --where KEY=VALUE    only runs with this setting: --where objective=dpo,simpo --where optim.lr=1e-6
+  --sort COLUMN        chosen, rejected, margin, accuracy, fell, in_band, worst, pairs_per_second, memory_gb,
+                       vs_off, objective, calibration; -COLUMN falls: --sort=-chosen
+  --csv, --json, --markdown, --latex
+                       print the table in that form
+  --html FILE          write the report: one file that needs no network
+  --pdf DIR, --png DIR write its figures for a paper"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are `UserError`s of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"compare: {message}; rcpo compare --help explains")
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("paths", nargs="+", metavar="PATH")
+    parser.add_argument("--where", action="append", default=[])
+    parser.add_argument("--sort")
+    form = parser.add_mutually_exclusive_group()
+    for name in ("csv", "json", "markdown", "latex"):
+        form.add_argument(f"--{name}", dest="form", action="store_const", const=name)
+    for name in ("html", "pdf", "png"):
+        parser.add_argument(f"--{name}", type=Path)
+    return parser.parse_args(words)
+
+
+def run(words: list[str]) -> int:
+    """Compare; returns the exit code. Raises UserError for bad input."""
+    if not words or words[0] in ("-h", "--help"):
+        print(HELP)
+        return 0 if words else 2
+    options = parse(words)
+    from rcpo.compare.cells import compare_runs
+    from rcpo.compare.find import find_runs
+    from rcpo.compare.load import load_run
+    from rcpo.compare.table import as_csv, as_json, as_latex, as_markdown, make_rows
+    from rcpo.compare.terminal import print_table
+    from rcpo.console import RunConsole
+
+    runs = select([load_run(path) for path in find_runs(options.paths)], options.where)
+    comparison = compare_runs(runs)
+    rows = make_rows(comparison, options.sort)
+    if options.form is None:
+        print_table(RunConsole(), rows, comparison)
+    elif options.form == "csv":
+        print(as_csv(rows), end="")
+    else:
+        forms = {"json": as_json, "markdown": as_markdown, "latex": as_latex}
+        print(forms[options.form](rows, comparison), end="")
+    if options.html is not None:
+        from rcpo.compare.page import make_page
+
+        write(options.html, make_page(rows, comparison))
+    return 0
+
+
+def write(path: Path, text: str) -> None:
+    """Beside, then renamed. Raises UserError where that cannot be."""
+    beside = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); give another file") from None
+    print(f"wrote {path}", file=sys.stderr)
+
+
+def select(runs: "list[Run]", conditions: Sequence[str]) -> "list[Run]":
+    """The runs that fulfil all of KEY=VALUE[,VALUE...]. Raises UserError where none does."""
+    for condition in conditions:
+        key, equals, values = condition.partition("=")
+        key = {"objective": "objective.name", "calibration": "calibration.name"}.get(key, key)
+        known = {name for run in runs for name in run.settings} | {"status"}
+        if not equals or key not in known:
+            near = [name for name in sorted(known) if name.endswith(f".{key}")]
+            hint = f"--where {near[0]}=VALUE" if near else "--where objective=dpo"
+            raise UserError(f"--where {condition}: is no KEY=VALUE with a key of these runs; type {hint}")
+        seen = [str(run.status if key == "status" else run.settings.get(key, "absent")) for run in runs]
+        kept = [
+            run for run, value in zip(runs, seen, strict=True)
+            if any(_equal(value, wanted) for wanted in values.split(","))
+        ]  # fmt: skip
+        if not kept:
+            raise UserError(
+                f"--where {condition}: no run has that; {key} is {', '.join(dict.fromkeys(seen))}"
+            )
+        runs = kept
+    return runs
+
+
+def _equal(value: str, wanted: str) -> bool:
+    """As text, or as numbers: 1e-6 is 1e-06."""
+    number = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+    if number.fullmatch(value) and number.fullmatch(wanted):
+        return float(value) == float(wanted)
+    return value.lower() == wanted.lower()

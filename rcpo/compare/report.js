@@ -1,0 +1,62 @@
+"use strict";
+// Draws every figure of the report. The document element says how it went: data-figures (drawn), data-drawn-ms,
+// data-faults.
+const BASE = {
+  font: { family: "system-ui, sans-serif", size: 12, color: "#222222" },
+  paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+  legend: { orientation: "h", x: 0, y: 1, xanchor: "left", yanchor: "bottom" },
+  margin: { l: 58, r: 12, t: 46, b: 46 },
+  hoverlabel: { namelength: -1 },
+};
+const AXIS = { gridcolor: "#e6e6e6", zeroline: false, automargin: false, ticks: "outside", tickcolor: "#bbbbbb", ticklen: 4 };
+const FACET = { width: 280, height: 250 };
+
+function layoutOf(figure, width) {
+  const layout = { ...BASE, ...figure.layout, width: width, margin: { ...BASE.margin, ...figure.layout.margin } };
+  for (const key of Object.keys(layout)) {
+    if (/^[xy]axis\d*$/.test(key)) layout[key] = { ...AXIS, ...layout[key] };
+  }
+  const count = figure.facets.length;
+  if (!count) return layout;
+  let columns = Math.min(count, Math.max(1, Math.floor(width / FACET.width)));
+  if (count === 4 && columns === 3) columns = 2;
+  const rows = Math.ceil(count / columns);
+  layout.grid = { rows: rows, columns: columns, pattern: "independent", xgap: 0.2, ygap: 0.34 };
+  layout.height = rows * FACET.height + 80;
+  layout.margin = { ...layout.margin, t: 70 };
+  layout.legend = { ...layout.legend, y: 1 + 30 / (layout.height - 116) };
+  layout.annotations = figure.facets.map((text, index) => {
+    const number = index ? String(index + 1) : "";
+    return { text: "<b>" + text + "</b>", showarrow: false, xref: "x" + number + " domain", yref: "y" + number + " domain",
+             x: 0, y: 1, xanchor: "left", yanchor: "bottom", yshift: 2 };
+  });
+  return layout;
+}
+
+const figures = JSON.parse(document.getElementById("figures").textContent);
+const places = figures.map((_, index) => document.getElementById("figure-" + index));
+const root = document.documentElement;
+let faults = 0;
+window.addEventListener("error", () => { root.dataset.faults = String(++faults); });
+
+function draw(width) {
+  return Promise.all(figures.map((figure, index) => Plotly.react(
+    places[index], figure.data, layoutOf(figure, width || places[index].clientWidth),
+    { displayModeBar: false, doubleClickDelay: 400 })));
+}
+
+root.dataset.faults = "0";
+draw().then(() => {
+  root.dataset.figures = String(places.filter((place) => place.querySelector(".trace, .heatmaplayer image")).length);
+  root.dataset.drawnMs = String(Math.round(performance.now()));
+}, (error) => { root.dataset.faults = String(++faults); console.error(error); });
+
+let waiting = 0, drawnWidth = window.innerWidth;
+window.addEventListener("resize", () => {
+  if (window.innerWidth === drawnWidth) return;
+  drawnWidth = window.innerWidth;
+  clearTimeout(waiting);
+  waiting = setTimeout(() => draw(), 150);
+});
+window.addEventListener("beforeprint", () => { draw(680); });
+window.addEventListener("afterprint", () => { draw(); });
