@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "train a model on preference pairs",
     "resume": "continue a run from its newest checkpoint",
     "export": "write a Hugging Face model folder from a checkpoint",
+    "compare": "runs side by side: a table, an HTML report, figures",
     "completion": "print the shell code that completes rcpo's words on TAB",
 }
 
