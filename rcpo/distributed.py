@@ -31,15 +31,17 @@ def joined_world_size() -> int | None:
 
 
 def _adopt_srun_variables() -> None:
-    """Give an srun task the names that torch reads; the port derives from the job id, so that jobs do not
-    collide."""
+    """Give an srun task the names that torch reads. The port is the first of eight that belong to this job
+    among 1500 consecutive ones; slurm/array.sbatch looks for a free one of them and sets it."""
     env = os.environ
-    first_host = _said_by_scontrol("show", "hostnames", env["SLURM_STEP_NODELIST"]).split()[0]
     env["RANK"] = env["SLURM_PROCID"]
     env["WORLD_SIZE"] = env["SLURM_STEP_NUM_TASKS"]
     env["LOCAL_RANK"] = env["SLURM_LOCALID"]
-    env.setdefault("MASTER_ADDR", _address_of(first_host))
-    env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+    if "MASTER_ADDR" not in env:
+        env["MASTER_ADDR"] = _address_of(
+            _said_by_scontrol("show", "hostnames", env["SLURM_STEP_NODELIST"]).split()[0]
+        )
+    env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 1500 * 8))
 
 
 def _address_of(node: str) -> str:
