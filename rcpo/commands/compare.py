@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NoReturn
 from rcpo.errors import UserError
 
 if TYPE_CHECKING:
+    from rcpo.compare.cells import Comparison
     from rcpo.compare.load import Run
 
 HELP = """usage: rcpo compare PATH... [options]
@@ -55,8 +56,9 @@ def run(words: list[str]) -> int:
     options = parse(words)
     from rcpo.compare.cells import compare_runs
     from rcpo.compare.find import find_runs
+    from rcpo.compare.forms import as_csv, as_json, as_latex, as_markdown
     from rcpo.compare.load import load_run
-    from rcpo.compare.table import as_csv, as_json, as_latex, as_markdown, make_rows
+    from rcpo.compare.table import make_rows
     from rcpo.compare.terminal import print_table
     from rcpo.console import RunConsole
 
@@ -74,7 +76,22 @@ def run(words: list[str]) -> int:
         from rcpo.compare.page import make_page
 
         write(options.html, make_page(rows, comparison))
+    for suffix in ("pdf", "png"):
+        folder = getattr(options, suffix)
+        if folder is not None:
+            draw(comparison, folder, suffix)
     return 0
+
+
+def draw(comparison: "Comparison", folder: Path, suffix: str) -> None:
+    """Raises UserError where the figures cannot be written."""
+    from rcpo.compare.static import write_figures
+
+    try:
+        written = write_figures(comparison, folder, suffix)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); give another folder") from None
+    print(f"wrote {len(written)} figures and captions.txt to {folder}", file=sys.stderr)
 
 
 def write(path: Path, text: str) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from rcpo.compare.load import Run
 from rcpo.compare.statistics import Difference, holm, paired_difference
+from rcpo.errors import UserError
 
 IGNORED = (
     "seed",
@@ -21,12 +22,20 @@ IGNORED = (
     "run_dir",
     "tracking.*",
     "metrics.*",
+    "cluster.*",
     "train.save_every",
+    "train.keep_last",
+    "train.on_save_error",
+    "train.on_nonfinite",
+    "train.max_nonfinite_steps",
     "train.log_every",
     "train.eval_every",
+    "model.allow_pickle",
+    "model.trust_remote_code",
+    "model.lora.save",
 )
 """Settings that change neither training nor its speed: runs that differ in them are one cell."""
-HARDWARE = ("launch.*", "deepspeed.*", "train.device", "train.pairs_per_device", "cluster.*")
+HARDWARE = ("launch.*", "deepspeed.*", "train.device", "train.pairs_per_device")
 """Settings that change the speed alone: other cells, but with the same baseline."""
 DATA_AND_MODEL = ("data.*", "model.*", "train.max_length", "train.max_prompt_length")
 OF_CALIBRATION = {
@@ -94,16 +103,22 @@ class Comparison:
     common: Settings
     """Settings in which they do not."""
     num_comparisons: int
+    unreadable: list[LeftOut]
+    """Runs that could not be put into a cell."""
 
     @property
     def left_out(self) -> list[LeftOut]:
-        return [item for cell in self.cells for item in cell.left_out]
+        return [*self.unreadable, *(item for cell in self.cells for item in cell.left_out)]
 
 
 def compare_runs(runs: Sequence[Run]) -> Comparison:
-    """Cells in order of appearance of their objectives, `off` first, with differences against it."""
+    """Cells in order of appearance of their objectives, `off` first, with differences against it. Raises
+    UserError when no config can be read."""
+    unreadable = [LeftOut(run, run.problem or "has no config") for run in runs if not run.settings]
+    if len(unreadable) == len(runs):
+        raise UserError(f"{runs[0].path}: {unreadable[0].reason}; there is nothing to compare")
     grouped: dict[str, list[Run]] = {}
-    for run in runs:
+    for run in (run for run in runs if run.settings):
         grouped.setdefault(repr(sorted(distinguishing(run).items(), key=str)), []).append(run)
     settings = [distinguishing(members[0]) for members in grouped.values()]
     differing = _differing(settings)
@@ -125,7 +140,7 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
     num_comparisons = _compare_with_off(cells)
     _mark_other_data(cells)
     common = {key: value for key, value in settings[0].items() if key not in differing}
-    return Comparison(cells, differing, common, num_comparisons)
+    return Comparison(cells, differing, common, num_comparisons, unreadable)
 
 
 def distinguishing(run: Run) -> Settings:
@@ -154,10 +169,13 @@ def _differing(settings: Sequence[Settings], within: str = "") -> list[str]:
 def _make_cell(members: list[Run], own: Settings, everything: Sequence[Settings]) -> Cell:
     def labelled(section: str) -> str:
         """Name, and the parameters in which those of this name differ."""
-        name = own.get(f"{section}.name")
+        name = own.get(f"{section}.name", "?")
         namesakes = [other for other in everything if other.get(f"{section}.name") == name]
         differing = [key for key in _differing(namesakes, f"{section}.") if key in own]
-        return " ".join([str(name), *(f"{key.removeprefix(f'{section}.')}={own[key]}" for key in differing)])
+        short = [key.removeprefix(f"{section}.").removeprefix("feedback.") for key in differing]
+        return " ".join(
+            [str(name), *(f"{key}={own[full]}" for key, full in zip(short, differing, strict=True))]
+        )
 
     other = {
         key: own.get(key, "absent")

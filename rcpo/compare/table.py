@@ -1,12 +1,9 @@
-"""The table of a comparison: its columns, and how it looks on a terminal, in Markdown, LaTeX, CSV and JSON.
+"""The table of a comparison: its columns, its rows and what stands below it. `rcpo.compare.forms` writes it.
 
 Cells with no comparable run have a row of dashes: nothing disappears. Numbers are means over seeds with their
 standard error.
 """
 
-import csv
-import io
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -191,63 +188,3 @@ def notes(comparison: Comparison, pm: str) -> list[str]:
         lines.append(NOTES[2].format(num=comparison.num_comparisons))
     lines += [f"left out: {item.run.path}: {item.reason}" for item in comparison.left_out]
     return lines + [f"{cell.label}: {cell.note}" for cell in comparison.cells if cell.note]
-
-
-def as_csv(rows: Sequence[Row]) -> str:
-    records = [row.record() for row in rows]
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, list(records[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return stream.getvalue()
-
-
-def as_json(rows: Sequence[Row], comparison: Comparison) -> str:
-    """Cells, the runs left out with their reasons, and the settings that all cells share."""
-    left_out = [{"path": str(item.run.path), "reason": item.reason} for item in comparison.left_out]
-    cells = [row.record() | {"runs": [str(run.path) for run in row.cell.runs]} for row in rows]
-    tree = {"cells": cells, "left_out": left_out, "common_settings": comparison.common}
-    return json.dumps(tree, indent=2, default=str) + "\n"
-
-
-def as_markdown(rows: Sequence[Row], comparison: Comparison, pm: str = "±") -> str:
-    """An aligned table; the notes as a list."""
-    titles = heads(comparison, COLUMNS)
-    lines = [[text.replace("|", "\\|") for text in cell_texts(row, COLUMNS, pm)] for row in rows]
-    widths = [max(map(len, texts)) for texts in zip(titles, *lines, strict=True)]
-    num_left = titles.index("n")
-    rule = ["-" * max(3, width) for width in widths]
-    rule = [*rule[:num_left], *(f"{dashes[:-1]}:" for dashes in rule[num_left:])]
-    table = "\n".join(_markdown_line(line, rule, num_left) for line in [titles, rule, *lines])
-    return table + "\n\n" + "\n".join(f"- {note}" for note in notes(comparison, pm)) + "\n"
-
-
-def _markdown_line(texts: Sequence[str], rule: Sequence[str], num_left: int) -> str:
-    padded = [
-        text.ljust(len(dashes)) if idx < num_left else text.rjust(len(dashes))
-        for idx, (text, dashes) in enumerate(zip(texts, rule, strict=True))
-    ]
-    return f"| {' | '.join(padded)} |"
-
-
-LATEX = {char: f"\\{char}" for char in "&%$#_{}"} | {
-    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$",
-    "<": "$<$", ">": "$>$",
-}  # fmt: skip
-
-
-def as_latex(rows: Sequence[Row], comparison: Comparison) -> str:
-    """A booktabs tabular; the notes as comments."""
-
-    def escaped(text: str) -> str:
-        return "".join(LATEX.get(char, char) for char in text)
-
-    titles = heads(comparison, COLUMNS)
-    left = titles.index("n")
-    body = "\n".join(f"{' & '.join(map(escaped, cell_texts(row, COLUMNS, '±')))} \\\\" for row in rows)
-    comments = "\n".join(f"% {note}" for note in notes(comparison, "+-"))
-    return (
-        f"{comments}\n% needs \\usepackage{{booktabs}}\n"
-        f"\\begin{{tabular}}{{{'l' * left}{'r' * (len(titles) - left)}}}\n\\toprule\n"
-        f"{' & '.join(map(escaped, titles))} \\\\\n\\midrule\n{body}\n\\bottomrule\n\\end{{tabular}}\n"
-    )

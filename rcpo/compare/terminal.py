@@ -8,14 +8,17 @@ from rich.table import Table
 from rich.text import Text
 
 from rcpo.compare.cells import Comparison
-from rcpo.compare.table import COLUMNS, Column, Row, as_markdown, cell_texts, heads, notes
+from rcpo.compare.forms import as_markdown
+from rcpo.compare.summary import headline, sentences
+from rcpo.compare.table import COLUMNS, Column, Row, cell_texts, heads, notes
 from rcpo.console import KEPT_NATS
 
 WIDE = 10_000
 
 
 def print_table(console: Console, rows: Sequence[Row], comparison: Comparison) -> None:
-    """Print the table and its notes; as Markdown, with all columns, where the console is no terminal."""
+    """Print the table, what it says and its notes; as Markdown with all columns where the console is no
+    terminal."""
     pm = "+-" if console.options.ascii_only else "±"
     if not console.is_interactive:
         console.print(Text(as_markdown(rows, comparison, pm)), soft_wrap=True, end="")
@@ -30,6 +33,10 @@ def print_table(console: Console, rows: Sequence[Row], comparison: Comparison) -
     if len(columns) < len(COLUMNS):
         hidden = ", ".join(column.head for column in COLUMNS if column not in columns)
         console.print(Text(f"Not shown, for want of width: {hidden}.", style="dim"))
+    console.print(Text(headline(rows, comparison), style="bold"))
+    for line in sentences(rows, comparison):
+        console.print(Text(f"  {line}"))
+    console.print()
     for note in notes(comparison, pm):
         console.print(Text(note, style="yellow" if note.startswith("left out") else "dim"))
 
