@@ -9,6 +9,10 @@ class UserError(Exception):
     status = "failed"
     """What run.json says of a run that ended so."""
 
+    def __str__(self) -> str:
+        """One line whatever the value holds: line ends and other control characters as Python writes them."""
+        return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in super().__str__())
+
 
 class NonFiniteError(UserError):
     """A loss, log-probability or gradient was not finite; the weights are as they were before that step."""
@@ -28,3 +32,8 @@ class StoppedError(UserError):
 
     exit_code = 75
     status = "preempted"
+
+
+def shortened(text: str) -> str:
+    """`text` as a message shows it: the beginning alone of what is too long to read."""
+    return text if len(text) <= 120 else f"{text[:80]}... ({len(text)} characters)"

@@ -16,7 +16,7 @@ from rcpo.data.sampler import PairSampler
 from rcpo.data.tokenize import TokenizedPair, describe_example, tokenize_records
 from rcpo.data.weights import weighing_of
 from rcpo.errors import UserError
-from rcpo.model import check_positions, check_vocabulary, load_tokenizer
+from rcpo.model import check_model, check_positions, check_vocabulary, load_tokenizer
 from rcpo.objectives import composition_of
 
 
@@ -45,12 +45,53 @@ class Inputs:
         return self.sampler(config).steps_of(config.train.epochs)
 
 
+DECIDED_ELSEWHERE = {
+    "train_batch_size": "train.pairs_per_step",
+    "train_micro_batch_size_per_gpu": "train.pairs_per_device",
+    "gradient_accumulation_steps": "train.pairs_per_device",
+    "gradient_clipping": "train.grad_clip",
+    "optimizer": "optim",
+    "scheduler": "optim.schedule",
+    "fp16": "model.dtype",
+}
+"""DeepSpeed's entries that would contradict what rcpo counts on, and the key that decides each."""
+
+
+def check_deepspeed(config: Config) -> None:
+    """Raise UserError where DeepSpeed would refuse `deepspeed.extra`, or rcpo decides an entry itself."""
+    extra = config.deepspeed.extra
+    for name, key in DECIDED_ELSEWHERE.items():
+        if name in extra:
+            raise UserError(f"deepspeed.extra.{name}: is decided by another key; type {key}=...")
+    zero = extra.get("zero_optimization", {})
+    if isinstance(zero, dict) and "stage" in zero:
+        raise UserError(
+            "deepspeed.extra.zero_optimization.stage: is decided by another key; type deepspeed.stage=..."
+        )
+    if not extra:
+        return
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    from rcpo.engine import deepspeed_config
+
+    try:
+        DeepSpeedConfig(deepspeed_config(config))
+    # A wrong type or a wrong name can end in nearly any class there.
+    except Exception as error:
+        raise UserError(
+            f"deepspeed.extra: DeepSpeed refuses it ({' '.join(str(error).split())[:200]}); mend that entry "
+            "or leave it out"
+        ) from None
+
+
 def read_inputs(config: Config) -> Inputs:
     """Read and tokenise the data of a resolved config. Raises UserError with one line for whatever cannot
     train."""
+    check_deepspeed(config)
     check_adapters(config.model, config.train.device)
     tokenizer = load_tokenizer(config.model)
     check_vocabulary(config.model, tokenizer)
+    check_model(config.model)
     records = load_records(config.data, weighing_of(composition_of(config.objective)))
     limits = (config.train.max_length, config.train.max_prompt_length, config.data.on_bad_row)
     train = tokenize_records(records.train, tokenizer, *limits)

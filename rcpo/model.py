@@ -5,8 +5,12 @@ forward pass that never makes full logits. Does not own training: `rcpo.engine` 
 """
 
 import contextlib
+import dataclasses
 import io
+import json
 import logging
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 import rcpo.builtin
@@ -84,36 +89,52 @@ def _output_projection(model: PreTrainedModel) -> nn.Linear:
     return head
 
 
-def model_source(path: str) -> str:
+def model_source(path: str, allow_pickle: bool = False) -> str:
     """What transformers is asked to load: the packaged folder for builtin:tiny, else `path` itself.
 
-    Raises UserError where a local folder lacks what a model needs.
+    Raises UserError where a local folder lacks what a model needs; pickled weights count with `allow_pickle`.
     """
     if path == TINY:
         return str(Path(rcpo.builtin.__file__).parent / "tiny")
     folder = Path(path)
-    if not folder.is_dir():
-        if folder.exists():
+    if not os.path.isdir(folder):
+        if os.path.exists(folder):
             raise UserError(f"model.path={path}: is a file; it must be a folder with config.json and weights")
         if path.startswith((".", "/", "~")) or path.count("/") != 1:
             raise UserError(
-                f"model.path={path}: no such folder; give a model folder, a hub id or builtin:tiny"
+                f"model.path={path[:200]}: no such folder; give a model folder, a hub id or builtin:tiny"
             )
         return path
-    if not (folder / "config.json").is_file():
-        raise UserError(f"model.path={path}: has no config.json, so it is not a Hugging Face model folder")
-    if not any(folder.glob("*.safetensors")):
-        pickled = (
-            "; it has pickled weights only, convert them to safetensors" if any(folder.glob("*.bin")) else ""
+    _check_config_file(folder, path)
+    if any(folder.glob("*.safetensors")):
+        return path
+    if not any(folder.glob("*.bin")):
+        raise UserError(f"model.path={path}: has no *.safetensors weights; give the folder of a whole model")
+    if not allow_pickle:
+        raise UserError(
+            f"model.path={path}: has no *.safetensors weights, only pickled ones; convert them, or type "
+            "model.allow_pickle=true to load tensors, and nothing but tensors, from them"
         )
-        raise UserError(f"model.path={path}: has no *.safetensors weights{pickled}")
     return path
+
+
+def _check_config_file(folder: Path, path: str) -> None:
+    """Raise UserError where config.json is missing or no JSON object."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(f"model.path={path}: has no config.json, so it is not a Hugging Face model folder")
+    try:
+        is_object = isinstance(json.loads(file.read_bytes()), dict)
+    except (ValueError, RecursionError):
+        is_object = False
+    if not is_object:
+        raise UserError(f"model.path={path}: its config.json is not a JSON object; copy the model again")
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer with the chat template that `config` asks for."""
-    source = model_source(config.path)
-    with _one_line_errors(config.path, "tokenizer"):
+    source = model_source(config.path, config.allow_pickle)
+    with _one_line_errors(config.path, "tokenizer"), _quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
     apply_chat_template_choice(tokenizer, config.chat_template)
     return tokenizer
@@ -126,25 +147,9 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     (`model.lora.dropout` is the exception that a user asks for; it acts in training passes alone). With
     `model.lora` everything but the new adapter is frozen. Collective at ZeRO 3.
     """
-    source = model_source(config.path)
-    transformers_logging.disable_progress_bar()
+    source = model_source(config.path, config.allow_pickle)
     with _one_line_errors(config.path, "model"):
-        hf_config = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
-        for key in vars(hf_config):
-            if key.endswith(("dropout", "_pdrop")) and isinstance(getattr(hf_config, key), float):
-                setattr(hf_config, key, 0.0)
-        options: dict[str, Any] = (
-            {} if config.attention is None else {"attn_implementation": config.attention}
-        )
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
-            config=hf_config,
-            dtype=getattr(torch, config.dtype),
-            use_safetensors=True,
-            trust_remote_code=config.trust_remote_code,
-            **options,
-            **quantization_options(config),
-        )
+        model = _from_pretrained(source, config, **quantization_options(config))
     add_adapters(model, config, source)
     trainable, total = count_parameters(model)
     logger.info("trainable parameters: %d of %d (%.2f %%)", trainable, total, 100 * trainable / total)
@@ -153,9 +158,74 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     return model
 
 
+def _from_pretrained(source: str, config: ModelConfig, **options: Any) -> Any:
+    """What transformers makes of the weights, without dropout; `options` are further ones of its own."""
+    transformers_logging.disable_progress_bar()
+    hf_config = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+    for key in vars(hf_config):
+        if key.endswith(("dropout", "_pdrop")) and isinstance(getattr(hf_config, key), float):
+            setattr(hf_config, key, 0.0)
+    if config.attention is not None:
+        options["attn_implementation"] = config.attention
+    use_safetensors: bool | None = True
+    if config.allow_pickle:  # a folder that has both is read as safetensors; of a hub id it is not known
+        use_safetensors = any(Path(source).glob("*.safetensors")) if Path(source).is_dir() else None
+    return AutoModelForCausalLM.from_pretrained(
+        source,
+        config=hf_config,
+        dtype=getattr(torch, config.dtype),
+        use_safetensors=use_safetensors,
+        trust_remote_code=config.trust_remote_code,
+        **options,
+    )
+
+
+def check_model(config: ModelConfig) -> None:
+    """Raise UserError for a model that cannot be trained as configured: not a causal language model, weights
+    that are missing or of other shapes (transformers would go on with random ones), an output head or an
+    adapter that rcpo cannot use. Reads names and shapes; holds no weights in memory."""
+    source = model_source(config.path, config.allow_pickle)
+    _check_architecture(config)
+    with _one_line_errors(config.path, "model"), _quiet_transformers():
+        model, loading = _from_pretrained(
+            source, config, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    missing = sorted({str(name) for name in loading["missing_keys"]})
+    other_shapes = sorted({str(entry[0]) for entry in loading["mismatched_keys"]})
+    for names, fault in ((missing, "lack"), (other_shapes, "have another shape for")):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(
+                f"model.path={config.path}: its weights {fault} {names[0]}{more} of "
+                f"{type(model).__name__}; give weights and config.json of one and the same model"
+            )
+    Policy(model)
+    if config.lora.rank is not None:
+        lora = dataclasses.replace(config.lora, save="merged")
+        if lora.adapter is not None:
+            lora = dataclasses.replace(lora, on_adapter="stack")  # to merge, there would have to be weights
+        with torch.device("meta"):
+            add_adapters(model, dataclasses.replace(config, lora=lora), source)
+
+
+CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
+
+
+def _check_architecture(config: ModelConfig) -> None:
+    """By what config.json says of itself: an encoder loads as a language model, and trains to nonsense."""
+    hf_config = _read_config(config)
+    kind = str(next(iter(getattr(hf_config, "architectures", None) or ()), ""))
+    is_causal = kind in ("", *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) or kind.endswith(CAUSAL_ENDINGS)
+    if not is_causal or getattr(hf_config, "is_encoder_decoder", False):
+        raise UserError(
+            f"model.path={config.path}: is {kind or hf_config.model_type}, not a causal language model; "
+            "give a model that continues text, such as a ...ForCausalLM"
+        )
+
+
 def check_vocabulary(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise UserError when the tokenizer has ids that the model has no row for; reads config.json alone."""
-    rows = getattr(_text_config(config), "vocab_size", None)
+    rows = getattr(_read_config(config).get_text_config(), "vocab_size", None)
     if rows is not None and len(tokenizer) > rows:
         raise UserError(
             f"model.path={config.path}: the tokenizer has {len(tokenizer)} tokens, the model only {rows}; "
@@ -165,7 +235,7 @@ def check_vocabulary(config: ModelConfig, tokenizer: PreTrainedTokenizerBase) ->
 
 def check_positions(config: ModelConfig, longest: int) -> None:
     """Raise UserError when a row of `longest` tokens is longer than the model's positions go."""
-    positions = getattr(_text_config(config), "max_position_embeddings", None)
+    positions = getattr(_read_config(config).get_text_config(), "max_position_embeddings", None)
     if isinstance(positions, int) and longest > positions:
         raise UserError(
             f"train.max_length: the longest row has {longest} tokens, model.path={config.path} takes "
@@ -173,11 +243,11 @@ def check_positions(config: ModelConfig, longest: int) -> None:
         )
 
 
-def _text_config(config: ModelConfig) -> PretrainedConfig:
-    with _one_line_errors(config.path, "config"):
+def _read_config(config: ModelConfig) -> PretrainedConfig:
+    with _one_line_errors(config.path, "config"), _quiet_transformers():
         return AutoConfig.from_pretrained(
-            model_source(config.path), trust_remote_code=config.trust_remote_code
-        ).get_text_config()
+            model_source(config.path, config.allow_pickle), trust_remote_code=config.trust_remote_code
+        )
 
 
 def save_model(
@@ -194,14 +264,30 @@ def save_model(
 
 
 @contextlib.contextmanager
-def _one_line_errors(path: str, what: str) -> Any:
-    """Turn what transformers raises for a bad folder or an unreachable hub into a UserError; keep its chatter
-    quiet."""
+def _quiet_transformers() -> Iterator[None]:
+    """Without transformers' tables of what was loaded, which rcpo says in its own words."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+@contextlib.contextmanager
+def _one_line_errors(path: str, what: str) -> Iterator[None]:
+    """Turn whatever transformers raises for a bad folder or an unreachable hub into a UserError; keep its
+    chatter quiet. Running out of memory is no fault of the folder."""
     with contextlib.redirect_stdout(io.StringIO()):
         try:
             yield
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            first = next(
-                (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
-            )
-            raise UserError(f"model.path={path}: the {what} cannot be loaded: {first[:300]}") from error
+        except (UserError, MemoryError, torch.OutOfMemoryError):
+            raise
+        # Of a broken folder each library in turn raises a class of its own.
+        except Exception as error:
+            lines = (line.strip().rstrip(":") for line in str(error).splitlines())
+            first = next((line for line in lines if line), type(error).__name__)
+            raise UserError(
+                f"model.path={path}: the {what} cannot be loaded: {first[:300]}; give the folder or hub id "
+                "of a whole model, with config.json, weights and tokenizer"
+            ) from error

@@ -51,7 +51,7 @@ def weights_fingerprint(config: ModelConfig) -> str:
     An adapter below the trained one counts; the trained one does not, since it starts without effect."""
     digest = hashlib.blake2b(config.dtype.encode(), digest_size=KEY_BYTES)
     digest.update(below_fingerprint(config))
-    source = Path(model_source(config.path))
+    source = Path(model_source(config.path, config.allow_pickle))
     if not source.is_dir():
         from transformers import AutoConfig
 
@@ -66,7 +66,8 @@ def weights_fingerprint(config: ModelConfig) -> str:
         digest.update(f"{config.path}@{commit}".encode())
         return digest.hexdigest()
     code = source.glob("*.py") if config.trust_remote_code else ()
-    for file in sorted([source / "config.json", *source.glob("*.safetensors"), *code]):
+    pickled = source.glob("*.bin") if config.allow_pickle else ()
+    for file in sorted([source / "config.json", *source.glob("*.safetensors"), *pickled, *code]):
         digest.update(file.name.encode())
         with file.open("rb") as stream:
             while block := stream.read(1 << 24):

@@ -48,25 +48,26 @@ ENTRIES = ("a-file", "bad.jsonl", "columns.jsonl", "empty.jsonl", "good.jsonl", 
 MISTAKES = {
     "traine": "traine: no such command; choose one of " + ", ".join(cli.COMMANDS),
     "train data=file data.path=missing.jsonl": "data.path=missing.jsonl: no such file or folder; give a ",
-    "train data=file data.path=empty.jsonl": "data.path=empty.jsonl: is empty; ",
-    "train data=file data.path=bad.jsonl": "data.path=bad.jsonl: line 1 is not JSON (",
-    "train data=file data.path=list.json": "data.path=list.json: ",
-    "train data=file data.path=columns.jsonl": "data.path=columns.jsonl: has no column chosen and no "
-    "column rejected, but a, b; type data.columns=",
-    "train data=file data.path=roles.jsonl": "data.path=roles.jsonl: none of its 1 rows can train (prompt "
-    "has the role 'robot'; ",
-    "train data=file data.path=roles.jsonl data.on_bad_row=error": "data.path=roles.jsonl: row 0 "
+    "train data=file data.path=empty.jsonl": "data.path={folder}/empty.jsonl: is empty; ",
+    "train data=file data.path=bad.jsonl": "data.path={folder}/bad.jsonl: line 1 is not JSON (",
+    "train data=file data.path=list.json": "data.path={folder}/list.json: ",
+    "train data=file data.path=columns.jsonl": "data.path={folder}/columns.jsonl: has no column chosen "
+    "and no column rejected, but a, b; type data.columns=",
+    "train data=file data.path=roles.jsonl": "data.path={folder}/roles.jsonl: none of its 1 rows can train "
+    "(prompt has the role 'robot'; ",
+    "train data=file data.path=roles.jsonl data.on_bad_row=error": "data.path={folder}/roles.jsonl: row 0 "
     "(counted from 0) cannot train: prompt has the role 'robot'; ",
     "train data=file data.path=good.jsonl data.eval_pairs=8 train.pairs_per_step=64": "train.pairs_per_step="
     "64: there are only 32 training pairs; type train.pairs_per_step=32 or less",
-    "train data=file data.path=good.jsonl data.eval_pairs=40": "data.eval_pairs=40: good.jsonl has 40 usable "
-    "pairs, and at least 1 must be left to train on; type data.eval_pairs=8",
+    "train data=file data.path=good.jsonl data.eval_pairs=40": "data.eval_pairs=40: {folder}/good.jsonl has "
+    "40 usable pairs, and at least 1 must be left to train on; type data.eval_pairs=8",
     "train model=hf": "model.path: has no value and needs one; type model.path=...",
     "train model.path=nowhere": "model.path=nowhere: no such folder; ",
-    "train model.path=a-file": "model.path=a-file: is a file; ",
-    "train model.path=no-weights": "model.path=no-weights: has no *.safetensors weights\n",
-    "train model.path=no-config": "model.path=no-config: has no config.json",
-    "train model.path=pickled": "model.path=pickled: has no *.safetensors weights; it has pickled ",
+    "train model.path=a-file": "model.path={folder}/a-file: is a file; ",
+    "train model.path=no-weights": "model.path={folder}/no-weights: has no *.safetensors weights; ",
+    "train model.path=no-config": "model.path={folder}/no-config: has no config.json",
+    "train model.path=pickled": "model.path={folder}/pickled: has no *.safetensors weights, only "
+    "pickled ones; convert them, or type model.allow_pickle=true ",
     "train model.chat_template=none.jinja": "model.chat_template=none.jinja: no such file; ",
     "train train.pairs_per_device=3": "train.pairs_per_device=3: must divide the 16 pairs ",
     "train launch.processes=3": "train.pairs_per_step=16: must be a multiple of the 3 ranks; "
@@ -244,8 +245,8 @@ def test_the_installed_command_and_the_module_tell_the_same_version(tmp_path: Pa
 def test_a_mistake_in_the_installed_command_is_one_line(folder: Path, tmp_path: Path) -> None:
     """Found after everything heavy has been imported; libraries say nothing beside it."""
     code, output, said = rcpo_command(["train", f"model.path={folder}/no-weights"], tmp_path)
-    expected = f"rcpo: model.path={folder}/no-weights: has no *.safetensors weights\n"
-    assert (code, output, said) == (2, "", expected)
+    expected = f"rcpo: model.path={folder}/no-weights: has no *.safetensors weights; give the folder of a "
+    assert (code, output, said) == (2, "", f"{expected}whole model\n")
     assert list(tmp_path.iterdir()) == []
 
 

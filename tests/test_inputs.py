@@ -199,6 +199,7 @@ def test_bad_data_is_one_line_exit_code_2_and_no_run_folder(
         cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 2
-    assert done.stderr.startswith(f"rcpo: data.path=pairs.jsonl: {expected}")
+    shown = "pairs.jsonl" if content is None else tmp_path / "pairs.jsonl"
+    assert done.stderr.startswith(f"rcpo: data.path={shown}: {expected}")
     assert done.stderr.count("\n") == 1
     assert {path.name for path in tmp_path.iterdir()} <= {"pairs.jsonl"}

@@ -125,11 +125,13 @@ def test_folders_that_are_no_models_are_named(tmp_path: Path) -> None:
     assert line("a/b/c").endswith("no such folder; give a model folder, a hub id or builtin:tiny")
     assert line(tmp_path).endswith("has no config.json, so it is not a Hugging Face model folder")
     (tmp_path / "config.json").write_text("{}")
-    assert line(tmp_path).endswith("has no *.safetensors weights")
+    assert line(tmp_path).endswith("has no *.safetensors weights; give the folder of a whole model")
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     assert line(tmp_path).endswith(
-        "has no *.safetensors weights; it has pickled weights only, convert them to safetensors"
+        "has no *.safetensors weights, only pickled ones; convert them, or type model.allow_pickle=true to "
+        "load tensors, and nothing but tensors, from them"
     )
+    assert model_source(str(tmp_path), allow_pickle=True) == str(tmp_path)
     assert model_source("org/model") == "org/model"
 
 

@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 import rcpo
-from rcpo.errors import UserError
+from rcpo.errors import UserError, shortened
 
 
 def conf_dir() -> Path:
@@ -40,6 +40,10 @@ def conf_dir() -> Path:
 PRINTING = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc")
 """Hydra's flags that print something and train nothing."""
 HELP = ("--help", "-h")
+FLAGS = (*PRINTING, *HELP, "--package", "-p", "--resolve", "--config-dir", "-cd")
+"""All flags. Hydra has others, which would move the run folder or compose something else."""
+OPEN = ("deepspeed.extra", "data.columns")
+"""Keys whose own keys are not known beforehand, and so need no + on the command line."""
 
 
 def only_prints(argv: list[str]) -> bool:
@@ -55,6 +59,7 @@ def compose(argv: list[str]) -> dict[str, Any] | None:
     """
     if flag := next((word for word in argv if word in ("-m", "--multirun")), None):
         raise UserError(f"{flag}: `rcpo train` makes one run; type one command for each")
+    _refuse_words(argv)
     if any(word in HELP for word in argv):
         _print_help(argv)
         return None
@@ -66,17 +71,31 @@ def compose(argv: list[str]) -> dict[str, Any] | None:
         raise UserError(_explain(error, argv)) from None
 
 
+def _refuse_words(argv: list[str]) -> None:
+    """Raise UserError for what Hydra would take and rcpo does not."""
+    for word in argv:
+        name = word.lstrip("+").split("=")[0]
+        if word.startswith("-") and word.split("=")[0] not in FLAGS:
+            raise UserError(f"{shortened(word)}: no such flag; `rcpo train --help` lists them")
+        if word.startswith("~"):
+            raise UserError(
+                f"{shortened(word)}: a key cannot be removed; type {name.lstrip('~')}=null if it can be null"
+            )
+        if re.match(r"hydra[./@]|hydra$", name):
+            raise UserError(f"{shortened(word)}: rcpo makes its run folder and logs itself; leave it out")
+
+
 def _run_hydra(argv: list[str], use: Callable[[DictConfig], None]) -> None:
     """Let Hydra compose the config and hand it to `use`, or print what its flags ask for."""
     stderr = io.StringIO()  # argparse prints a usage there that rcpo does not want
     entry = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(use)
     saved_argv, saved_full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv = ["rcpo train", *(_calibration_word(word) for word in argv)]
+    sys.argv = ["rcpo train", *(_hydra_word(word) for word in argv)]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, so that the one line below is all that the user sees
     try:
         with contextlib.redirect_stderr(stderr):
             entry()
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(_explain(error, argv)) from None
     except SystemExit as stop:
         if stop.code in (None, 0):
@@ -133,24 +152,33 @@ def _config_dirs(argv: list[str]) -> list[Path]:
     return [] if known.config_dir is None else [known.config_dir]
 
 
-def _calibration_word(word: str) -> str:
-    """calibration=true/false mean on/off, which is what YAML 1.1 makes of them elsewhere."""
+def _hydra_word(word: str) -> str:
+    """How Hydra spells it. calibration=true/false mean on/off, which is what YAML 1.1 makes of them
+    elsewhere."""
     match = re.fullmatch(r"calibration=(true|false)", word, flags=re.IGNORECASE)
-    return word if match is None else f"calibration={'on' if match[1].lower() == 'true' else 'off'}"
+    if match is not None:
+        return f"calibration={'on' if match[1].lower() == 'true' else 'off'}"
+    return f"++{word}" if re.split(r"[.=]", word)[:2] in [key.split(".") for key in OPEN] else word
 
 
 def _plain(cfg: DictConfig) -> dict[str, Any]:
     """A plain dict with interpolations resolved and every value set."""
     tree = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     assert isinstance(tree, dict)
-    for group in ("cluster", "experiment"):
-        tree.pop(group, None)
+    tree.pop("cluster", None)
+    if lost := tree.pop("experiment", None):
+        raise UserError(
+            f"experiment: its file sets experiment.{next(iter(lost))}, which is no key of rcpo; "
+            "begin the file with the line '# @package _global_'"
+        )
     return {str(key): value for key, value in tree.items()}
 
 
 def _explain(error: Exception, argv: list[str]) -> str:
     """One line: what was seen, the rule, what to type."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
+    if isinstance(error, yaml.YAMLError | UnicodeDecodeError):
+        return _explain_file(error, argv)
     key = getattr(error, "full_key", None)
     if isinstance(error, MissingMandatoryValue):
         return f"{key}: has no value and needs one; type {key}=..."
@@ -171,13 +199,33 @@ def _explain(error: Exception, argv: list[str]) -> str:
         return f"{match[1]}: is several values; `rcpo train` makes one run; type one command for each"
     if match := re.match(r"Multiple values for ([^.\s]+)", lines[0]):
         return f"+{match[1]}: has an option already; type {match[1]}=OPTION without the +"
+    if match := re.match(r"Error merging override (.+)", lines[0]):
+        return f"{match[1].lstrip('+')}: is of another kind than its key; `rcpo train --help` shows values"
+    if match := re.match(r"In '([^']+)': \w+ raised while composing config", lines[0]):
+        return f"{match[1]}.yaml: does not hold keys and values of its group; write it as KEY: VALUE lines"
     if lines[0].startswith("Config group override must be"):  # as in objective=null
         return "null: is no option of a group; `rcpo train --help` lists groups and options"
     if lines[0].startswith("Could not override ''"):
         return "=: cannot be read as KEY=VALUE"
+    if match := re.match(r"\w+ raised while resolving interpolation: (.+)", lines[0]):
+        return f"{key}: {match[1]}; type {key}=VALUE"
     if key:
         return f"{key}: {lines[0][0].lower()}{lines[0][1:]}; type {key}=VALUE"
     return " ".join(" ".join(lines).split())
+
+
+def _explain_file(error: Exception, argv: list[str]) -> str:
+    """A YAML file of the user's that cannot be read, by its name."""
+    for folder in _config_dirs(argv):
+        for path in sorted(folder.rglob("*.yaml")):
+            try:
+                yaml.safe_load(path.read_bytes())
+            except yaml.MarkedYAMLError as fault:
+                line = "" if fault.problem_mark is None else f"line {fault.problem_mark.line + 1}: "
+                return f"{path}: is not YAML ({line}{fault.problem}); mend it"
+            except (yaml.YAMLError, UnicodeDecodeError):
+                return f"{path}: is not UTF-8 text; save it as UTF-8"
+    return " ".join(str(error).split())
 
 
 def _explain_unknown_key(key: str, argv: list[str]) -> str:

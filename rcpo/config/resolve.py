@@ -5,27 +5,29 @@ the device and through the number of ranks.
 """
 
 import dataclasses
+import os
 import re
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from rcpo.config.schema import Config, LaunchConfig, TrackingConfig
-from rcpo.errors import UserError
+from rcpo.config.schema import Config, LaunchConfig, ModelConfig, TrackingConfig
+from rcpo.errors import UserError, shortened
 
 TINY = "builtin:tiny"
 """`model.path` of the model that ships with rcpo."""
 
 
-def resolve(config: Config, joined_world_size: int | None) -> Config:
+def resolve(config: Config, joined_world_size: int | None, device_is_elsewhere: bool = False) -> Config:
     """Return `config` without nulls that later code would have to interpret.
 
-    `joined_world_size` is the number of ranks that torchrun or srun has already started, or None.
+    `joined_world_size` is the number of ranks that torchrun or srun has already started, or None. With
+    `device_is_elsewhere` srun will start them, and train.device is taken as it is.
     Raises UserError where sizes do not divide or the device is absent.
     """
-    device = _device(config)
+    device = config.train.device if device_is_elsewhere else _device(config)
     tiny = config.model.path == TINY
     launch = _launch(config, device, joined_world_size)
     config = dataclasses.replace(config, launch=launch)
@@ -41,14 +43,17 @@ def resolve(config: Config, joined_world_size: int | None) -> Config:
     dtype = config.model.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" else "float32"
-    name = config.name or default_name(config)
-    _check_name(name)
+    name = default_name(config) if config.name is None else config.name
+    check_name(name)
     return dataclasses.replace(
         config,
         name=name,
-        run_dir=str(Path(config.run_dir or f"runs/{name}").absolute()),
+        run_dir=_run_dir(config.run_dir or f"runs/{name}"),
         train=train,
-        model=dataclasses.replace(config.model, dtype=dtype),
+        model=_model(config.model, dtype),
+        data=dataclasses.replace(
+            config.data, path=_absolute(config.data.path), eval_path=_absolute(config.data.eval_path)
+        ),
         optim=dataclasses.replace(config.optim, lr=config.optim.lr or _default_lr(config)),
         deepspeed=dataclasses.replace(
             config.deepspeed, stage=1 if config.deepspeed.stage is None else config.deepspeed.stage
@@ -82,12 +87,53 @@ def default_name(config: Config) -> str:
     return f"{config.objective['name']}-{config.calibration.name}-{label}-{stamp}"
 
 
-def _check_name(name: str) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", name):
+def check_name(name: str) -> None:
+    """Raise UserError where `name` is not safe as a file name everywhere."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise UserError(
-            f"name={name!r}: must be 1 to 128 letters, digits, '.', '_' or '-', and start with a letter or "
-            "digit; type for example name=dpo-on-1"
+            f"name={shortened(repr(name))}: must be 1 to 100 letters, digits, '.', '_' or '-', and start "
+            "with a letter or digit; type for example name=dpo-on-1"
         )
+
+
+def _run_dir(given: str) -> str:
+    """The run folder's absolute path. Raises UserError for one that no file system takes."""
+    try:
+        path = Path(given).expanduser().absolute()
+        too_long = max(len(os.fsencode(part)) for part in path.parts) > 255 or len(os.fsencode(path)) > 4000
+    except (RuntimeError, OSError, ValueError) as error:
+        raise UserError(f"run_dir={shortened(given)}: is no path ({error}); type run_dir=FOLDER") from None
+    if too_long:
+        raise UserError(
+            f"run_dir={shortened(given)}: a name in it is longer than 255 bytes, or all of it than 4000; "
+            "type run_dir=FOLDER"
+        )
+    return str(path)
+
+
+def _absolute(path: str | None) -> str | None:
+    """`path` as an absolute one where it names something on this machine, so that a run resumed from another
+    folder finds it; else (a hub id, a wrong name) as it is."""
+    if not path:
+        return path
+    try:
+        local = Path(path).expanduser().absolute()
+        return str(local) if local.exists() else path
+    except (RuntimeError, OSError, ValueError):
+        return path
+
+
+def _model(model: ModelConfig, dtype: Any) -> ModelConfig:
+    """The dtype and the local files of a model."""
+    return dataclasses.replace(
+        model,
+        dtype=dtype,
+        path=_absolute(model.path) or model.path,
+        lora=dataclasses.replace(model.lora, adapter=_absolute(model.lora.adapter)),
+        chat_template=model.chat_template
+        if model.chat_template == "plain"
+        else _absolute(model.chat_template),
+    )
 
 
 def _device(config: Config) -> Literal["cpu", "cuda"]:

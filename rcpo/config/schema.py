@@ -6,16 +6,14 @@ rcpo sees only `Config`. Null means "rcpo decides": `rcpo.config.resolve` fills 
 frozen.
 """
 
-import dataclasses
 import json
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from rcpo.errors import UserError
-from rcpo.objectives import composition_of, objective_of
+from rcpo.errors import UserError, shortened
 
 STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -24,10 +22,18 @@ def _text(value: object) -> object:
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-Text = Annotated[str, BeforeValidator(_text)]
+def _one_printable_line(value: str) -> str:
+    if not value or not value.isprintable():
+        raise ValueError("must be one line of printable text, and not empty")
+    return value
+
+
+Text = Annotated[str, BeforeValidator(_text), AfterValidator(_one_printable_line)]
 """A string; the command line reads name=123 as a number, which is meant as text here."""
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+"""torch takes no larger ones."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -84,7 +90,7 @@ def _list_of_names(value: object) -> object:
 
 @dataclass(frozen=True, config=STRICT)
 class LoraConfig:
-    rank: Positive | None = None
+    rank: Annotated[int, Field(gt=0, le=65536)] | None = None
     """Rank of the trained adapter (LoRA, arXiv 2106.09685); null: no adapter, every parameter trains."""
     alpha: Annotated[float, Field(gt=0)] | None = None
     """The adapter's product is scaled by alpha / rank; null: 2 * rank."""
@@ -112,6 +118,8 @@ class ModelConfig:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     trust_remote_code: bool = False
     """Run Python code that lies in the model's folder."""
+    allow_pickle: bool = False
+    """Load pickled weights (*.bin) where there are no safetensors: their tensors alone, never their code."""
     chat_template: Text | None = None
     """null: the tokenizer's own; plain: rcpo's; else a jinja file."""
     lora: LoraConfig = Field(default_factory=LoraConfig)
@@ -137,7 +145,7 @@ class DataConfig:
     eval_pairs: Positive = 128
     """Held-out pairs: at most this many of the held-out set, or drawn from the training pairs where there is
     none."""
-    seed: NonNegative = 0
+    seed: Seed = 0
     """Fixes which pairs are held out (and, for arithmetic, the problems)."""
     on_bad_row: Literal["error", "drop"] = "error"
     """A row that cannot train: stop with its number and reason, or drop and count it."""
@@ -191,15 +199,15 @@ class TrackingConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class TrainConfig:
-    steps: Positive | None = None
+    steps: Annotated[int, Field(gt=0, le=10**9)] | None = None
     """Optimizer steps; null with epochs null: 150 for arithmetic data, else one epoch."""
-    epochs: Annotated[float, Field(gt=0)] | None = None
+    epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None
     """Passes over the training pairs, rounded up to whole steps; steps or epochs, not both."""
     pairs_per_step: Positive = 16
     """Global batch: pairs of one optimizer step over all ranks."""
     pairs_per_device: Positive | None = None
     """Micro-batch of one rank; null: the largest divisor of its share up to 16 (builtin:tiny) or 4."""
-    max_length: Annotated[int, Field(ge=2)] = 1024
+    max_length: Annotated[int, Field(ge=2, le=10**8)] = 1024
     """Tokens of prompt + response; responses are cut from the right."""
     max_prompt_length: Positive | None = None
     """Tokens of the prompt, cut from the left; null: what the longer response leaves of max_length, at least
@@ -237,7 +245,7 @@ class MetricsConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class LaunchConfig:
-    processes: Positive = 1
+    processes: Annotated[int, Field(gt=0, le=1024)] = 1
     """Ranks on CPU."""
     gpus_per_node: Positive | None = None
     """Ranks on the GPUs of a node; null: 1 where a GPU is present."""
@@ -260,7 +268,7 @@ class Config:
     launch: LaunchConfig
     name: Text | None = None
     run_dir: Text | None = None
-    seed: NonNegative = 0
+    seed: Seed = 0
 
     def world_size(self) -> int:
         """Ranks of the run, once `rcpo.config.resolve` has filled in the launch section."""
@@ -275,7 +283,9 @@ def validate(tree: dict[str, Any]) -> Config:
         config = _ADAPTER.validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
         raise UserError(_one_line(error)) from None
-    _check_combinations(config)
+    from rcpo.config.rules import check_combinations  # which needs the types of this file
+
+    check_combinations(config)
     return config
 
 
@@ -291,10 +301,10 @@ def _one_line(error: ValidationError) -> str:
         return f"{key}: no such key; `rcpo train --help` lists them (remove +{key}=...)"
     if first["type"] in ("missing", "missing_argument"):
         return f"{key}: has no value and needs one; type {key}=..."
-    shown = yaml.safe_dump(first["input"], default_flow_style=True).removesuffix("...\n").strip()
+    shown = shortened(yaml.safe_dump(first["input"], default_flow_style=True).removesuffix("...\n").strip())
     if first["type"] == "dataclass_type":
         return f"{key}={shown}: is a group of keys; type {key}.KEY=VALUE"
-    rule = first["msg"].replace("Input should be", "must be")
+    rule = first["msg"].replace("Input should be", "must be").removeprefix("Value error, ")
     return f"{key}={shown}: {rule[0].lower() + rule[1:]}; type {key}=VALUE"
 
 
@@ -305,91 +315,3 @@ def _is_union_arm(part: object) -> bool:
         "[" in part
         or part in ("int", "float", "str", "constrained-int", "constrained-float", "constrained-str")
     )
-
-
-def _check_model(config: Config) -> None:
-    """Rules of adapters and quantization."""
-    model, lora = config.model, config.model.lora
-    if lora.rank is None:
-        for field in dataclasses.fields(LoraConfig):
-            value, default = getattr(lora, field.name), getattr(LoraConfig(), field.name)
-            if value != default:
-                shown = f"[{','.join(value)}]" if isinstance(value, list) else value
-                raise UserError(
-                    f"model.lora.{field.name}={shown}: has no effect without an adapter to train; type "
-                    f"model.lora.rank=16, or model.lora.{field.name}={'null' if default is None else default}"
-                )
-        if model.quantization is not None:
-            raise UserError(
-                f"model.quantization={model.quantization}: quantized weights cannot train, so it needs an "
-                "adapter; type model.lora.rank=16"
-            )
-        return
-    if not lora.targets:
-        raise UserError("model.lora.targets=[]: names no layer; type model.lora.targets=all-linear")
-    if lora.adapter is not None and lora.on_adapter is None:
-        raise UserError(
-            f"model.lora.adapter={lora.adapter}: must be merged into the base or kept frozen beside the new "
-            "one; type model.lora.on_adapter=merge or model.lora.on_adapter=stack"
-        )
-    if lora.adapter is None and lora.on_adapter is not None:
-        raise UserError(
-            f"model.lora.on_adapter={lora.on_adapter}: there is no adapter to {lora.on_adapter}; "
-            "type model.lora.adapter=PATH"
-        )
-    if model.quantization is None:
-        return
-    if lora.on_adapter == "merge":
-        raise UserError(
-            "model.lora.on_adapter=merge: cannot be done with 4-bit weights; type model.lora.on_adapter=stack"
-        )
-    if lora.save == "merged":
-        raise UserError(
-            "model.lora.save=merged: cannot be done with 4-bit weights; type model.lora.save=adapter"
-        )
-    if config.deepspeed.stage == 3:
-        raise UserError("deepspeed.stage=3: does not shard 4-bit weights here; type deepspeed.stage=2")
-
-
-def _check_combinations(config: Config) -> None:
-    """Rules that join several keys."""
-    _check_model(config)
-    composition_of(config.objective)
-    objective_of(config.objective)
-    train, data = config.train, config.data
-    if train.steps is not None and train.epochs is not None:
-        raise UserError(
-            f"train.steps={train.steps} and train.epochs={train.epochs}: give one of the two; "
-            "type train.steps=null or train.epochs=null"
-        )
-    if train.max_prompt_length is not None and train.max_prompt_length >= train.max_length:
-        raise UserError(
-            f"train.max_prompt_length={train.max_prompt_length}: must be less than "
-            f"train.max_length={train.max_length}, so that a response has room; "
-            f"type train.max_prompt_length={max(1, train.max_length // 2)}"
-        )
-    if data.source == "file" and data.path is None:
-        raise UserError("data.path: has no value and data.source=file needs one; type data.path=PAIRS.jsonl")
-    if config.deepspeed.offload == "optimizer" and config.deepspeed.stage == 0:
-        raise UserError("deepspeed.offload=optimizer: needs ZeRO 1, 2 or 3; type deepspeed.stage=2")
-    _check_calibration(config.calibration)
-    if config.calibration.scope == "lora_last" and config.model.lora.rank is None:
-        raise UserError(
-            "calibration.scope=lora_last: there is no adapter to measure; type model.lora.rank=16 as well, "
-            "or calibration.scope=full"
-        )
-    if config.optim.name == "sgd" and config.optim.lr is None:
-        raise UserError("optim.lr: has no value and optim=sgd needs one; type optim.lr=0.01")
-
-
-def _check_calibration(calibration: CalibrationConfig) -> None:
-    if calibration.alpha != 1.0 and calibration.name != "fixed":
-        raise UserError(
-            f"calibration.alpha={calibration.alpha}: is for a constant alpha; type calibration=fixed as well"
-        )
-    feedback = calibration.feedback
-    if feedback.high is not None and feedback.high < feedback.low:
-        raise UserError(
-            f"calibration.feedback.high={feedback.high}: must be at least "
-            f"calibration.feedback.low={feedback.low}; type calibration.feedback.high=null"
-        )

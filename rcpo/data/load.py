@@ -68,6 +68,8 @@ def load_records(config: DataConfig, weighing: Weighing = UNWEIGHTED) -> Prefere
 def _load_arithmetic(config: DataConfig) -> PreferenceData:
     if config.path is not None:
         raise UserError(f"data.path={config.path}: data=arithmetic reads no file; type data=file")
+    if config.columns:
+        raise UserError("data.columns: data=arithmetic has no columns; type data=file data.path=PAIRS.jsonl")
     if config.train_pairs is None:
         raise UserError("data.train_pairs=null: data=arithmetic needs a number; type data.train_pairs=2048")
     train, held_out = arithmetic_records(config.train_pairs, config.eval_pairs, config.seed)

@@ -8,6 +8,7 @@ seconds to import, so plain files are read without it.
 import csv
 import gzip
 import io
+import itertools
 import json
 import re
 import zlib
@@ -16,10 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rcpo.errors import UserError
+from rcpo.errors import UserError, shortened
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
 _LARGEST_CSV_FIELD = 2**31 - 1
+_MOST_FILES = 100_000
+"""In a data folder; one with more is something else, such as a home folder."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -53,12 +56,18 @@ def read_rows(place: Place, wanted: set[str]) -> Rows:
     `wanted` names the columns that will be looked at: formats with columns skip the others.
     Raises UserError with one line where there is no such place or split, or where it does not hold rows.
     """
-    path = Path(place.path).expanduser()
-    if path.is_file():
+    if not place.path:
+        raise place.error("is empty; give a file, a folder or a hub id")
+    try:
+        path = Path(place.path).expanduser()
+        is_there = path.exists()
+    except (RuntimeError, OSError) as error:  # ~somebody who does not exist; a name too long; no permission
+        raise UserError(f"{place.path_key}={shortened(place.path)}: is no path ({error}); give one") from None
+    if is_there and path.is_file():
         if place.split not in (None, "train"):
             raise _unknown_split(place, ["train"])
         rows = _read_file(path, place, wanted)
-    elif path.is_dir():
+    elif is_there and path.is_dir():
         rows = _read_folder(path, place, wanted)
     else:
         rows = _read_hub(place, wanted)
@@ -119,6 +128,8 @@ def _parse_json(text: str, place: Place) -> list[dict[str, Any]]:
         if error.msg == "Extra data" and text.lstrip().startswith("{"):
             return list(_parse_json_lines(text, place))
         raise place.error(f"line {error.lineno} is not JSON ({error.msg}); mend that line") from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists in lists in lists
+        raise place.error(f"is JSON that cannot be read ({_first_line(error)}); write it anew") from None
     if not isinstance(data, list) or not all(isinstance(row, dict) for row in data):
         raise place.error("must hold a list of objects, or one object a line; write it so")
     return data
@@ -134,6 +145,10 @@ def _parse_json_lines(text: str, place: Place) -> Iterator[dict[str, Any]]:
         except json.JSONDecodeError as error:
             raise place.error(
                 f"line {number} is not JSON ({error.msg}); every line must be one object"
+            ) from None
+        except (ValueError, RecursionError) as error:
+            raise place.error(
+                f"line {number} is JSON that cannot be read ({_first_line(error)}); mend that line"
             ) from None
         if not isinstance(row, dict):
             raise place.error(f"line {number} is not an object; every line must be one object")
@@ -164,7 +179,7 @@ def _csv_value(cell: str | None) -> Any:
         return cell
     try:
         return json.loads(cell)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return cell
 
 
@@ -186,7 +201,10 @@ def _read_parquet(path: Path, place: Place, wanted: set[str]) -> Rows:
 def _read_folder(path: Path, place: Place, wanted: set[str]) -> Rows:
     """What `save_to_disk` wrote, or a folder of data files laid out as on the hub."""
     saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
-    if not saved and not any(file.name.lower().endswith(SUFFIXES) for file in path.rglob("*")):
+    files = [] if saved else list(itertools.islice(path.rglob("*"), _MOST_FILES + 1))
+    if len(files) > _MOST_FILES:
+        raise place.error(f"holds more than {_MOST_FILES} files; give the folder of the data alone")
+    if not saved and not any(file.name.lower().endswith(SUFFIXES) for file in files):
         raise place.error(f"is a folder without data; it must hold {', '.join(SUFFIXES)} or a saved data set")
     import datasets
 

@@ -9,6 +9,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from rcpo.errors import shortened
+
 Messages: TypeAlias = list[dict[str, str]]
 """Chat turns, each {"role": ..., "content": ...}."""
 
@@ -72,6 +74,7 @@ def _check_value(name: str, value: Any) -> None:
     if value is None:
         raise BadRowError(f"{name} is null")
     if isinstance(value, str):
+        _check_text(name, value)
         return
     if not isinstance(value, list):
         raise BadRowError(f"{name} is {type(value).__name__}, neither text nor messages")
@@ -81,9 +84,19 @@ def _check_value(name: str, value: Any) -> None:
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
             raise BadRowError(f"{name} has a message without role and content")
         if message["role"] not in ROLES:
-            raise BadRowError(f"{name} has the role {message['role']!r}; roles are {', '.join(ROLES)}")
+            role = shortened(repr(message["role"]))
+            raise BadRowError(f"{name} has the role {role}; roles are {', '.join(ROLES)}")
         if not isinstance(message["content"], str):
             raise BadRowError(f"{name} has a message whose content is not text")
+        _check_text(name, message["content"])
+
+
+def _check_text(name: str, text: str) -> None:
+    """JSON can spell half a character ("\\ud83d" alone), which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadRowError(f"{name} has half a character (a lone surrogate)") from None
 
 
 def _plain_record(prompt: str | None, chosen: str, rejected: str, row: int) -> PreferenceRecord:

@@ -1,0 +1,117 @@
+"""Rules that join several keys of a config, or that are another library's: one line for the first that is
+broken.
+
+Types and ranges of single keys are in `rcpo.config.schema`, whose `validate` calls this. What depends on the
+machine is in `rcpo.config.resolve`, what on the data and the model in `rcpo.inputs`.
+"""
+
+import dataclasses
+
+from rcpo.config.schema import CalibrationConfig, Config, LoraConfig, TrackingConfig
+from rcpo.errors import UserError, shortened
+from rcpo.objectives import composition_of, objective_of
+
+
+def check_combinations(config: Config) -> None:
+    """Rules that join several keys."""
+    _check_model(config)
+    composition_of(config.objective)
+    objective_of(config.objective)
+    train, data = config.train, config.data
+    if train.steps is not None and train.epochs is not None:
+        raise UserError(
+            f"train.steps={train.steps} and train.epochs={train.epochs}: give one of the two; "
+            "type train.steps=null or train.epochs=null"
+        )
+    if train.max_prompt_length is not None and train.max_prompt_length >= train.max_length:
+        raise UserError(
+            f"train.max_prompt_length={train.max_prompt_length}: must be less than "
+            f"train.max_length={train.max_length}, so that a response has room; "
+            f"type train.max_prompt_length={max(1, train.max_length // 2)}"
+        )
+    if data.source == "file" and data.path is None:
+        raise UserError("data.path: has no value and data.source=file needs one; type data.path=PAIRS.jsonl")
+    if config.deepspeed.offload == "optimizer" and config.deepspeed.stage == 0:
+        raise UserError("deepspeed.offload=optimizer: needs ZeRO 1, 2 or 3; type deepspeed.stage=2")
+    _check_tracking(config.tracking)
+    _check_calibration(config.calibration)
+    if config.calibration.scope == "lora_last" and config.model.lora.rank is None:
+        raise UserError(
+            "calibration.scope=lora_last: there is no adapter to measure; type model.lora.rank=16 as well, "
+            "or calibration.scope=full"
+        )
+    if config.optim.name == "sgd" and config.optim.lr is None:
+        raise UserError("optim.lr: has no value and optim=sgd needs one; type optim.lr=0.01")
+
+
+def _check_model(config: Config) -> None:
+    """Rules of adapters and quantization."""
+    model, lora = config.model, config.model.lora
+    if lora.rank is None:
+        for field in dataclasses.fields(LoraConfig):
+            value, default = getattr(lora, field.name), getattr(LoraConfig(), field.name)
+            if value != default:
+                shown = f"[{','.join(value)}]" if isinstance(value, list) else value
+                raise UserError(
+                    f"model.lora.{field.name}={shown}: has no effect without an adapter to train; type "
+                    f"model.lora.rank=16, or model.lora.{field.name}={'null' if default is None else default}"
+                )
+        if model.quantization is not None:
+            raise UserError(
+                f"model.quantization={model.quantization}: quantized weights cannot train, so it needs an "
+                "adapter; type model.lora.rank=16"
+            )
+        return
+    if not lora.targets:
+        raise UserError("model.lora.targets=[]: names no layer; type model.lora.targets=all-linear")
+    if lora.adapter is not None and lora.on_adapter is None:
+        raise UserError(
+            f"model.lora.adapter={lora.adapter}: must be merged into the base or kept frozen beside the new "
+            "one; type model.lora.on_adapter=merge or model.lora.on_adapter=stack"
+        )
+    if lora.adapter is None and lora.on_adapter is not None:
+        raise UserError(
+            f"model.lora.on_adapter={lora.on_adapter}: there is no adapter to {lora.on_adapter}; "
+            "type model.lora.adapter=PATH"
+        )
+    if model.quantization is None:
+        return
+    if lora.on_adapter == "merge":
+        raise UserError(
+            "model.lora.on_adapter=merge: cannot be done with 4-bit weights; type model.lora.on_adapter=stack"
+        )
+    if lora.save == "merged":
+        raise UserError(
+            "model.lora.save=merged: cannot be done with 4-bit weights; type model.lora.save=adapter"
+        )
+    if config.deepspeed.stage == 3:
+        raise UserError("deepspeed.stage=3: does not shard 4-bit weights here; type deepspeed.stage=2")
+
+
+def _check_tracking(tracking: TrackingConfig) -> None:
+    """W&B's own rules for names (wandb 0.31), told before the run rather than in its middle."""
+    for key, limit in (("project", 128), ("entity", 128), ("group", 128)):
+        value = getattr(tracking, key)
+        if value is not None and len(value) > limit:
+            raise UserError(
+                f"tracking.{key}={shortened(value)}: must be at most {limit} characters; "
+                f"type tracking.{key}=NAME"
+            )
+    if found := next((letter for letter in tracking.project if letter in "/\\#?%:"), None):
+        raise UserError(
+            f"tracking.project={tracking.project}: must not hold {found}, which W&B does not take; "
+            "type tracking.project=NAME"
+        )
+
+
+def _check_calibration(calibration: CalibrationConfig) -> None:
+    if calibration.alpha != 1.0 and calibration.name != "fixed":
+        raise UserError(
+            f"calibration.alpha={calibration.alpha}: is for a constant alpha; type calibration=fixed as well"
+        )
+    feedback = calibration.feedback
+    if feedback.high is not None and feedback.high < feedback.low:
+        raise UserError(
+            f"calibration.feedback.high={feedback.high}: must be at least "
+            f"calibration.feedback.low={feedback.low}; type calibration.feedback.high=null"
+        )
