@@ -13,7 +13,11 @@ from rcpo.errors import UserError
 
 COMMANDS = {
     "train": "train a model on preference pairs",
-    "resume": "continue a run from its newest checkpoint",
+    "resume": "continue a run, or a sweep, from the newest checkpoints",
+    "sweep": "train a grid of runs, here or by SLURM",
+    "status": "what state the cells of a sweep are in",
+    "cancel": "stop a sweep; its cells write a checkpoint first",
+    "sync": "upload what W&B wrote offline",
     "export": "write a Hugging Face model folder from a checkpoint",
     "compare": "runs side by side: a table, an HTML report, figures",
     "completion": "print the shell code that completes rcpo's words on TAB",

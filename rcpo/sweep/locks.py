@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import platform
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +38,7 @@ def run_lock(run: Path) -> Path:
 @contextlib.contextmanager
 def hold(path: Path) -> Iterator[None]:
     """Hold the lock while open; HeldError when another process has it. On a file system without locks nothing
-    is held."""
+    is held. OSError where the file cannot be made."""
     with path.open("a+") as stream:
         deadline = time.monotonic() + SECONDS_FOR_READERS
         while True:
@@ -75,3 +76,36 @@ def read_holder(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return holder if isinstance(holder, dict) else {}
+
+
+def end_holder(path: Path, patience_seconds: float) -> bool:
+    """Send SIGTERM to the process that holds the lock and wait until it is free; returns whether it is.
+
+    Raises HeldError where the holder is on another host, or not the process that the file names.
+    """
+    holder = read_holder(path)
+    if not _is_here(holder, path):
+        raise HeldError(holder)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(int(holder["pid"]), signal.SIGTERM)
+    deadline = time.monotonic() + patience_seconds
+    while is_held(path):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _is_here(holder: dict[str, Any], path: Path) -> bool:
+    """Whether the process that the lock's file names is on this host and has that file open."""
+    if holder.get("host") != platform.node() or not isinstance(holder.get("pid"), int):
+        return False
+    files = Path(f"/proc/{holder['pid']}/fd")
+    if not Path("/proc/self/fd").is_dir():  # no Linux: the lock is held, and its holder wrote the file
+        return True
+    with contextlib.suppress(OSError):
+        for file in files.iterdir():
+            with contextlib.suppress(OSError):
+                if file.samefile(path):
+                    return True
+    return False

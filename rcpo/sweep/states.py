@@ -104,6 +104,15 @@ def read_status(sweep: SweepFolder, cell: Cell, queue: Mapping[str, QueueEntry] 
     )
 
 
+def read_statuses(sweep: SweepFolder) -> list[CellStatus]:
+    """All cells now; of a sweep that SLURM runs, with what its queue says."""
+    if sweep.slurm.is_file():
+        from rcpo.sweep import slurm
+
+        return slurm.read_statuses(sweep)
+    return [read_status(sweep, cell, None) for cell in sweep.read_cells()]
+
+
 def _state(status: str, runs: bool) -> State:
     """The state of a cell whose run.json says `status`."""
     if status == "done":

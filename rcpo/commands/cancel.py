@@ -1,0 +1,48 @@
+"""`rcpo cancel SWEEP`: stop what runs the cells of a sweep; they write a checkpoint first."""
+
+import sys
+
+from rcpo.errors import UserError
+
+HELP = """usage: rcpo cancel SWEEP
+
+Stop the sweep in the folder SWEEP: the cells that run write a checkpoint and end, the others do not start.
+`rcpo resume SWEEP` goes on. Under SLURM exactly this sweep's jobs are cancelled."""
+PATIENCE_SECONDS = 600.0
+"""How long to wait for checkpoints."""
+
+
+def run(words: list[str]) -> int:
+    """Cancel; returns the exit code. Raises UserError where there is no sweep, or where it runs elsewhere."""
+    if not words or words[0] in ("-h", "--help"):
+        print(HELP)
+        return 0 if words else 2
+    if len(words) != 1:
+        raise UserError(f"cancel takes one sweep folder, not {len(words)} words; type rcpo cancel SWEEP")
+    from rcpo.sweep.folder import SweepFolder, is_sweep
+
+    if not is_sweep(words[0]):
+        raise UserError(f"{words[0]}: is not a sweep folder; give the one that `rcpo sweep` printed")
+    sweep = SweepFolder(words[0])
+    if sweep.slurm.is_file():
+        from rcpo.sweep import slurm
+
+        return slurm.cancel(sweep)
+    from rcpo.sweep.locks import HeldError, end_holder, is_held, run_lock
+
+    # The process that runs the sweep; then cells that outlived it, or were resumed one by one.
+    locks = [sweep.lock, *(run_lock(sweep.run(cell).path) for cell in sweep.read_cells())]
+    num_ended = 0
+    for lock in locks:
+        if not is_held(lock):
+            continue
+        try:
+            ended = end_holder(lock, PATIENCE_SECONDS)
+        except HeldError as error:
+            raise UserError(f"{lock.parent}: is run by {error}; cancel it there") from None
+        if not ended:
+            print(f"rcpo: {lock.parent}: still runs after {PATIENCE_SECONDS:.0f} s", file=sys.stderr)
+            return 1
+        num_ended += 1
+    print("stopped" if num_ended else "nothing runs this sweep")
+    return 0

@@ -1,0 +1,47 @@
+"""`rcpo sync SWEEP|RUN`: upload what W&B wrote offline, by W&B's own `wandb sync`."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from rcpo.errors import UserError
+
+HELP = """usage: rcpo sync SWEEP|RUN
+
+Upload the offline W&B files of a run, or of all cells of a sweep, with `wandb sync`; a run that was resumed
+is one run there too. What has been uploaded before is skipped. Needs an API key (`wandb login`) and a
+network."""
+
+
+def run(words: list[str]) -> int:
+    """Upload; returns the exit code. Raises UserError where there is nothing to upload or no key."""
+    if not words or words[0] in ("-h", "--help"):
+        print(HELP)
+        return 0 if words else 2
+    if len(words) != 1:
+        raise UserError(f"sync takes one folder, not {len(words)} words; type rcpo sync FOLDER")
+    folder = Path(words[0])
+    offline = find_offline(folder)
+    if not offline:
+        raise UserError(f"{folder}: has no offline W&B files (cells/*/wandb or wandb/offline-run-*)")
+    from rcpo.tracking import has_key
+
+    if not has_key():
+        raise UserError("W&B: no API key is configured, so nothing can be uploaded; type `wandb login`")
+    waiting = [path for path in offline if not is_synced(path)]
+    print(f"{len(offline)} offline files, {len(waiting)} to upload", flush=True)
+    if not waiting:
+        return 0
+    command = [sys.executable, "-m", "wandb", "sync", *(str(path) for path in waiting)]
+    return 1 if subprocess.run(command).returncode else 0
+
+
+def find_offline(folder: Path) -> list[Path]:
+    """W&B's folders of offline runs in a run or in a sweep's cells, oldest first."""
+    found = [*folder.glob("wandb/offline-run-*"), *folder.glob("cells/*/wandb/offline-run-*")]
+    return sorted((path for path in found if path.is_dir()), key=lambda path: (path.parent, path.name))
+
+
+def is_synced(path: Path) -> bool:
+    """Whether W&B has left its mark that the folder was uploaded."""
+    return any(path.glob("*.wandb.synced"))

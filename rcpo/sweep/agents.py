@@ -1,0 +1,46 @@
+"""The grid as a W&B sweep, for those who prefer W&B's agents: every agent run is an `rcpo train`.
+
+W&B knows values of single keys and their whole product: a sweep with more than that cannot be one.
+"""
+
+from typing import Any
+
+import yaml
+
+from rcpo.errors import UserError
+from rcpo.sweep.definition import Definition
+
+
+def wandb_sweep(definition: Definition) -> str:
+    """YAML for `wandb sweep`. Raises UserError for what W&B's grids cannot say."""
+    if definition.exclude or definition.include:
+        raise UserError("--wandb-sweep: W&B's grids know no exclude and no include; remove them")
+    parameters: dict[str, Any] = {}
+    for axis, values in definition.axes.items():
+        for value in values:
+            if value.words != (f"{axis}={value.label}",):
+                raise UserError(
+                    f"--wandb-sweep: {axis}: {value.label} stands for several overrides, and W&B's grids "
+                    "know single values only"
+                )
+        parameters[axis] = {"values": [_number_or_text(value.label) for value in values]}
+    tree = {
+        "name": definition.name,
+        "method": "grid",
+        "metric": {"name": "eval/displacement/chosen", "goal": "maximize"},
+        "parameters": parameters,
+        "command": ["${env}", "rcpo", "train", *definition.overrides, "${args_no_hyphens}"],
+    }
+    return yaml.safe_dump(tree, sort_keys=False, width=200)
+
+
+def _number_or_text(label: str) -> int | float | str:
+    """As a number where W&B would print it as it was typed."""
+    for kind in (int, float):
+        try:
+            value = kind(label)
+        except ValueError:
+            continue
+        if str(value) == label:
+            return value
+    return label

@@ -1,0 +1,94 @@
+"""Whether the cells' inputs are there and can train, found before anything starts: one check for each
+distinct combination of data and model.
+
+Owns what a dry run says about data and models on the hub: it fetches nothing (`rcpo.commands.sweep` sees to
+that), and names what it could not check.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rcpo.config.resolve import TINY
+from rcpo.config.schema import Config
+from rcpo.errors import UserError
+from rcpo.objectives import composition_of
+from rcpo.sweep.freeze import FrozenCell
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What is known of a cell's inputs."""
+
+    train_pairs: int | None
+    """None where the data are on the hub and not here."""
+    missing: tuple[str, ...] = ()
+    """Ids on the hub of what is not on this machine, where a dry run could not check that."""
+    note: str | None = None
+    """What else was not looked at, and why."""
+
+
+def check_inputs(cells: Iterable[FrozenCell], fetch: bool) -> dict[str, Checked]:
+    """Read every distinct input once; what is known, by the cell's name. `fetch`: what is on the hub too.
+
+    Raises UserError, which names the first cell concerned, for whatever cannot train.
+    """
+    known: dict[str, Checked] = {}
+    checked = {}
+    for frozen in cells:
+        key = _key(frozen.config)
+        if key not in known:
+            try:
+                known[key] = _check(frozen.config, fetch)
+            except UserError as error:
+                raise UserError(f"cell {frozen.cell.name}: {error}") from None
+        checked[frozen.cell.name] = known[key]
+    return checked
+
+
+def _key(config: Config) -> str:
+    """What of a config decides what is read and whether it can train."""
+    train, composition = config.train, composition_of(config.objective)
+    return json.dumps(
+        [
+            asdict(config.data),
+            asdict(config.model),
+            [train.max_length, train.max_prompt_length, train.pairs_per_step, train.device],
+            repr(composition),
+        ]
+    )
+
+
+def _check(config: Config, fetch: bool) -> Checked:
+    from rcpo.inputs import read_inputs
+
+    note = None
+    if not fetch and config.model.quantization is not None and config.train.device != "cuda":
+        note = f"not checked: model.quantization={config.model.quantization}, which needs a CUDA device"
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, quantization=None))
+    try:
+        return Checked(len(read_inputs(config).train), note=note)
+    except UserError as error:
+        on_hub = hub_ids(config)
+        # What is not on this machine fails in the hub's clients, whose error is then the cause.
+        if fetch or not on_hub or error.__cause__ is None:
+            raise
+    has_data = not {config.data.path, config.data.eval_path} & set(on_hub)
+    return Checked(_count_pairs(config) if has_data else None, tuple(on_hub), note)
+
+
+def _count_pairs(config: Config) -> int:
+    """Training pairs before tokenising: what can be said without the model's tokenizer."""
+    from rcpo.data.load import load_records
+    from rcpo.data.weights import weighing_of
+
+    return len(load_records(config.data, weighing_of(composition_of(config.objective))).train)
+
+
+def hub_ids(config: Config) -> list[str]:
+    """What of model, adapter and data is an id on the hub."""
+    data = [config.data.path, config.data.eval_path] if config.data.source == "file" else []
+    named = dict.fromkeys([config.model.path, config.model.lora.adapter, *data])
+    return [path for path in named if path and path != TINY and not Path(path).expanduser().exists()]

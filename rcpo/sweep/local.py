@@ -1,0 +1,228 @@
+"""Run cells on this machine: some at a time, each `rcpo resume CELL` in a process of its own.
+
+Owns the processes' lives and what is shown meanwhile. A cell that fails stops no other one. The first Ctrl-C
+(or SIGTERM) asks the cells to write a checkpoint and end, the second ends them; `rcpo resume SWEEP` goes on.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+from rich.console import Group
+from rich.live import Live
+from rich.text import Text
+
+from rcpo.console import RunConsole, duration, nats
+from rcpo.distributed import joined_world_size
+from rcpo.errors import UserError
+from rcpo.run_folder import RunFolder, now
+from rcpo.sweep.folder import Cell, SweepFolder
+from rcpo.sweep.locks import HeldError, hold, is_held, run_lock
+from rcpo.sweep.states import UNFINISHED, CellStatus, State, read_status
+from rcpo.sweep.table import counts_line, status_table
+
+SECONDS_BETWEEN_LOOKS = 0.1
+SECONDS_BETWEEN_TABLES = 1.0
+LOG_NAME = "console.log"
+PREEMPTED_EXIT_CODE = 75
+
+
+@contextlib.contextmanager
+def sweep_held(sweep: SweepFolder) -> Iterator[None]:
+    """Be the one process that runs this sweep folder; UserError where another does."""
+    try:
+        sweep.path.mkdir(parents=True, exist_ok=True)
+        with hold(sweep.lock):
+            yield
+    except HeldError as error:
+        raise UserError(
+            f"{sweep.path}: is being run by {error}; look at it with `rcpo status {sweep.path}`"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{sweep.path}: cannot be made ({error.strerror}); type --out FOLDER") from None
+
+
+def run_unfinished(sweep: SweepFolder, num_parallel: int) -> int:
+    """Start every cell that is neither done nor running; returns the exit code: 0 when all cells are done,
+    1 when one is not, 130 or 75 after Ctrl-C or SIGTERM. Call with the sweep held."""
+    if joined_world_size() is not None:
+        raise UserError("a sweep starts its own processes; start it without torchrun or srun")
+    statuses = [read_status(sweep, cell, None) for cell in sweep.read_cells()]
+    return _Runner(sweep, statuses, num_parallel).run()
+
+
+class _Runner:
+    """The cells of one sweep while they run."""
+
+    def __init__(self, sweep: SweepFolder, statuses: list[CellStatus], num_parallel: int) -> None:
+        self._sweep, self._num_parallel = sweep, num_parallel
+        self._statuses = {status.cell.name: status for status in statuses}
+        self._waiting = [status.cell for status in statuses if status.state in UNFINISHED]
+        self._running: dict[str, _Child] = {}
+        self._received: list[int] = []
+        self._console = RunConsole()
+        self._num_started, self._num_to_run = 0, len(self._waiting)
+
+    def run(self) -> int:
+        with self._signals_heard(), self._shown() as live:
+            shown = 0.0
+            while (self._waiting and not self._received) or self._running:
+                while self._waiting and not self._received and len(self._running) < self._num_parallel:
+                    self._start(self._waiting.pop(0))
+                self._pass_on_signals()
+                self._collect()
+                if live is not None and time.monotonic() - shown >= SECONDS_BETWEEN_TABLES:
+                    live.update(self._table())
+                    shown = time.monotonic()
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+            if live is not None:
+                live.update(self._table())
+        return self._conclude()
+
+    def _start(self, cell: Cell) -> None:
+        self._num_started += 1
+        self._running[cell.name] = _Child(cell, self._sweep.run(cell), self._num_parallel)
+        self._say(f"{self._num_started}/{self._num_to_run} {cell.name}: started")
+
+    def _collect(self) -> None:
+        """Take note of the cells that have ended."""
+        for name, child in list(self._running.items()):
+            code = child.process.poll()
+            if code is None:
+                continue
+            del self._running[name]
+            child.record_death(code, stopping=bool(self._received))
+            status = self._statuses[name] = read_status(self._sweep, child.cell, None)
+            chosen = "" if status.chosen is None else f", chosen {nats(status.chosen)} nats"
+            reason = "" if status.reason is None else f" ({status.reason})"
+            self._say(f"{name}: {status.state}{reason}{chosen}, {duration(child.seconds())}")
+
+    def _conclude(self) -> int:
+        """The last words, and the exit code."""
+        statuses = [read_status(self._sweep, cell, None) for cell in self._sweep.read_cells()]
+        left = [status for status in statuses if status.state is not State.DONE]
+        for status in left:
+            if status.state is State.FAILED:
+                log = self._sweep.run(status.cell).logs / LOG_NAME
+                self._print(f"{status.cell.name}: {status.state}: {status.reason} ({log})")
+        self._print(counts_line(statuses))
+        if left:
+            self._print(f"`rcpo resume {self._sweep.path}` goes on with the cells that are not done")
+        if self._received:
+            return 130 if self._received[0] == signal.SIGINT else PREEMPTED_EXIT_CODE
+        return 1 if left else 0
+
+    @contextlib.contextmanager
+    def _signals_heard(self) -> Iterator[None]:
+        """While open, signals end the cells instead of this process."""
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup wants it
+            numbers.append(signal.SIGHUP)
+        saved = {number: signal.signal(number, self._hear) for number in numbers}
+        try:
+            yield
+        finally:
+            for child in self._running.values():
+                child.kill()
+            for number, handler in saved.items():
+                signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self._received.append(number)
+
+    def _pass_on_signals(self) -> None:
+        """Ask cells that have not been asked to stop; after a second Ctrl-C end them."""
+        for child in self._running.values():
+            if self._received[1:] and self._received[-1] == signal.SIGINT:
+                child.kill()
+            elif self._received:
+                child.ask_to_stop()
+
+    @contextlib.contextmanager
+    def _shown(self) -> Iterator[Live | None]:
+        """The live table, on a terminal."""
+        if not self._console.is_interactive:
+            yield None
+            return
+        with Live(console=self._console, auto_refresh=False, vertical_overflow="ellipsis") as live:
+            yield live
+
+    def _table(self) -> Group:
+        for name, child in self._running.items():
+            self._statuses[name] = read_status(self._sweep, child.cell, None)
+        order = list(self._statuses.values())
+        busy = [status for status in order if status.cell.name in self._running]
+        room = max(5, self._console.height - 8)
+        shown = order if len(order) <= room else [*busy, *(s for s in order if s not in busy)][:room]
+        last = counts_line(order)
+        if self._received:
+            last += "; stopping: waiting for checkpoints (Ctrl-C again ends the cells at once)"
+        return Group(status_table(self._console, shown), Text(last))
+
+    def _say(self, line: str) -> None:
+        """One event, where there is no table that shows it."""
+        if not self._console.is_interactive:
+            self._print(line)
+
+    def _print(self, line: str) -> None:
+        self._console.print(Text(line), soft_wrap=True)
+
+
+class _Child:
+    """The process of one cell."""
+
+    def __init__(self, cell: Cell, run: RunFolder, num_parallel: int) -> None:
+        self.cell, self._run = cell, run
+        self._started, self._is_asked = time.monotonic(), False
+        self._before = run.run_json.read_bytes() if run.run_json.is_file() else b""
+        run.logs.mkdir(parents=True, exist_ok=True)
+        threads = str(max(1, (os.cpu_count() or 1) // num_parallel))
+        with (run.logs / LOG_NAME).open("ab") as log:
+            self._log_start = log.tell()
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "rcpo.cli", "resume", str(run.path)],
+                env={"OMP_NUM_THREADS": threads} | os.environ,
+                start_new_session=True,  # Ctrl-C in a terminal reaches the sweep alone, which passes it on
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    def ask_to_stop(self) -> None:
+        if not self._is_asked:
+            self._is_asked = True
+            self.process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it now; its ranks, if any, end when it is gone."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def record_death(self, code: int, stopping: bool) -> None:
+        """Write to run.json why the process ended, where it could not do so itself."""
+        known = self._run.read_run()
+        unsaid = self._run.run_json.read_bytes() == self._before or known.get("status") == "running"
+        if code == 0 or not unsaid or is_held(run_lock(self._run.path)):  # another process trains it
+            return
+        if stopping:
+            if known.get("status") == "running":
+                self._run.update_run(status="interrupted", exit_reason="ended with the sweep", ended=now())
+            return
+        how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
+        said = f": {line}" if (line := self._last_line()) else ""
+        self._run.update_run(status="failed", exit_reason=f"ended with {how}{said}"[:500], ended=now())
+
+    def _last_line(self) -> str:
+        """The last line that the process wrote."""
+        with (self._run.logs / LOG_NAME).open("rb") as log:
+            log.seek(self._log_start)
+            lines = log.read()[-4096:].decode("utf-8", "replace").splitlines()
+        return next((line.strip() for line in reversed(lines) if line.strip()), "")

@@ -1,0 +1,141 @@
+"""What a sweep would do and cost: the table of `rcpo sweep --dry-run`."""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.text import Text
+
+from rcpo.config.schema import Config
+from rcpo.console import duration, number
+from rcpo.data.sampler import PairSampler
+from rcpo.sweep.checks import Checked
+from rcpo.sweep.definition import Definition
+from rcpo.sweep.folder import SweepFolder, is_sweep
+from rcpo.sweep.freeze import FrozenCell
+from rcpo.sweep.table import new_table
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one cell."""
+
+    steps: int | None
+    pairs: int | None
+    """Training pairs, repeats counted; None where that takes data that are not here."""
+    seconds: float | None
+    """None where the number of pairs or the rate is unknown."""
+    devices: int
+    on_gpus: bool
+
+
+def cost_of(frozen: FrozenCell, checked: Checked, definition: Definition, rate: float | None) -> Cost:
+    """The cost at `rate` pairs a second."""
+    config = frozen.config
+    num_pairs = checked.train_pairs or definition.estimate.train_pairs.get(config.data.path or "")
+    if num_pairs is not None and config.data.train_pairs is not None:
+        num_pairs = min(num_pairs, config.data.train_pairs)
+    steps = config.train.steps
+    if steps is None and num_pairs is not None and config.train.epochs is not None:
+        steps = PairSampler(num_pairs, config.train.pairs_per_step, 0).steps_of(config.train.epochs)
+    pairs = None if steps is None else steps * config.train.pairs_per_step
+    seconds = None if pairs is None or rate is None else pairs / rate
+    return Cost(steps, pairs, seconds, config.world_size(), config.train.device == "cuda")
+
+
+def measured_rates(sweep: SweepFolder) -> dict[str, float]:
+    """Pairs a second by kind of cell: the median over the finished cells that this sweep folder has."""
+    rates = defaultdict(list)
+    if not is_sweep(sweep.path):
+        return {}
+    from rcpo.run_folder import open_run
+
+    for cell in sweep.read_cells():
+        rate = sweep.run(cell).read_run().get("summary", {}).get("pairs_per_second")
+        if rate is not None:
+            rates[kind_of(open_run(str(sweep.run(cell).path))[1])].append(float(rate))
+    return {kind: statistics.median(values) for kind, values in rates.items()}
+
+
+def kind_of(config: Config) -> str:
+    """What mostly decides how fast a cell is: its model, its adapter, its ranks."""
+    return f"{config.model.path} {config.model.lora.rank} {config.model.quantization} {config.world_size()}"
+
+
+def print_plan(
+    console: Console,
+    cells: Sequence[FrozenCell],
+    checked: Mapping[str, Checked],
+    definition: Definition,
+    sweep: SweepFolder,
+    given_rate: float | None,
+) -> None:
+    """The grid as a table, what could not be checked, and what it costs."""
+    measured = {} if given_rate is not None else measured_rates(sweep)
+    guess = given_rate or definition.estimate.pairs_per_second
+    costs = {}
+    for frozen in cells:
+        rate = measured.get(kind_of(frozen.config), guess)
+        costs[frozen.cell.name] = cost_of(frozen, checked[frozen.cell.name], definition, rate)
+    axes = list(dict.fromkeys(axis for frozen in cells for axis in frozen.cell.axes))
+    table = new_table(console, ["cell", *axes], ["steps", "pairs", "ranks", "time"])
+    for frozen in cells:
+        cost = costs[frozen.cell.name]
+        table.add_row(
+            frozen.cell.name,
+            *(str(frozen.cell.axes.get(axis, "")) for axis in axes),
+            _count(cost.steps),
+            _count(cost.pairs),
+            str(cost.devices),
+            "?" if cost.seconds is None else duration(cost.seconds),
+        )
+    console.print(table)
+    for line in _notes(checked):
+        console.print(Text(line), soft_wrap=True)
+    console.print(Text(_total(list(costs.values()))), soft_wrap=True)
+    console.print(Text(_source_of_rate(sweep, measured, given_rate, guess)), soft_wrap=True)
+
+
+def _count(number: int | None) -> str:
+    return "?" if number is None else f"{number:,}"
+
+
+def _notes(checked: Mapping[str, Checked]) -> Iterator[str]:
+    """Each thing that was not checked, once."""
+    missing = dict.fromkeys(name for item in checked.values() for name in item.missing)
+    if missing:
+        yield f"not checked: hub data and models that are not on this machine: {', '.join(missing)}"
+    yield from dict.fromkeys(item.note for item in checked.values() if item.note is not None)
+
+
+def _total(costs: Sequence[Cost]) -> str:
+    """One line for the whole grid."""
+    steps, pairs = [cost.steps for cost in costs], [cost.pairs for cost in costs]
+    known = [cost for cost in costs if cost.seconds is not None]
+    line = f"{len(costs)} cells, {_sum(steps)} steps, {_sum(pairs)} pairs"
+    if not known:
+        return line
+    hours = sum(cost.seconds * cost.devices for cost in known if cost.seconds is not None) / 3600
+    unit = "GPU-hours" if any(cost.on_gpus for cost in costs) else "hours of one process"
+    rest = len(costs) - len(known)
+    return f"{line}, {number(hours)} {unit}{f' without the {rest} cells of unknown cost' if rest else ''}"
+
+
+def _sum(numbers: Sequence[int | None]) -> str:
+    known = [number for number in numbers if number is not None]
+    return f"{sum(known):,}{'' if len(known) == len(numbers) else ' (and more)'}"
+
+
+def _source_of_rate(
+    sweep: SweepFolder, measured: Mapping[str, float], given: float | None, guess: float | None
+) -> str:
+    if given is not None:
+        return f"at {given:g} pairs a second for each cell, as given"
+    if measured:
+        rates = ", ".join(f"{rate:.3g}" for rate in measured.values())
+        return f"at {rates} pairs a second for each cell, as measured on the finished cells of {sweep.path}"
+    if guess is not None:
+        return f"at {guess:g} pairs a second for each cell, as the sweep file estimates"
+    return "time: of unknown speed; give --pairs-per-second X, or ask again when a cell has finished"
