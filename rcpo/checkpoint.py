@@ -95,10 +95,15 @@ def _newest_whole(run: RunFolder) -> Path | None:
     return None
 
 
+def step_of(path: Path) -> int:
+    """The optimizer step that a checkpoint's name says; -1 where it says none."""
+    digits = path.name.removeprefix(".").removeprefix("step-").removesuffix(REPLACED)
+    return int(digits) if digits.isdecimal() else -1
+
+
 def _step_and_age(path: Path) -> tuple[int, bool]:
     """Sorts by step, and puts a replaced checkpoint before the one that took its place."""
-    digits = path.name.removeprefix(".").removeprefix("step-").removesuffix(REPLACED)
-    return (int(digits) if digits.isdecimal() else -1, not path.name.endswith(REPLACED))
+    return step_of(path), not path.name.endswith(REPLACED)
 
 
 def save_checkpoint(
@@ -177,7 +182,8 @@ def load_checkpoint(path: Path, engine: Engine) -> tuple[dict[str, Any], dict[st
     if is_same:
         engine.load(path)
     else:
-        engine.load_from(path, state["world_size"], state["stage"])
+        refuse_unloadable(path, world_size(), engine.stage, engine.dtype)
+        engine.load_converted(path)
     rng = _of_rank(path / "rng")
     if rng.is_file():
         states = load_file(rng)
@@ -186,6 +192,25 @@ def load_checkpoint(path: Path, engine: Engine) -> tuple[dict[str, Any], dict[st
             torch.cuda.set_rng_state(states["cuda"])
     scores = _of_rank(path / "scores")
     return state, load_file(scores) if is_same and scores.is_file() else {}
+
+
+def refuse_unloadable(path: Path, num_ranks: int, stage: int, dtype: str) -> None:
+    """Raise UserError where a checkpoint cannot be loaded by `num_ranks` ranks at ZeRO `stage`.
+
+    DeepSpeed's universal format spreads stages 1 and 2 over any number of ranks and onto each other, and 3
+    over any number; stage 0 in fp32 is whole on every rank.
+    """
+    state = json.loads((path / "state.json").read_text())
+    before = state["stage"]
+    if (state["world_size"], before) == (num_ranks, stage):
+        return
+    kinds = ((0,) if dtype == "float32" else (), (1, 2), (3,))
+    if not any(before in kind and stage in kind for kind in kinds):
+        raise UserError(
+            f"{path}: was written by {state['world_size']} ranks at ZeRO {before} in {dtype}, and DeepSpeed "
+            f"cannot turn that into {num_ranks} at ZeRO {stage}; resume with deepspeed.stage={before} "
+            "(stages 1 and 2 turn into each other, every stage but 0 in bfloat16 into more or fewer ranks)"
+        )
 
 
 def _of_rank(folder: Path) -> Path:

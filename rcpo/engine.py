@@ -6,6 +6,10 @@ weights, checkpoints). Does not own the loss: `rcpo.step` hands it a scalar per 
 
 import contextlib
 import io
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from rcpo.adapters import exported_tensors
 from rcpo.config.schema import Config, OptimConfig
 from rcpo.data.batch import PairBatch
+from rcpo.distributed import barrier
 from rcpo.errors import UserError
 from rcpo.model import Policy, load_model
 
@@ -96,6 +101,7 @@ class Engine:
             model.to(device)
         self.policy = Policy(model)
         self.device = device
+        self.dtype = str(config.model.dtype)
         self._accumulation_steps = accumulation_steps(config)
         self._num_micro_batches = 0
         self._is_adam = config.optim.name == "adamw"
@@ -250,16 +256,48 @@ class Engine:
     def load(self, folder: Path) -> None:
         """Read what `save` wrote, on the same number of ranks and the same stage. Collective."""
         self._deepspeed.load_checkpoint(str(folder), tag=ENGINE_TAG)
+        self._link_moments()
+
+    def _link_moments(self) -> None:
+        """Let `second_moments` find what a checkpoint held: DeepSpeed would do so in its first step only.
+        Private, hence the pinned version in pyproject.toml."""
         self._has_moments = self._is_adam
+        link = getattr(self._deepspeed.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+        if self._is_adam and link is not None:
+            link()
 
-    def load_from(self, folder: Path, num_ranks: int, stage: int) -> None:
-        """Read what `save` wrote on another number of ranks or at another stage. Collective.
+    def load_converted(self, folder: Path) -> None:
+        """Read what `save` wrote on another number of ranks or at another stage; that it can be,
+        `rcpo.checkpoint` has checked. Collective.
 
-        Raises UserError where DeepSpeed cannot.
+        At stage 0 every rank holds everything; from 1 to 3 DeepSpeed's universal format spreads it anew.
         """
-        raise UserError(
-            f"{folder.parent}: was written by {num_ranks} ranks at ZeRO {stage}; resume with the same"
-        )
+        if self.stage == 0:
+            self.load(folder)
+            return
+        universal = folder.parent / ".universal"
+        if self._deepspeed.global_rank == 0:
+            _convert_to_universal(folder / ENGINE_TAG, universal / ENGINE_TAG)
+        barrier()
+        self._deepspeed._config.load_universal_checkpoint = True
+        self._deepspeed.load_checkpoint(str(universal), tag=ENGINE_TAG)
+        self._deepspeed._config.load_universal_checkpoint = False
+        self._link_moments()
+        barrier()
+        if self._deepspeed.global_rank == 0:
+            shutil.rmtree(universal, ignore_errors=True)
+
+
+def _convert_to_universal(source: Path, target: Path) -> None:
+    """By DeepSpeed's own converter, in a process of its own: it forks workers."""
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(source), "--output_folder", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"DS_ACCELERATOR": "cpu"})
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no word"])[-1]
+        raise UserError(f"{source}: DeepSpeed's converter to its universal format failed ({last[:300]})")
 
 
 class _Writer:

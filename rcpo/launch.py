@@ -5,36 +5,43 @@ Owns the order "check everything, make the run folder, start", and ending all ra
 `rcpo.commands.train` and `rcpo.commands.resume`.
 """
 
+import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from rcpo.changes import changed_config
 from rcpo.config.schema import Config
 from rcpo.distributed import from_rank_zero, initialize, joined_world_size, rank, world_size
 from rcpo.errors import UserError
 from rcpo.inputs import read_inputs
+from rcpo.overwrite import old_set_aside, refuse_irreplaceable, training
 from rcpo.processes import run_ranks
 from rcpo.run_folder import RunFolder, config_tree, open_run
 from rcpo.worker import run_worker
 
 
-def start(prepare: Callable[[], Config | None]) -> int:
+def start(prepare: Callable[[], Config | None], overwrite: bool = False) -> int:
     """Prepare a config, check its inputs, make its run folder and train; returns the exit code.
 
     `prepare` composes and resolves; it runs in one process only and returns None when there is nothing to
-    run.
+    run. With `overwrite` an old run folder makes way for the new one, once that has been checked.
     """
     if joined_world_size() is not None:
-        return _joined(lambda: _make_run(prepare), resume=False)
-    made = _make_run(prepare)
-    return 0 if made is None else _run_here(*made, resume=False)
+        return _joined(lambda: _make_run(prepare, overwrite), resume=False)
+    made = _make_run(prepare, overwrite)
+    if made is None:
+        return 0
+    with training(made[0].path):
+        return _run_here(*made, resume=False)
 
 
-def resume(path: str) -> int:
-    """Continue the run in `path`; returns the exit code."""
+def resume(path: str, allowed: Sequence[str] = ()) -> int:
+    """Continue the run in `path`, with the config changes that `allowed` names (`rcpo.changes`); returns the
+    exit code."""
     if joined_world_size() is not None:
-        return _joined(lambda: _reopen(path), resume=True)
-    run, config = _reopen(path)
+        return _joined(lambda: _reopen(path, allowed), resume=True)
+    run, config = _reopen(path, allowed)
     if config.launch.nodes > 1:
         raise UserError(
             f"{path}: was trained on {config.launch.nodes} nodes; start `rcpo resume` on each with torchrun "
@@ -43,22 +50,29 @@ def resume(path: str) -> int:
     return _run_here(run, config, resume=True)
 
 
-def _make_run(prepare: Callable[[], Config | None]) -> tuple[RunFolder, Config] | None:
+def _make_run(
+    prepare: Callable[[], Config | None], overwrite: bool = False
+) -> tuple[RunFolder, Config] | None:
     """Everything that can be wrong with config and data is found before the folder exists."""
     config = prepare()
     if config is None:
         return None
     assert config.run_dir is not None
     run = RunFolder(config.run_dir)
-    run.refuse_existing()
+    if overwrite:
+        refuse_irreplaceable(config)
+    else:
+        run.refuse_existing()
     read_inputs(config)
-    run.create(config, config_tree(config))
+    with old_set_aside(run.path):
+        run.create(config, config_tree(config))
     return run, config
 
 
-def _reopen(path: str) -> tuple[RunFolder, Config]:
+def _reopen(path: str, allowed: Sequence[str]) -> tuple[RunFolder, Config]:
     """A run to continue; whatever of its files is damaged is found before anything starts."""
-    run, config = open_run(path)
+    run, _ = open_run(path)
+    config = changed_config(run, allowed, joined_world_size())
     for rows in (run.metrics, run.eval):
         run.rows(rows)
     run.reopen()
@@ -105,9 +119,11 @@ def _joined(open_or_make: Callable[[], tuple[RunFolder, Config] | None], resume:
             _discard_if_empty(run, 2, resume)
             raise UserError(fault)
         return 2
-    code = run_worker(run, config, resume)
-    if rank() == 0:
-        _discard_if_empty(run, code, resume)
+    is_new_here = rank() == 0 and not resume  # `rcpo resume` holds the lock already
+    with training(run.path) if is_new_here else contextlib.nullcontext():
+        code = run_worker(run, config, resume)
+        if rank() == 0:
+            _discard_if_empty(run, code, resume)
     return code
 
 

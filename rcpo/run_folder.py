@@ -79,10 +79,12 @@ class RunFolder:
 
     def refuse_existing(self) -> None:
         """Raise UserError when there is something at the path: a run never overwrites another."""
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if os.path.lexists(self.path) and not self.path.is_dir():
+            raise UserError(f"run_dir={self.path}: is no folder; choose another name=... or run_dir=...")
+        if self.path.is_dir() and any(self.path.iterdir()):
             raise UserError(
                 f"run_dir={self.path}: exists and is not empty; choose another name=... or run_dir=..., "
-                f"or continue it with `rcpo resume {self.path}`"
+                f"continue it with `rcpo resume {self.path}`, or replace it with --overwrite"
             )
 
     def create(self, config: Config, tree: dict[str, Any], status: str = "running") -> None:
@@ -99,6 +101,7 @@ class RunFolder:
         write_atomically(self.config, yaml.safe_dump(tree, sort_keys=False))
         self.update_run(
             name=config.name,
+            config=tree,
             status=status,
             created=now(),
             git_commit=git_commit(),

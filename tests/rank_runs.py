@@ -6,6 +6,7 @@ killed at a given moment. `do_jobs` starts the ranks, and ends all of them when 
 """
 
 import json
+import math
 import os
 import random
 import signal
@@ -29,16 +30,18 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import rcpo.checkpoint
+import rcpo.trainer
 from rcpo.config.compose import compose
 from rcpo.config.resolve import resolve
 from rcpo.config.schema import Config, validate
-from rcpo.distributed import RANK_VARIABLES, free_port, initialize, rank, shut_down
+from rcpo.distributed import RANK_VARIABLES, free_port, initialize, rank, shut_down, world_size
 from rcpo.inputs import read_inputs
 from rcpo.run_folder import RunFolder, config_tree, open_run
 from rcpo.sinks import JsonlSink
+from rcpo.step import MicroBatch
 from rcpo.trainer import train
 
-Moment: TypeAlias = Literal["row", "checkpoint"]
+Moment: TypeAlias = Literal["row", "checkpoint", "signal", "nan"]
 
 PAIRS_PER_STEP, NUM_STEPS = 8, 6
 RELEASING = {
@@ -135,8 +138,9 @@ class Job:
     run: str
     resume: bool = False
     killed_at: tuple[Moment, int] | None = None
-    """Rank 0 ends itself with SIGKILL: when the row of that step is written, or when the checkpoint of that
-    step is whole but not yet in its place."""
+    """row, checkpoint: rank 0 ends itself with SIGKILL when the row of that step is written, or when the
+    checkpoint of that step is whole but not yet in its place. signal: rank 0 alone gets SIGTERM when that row
+    is written. nan: the last rank's last pair loses its reference in that step."""
     port: int = 0
 
 
@@ -256,13 +260,19 @@ def assert_equal_rows(left: list[dict[str, Any]], right: list[dict[str, Any]]) -
 
 
 def die_at(moment: Moment, step: int) -> None:
-    """Arrange for this process to be killed."""
+    """Arrange for this run to be stopped."""
+    number = signal.SIGTERM if moment == "signal" else signal.SIGKILL
 
     def kill_when(is_due: bool) -> None:
         if is_due:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
 
-    if moment == "row":
+    if moment == "nan":
+        lose_a_number_at(step)
+        return
+    if rank() != 0:
+        return
+    if moment in ("row", "signal"):
         log_step = JsonlSink.log_step
 
         def log_step_and_die(sink: JsonlSink, row: dict[str, float]) -> None:
@@ -280,11 +290,26 @@ def die_at(moment: Moment, step: int) -> None:
     rcpo.checkpoint._complete = die_before_completing
 
 
+def lose_a_number_at(step: int) -> None:
+    """Let the last rank's last pair have no reference in that step, as a damaged cache would."""
+    micro_batches = rcpo.trainer._micro_batches
+
+    def with_nan(training: rcpo.trainer.Training) -> list[MicroBatch]:
+        batches = micro_batches(training)
+        if training.state.step + 1 == step and rank() == world_size() - 1:
+            ref_w = batches[-1].ref_w.clone()
+            ref_w[-1] = math.nan
+            batches[-1] = batches[-1]._replace(ref_w=ref_w)
+        return batches
+
+    rcpo.trainer._micro_batches = with_nan
+
+
 def do_job(job: Job) -> None:
     """One rank's part of a job, in a process of its own."""
     os.environ["MASTER_PORT"] = str(job.port)
     device = initialize("cpu")
-    if job.killed_at is not None and rank() == 0:
+    if job.killed_at is not None:
         die_at(*job.killed_at)
     run, config = open_run(job.run)
     train(config, run, read_inputs(config), device, job.resume)

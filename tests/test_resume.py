@@ -26,18 +26,25 @@ from rank_runs import (
     write_inputs,
 )
 
+import rcpo.checkpoint
 import rcpo.launch
 from rcpo.errors import UserError
-from rcpo.run_folder import RunFolder
+from rcpo.inputs import read_inputs
+from rcpo.run_folder import RunFolder, open_run
 
 CASE = Case("dpo", "on", "llama-tied", "adamw")
 EXACT = Case("dpo", "exact", "llama", "adamw")
 FEEDBACK = Case("simpo", "feedback", "llama-tied", "adamw")
+POPULATION = Case("simpo", "exact", "llama", "adamw")
+POPULATION_HEAD = Case("ipo", "on", "neox", "adamw")
 WORDS = {
     # Measured at steps 1, 3 and 5: the run resumes from step 4 between two measurements.
     EXACT: ("calibration.every=2", "calibration.warmup_steps=0"),
     # On batches in steps 1 and 2, on the probe in 3 and 5: the run resumes between those two.
     FEEDBACK: ("calibration.feedback.every=2", "calibration.feedback.low=-1"),
+    # The row after the checkpoint has products with the measurement before it.
+    POPULATION: ("metrics.population=true",),
+    POPULATION_HEAD: ("metrics.population=true",),
 }
 """Further overrides."""
 LAYOUTS = (*(Layout(1, 4, stage) for stage in (0, 1, 2, 3)), Layout(2, 2, 2), Layout(2, 2, 3))
@@ -53,6 +60,12 @@ MOMENTS: list[tuple[Case, Layout, tuple[Moment, int]]] = [
     (EXACT, Layout(2, 2, 3), AFTER_A_CHECKPOINT),
     (FEEDBACK, Layout(1, 4, 1), AFTER_A_CHECKPOINT),
     (FEEDBACK, Layout(2, 2, 2), AFTER_A_CHECKPOINT),
+    *((CASE, layout, ("signal", 4)) for layout in LAYOUTS[1:]),  # stops after step 5, between two checkpoints
+    *((CASE, layout, ("nan", 5)) for layout in LAYOUTS),  # the step is repeated, with its number this time
+    (POPULATION, Layout(1, 4, 1), ("signal", 4)),
+    (POPULATION, Layout(2, 2, 3), ("signal", 4)),
+    (POPULATION_HEAD, Layout(2, 2, 2), ("signal", 4)),
+    (Case("kto", "off", "llama", "adamw"), Layout(1, 4, 1), ("signal", 2)),  # next comes a second pass's pair
 ]
 """Checkpoints are written at steps 2, 4 and 6, evaluations at 0, 4 and 6."""
 
@@ -83,12 +96,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunFolder]:
             path = str(runs[name].path)
             jobs[name] = [Job(path)] if at is None else [Job(path, killed_at=at), Job(path, resume=True)]
     for num_ranks in (1, 2):
-        do_jobs([job for name in jobs if ranks_of[name] == num_ranks for job in jobs[name]], num_ranks, 200)
+        do_jobs([job for name in jobs if ranks_of[name] == num_ranks for job in jobs[name]], num_ranks, 400)
     return runs
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("case", "layout", "moment"), MOMENTS, ids=str)
 def test_killed_and_resumed_equals_never_killed(
     case: Case, layout: Layout, moment: tuple[Moment, int], runs: dict[str, RunFolder]
@@ -103,9 +116,28 @@ def test_killed_and_resumed_equals_never_killed(
     assert all(torch.equal(weight, expected[name]) for name, weight in final_weights(resumed).items())
     for results in whole.pair_results.iterdir():
         assert (resumed.pair_results / results.name).read_bytes() == results.read_bytes()
-    assert sorted(path.name for path in resumed.checkpoints.iterdir() if not path.name.startswith(".")) == [
-        "step-000002", "step-000004", "step-000006",
-    ]  # fmt: skip
+    stopped_at = {"signal": moment[1] + 1, "nan": moment[1] - 1}.get(moment[0], 2)
+    assert [path.name for path in sorted(resumed.checkpoints.iterdir())] == [
+        f"step-{step:06d}" for step in sorted({2, 4, 6, stopped_at})
+    ]
+    if moment[0] == "nan":
+        (lost,) = resumed.read_run()["nonfinite"]
+        batch = read_inputs(open_run(str(resumed.path))[1])
+        last = batch.sampler(open_run(str(resumed.path))[1]).global_batch(moment[1] - 1)[-1]
+        assert (lost["step"], lost["rank"]) == (moment[1], layout.ranks - 1)
+        assert lost["rows"][-1] == batch.train[last].row
+        assert len(lost["rows"]) == layout.pairs_per_device
+
+
+@pytest.mark.slow
+def test_the_row_after_a_resume_has_its_products_with_the_measurement_before(
+    runs: dict[str, RunFolder],
+) -> None:
+    """Every row but the first has population/*, the one after the checkpoint too."""
+    for case, layout, moment in MOMENTS:
+        if "metrics.population=true" in WORDS.get(case, ()):
+            rows = metrics(runs[name_of(case, layout, moment)])
+            assert ["population/cosine" in row for row in rows] == [False, *[True] * 5]
 
 
 @pytest.fixture
@@ -123,32 +155,49 @@ def resume_as_rank(run: RunFolder) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(500)
-def test_damaged_checkpoint_is_refused_and_the_one_before_it_used_when_it_is_removed(
-    damaged: RunFolder, runs: dict[str, RunFolder]
-) -> None:
-    """One byte of the newest checkpoint's optimizer state changed: exit code 2 and one line; removed, as that
-    line says: resumed from step 4, with the rows and weights of the run that was never killed."""
+@pytest.mark.timeout(900)
+def test_the_newest_whole_checkpoint_is_used_and_said(damaged: RunFolder, runs: dict[str, RunFolder]) -> None:
+    """One byte of the newest checkpoint's optimizer state changed, and the one before it without its
+    manifest: both are named, and the run goes on from step 2 to the rows and weights of the run that was
+    never killed."""
     newest = damaged.checkpoints / "step-000006"
     state = next(newest.rglob("*optim_states.pt"))
     content = bytearray(state.read_bytes())
     content[len(content) // 2] ^= 1
     state.write_bytes(content)
-    done = resume_as_rank(damaged)
-    assert done.returncode == 2, done.stderr
-    said = [line for line in done.stderr.splitlines() if line.startswith("rcpo: ")]
-    assert said == [
-        f"rcpo: {newest}: {state.relative_to(newest)} is missing or damaged; remove this checkpoint to use "
-        "the one before it"
-    ]
-    assert "Traceback" not in done.stderr
-    shutil.rmtree(newest)
+    (damaged.checkpoints / "step-000004" / "manifest.json").unlink()
     done = resume_as_rank(damaged)
     assert done.returncode == 0, done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("rcpo: ")]
+    assert said == [
+        f"rcpo: warning: {damaged.checkpoints / 'step-000004'}: has no manifest.json, so it is not used",
+        f"rcpo: warning: {newest}: {state.relative_to(newest)} is missing or damaged; remove this checkpoint "
+        "to use the one before it; looking for the one before it",
+        f"rcpo: warning: {damaged.checkpoints / 'step-000002'}: is the newest whole checkpoint, and the run "
+        "goes on from there",
+    ]
     whole = runs[name_of(CASE, LAYOUTS[1], None)]
     assert repr(metrics(damaged)) == repr(metrics(whole))
     expected = final_weights(whole)
     assert all(torch.equal(weight, expected[name]) for name, weight in final_weights(damaged).items())
+    rcpo.checkpoint.check_manifest(newest)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused(damaged: RunFolder) -> None:
+    """Nothing is thrown away and nothing starts again by itself: exit code 2 and one line."""
+    for state in damaged.checkpoints.rglob("state.json"):
+        cut(state)
+    rows = damaged.metrics.read_bytes()
+    done = resume_as_rank(damaged)
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last == (
+        f"rcpo: {damaged.checkpoints}: none of its 3 checkpoints is whole; remove them to start again from "
+        "the first step"
+    )
+    assert damaged.metrics.read_bytes() == rows
 
 
 def cut(path: Path) -> None:

@@ -1,27 +1,79 @@
-"""`rcpo resume RUN`: continue a run from its newest complete checkpoint."""
+"""`rcpo resume RUN|SWEEP`: continue a run from its newest checkpoint, or a sweep's unfinished cells."""
+
+import os
+from pathlib import Path
 
 from rcpo.errors import UserError
+from rcpo.flags import Flags, positive_int
+from rcpo.sweep.locks import HeldError, hold, run_lock
 
-HELP = """usage: rcpo resume RUN
+HELP = """usage: rcpo resume RUN [--allow-change KEY[=VALUE]] ...
+       rcpo resume SWEEP [--parallel N]
 
-Continue the run in the folder RUN from its newest complete checkpoint, with the config frozen in
+Continue the run in the folder RUN from its newest whole checkpoint, with the config frozen in
 RUN/config.yaml. A run without a checkpoint starts again from its first step. A run that is done is left as it
-is."""
+is.
+
+A config that has changed since is refused. --allow-change names a key that may: train.steps, train.epochs,
+train.save_every, train.keep_last, train.eval_every, train.log_every, train.on_save_error, train.on_nonfinite,
+train.max_nonfinite_steps and tracking.* leave every step as it is; launch.*, deepspeed.stage,
+train.pairs_per_device, train.device and model.gradient_checkpointing spread the same work otherwise, which
+changes rounding. Longer: rcpo resume RUN --allow-change train.steps=300
+
+Of a sweep: the same for every cell that is neither done nor running, N at a time on this machine (default:
+1); a sweep that SLURM ran is submitted again."""
 
 
 def run(words: list[str]) -> int:
-    """Resume; returns the exit code. Raises UserError when RUN is no run or cannot be continued."""
+    """Resume; returns the exit code. Raises UserError when the folder is no run or cannot be continued."""
     if words[:1] in (["-h"], ["--help"]):
         print(HELP)
         return 0
-    if len(words) != 1:
-        raise UserError(f"resume takes one run folder, not {len(words)} words; type rcpo resume RUN")
+    if words and Path(words[0], "manifest.jsonl").is_file():
+        return _resume_sweep(words)
+    flags = Flags("resume")
+    flags.add_argument("run")
+    flags.add_argument("--allow-change", action="append", default=[], metavar="KEY[=VALUE]")
+    options = flags.parse_args(words)
+    path, allowed = options.run, options.allow_change
+    if not _is_first_rank() or not Path(path, "config.yaml").is_file():
+        return _resume_run(path, allowed)
+    try:
+        with hold(run_lock(Path(path))):
+            return _resume_run(path, allowed)
+    except HeldError as error:
+        raise UserError(f"{path}: is being trained by {error}; wait for it, or stop it first") from None
+
+
+def _is_first_rank() -> bool:
+    """Whether this is the one process, or rank 0 of those that torchrun or srun started."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def _resume_run(path: str, allowed: list[str]) -> int:
     from rcpo.run_folder import open_run
 
-    folder, _ = open_run(words[0])
-    if folder.read_run().get("status") == "done":
+    folder, _ = open_run(path)
+    if folder.read_run().get("status") == "done" and not allowed:
         print(f"{folder.path} is done; its model is {folder.final}")
         return 0
     from rcpo.launch import resume
 
-    return resume(words[0])
+    return resume(path, allowed)
+
+
+def _resume_sweep(words: list[str]) -> int:
+    flags = Flags("resume")
+    flags.add_argument("sweep")
+    flags.add_argument("--parallel", type=positive_int, default=1)
+    options = flags.parse_args(words)
+    from rcpo.sweep.folder import SweepFolder
+    from rcpo.sweep.local import run_unfinished, sweep_held
+
+    sweep = SweepFolder(options.sweep)
+    with sweep_held(sweep):
+        if sweep.slurm.is_file():
+            from rcpo.sweep import slurm
+
+            return slurm.resubmit(sweep)
+        return run_unfinished(sweep, options.parallel)
