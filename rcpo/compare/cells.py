@@ -126,14 +126,11 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
         _make_cell(members, own, settings) for members, own in zip(grouped.values(), settings, strict=True)
     ]
     objectives = list(dict.fromkeys(cell.objective for cell in cells))
-    calibrations = [*OF_CALIBRATION]
     cells.sort(
         key=lambda cell: (
             objectives.index(cell.objective),
             cell.row_label,
-            calibrations.index(cell.calibration.split()[0])
-            if cell.calibration.split()[0] in calibrations
-            else len(calibrations),
+            _place(cell.settings.get("calibration.name")),
             cell.calibration,
         )
     )
@@ -141,6 +138,12 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
     _mark_other_data(cells)
     common = {key: value for key, value in settings[0].items() if key not in differing}
     return Comparison(cells, differing, common, num_comparisons, unreadable)
+
+
+def _place(calibration: object) -> int:
+    """`off` first, then as the design lists them, others last."""
+    known = list(OF_CALIBRATION)
+    return known.index(str(calibration)) if calibration in known else len(known)
 
 
 def distinguishing(run: Run) -> Settings:

@@ -4,21 +4,25 @@ Two cells are trained with the same seeds and measured on the same pairs, so eve
 (seed s, pair i) is one of two runs that share seed and pair. Another draw of held-out pairs and another draw
 of seeds would both have given another mean: its squared standard error is the sum of the two,
 
-    SE^2 = var_i(mean_s delta) / n  +  var_s(mean_i delta) / S
+    SE^2 = SE_pairs^2 + SE_seeds^2 = var_i(mean_s delta) / n  +  var_s(mean_i delta) / S
 
-and mean / SE is compared with Student's t at Satterthwaite's degrees of freedom. This is min F' of Clark
-1973 (The language-as-fixed-effect fallacy), for crossed random effects, and errs on the careful side: both
-terms hold the noise of single runs on single pairs. Pooling all S n differences as independent would claim
-far too much. With one seed the second term is unknown, and the result speaks of that one pair of runs only.
+and mean / SE is compared with the mean of Student's t at n - 1 and at S - 1 degrees of freedom, weighted by
+the two squares (Cochran and Cox, Experimental Designs, 1957: the test for two variances that are not equal).
+So few seeds that differ much need a large difference, and few seeds that agree do not. Where nothing differs
+it finds a difference in at most 5 % of experiments with 3 seeds or more, in 6 % with 2 (simulated;
+Satterthwaite's degrees of freedom, as in Clark's min F', do so in up to 13 %, and taking all S n differences
+as independent in most). With one seed the second term is unknown, and the result speaks of that one pair of
+runs only.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-NODES, WEIGHTS = np.polynomial.legendre.leggauss(200)
+ANGLES = np.linspace(0, math.pi / 2, 20_001)
 
 
 @dataclass(frozen=True)
@@ -51,11 +55,24 @@ def paired_difference(delta: np.ndarray) -> Difference:
         low = high = mean
         p = 1.0 if mean == 0 else 0.0
     else:
-        freedom = variance**2 / sum(part**2 / each for part, each in parts)
-        reach = student_quantile(0.975, freedom) * math.sqrt(variance)
+
+        def quantile(p: float) -> float:
+            """Of |mean| / SE where nothing differs."""
+            return sum(part * student_quantile(p, freedom) for part, freedom in parts) / variance
+
+        reach = quantile(0.05) * math.sqrt(variance)
         low, high = mean - reach, mean + reach
-        p = student_p(mean / math.sqrt(variance), freedom)
+        p = _solve(quantile, abs(mean) / math.sqrt(variance))
     return Difference(mean, low, high, p, se_pairs, se_seeds, num_seeds, num_pairs)
+
+
+def _solve(quantile: Callable[[float], float], t: float) -> float:
+    """The p whose quantile is t, by bisection; p below 1e-9 are 1e-9."""
+    low, high = math.log(1e-9), 0.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if quantile(math.exp(middle)) > t else (low, middle)
+    return math.exp(high) if t > 0 else 1.0
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -67,31 +84,23 @@ def _standard_error(values: np.ndarray) -> float:
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 
-def student_p(t: float, freedom: float) -> float:
-    """P(|T| > |t|) of Student's t with `freedom` >= 1 degrees of freedom.
+@functools.lru_cache(maxsize=64)
+def _tails(freedom: int) -> np.ndarray:
+    """P(|T| > sqrt(freedom) tan(angle)) at `ANGLES`.
 
-    With T = sqrt(freedom) tan(angle) the density is proportional to cos(angle)^(freedom - 1) on (-pi/2,
-    pi/2): smooth and bounded, so Gauss-Legendre on the tail is exact to about 1e-9.
+    With T = sqrt(freedom) tan(angle) the density is proportional to cos(angle)^(freedom - 1): smooth and
+    bounded, so sums of trapezoids are exact to about 1e-9.
     """
-    whole = _tail(0.0, freedom)
-    return min(1.0, _tail(math.atan(abs(t) / math.sqrt(freedom)), freedom) / whole)
+    density = np.cos(ANGLES) ** (freedom - 1)
+    areas = (density[1:] + density[:-1]) / 2
+    tails = np.append(np.cumsum(areas[::-1])[::-1], 0.0)
+    return tails / tails[0]
 
 
-def _tail(start: float, freedom: float) -> float:
-    end = min(math.pi / 2, start + 40 / math.sqrt(freedom))
-    angles = start + (end - start) * (NODES + 1) / 2
-    return float((WEIGHTS * np.cos(angles) ** (freedom - 1)).sum() * (end - start) / 2)
-
-
-def student_quantile(probability: float, freedom: float) -> float:
-    """t with P(T <= t) = `probability` > 0.5, by bisection."""
-    low, high = 0.0, 1.0
-    while student_p(high, freedom) > 2 * (1 - probability):
-        high *= 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if student_p(middle, freedom) > 2 * (1 - probability) else (low, middle)
-    return (low + high) / 2
+def student_quantile(p: float, freedom: int) -> float:
+    """t with P(|T| > t) = p for Student's t with `freedom` >= 1 degrees of freedom."""
+    angle = np.interp(p, _tails(freedom)[::-1], ANGLES[::-1])
+    return math.sqrt(freedom) * math.tan(float(angle))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -77,9 +77,9 @@ NOTES = (
     "of all evaluations; fell: share of chosen responses that became less likely; in band: of the "
     "steps that measured it and that off measured too, by each cell's own estimator.",
     "{pm}: standard error over the n seeds.",
-    "vs off: mean difference of chosen to calibration=off, paired by seed and by held-out pair, with its 95 "
-    "% interval; p from a t test that takes pairs and seeds as random (min F'), Holm-adjusted for {num} "
-    "cells. Bracketed p: one seed only, so the noise between seeds is not in it.",
+    "vs off: mean difference of chosen to calibration=off, paired by seed and by held-out pair, with its "
+    "95 % interval; p from a t test that takes both pairs and seeds as random (Cochran and Cox), Holm-"
+    "adjusted for {num} cells. Bracketed p: one seed only, so the noise between seeds is not in it.",
 )
 
 
