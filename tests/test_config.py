@@ -39,7 +39,11 @@ for words in json.load(sys.stdin):
 NEEDED = {"data/file": ["data.path=p"], "model/hf": ["model.path=p"], "optim/sgd": ["optim.lr=0.1"],
           "calibration/fixed": ["calibration.alpha=1.2"]}  # fmt: skip
 """What an option leaves unset on purpose."""
-SHIPPED = sorted(str(path.relative_to(conf_dir()).with_suffix("")) for path in conf_dir().glob("*/*.yaml"))
+SHIPPED = sorted(
+    str(path.relative_to(conf_dir()).with_suffix(""))
+    for path in conf_dir().glob("*/*.yaml")
+    if path.parent.name != "cluster"  # profiles of SLURM: `tests/test_slurm_script.py`
+)
 OPTIONS = {name: [name.replace("/", "="), *NEEDED.get(name, [])] for name in SHIPPED}
 
 VALID = {
@@ -59,6 +63,7 @@ WRONG = {
     "calibration=maybe": "calibration=maybe: no such option; choose one of "
     + ", ".join(sorted(path.stem for path in (conf_dir() / "calibration").glob("*.yaml"))),
     "train.stepz=3": "train.stepz: no such key; did you mean train.steps? `rcpo train --help` lists them",
+    "cluster=cpu": "cluster: is a SLURM profile, for sweeps; type rcpo sweep FILE --slurm PROFILE",
     "nogroup=3": "nogroup: no such key; `rcpo train --help` lists them",
     "objective.betta=1": "objective.betta: objective=dpo has no such key; did you mean objective.beta? "
     "`rcpo train --help` lists them",

@@ -58,7 +58,11 @@ NEEDED = {
     "calibration/fixed": ["calibration.alpha=1.2"],
 }
 """What an option leaves to the user."""
-SHIPPED = sorted(str(path.relative_to(conf_dir()).with_suffix("")) for path in conf_dir().glob("*/*.yaml"))
+SHIPPED = sorted(
+    str(path.relative_to(conf_dir()).with_suffix(""))
+    for path in conf_dir().glob("*/*.yaml")
+    if path.parent.name != "cluster"  # profiles of SLURM: `tests/test_slurm_script.py`
+)
 
 
 def words_for(name: str) -> list[str]:

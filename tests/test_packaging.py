@@ -18,11 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = "rcpo/builtin/tiny/model.safetensors"
 WANTED = (
     "conf/config.yaml", "conf/objective/simpo.yaml", "conf/calibration/on.yaml", "rcpo/cli.py", WEIGHTS,
+    "conf/cluster/example.yaml", "slurm/array.sbatch",
     "rcpo/builtin/tiny/config.json", "rcpo/builtin/tiny/tokenizer.json",
     "rcpo/builtin/tiny/tokenizer_config.json",
 )  # fmt: skip
 """Paths in the source tree."""
-SUFFIXES = {".py", ".yaml", ".json", ".safetensors", ".typed"}
+SUFFIXES = {".py", ".yaml", ".json", ".safetensors", ".typed", ".sbatch"}
 """All that a wheel holds of rcpo, beside its own dist-info."""
 
 pytestmark = [
@@ -68,7 +69,7 @@ def test_the_wheel_holds_the_package_conf_and_model_and_nothing_else(built: Path
     (wheel,) = built.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     for path in WANTED:
-        assert (f"rcpo/{path}" if path.startswith("conf/") else path) in names
+        assert (f"rcpo/{path}" if path.startswith(("conf/", "slurm/")) else path) in names
     own = [name for name in names if not name.startswith("rcpo-")]
     assert all(name.startswith("rcpo/") for name in own)
     assert {Path(name).suffix for name in own} <= SUFFIXES

@@ -165,7 +165,8 @@ def _plain(cfg: DictConfig) -> dict[str, Any]:
     """A plain dict with interpolations resolved and every value set."""
     tree = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     assert isinstance(tree, dict)
-    tree.pop("cluster", None)
+    if tree.pop("cluster", None):
+        raise UserError("cluster: is a SLURM profile, for sweeps; type rcpo sweep FILE --slurm PROFILE")
     if lost := tree.pop("experiment", None):
         raise UserError(
             f"experiment: its file sets experiment.{next(iter(lost))}, which is no key of rcpo; "
