@@ -37,10 +37,9 @@ def adapter_folder(path: str) -> Path:
             raise UserError(f"model.lora.adapter={path}: cannot be loaded: {first[:300]}") from error
     missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
     if missing:
-        pickled = (
-            "; it has pickled weights only, convert them to safetensors" if any(folder.glob("*.bin")) else ""
-        )
-        raise UserError(f"model.lora.adapter={path}: has no {missing[0]}{pickled}")
+        is_pickled = any(folder.glob("*.bin"))
+        advice = "convert its pickled weights to safetensors" if is_pickled else "give an adapter's folder"
+        raise UserError(f"model.lora.adapter={path}: has no {missing[0]}; {advice}")
     return folder
 
 
@@ -49,7 +48,7 @@ def read_adapter_config(path: str) -> dict[str, Any]:
     try:
         content = json.loads((adapter_folder(path) / CONFIG_FILE).read_text(encoding="utf-8"))
     except ValueError:
-        raise UserError(f"model.lora.adapter={path}: {CONFIG_FILE} is not JSON") from None
+        raise UserError(f"model.lora.adapter={path}: {CONFIG_FILE} is not JSON; copy it again") from None
     for key, value in PLAIN.items():
         if (content.get(key, value) or None) != (value or None):
             raise UserError(

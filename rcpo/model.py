@@ -78,13 +78,14 @@ def _output_projection(model: PreTrainedModel) -> nn.Linear:
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise UserError(
-            f"model.path: {name} has {type(head).__name__} as its output head; rcpo needs a linear one"
+            f"model.path: {name} has {type(head).__name__} as its output head; give a model with a linear one"
         )
     for key, neutral in SCALED_LOGITS.items():
         value = getattr(model.config, key, neutral)
         if value is not None and value != neutral:
             raise UserError(
-                f"model.path: {name} transforms its logits ({key}={value}), which rcpo does not do yet"
+                f"model.path: {name} transforms its logits ({key}={value}), which rcpo does not do; "
+                "give another model"
             )
     return head
 
@@ -122,7 +123,7 @@ def _check_config_file(folder: Path, path: str) -> None:
     """Raise UserError where config.json is missing or no JSON object."""
     file = folder / "config.json"
     if not file.is_file():
-        raise UserError(f"model.path={path}: has no config.json, so it is not a Hugging Face model folder")
+        raise UserError(f"model.path={path}: has no config.json, so it is no model folder; give another")
     try:
         is_object = isinstance(json.loads(file.read_bytes()), dict)
     except (ValueError, RecursionError):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rcpo.config.schema import Config
 from rcpo.errors import UserError
-from rcpo.sweep.locks import HeldError, hold, run_lock
+from rcpo.sweep.locks import HeldError, hold, is_held, read_holder, run_lock
 
 INSTEAD = "type another name=... or run_dir=..."
 
@@ -41,8 +41,8 @@ def refuse_irreplaceable(config: Config) -> None:
     for key, value in reads.items():
         if value is not None and Path(value).resolve().is_relative_to(path.resolve()):
             raise UserError(f"run_dir={path}: --overwrite would remove {key}={value}; {INSTEAD}")
-    with training(path):
-        pass
+    if is_held(run_lock(path)):
+        raise _is_trained(path, HeldError(read_holder(run_lock(path))))
 
 
 @contextlib.contextmanager
@@ -77,6 +77,8 @@ def training(path: Path) -> Iterator[None]:
         with hold(lock):
             yield
     except HeldError as error:
-        raise UserError(
-            f"run_dir={path}: is being trained by {error}; stop that one first, or {INSTEAD}"
-        ) from None
+        raise _is_trained(path, error) from None
+
+
+def _is_trained(path: Path, error: HeldError) -> UserError:
+    return UserError(f"run_dir={path}: is being trained by {error}; stop that one first, or {INSTEAD}")

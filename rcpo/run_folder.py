@@ -189,9 +189,11 @@ def open_run(path: str) -> tuple[RunFolder, Config]:
     try:
         tree = yaml.safe_load(folder.config.read_text())
     except yaml.YAMLError as error:
-        raise UserError(f"{folder.config}: is not YAML ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(
+            f"{folder.config}: is not YAML ({' '.join(str(error).split())[:200]}); mend it"
+        ) from None
     if not isinstance(tree, dict):
-        raise UserError(f"{folder.config}: is not a config")
+        raise UserError(f"{folder.config}: is not a config; give another run")
     return RunFolder(folder.path.absolute()), validate(tree)
 
 

@@ -28,9 +28,12 @@ _rcpo() {
     fi
     case "${words[1]}" in
         completion) COMPREPLY=($(compgen -W "bash" -- "$word")) ;;
-        train)
+        resume|status|cancel|sync)
+            COMPREPLY=($(compgen -d -- "$word")) ;;
+        train|sweep)
             if [[ "$word" == -* ]]; then
-                COMPREPLY=($(compgen -W "@FLAGS@" -- "$word"))
+                [[ "${words[1]}" == sweep ]] && choices="@SWEEP_FLAGS@" || choices="@FLAGS@"
+                COMPREPLY=($(compgen -W "$choices" -- "$word"))
                 return
             fi
             [[ "${words[-2]}" == --config-dir ]] && { COMPREPLY=($(compgen -d -- "$word")); return; }
@@ -43,6 +46,7 @@ _rcpo() {
             query+=" $word"
             choices=$(COMP_LINE="$query" COMP_POINT=${#query} \
                 "${words[0]}" train "${flags[@]}" -sc query=bash 2>/dev/null | tr ' ' '\n' | grep -v '^hydra')
+            [[ "${words[1]}" == sweep && "$word" != *=* ]] && choices+=" $(compgen -f -- "$word")"
             COMPREPLY=($(compgen -W "$choices" -- "$word"))
             if (( ${#COMPREPLY[@]} == 0 )) && [[ "$word" == *=* ]]; then  # a key whose value may be a file
                 COMPREPLY=($(compgen -P "${word%%=*}=" -f -- "${word#*=}"))
@@ -53,7 +57,10 @@ _rcpo() {
 COMP_WORDBREAKS=${COMP_WORDBREAKS//=}
 complete -o nospace -o default -F _rcpo rcpo
 """
-FLAGS = "--help --cfg --package --config-dir"
+SWEEP_FLAGS = (
+    "--help --dry-run --pairs-per-second --out --parallel --slurm --max-parallel --print --wandb-sweep"
+)
+FLAGS = "--help --cfg --package --config-dir --overwrite"
 
 
 def run(words: list[str]) -> int:
@@ -64,5 +71,6 @@ def run(words: list[str]) -> int:
     if words != ["bash"]:
         said = f"{' '.join(words)}: no completion for that shell" if words else "completion takes a shell"
         raise UserError(f"{said}; type rcpo completion bash")
-    print(BASH.replace("@COMMANDS@", " ".join(COMMANDS)).replace("@FLAGS@", FLAGS))
+    code = BASH.replace("@COMMANDS@", " ".join(COMMANDS))
+    print(code.replace("@FLAGS@", FLAGS).replace("@SWEEP_FLAGS@", SWEEP_FLAGS))
     return 0

@@ -2,20 +2,28 @@
 
 from typing import TYPE_CHECKING
 
+import rcpo
 from rcpo.config.compose import compose, only_prints
 
 if TYPE_CHECKING:
     from rcpo.config.schema import Config
 
+OVERWRITE = "--overwrite"
+"""The one flag of rcpo's own; Hydra does not see it."""
+
 
 def run(words: list[str]) -> int:
     """Train as configured; returns the exit code. Raises UserError for bad input, before anything is
     written."""
-    if only_prints(words) and compose(words) is None:
+    if "--version" in words:
+        print(f"rcpo {rcpo.__version__}")
+        return 0
+    composed = [word for word in words if word != OVERWRITE]
+    if only_prints(composed) and compose(composed) is None:
         return 0
     from rcpo.launch import start
 
-    return start(lambda: prepare(words))
+    return start(lambda: prepare(composed), overwrite=OVERWRITE in words)
 
 
 def prepare(words: list[str]) -> "Config | None":

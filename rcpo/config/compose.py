@@ -193,7 +193,7 @@ def _explain(error: Exception, argv: list[str]) -> str:
         hint = f"did you mean {match[1]}={close[0]}? The options are" if close else "choose one of"
         return f"{match[1]}={match[2]}: no such option; {hint} {', '.join(options)}"
     if match := re.match(r"Additional config directory '([^']+)' not found", lines[0]):
-        return f"--config-dir {match[1]}: no such folder"
+        return f"--config-dir {match[1]}: no such folder; give one that is there"
     if match := re.match(r"Could not override '([^']+)'", lines[0]):
         return _explain_unknown_key(match[1], argv)
     if match := re.match(r"Ambiguous value for argument '([^']+)'", lines[0]):

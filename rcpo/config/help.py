@@ -35,6 +35,7 @@ FLAGS = """flags:
   --help                         this text for the options that the other words choose: objective=simpo --help
   --cfg job                      print the composed config as YAML and stop; nothing is trained or written
   --cfg job --package objective  the same, one group of it
+  --overwrite                    replace the old run of that name or run_dir, once the new one is checked
   --config-dir DIR               add a folder of your own options: DIR/objective/mine.yaml is objective=mine
 
 files of your own, for --config-dir:

@@ -83,7 +83,7 @@ def data_label(config: Config) -> str:
 def default_name(config: Config) -> str:
     """OBJECTIVE-CALIBRATION-MODEL-DATE-TIME, safe as a file name."""
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    label = re.sub(r"[^A-Za-z0-9._-]+", "_", model_label(config))
+    label = re.sub(r"[^A-Za-z0-9._-]+", "_", model_label(config))[:48]
     return f"{config.objective['name']}-{config.calibration.name}-{label}-{stamp}"
 
 
