@@ -43,7 +43,7 @@ def make_run(
     **run_json: Any,
 ) -> Path:
     """A run of `steps` steps, evaluated at the start, in the middle and at the end, where the log-probs of
-    the pairs have changed by `change` (chosen, rejected); half of it in the middle."""
+    the pairs have changed by `change` (chosen, rejected); in proportion to the step."""
     run = RunFolder(path)
     tree = copy.deepcopy(default_tree())
     tree["objective"] = {"name": objective, **({"beta": 0.1} if objective == "dpo" else {})}
@@ -61,8 +61,8 @@ def make_run(
     rows = [step_row(step, band, alpha=1.0 if calibration == "off" else 1.2) for step in range(1, steps + 1)]
     run.metrics.write_text("".join(encode_row(row) + "\n" for row in rows))
     evaluations = []
-    for share, step in ((0, 0), (0.5, steps // 2), (1, steps)):
-        z_w, z_l = start + share * torch.tensor(change)
+    for step in sorted({0, steps // 2, steps}):
+        z_w, z_l = start + step / steps * torch.tensor(change)
         evaluations.append({"step": step} | displacement_row(z_w, z_l, *start))
         if with_pairs:
             run.save_pair_results(step, SideLogProbs(z_w, z_l))
