@@ -26,6 +26,8 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "sc
 MARK = "RCPO_TEST_NODE"
 """Environment variable of a slurmd and of what it starts itself: which node of which cluster it plays."""
 SECONDS_TO_START = 30
+CPUS = 8
+"""That a node claims to have."""
 
 SLURM_CONF = """\
 ClusterName=rcpo
@@ -62,7 +64,7 @@ ReturnToService=2
 # A node that does not answer for this long is down, and its jobs go back into the queue.
 SlurmdTimeout=5
 InactiveLimit=0
-KillWait=10
+KillWait=30
 MinJobAge=3600
 SlurmdParameters=config_overrides
 PropagateResourceLimits=NONE
@@ -118,7 +120,7 @@ class Cluster:
     """One cluster; `folder` is its own."""
 
     def __init__(self, folder: Path, num_nodes: int = 2, spare: int = 0, max_array_size: int = 1001) -> None:
-        """`spare` more nodes have the feature of that name; every node claims four CPUs."""
+        """`spare` more nodes have the feature of that name; every node claims `CPUS` CPUs."""
         self.folder, self.nodes = folder, [f"n{number}" for number in range(num_nodes + spare)]
         self.conf = folder / "slurm.conf"
         self._num_spare, self.max_array_size = spare, max_array_size
@@ -167,7 +169,7 @@ class Cluster:
     def _node_line(self, idx: int, port: int) -> str:
         features = " Features=spare" if idx >= len(self.nodes) - self._num_spare else ""
         place = f"NodeName=n{idx} NodeHostname={short_host()} NodeAddr=127.0.0.1 Port={port}"
-        return f"{place} CPUs=4 RealMemory=4000{features}"
+        return f"{place} CPUs={CPUS} RealMemory=8000{features}"
 
     def _daemon(self, *words: object, mark: str = "") -> None:
         """Start a program that puts itself into the background."""

@@ -2,7 +2,7 @@
 
     SWEEP/sweep.yaml      what the sweep was made from      SWEEP/manifest.jsonl   one frozen cell a line
     SWEEP/cells/NAME/     the cells' run folders            SWEEP/.lock            held by what runs them here
-    SWEEP/submit.sbatch  SWEEP/slurm.json  SWEEP/logs/      of SLURM
+    SWEEP/submit.sbatch  array.txt  slurm.json  logs/       of SLURM
 
 `rcpo.sweep.freeze` writes it once; everything else reads. A cell is started and continued by
 `rcpo resume SWEEP/cells/NAME`.

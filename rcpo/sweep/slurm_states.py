@@ -17,7 +17,10 @@ TAIL_BYTES = 1 << 17
 LONGEST_REASON = 300
 EVENT = re.compile(r"== \S+ \S+ \S+ (starts|ends): (.*)")
 OUT_OF_MEMORY = re.compile(r"oom[-_ ]?kill|out of memory|OutOfMemory", re.IGNORECASE)
-PYTHON_ERROR = re.compile(r"(?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception)(?::|$)")
+PYTHON_ERROR = re.compile(r"(?:\[rank\d+\]: )?(?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception)(?::|$)")
+CONSEQUENCE = re.compile(r"reset by peer|closed by peer|Broken pipe|remote process", re.IGNORECASE)
+"""What a rank fails of when another one is gone."""
+KILLED = re.compile(r"srun: error: \S+: tasks? [\d,-]+: (?!Terminated|Exited)")
 NOISE = re.compile(r"== |srun: |slurmstepd|Terminated$|\s*$")
 FAILED = "failed"
 """How the script's word begins when the cell ended by itself."""
@@ -31,15 +34,28 @@ class Attempt:
     ending: str | None
     """What the script said at its end; None when it was ended before it could."""
 
+    def first_error(self) -> str | None:
+        """The line that says what went wrong first: the other ranks fail of that."""
+        errors = [line for line in self.lines if PYTHON_ERROR.match(line)]
+        for lines in (
+            [line for line in self.lines if OUT_OF_MEMORY.search(line)],
+            [line for line in errors if not CONSEQUENCE.search(line)],
+            [line for line in self.lines if KILLED.match(line)],
+            errors,
+        ):
+            if lines:
+                return _shortened(lines[0])
+        return None
+
     def last_words(self) -> str | None:
-        """The line that most likely says why it ended: the first error, since the other ranks fail of it."""
-        for pattern in (OUT_OF_MEMORY, PYTHON_ERROR):
-            found = next((line for line in self.lines if pattern.search(line[:LONGEST_REASON])), None)
-            if found is not None:
-                return found.strip()[:LONGEST_REASON]
-        found = next((line for line in reversed(self.lines) if not NOISE.match(line)), None)
-        found = found or next((line for line in reversed(self.lines) if line.strip()), None)
-        return None if found is None else found.strip()[:LONGEST_REASON]
+        """The first error, or else the last line that is not SLURM's, or else the last line."""
+        spoken = [line for line in self.lines if line.strip()]
+        own = [line for line in spoken if not NOISE.match(line)]
+        return self.first_error() or next((_shortened(lines[-1]) for lines in (own, spoken) if lines), None)
+
+
+def _shortened(line: str) -> str:
+    return line.strip()[:LONGEST_REASON]
 
 
 def log_of(sweep: SweepFolder, name: str) -> Path:
@@ -79,7 +95,7 @@ def with_job(sweep: SweepFolder, status: CellStatus, job: Job | None) -> CellSta
         return _with_reason(status, None if job is None else job.state)  # another tool had the last word
     attempt = last_attempt(log)
     if status.state is State.FAILED:
-        first = attempt.last_words() if run.read_run().get("world_size", 1) > 1 else None
+        first = attempt.first_error() if run.read_run().get("world_size", 1) > 1 else None
         return _with_reason(status, first or status.reason)
     if (attempt.ending or "").startswith(FAILED) or (job is not None and job.state == "OUT_OF_MEMORY"):
         return dataclasses.replace(
