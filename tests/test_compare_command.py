@@ -206,3 +206,25 @@ def test_help_and_the_table_need_no_torch(grid: Path) -> None:
         "--png",
     ):
         assert option in done.stdout
+
+
+def test_a_real_run_is_read(tmp_path: Path) -> None:
+    """What `rcpo train` writes is what `rcpo compare` reads: the numbers of eval.jsonl and metrics.jsonl, and
+    the text of the same pairs."""
+    rcpo = [sys.executable, "-m", "rcpo.cli"]
+    words = ["train.steps=2", "data.train_pairs=64", "data.eval_pairs=8", "tracking=none", "run_dir=runs/one"]
+    for command in (
+        ["train", "objective=dpo", "calibration=on", *words],
+        ["compare", "runs", "--csv", "--html", "report.html"],
+    ):
+        done = subprocess.run([*rcpo, *command], cwd=tmp_path, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stderr
+    (row,) = records(done.stdout).values()
+    last = json.loads((tmp_path / "runs/one/eval.jsonl").read_text().splitlines()[-1])
+    assert float(row["chosen"]) == pytest.approx(last["displacement/chosen"])
+    assert float(row["fell"]) == pytest.approx(last["displacement/chosen_down"])
+    assert (row["n"], row["left_out"], row["note"]) == ("1", "0", "")
+    assert float(row["memory_gb"]) > 0
+    assert float(row["pairs_per_second"]) > 0
+    assert row["in_band"]
+    assert "Without their text" not in (tmp_path / "report.html").read_text()
