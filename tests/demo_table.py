@@ -1,47 +1,32 @@
-"""Train a grid of runs on this machine and print one Markdown table of them: `python demo_table.py GRID OUT`.
+"""Print one Markdown table of a finished sweep, seeds merged: `python tests/demo_table.py SWEEP`.
 
-GRID is a file like sweeps/demo.yaml; OUT/OBJECTIVE-CALIBRATION-SEED are the run folders, and what is done
-there already is not done again. A script, not a test. Imports everything once and forks a process for each
-cell, two at a time.
+SWEEP is a folder that `rcpo sweep` made, of sweeps/demo.yaml say. A script, not a test.
 """
 
-import contextlib
 import functools
 import itertools
-import os
-import shutil
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import yaml
-
-import rcpo.trainer  # noqa: F401  (what the forked processes use)
-from rcpo.config.compose import compose
-from rcpo.config.resolve import resolve
-from rcpo.config.schema import Config, validate
-from rcpo.run_folder import RunFolder, config_tree, open_run
-from rcpo.worker import run_worker
-
-NUM_AT_ONCE = 2
+from rcpo.config.schema import Config
+from rcpo.run_folder import RunFolder, open_run
+from rcpo.sweep.folder import SweepFolder
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One run of the grid."""
+class Trained:
+    """One cell and its run."""
 
-    values: dict[str, Any]
-    words: list[str]
+    axes: dict[str, Any]
     run: RunFolder
 
     @property
     def group(self) -> tuple[str, ...]:
         """What the seeds of a row of the table have in common."""
-        return tuple(str(value) for key, value in self.values.items() if key != "seed")
+        return tuple(str(value) for key, value in self.axes.items() if key != "seed")
 
     @functools.cached_property
     def config(self) -> Config:
@@ -51,59 +36,6 @@ class Cell:
     @property
     def status(self) -> str:
         return str(self.run.read_run().get("status", "absent"))
-
-
-def read_grid(path: Path, out: Path) -> list[Cell]:
-    """The cells of a grid file, the last key varying fastest."""
-    grid = yaml.safe_load(path.read_text())
-    cells = []
-    for values in itertools.product(*grid["grid"].values()):
-        named = dict(zip(grid["grid"], values, strict=True))
-        words = [*grid["overrides"], *(f"{key}={value}" for key, value in named.items())]
-        cells.append(Cell(named, words, RunFolder(out / "-".join(map(str, values)))))
-    return cells
-
-
-def make_config(cell: Cell) -> Config:
-    tree = compose([*cell.words, f"run_dir={cell.run.path}", f"name={cell.run.path.name}"])
-    assert tree is not None
-    return resolve(validate(tree), None)
-
-
-def train_in_child(cell: Cell) -> int:
-    """Start a process that trains the cell, its output in logs/console.log; returns its id."""
-    config = make_config(cell)
-    shutil.rmtree(cell.run.path, ignore_errors=True)
-    cell.run.create(config, config_tree(config))
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        with (cell.run.logs / "console.log").open("w") as log:
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
-            code = run_worker(cell.run, config, resume=False)
-    finally:
-        os._exit(code)
-
-
-def train_cells(cells: list[Cell]) -> None:
-    """Train those that have not ended yet. One that fails keeps its folder, with the reason in run.json."""
-    waiting = [cell for cell in cells if cell.status not in ("done", "failed")]
-    total, running = len(waiting), {}
-    started = time.monotonic()
-    while waiting or running:
-        while waiting and len(running) < NUM_AT_ONCE:
-            cell = waiting.pop(0)
-            running[train_in_child(cell)] = cell
-        child, _ = os.waitpid(-1, 0)
-        cell = running.pop(child)
-        num_done = total - len(waiting) - len(running)
-        print(
-            f"{num_done}/{total} {cell.run.path.name}: {cell.status}, {time.monotonic() - started:.0f} s",
-            file=sys.stderr,
-        )
 
 
 @dataclass(frozen=True)
@@ -122,7 +54,9 @@ def of_summary(key: str) -> Callable[[dict[str, Any], list[dict[str, Any]], int]
 def in_band_share(summary: dict[str, Any], rows: list[dict[str, Any]], every: int) -> float | None:
     """Of the steps that every cell measures: some calibrations measure more than those."""
     inside = [
-        row["band/inside"] for row in rows if "band/inside" in row and (int(row["step"]) - 1) % every == 0
+        row["band/inside"]
+        for row in rows
+        if "band/inside" in row and (int(row["step"]) - 1) % max(1, every) == 0
     ]
     return statistics.fmean(inside) if inside else None
 
@@ -145,10 +79,10 @@ COLUMNS = (
 )
 
 
-def table_lines(cells: list[Cell]) -> Iterator[str]:
+def table_lines(cells: list[Trained]) -> Iterator[str]:
     """Markdown: mean and, behind +-, standard deviation over the seeds; failed runs are named, not
     averaged."""
-    keys = [key for key in cells[0].values if key != "seed"]
+    keys = [key for key in cells[0].axes if key != "seed"]
     heads = [*keys, *(column.head for column in COLUMNS), "band of"]
     yield f"| {' | '.join(heads)} |"
     yield "|" + " --- |" * len(heads)
@@ -163,7 +97,7 @@ def table_lines(cells: list[Cell]) -> Iterator[str]:
             yield f"\n{cell.run.path.name}: {cell.status}: {cell.run.read_run().get('exit_reason')}"
 
 
-def _cell_text(column: Column, done: list[Cell]) -> str:
+def _cell_text(column: Column, done: list[Trained]) -> str:
     values = []
     for cell in done:
         every = cell.config.metrics.geometry_every
@@ -176,13 +110,11 @@ def _cell_text(column: Column, done: list[Cell]) -> str:
     return text if len(values) == 1 else f"{text} ± {column.text(statistics.stdev(values)).lstrip('+')}"
 
 
-def main(grid: str, out: str) -> None:
-    os.environ.setdefault("RCPO_CACHE", str(Path(out).absolute() / "cache"))
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    cells = read_grid(Path(grid), Path(out).absolute())
-    with contextlib.suppress(KeyboardInterrupt):
-        train_cells(cells)
-    print("\n".join(table_lines(cells)))
+def main(path: str) -> None:
+    sweep = SweepFolder(path)
+    cells = [Trained(cell.axes, sweep.run(cell)) for cell in sweep.read_cells()]
+    groups = list(dict.fromkeys(cell.group for cell in cells))
+    print("\n".join(table_lines(sorted(cells, key=lambda cell: groups.index(cell.group)))))
 
 
 if __name__ == "__main__":

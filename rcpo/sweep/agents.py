@@ -3,6 +3,7 @@
 W&B knows values of single keys and their whole product: a sweep with more than that cannot be one.
 """
 
+import math
 from typing import Any
 
 import yaml
@@ -35,12 +36,12 @@ def wandb_sweep(definition: Definition) -> str:
 
 
 def _number_or_text(label: str) -> int | float | str:
-    """As a number where W&B would print it as it was typed."""
+    """As a number where it is one, so that W&B can draw it; null, true and off stay text, as typed."""
     for kind in (int, float):
         try:
             value = kind(label)
         except ValueError:
             continue
-        if str(value) == label:
+        if math.isfinite(value):
             return value
     return label

@@ -57,10 +57,11 @@ class FrozenCell:
 def freeze_cells(definition: Definition, sweep: SweepFolder, target: Target) -> list[FrozenCell]:
     """All cells, composed, validated and resolved; nothing is written. Raises UserError that names the
     cell."""
-    return [_freeze(point, definition, sweep, target) for point in expand(definition)]
+    return [freeze_cell(point, definition, sweep, target) for point in expand(definition)]
 
 
-def _freeze(point: Point, definition: Definition, sweep: SweepFolder, target: Target) -> FrozenCell:
+def freeze_cell(point: Point, definition: Definition, sweep: SweepFolder, target: Target) -> FrozenCell:
+    """One cell, composed, validated and resolved."""
     words = [*point.words, *target.words]
     try:
         tree = compose(words)

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from rcpo.console import RunConsole, duration, nats
 from rcpo.distributed import joined_world_size
-from rcpo.errors import UserError
+from rcpo.errors import StoppedError, UserError
 from rcpo.run_folder import RunFolder, now
 from rcpo.sweep.folder import Cell, SweepFolder
 from rcpo.sweep.locks import HeldError, hold, is_held, run_lock
@@ -29,7 +29,6 @@ from rcpo.sweep.table import counts_line, status_table
 SECONDS_BETWEEN_LOOKS = 0.1
 SECONDS_BETWEEN_TABLES = 1.0
 LOG_NAME = "console.log"
-PREEMPTED_EXIT_CODE = 75
 
 
 @contextlib.contextmanager
@@ -114,7 +113,7 @@ class _Runner:
         if left:
             self._print(f"`rcpo resume {self._sweep.path}` goes on with the cells that are not done")
         if self._received:
-            return 130 if self._received[0] == signal.SIGINT else PREEMPTED_EXIT_CODE
+            return 130 if self._received[0] == signal.SIGINT else StoppedError.exit_code
         return 1 if left else 0
 
     @contextlib.contextmanager

@@ -89,7 +89,8 @@ def read_status(sweep: SweepFolder, cell: Cell, queue: Mapping[str, QueueEntry] 
     if state is State.RUNNING and num_steps is not None and recent:
         eta = (num_steps - step) * _mean(recent, "speed/step_seconds")
     node = entry.node if entry is not None else known.get("host") if state is State.RUNNING else None
-    evaluations = _last_rows(run.eval)
+    # At step 0 the change is 0 by definition.
+    evaluations = [row for row in _last_rows(run.eval) if row["step"] > 0]
     return CellStatus(
         cell=cell,
         state=state,
