@@ -141,6 +141,11 @@ class Job:
     """row, checkpoint: rank 0 ends itself with SIGKILL when the row of that step is written, or when the
     checkpoint of that step is whole but not yet in its place. signal: rank 0 alone gets SIGTERM when that row
     is written. nan: the last rank's last pair loses its reference in that step."""
+    killed_after_seconds: float | None = None
+    """Rank 0 is sent SIGKILL so long after its process was forked; it may be done by then. `seconds_file`
+    says how long it took."""
+    lost_at: int | None = None
+    """The last rank's last pair loses its reference in that step, and the run is to go on."""
     port: int = 0
 
 
@@ -311,11 +316,30 @@ def do_job(job: Job) -> None:
     device = initialize("cpu")
     if job.killed_at is not None:
         die_at(*job.killed_at)
+    if job.lost_at is not None:
+        lose_a_number_at(job.lost_at)
     run, config = open_run(job.run)
     train(config, run, read_inputs(config), device, job.resume)
     if rank() == 0:
         run.update_run(status="done")
     shut_down()
+
+
+def seconds_file(job: Job) -> Path:
+    """Where a job with `killed_after_seconds` leaves how long it took."""
+    return Path(f"{job.run}.seconds")
+
+
+def kill_after(child: int, seconds: float) -> float:
+    """Wait for the child, and end it when it takes longer; however it ends is fine. Returns its seconds."""
+    started = time.monotonic()
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        if time.monotonic() - started >= seconds:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            break
+        time.sleep(0.002)
+    return time.monotonic() - started
 
 
 def main(jobs: list[Job]) -> int:
@@ -332,6 +356,12 @@ def main(jobs: list[Job]) -> int:
             finally:
                 sys.stdout.flush()
                 os._exit(code)
+        if job.killed_after_seconds is not None:
+            is_first = os.environ["RANK"] == "0"
+            seconds = kill_after(child, job.killed_after_seconds if is_first else math.inf)
+            if is_first:
+                seconds_file(job).write_text(str(seconds))
+            continue
         _, status = os.waitpid(child, 0)
         code = os.waitstatus_to_exitcode(status)
         # Of a killed job, rank 0 is killed and the others fail.

@@ -123,25 +123,85 @@ def test_a_rank_that_dies_ends_the_run_and_resume_finishes_it(tmp_path: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(
-    ("processes", "number", "code"),
-    [(2, signal.SIGINT, 130), (1, signal.SIGINT, 130), (1, signal.SIGTERM, 143)],
-)
-def test_a_signal_interrupts_the_run(tmp_path: Path, processes: int, number: int, code: int) -> None:
-    """Ctrl-C and SIGTERM: exit code 128 + signal, one line that names `rcpo resume`, run.json says
-    interrupted."""
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ctrl_c_interrupts_the_run(tmp_path: Path, processes: int) -> None:
+    """Exit code 130, one line that names `rcpo resume`, run.json says interrupted."""
     run = RunFolder(tmp_path / "run")
     with started([f"launch.processes={processes}", *ENDLESS], run.path) as process:
         wait_for_steps(run, process, 2)
-        process.send_signal(number)
+        process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=25)
-        assert process.returncode == code, stderr[-3000:]
+        assert process.returncode == 130, stderr[-3000:]
         wait_for_none(run.path, 1)
-    said = [line for line in stderr.splitlines() if line.startswith("rcpo: ")]
-    assert said == [f"rcpo: interrupted; `rcpo resume {run.path}` continues from the newest checkpoint"]
-    assert "Traceback" not in stderr
+    assert words_of(stderr) == [
+        f"rcpo: interrupted; `rcpo resume {run.path}` continues from the newest checkpoint"
+    ]
     state = run.read_run()
-    assert (state["status"], state["exit_reason"]) == ("interrupted", signal.Signals(number).name)
+    assert (state["status"], state["exit_reason"]) == ("interrupted", "SIGINT")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("processes", "number"), [(1, signal.SIGTERM), (2, signal.SIGUSR2), (2, signal.SIGTERM)]
+)
+def test_a_scheduler_s_signal_checkpoints_and_stops_all_ranks(
+    tmp_path: Path, processes: int, number: signal.Signals
+) -> None:
+    """Exit code 75, run.json says preempted, one line; without train.save_every there is the one checkpoint
+    of the last step done, and `rcpo resume` goes on from there, for 3 steps more."""
+    run = RunFolder(tmp_path / "run")
+    words = [f"launch.processes={processes}", "train.steps=100000", "train.eval_every=0"]
+    with started(words, run.path) as process:
+        wait_for_steps(run, process, 2)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 75, stderr[-3000:]
+        wait_for_none(run.path, 1)
+    done = len(run.rows(run.metrics))
+    line = (
+        f"stopped by {number.name} after step {done} of 100000, with a checkpoint; "
+        f"`rcpo resume {run.path}` goes on"
+    )
+    assert words_of(stderr) == [f"rcpo: {line}"]
+    state = run.read_run()
+    assert (state["status"], state["exit_reason"]) == ("preempted", line)
+    assert [path.name for path in run.checkpoints.iterdir()] == [f"step-{done:06d}"]
+    command = [sys.executable, "-m", "rcpo.cli", "resume", str(run.path)]
+    command += ["--allow-change", f"train.steps={done + 3}"]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert [row["step"] for row in run.rows(run.metrics)] == list(range(1, done + 4))
+    assert run.read_run()["status"] == "done"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_signal_before_the_first_step_stops_at_once(tmp_path: Path) -> None:
+    """While the reference pass runs there is nothing to save: exit code 75, preempted, and a later resume
+    starts from the first step."""
+    run = RunFolder(tmp_path / "run")
+    words = ["launch.processes=2", "data.train_pairs=20000", "train.steps=5000", "train.eval_every=0"]
+    with started(words, run.path) as process:
+        deadline = time.monotonic() + SECONDS_TO_START
+        log = run.logs / "rank-0001.log"
+        while not (log.is_file() and "training pairs" in log.read_text()):
+            assert process.poll() is None, process.communicate()[1][-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=40)
+        assert process.returncode == 75, stderr[-3000:]
+        wait_for_none(run.path, 1)
+    assert words_of(stderr) == ["rcpo: stopped by SIGTERM before the first step"]
+    assert run.read_run()["status"] == "preempted"
+    assert not run.metrics.exists()
+
+
+def words_of(stderr: str) -> list[str]:
+    """rcpo's own lines, of which none is a traceback."""
+    assert "Traceback" not in stderr
+    return [line for line in stderr.splitlines() if line.startswith("rcpo: ")]
 
 
 @pytest.mark.slow
@@ -187,16 +247,14 @@ def test_the_fault_that_came_first_is_the_cause(tmp_path: Path) -> None:
     """Rank 0 lost its connection because rank 2 had failed before: rank 2 is named, though it still runs; a
     rank ended by a signal comes before all, since it could say nothing."""
     ranks = _Ranks(RunFolder(tmp_path), 3, False, tmp_path)
-    (tmp_path / "0").write_text(
-        json.dumps({"time": 20.0, "reason": "failed (connection)", "is_bad_input": False})
-    )
-    (tmp_path / "2").write_text(json.dumps({"time": 10.0, "reason": "failed (cause)", "is_bad_input": True}))
+    (tmp_path / "0").write_text(json.dumps({"time": 20.0, "reason": "failed (connection)", "exit_code": 1}))
+    (tmp_path / "2").write_text(json.dumps({"time": 10.0, "reason": "failed (cause)", "exit_code": 2}))
     ranks.processes = [subprocess.Popen([sys.executable, "-c", code]) for code in ("exit(1)", "", "input()")]
     ranks.processes[0].wait()
     ranks.processes[1].wait()
     try:
         assert ranks.faults() == [
-            Fault(10.0, 2, "failed (cause)", True), Fault(20.0, 0, "failed (connection)"),
+            Fault(10.0, 2, "failed (cause)", 2), Fault(20.0, 0, "failed (connection)"),
         ]  # fmt: skip
     finally:
         ranks.end()
@@ -220,7 +278,7 @@ def test_a_started_rank_tells_why_it_failed(tmp_path: Path) -> None:
         assert process.stderr is not None
         assert "rcpo:" not in process.stderr.read()
     fault = json.loads((tmp_path / "fault").read_text())
-    assert fault["is_bad_input"]
+    assert fault["exit_code"] == 2
     assert re.match(rf"{tmp_path}/none: is not a run folder", fault["reason"])
 
 
