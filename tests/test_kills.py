@@ -3,15 +3,26 @@
 RCPO_KILLS=60 makes a long run of it, RCPO_KILLS_SEED other moments; `pytest -s` prints where they fell.
 """
 
+import math
 import os
 import random
-import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from rank_runs import Case, Job, Layout, do_jobs, final_weights, make_config, make_run, metrics, write_inputs
+from rank_runs import (
+    Case,
+    Job,
+    Layout,
+    do_jobs,
+    final_weights,
+    make_config,
+    make_run,
+    metrics,
+    seconds_file,
+    write_inputs,
+)
 
 from rcpo.run_folder import RunFolder
 
@@ -29,8 +40,10 @@ WORDS = ("train.save_every=1", "train.eval_every=1", "metrics.population=true")
 
 def where(run: RunFolder) -> str:
     """What a run was doing when it was killed, from what it left."""
-    if (run.path / ".final.tmp").exists() or run.final.exists():
+    if (run.path / ".final.tmp").exists():
         return "export"
+    if run.final.exists():
+        return "end"
     if any(run.checkpoints.glob(".step-*")):
         return "checkpoint write"
     if not run.metrics.exists():
@@ -52,10 +65,9 @@ def test_killed_at_random_moments_and_resumed_equals_never_killed(tmp_path: Path
             make_run(make_config(tmp_path, tmp_path / f"{number}-{idx}", case, layout, *WORDS))
             for idx in range(share + 1)
         )
-        started = time.monotonic()
-        do_jobs([Job(str(whole.path)), Job(str(whole.path), resume=True)], layout.ranks, 200)
-        # Half of that launch at most was one run; later ones are as long, less the imports.
-        length = (time.monotonic() - started) / 2
+        job = Job(str(whole.path), killed_after_seconds=math.inf)
+        do_jobs([job], layout.ranks, 200)
+        length = float(seconds_file(job).read_text())
         at = [length * (idx + draw.random()) / share for idx in range(share)]
         jobs = [
             Job(str(run.path), killed_after_seconds=moment) for run, moment in zip(killed, at, strict=True)
