@@ -20,6 +20,7 @@ COMMANDS = {
     "sync": "upload what W&B wrote offline",
     "export": "write a Hugging Face model folder from a checkpoint",
     "compare": "runs side by side: a table, an HTML report, figures",
+    "watch": "what runs are doing now, live",
     "doctor": "look at this machine: what it has, what it lacks, what to do",
     "completion": "print the shell code that completes rcpo's words on TAB",
 }

@@ -96,8 +96,8 @@ def load_run(path: Path) -> Run:
     settings: dict[str, Any] = {}
     status, curves, evals, pairs = "unknown", Columns(), Columns(), None
     try:
-        settings = _read_settings(path / "config.yaml")
-        status, problem = _read_status(path / "run.json")
+        settings = read_settings(path / "config.yaml")
+        status, problem = read_status(path / "run.json")
         curves = read_metrics(path / "metrics.jsonl", CURVES)
         evals = read_columns(path / "eval.jsonl")
         pairs = _read_pairs(path / "eval", evals)
@@ -119,7 +119,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=LOADER)
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
@@ -129,7 +129,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
     return flatten(tree)
 
 
-def _read_status(path: Path) -> tuple[str, str | None]:
+def read_status(path: Path) -> tuple[str, str | None]:
     """(status, what is wrong with it)."""
     try:
         run = json.loads(path.read_text(encoding="utf-8"))

@@ -60,12 +60,13 @@ def _parse(path: Path, content: bytes) -> Columns:
         rows.append(row)
     names = dict.fromkeys(name for row in rows for name in row)
     try:
-        return {name: np.array([_number(row.get(name)) for row in rows]) for name in names}
+        return {name: np.array([as_number(row.get(name)) for row in rows]) for name in names}
     except (KeyError, TypeError):
         raise UserError(f"{path}: has a value that is no number; mend it or remove the line") from None
 
 
-def _number(value: float | str | None) -> float:
+def as_number(value: float | str | None) -> float:
+    """A value as a row of JSON writes it; KeyError for other text."""
     return NUMBERS[value] if value is None or isinstance(value, str) else float(value)
 
 

@@ -1,0 +1,49 @@
+"""`rcpo watch PATH...`: what runs are doing now, until they have all ended."""
+
+import time
+
+from rcpo.errors import UserError
+
+HELP = """usage: rcpo watch PATH... [--once]
+
+One line a run, renewed every two seconds until all have ended or Ctrl-C: status, step, change of the chosen
+log-probability in the last training batches and on the held-out pairs, alpha, and where the step stands in
+its band: [ and ] are the edges. PATH: run folders, sweep folders, folders of runs, or patterns in quotes.
+
+  --once               print it once; so does a console that is not a terminal"""
+
+SECONDS_BETWEEN_LOOKS = 2.0
+
+
+def run(words: list[str]) -> int:
+    """Watch; returns the exit code. Raises UserError for what is no run."""
+    if not words or words[0] in ("-h", "--help"):
+        print(HELP)
+        return 0 if words else 2
+    once = "--once" in words
+    paths = [word for word in words if word != "--once"]
+    unknown = [word for word in paths if word.startswith("--")]
+    if unknown or not paths:
+        raise UserError(f"watch: {' '.join(unknown) or 'no path'}; type rcpo watch PATH... [--once]")
+    from rich.live import Live
+
+    from rcpo.compare.find import find_runs
+    from rcpo.compare.live import Board
+    from rcpo.console import RunConsole
+
+    board, console = Board(find_runs(paths)), RunConsole()
+    board.look()
+    if once or not console.is_interactive:
+        if not console.is_interactive:
+            console.width = 200
+        console.print(board)
+        return 0
+    try:
+        with Live(board, console=console, auto_refresh=False) as live:
+            while not board.all_ended():
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+                board.look()
+                live.refresh()
+    except KeyboardInterrupt:  # the way to leave: the runs go on
+        return 0
+    return 0
