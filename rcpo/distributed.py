@@ -90,6 +90,8 @@ def initialize(device: str) -> torch.device:
     import deepspeed
     from deepspeed.utils import logger as deepspeed_logger
 
+    if device == "cpu":
+        _use_cpu_accelerator()
     deepspeed_logger.setLevel("ERROR")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     local = torch.device(device)
@@ -102,6 +104,15 @@ def initialize(device: str) -> torch.device:
         verbose=False,
     )
     return local
+
+
+def _use_cpu_accelerator() -> None:
+    """Where DeepSpeed was imported before this run's device was known, it has chosen a GPU by itself."""
+    from deepspeed import accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    if accelerator.get_accelerator().device_name() != "cpu":
+        accelerator.set_accelerator(CPU_Accelerator())
 
 
 def rank() -> int:

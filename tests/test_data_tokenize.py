@@ -1,120 +1,31 @@
-"""Records to ids with tiny tokenizers made here: the split of prompt and response, BOS and EOS, truncation,
+"""Records to ids with tiny tokenizers: the split of prompt and response, BOS and EOS, truncation,
 counts."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
-from tokenizers.decoders import ByteLevel
-from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from tiny_tokenizers import (
+    CLOSED_BY_TEMPLATE,
+    GENERATION,
+    TEMPLATES,
+    TURNS,
+    chat,
+    make_bpe,
+    make_words,
+    prompt_of,
+    response_of,
+    sides_of,
+    tokenize,
+    tokenize_one,
+)  # fmt: skip
+from tokenizers import AddedToken, Tokenizer, models
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 import rcpo.data.tokenize
-from rcpo.data.records import PreferenceRecord, read_record
-from rcpo.data.render import PLAIN_TEMPLATE, apply_chat_template_choice
-from rcpo.data.tokenize import TokenizedData, TokenizedPair, TokenizedSide, describe_example, tokenize_records
+from rcpo.data.records import read_record
+from rcpo.data.render import apply_chat_template_choice
+from rcpo.data.tokenize import TokenizedPair, TokenizedSide, describe_example
 from rcpo.errors import UserError
-
-SPECIAL = ["<s>", "</s>", "<|turn|>", "<|end|>"]
-TEXTS = [
-    "user assistant system User: Assistant: You are helpful. Is the sky blue? Yes, the sky is blue. No!",
-    "What is two plus two? It is four. It is five.\n\nq1 q2 a b c d e f g h i j yes no 1 2 3 4 5 6 7 8 9",
-]
-TURNS = "{% for m in messages %}{{ '<|turn|>' + m['role'] + '\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
-GENERATION = "{% if add_generation_prompt %}{{ '<|turn|>assistant\n' }}{% endif %}"
-TEMPLATES = {
-    "chatml": TURNS + GENERATION,
-    "chatml with BOS": "{{ bos_token }}" + TURNS + GENERATION,
-    "chatml with BOS twice": "{{ bos_token }}{{ bos_token }}" + TURNS + GENERATION,
-    "default system prompt": (
-        "{% if messages[0]['role'] != 'system' %}{{ '<|turn|>system\nYou are helpful.<|end|>\n' }}{% endif %}"
-        + TURNS
-        + GENERATION
-    ),
-    "EOS after the answer": (
-        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}"
-        "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-    ),
-    "nothing after the answer": (
-        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
-    ),
-    "content trimmed": (
-        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] | trim + '<|end|>' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-    ),
-    "generation prompt that the conversation lacks": TURNS
-    + "{% if add_generation_prompt %}{{ '<|turn|>assistant\n<|turn|>\n' }}{% endif %}",
-    "plain": PLAIN_TEMPLATE,
-}
-CLOSED_BY_TEMPLATE = {name for name in TEMPLATES if "chatml" in name} | {
-    "default system prompt",
-    "content trimmed",
-    "generation prompt that the conversation lacks",
-}
-"""Those whose turns end with <|end|>; the others end with EOS, by themselves or by rcpo."""
-
-
-def make_bpe(bos: str | None = "<s>", eos: str | None = "</s>") -> PreTrainedTokenizerFast:
-    """Byte-level BPE of a few hundred tokens, all bytes among them."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=340, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )  # fmt: skip
-    tokenizer.train_from_iterator(TEXTS, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos)
-
-
-def make_words(bos: str | None = "<s>", eos: str | None = "</s>") -> PreTrainedTokenizerFast:
-    """One token a word; white space is no part of any token. Ids: <s> 0, </s> 1, <|turn|> 2, <|end|> 3, a
-    10, b 11, ... z 35."""
-    vocabulary = {token: idx for idx, token in enumerate(SPECIAL)} | {"[?]": 4}
-    vocabulary |= {chr(ord("a") + number): 10 + number for number in range(26)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[?]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(SPECIAL)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos)
-
-
-def tokenize(
-    records: list[PreferenceRecord],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int = 512,
-    max_prompt_length: int | None = None,
-    on_bad_row: str = "error",
-) -> TokenizedData:
-    return tokenize_records(records, tokenizer, max_length, max_prompt_length, on_bad_row)
-
-
-def tokenize_one(
-    prompt: Any, chosen: Any, rejected: Any, tokenizer: PreTrainedTokenizerBase, **limits: Any
-) -> TokenizedPair:
-    return tokenize([read_record(prompt, chosen, rejected, 0)], tokenizer, **limits).pairs[0]
-
-
-def chat(*contents: str, system: str | None = None) -> list[dict[str, str]]:
-    start = [] if system is None else [{"role": "system", "content": system}]
-    return start + [
-        {"role": ("user", "assistant")[number % 2], "content": content}
-        for number, content in enumerate(contents)
-    ]
-
-
-def prompt_of(side: TokenizedSide) -> list[int]:
-    return side.input_ids[: side.num_prompt]
-
-
-def response_of(side: TokenizedSide) -> list[int]:
-    return side.input_ids[side.num_prompt :]
-
-
-def sides_of(pair: TokenizedPair) -> tuple[TokenizedSide, TokenizedSide]:
-    return pair.chosen, pair.rejected
-
 
 # BOS, EOS and the split, for every kind of tokenizer and template
 
@@ -189,6 +100,27 @@ def test_a_default_system_prompt_never_leaks_into_a_response() -> None:
     assert [tokenizer.decode(response_of(side)) for side in sides_of(pair)] == ["yes<|end|>", "no<|end|>"]
     own = tokenize_one(chat("q1", system="It is four."), "yes", "no", tokenizer)
     assert "helpful" not in tokenizer.decode(own.chosen.input_ids)
+
+
+THINKING = (
+    "{% for m in messages %}{{ '<|turn|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'assistant' and '[/t]' not in m['content'] %}{{ '[t]\n\n[/t]\n\n' }}{% endif %}"
+    "{{ m['content'] + '<|end|>\n' }}{% endfor %}" + GENERATION
+)
+"""As Qwen3's: an answer without thoughts gets an empty block of them."""
+
+
+def test_a_block_that_the_template_puts_before_an_answer_is_no_part_of_it() -> None:
+    """It is not scored, as it is not generated. An answer with thoughts of its own is scored whole, and then
+    the other side too, since both share one prompt."""
+    tokenizer = make_bpe()
+    tokenizer.chat_template = THINKING
+    pair = tokenize_one(chat("q1"), "yes", "no", tokenizer)
+    assert [tokenizer.decode(response_of(side)) for side in sides_of(pair)] == ["yes<|end|>", "no<|end|>"]
+    assert tokenizer.decode(prompt_of(pair.chosen)).endswith("assistant\n[t]\n\n[/t]\n\n")
+    pair = tokenize_one(chat("q1"), "[t]\na\n[/t]\n\nyes", "no", tokenizer)
+    assert tokenizer.decode(response_of(pair.chosen)).endswith("a\n[/t]\n\nyes<|end|>")
+    assert tokenizer.decode(response_of(pair.rejected)).endswith("[/t]\n\nno<|end|>")
 
 
 # Where the response begins

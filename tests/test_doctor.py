@@ -13,7 +13,8 @@ from rcpo.doctor import Finding, examine
 
 WHATS = {
     "Python", "packages", "bitsandbytes", "flash_attn", "GPUs", "DeepSpeed", "DeepSpeed ops", "compiler",
-    "SLURM", "W&B", "Hugging Face", "disk: runs", "disk: rcpo's cache", "disk: models", "/dev/shm", "memory", "cores",
+    "SLURM", "W&B", "Hugging Face", "disk: runs", "disk: rcpo's cache", "disk: models", "/dev/shm", "memory",
+    "cores",
 }  # fmt: skip
 
 

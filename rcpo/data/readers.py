@@ -184,7 +184,7 @@ def _csv_value(cell: str | None) -> Any:
 
 
 def _read_parquet(path: Path, place: Place, wanted: set[str]) -> Rows:
-    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow
     from pyarrow import parquet
 
     try:

@@ -34,6 +34,9 @@ class Template:
 
     overhang: int
     """Characters at the end of the generation prompt that the whole conversation lacks (a "<think>", say)."""
+    lead: str
+    """Text between the generation prompt and the response that no one has said: Qwen3's empty think block,
+    say. Empty where it is white space, which is the beginning of a response's first token."""
     tail: str
     """Text behind the response's own."""
     closing: str
@@ -72,7 +75,8 @@ def look_at_template(tokenizer: PreTrainedTokenizerBase) -> Template:
     ends = [tail.index(token) + len(token) for token in special if token in tail]
     closing = tail[: min(ends)] if ends else tail.rstrip()
     kept = next((i for i in range(len(prompt)) if prompt[i : i + 1] != whole[i : i + 1]), len(prompt))
-    return Template(len(prompt) - kept, tail, closing, bool(ends))
+    lead = whole[kept : whole.index(_PROBE)]
+    return Template(len(prompt) - kept, lead if lead.strip() else "", tail, closing, bool(ends))
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -97,6 +101,7 @@ def render_messages(
     assert isinstance(record.prompt, list)
     prompt = _apply(tokenizer, record.prompt, generation_prompt=True)
     split = len(prompt) - template.overhang
+    behind_lead = split + len(template.lead)
     texts = []
     for side in (record.chosen, record.rejected):
         assert isinstance(side, list)
@@ -104,6 +109,9 @@ def render_messages(
         if whole[:split] != prompt[:split] or not whole.endswith(template.tail):
             raise BadRowError("the chat template renders its prompt or its end in another way than usual")
         texts.append(whole[: len(whole) - len(template.tail)] + template.closing)
+    # A template may leave its lead out where a response has one of its own, which is then scored.
+    if all(text[split:behind_lead] == template.lead for text in texts):
+        split = behind_lead
     return Rendered(texts[0], texts[1], split, template.is_closed)
 
 
