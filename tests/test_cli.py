@@ -85,7 +85,7 @@ MISTAKES = {
     "train calibration=on calibration.scope=lora_last": "calibration.scope=lora_last: there is no adapter ",
     "train calibration=off calibration.alpha=1.1": "calibration.alpha",
     "train calibration=feedback calibration.feedback.high=-1": "calibration.feedback.high=-1.0: must be at ",
-    "resume": "resume takes one run folder, not 0 words; type rcpo resume RUN",
+    "resume": "the following arguments are required: run; `rcpo resume --help` lists ",
     "resume nowhere": "nowhere: is not a run folder ",
     "export taken": "export takes a run folder and a new folder; type rcpo export RUN OUT",
     "export taken out": "taken: is not a run folder ",

@@ -1,6 +1,7 @@
 """The run folder's small files: rows with numbers that JSON lacks, damage noticed, and a run that goes on."""
 
 import math
+import platform
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,8 @@ def test_a_run_that_goes_on_keeps_its_wandb_id(run: RunFolder) -> None:
     for count in (1, 2):
         run.reopen()
         assert run.read_run() == {
-            "status": "running", "exit_reason": None, "wandb_id": "abc", "host": "h", "num_resumed": count,
+            "status": "running", "exit_reason": None, "wandb_id": "abc", "host": platform.node(),
+            "num_resumed": count,
         }  # fmt: skip
     run.run_json.unlink()
     run.reopen()

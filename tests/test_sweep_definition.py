@@ -1,6 +1,7 @@
 """Sweep files: what they may say, which cells they stand for, and what every mistake says."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,7 @@ def test_names_are_safe_unique_and_the_same_every_time(tmp_path: Path) -> None:
         assert name.replace("-", "").replace("_", "").replace(".", "").isalnum()
         assert name[0].isalnum()
         assert len(name) <= 100
+    assert re.fullmatch(r"path[._]+etc-[0-9a-f]{8}", names[2])
     assert names[6] == "pathzz_top"  # nothing was replaced and nothing collides
 
 
@@ -170,11 +172,6 @@ def test_every_mistake_is_one_line_that_names_the_file(tmp_path: Path, text: str
 def test_words_of_the_command_line_are_overrides() -> None:
     with pytest.raises(UserError, match="name=x: every cell's name and folder come from the sweep"):
         check_words(["name=x"])
-
-
-def test_an_exclusion_hidden_by_another_one_still_counts_as_used(tmp_path: Path) -> None:
-    text = AXES + "seeds: [0]\nexclude: [{objective: dpo}, {objective: dpo, seed: 0}]"
-    assert [cell.name for cell in cells_of(tmp_path, text)] == ["ipo-seed0"]
 
 
 def test_a_wandb_sweep_runs_rcpo_train_with_words_that_w_and_b_itself_makes(tmp_path: Path) -> None:

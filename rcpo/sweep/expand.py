@@ -34,7 +34,7 @@ class Point:
 def expand(definition: Definition) -> list[Point]:
     """All cells: the grid without what is excluded, the slowest axis first, then what is included.
 
-    Raises UserError when an exclusion matches nothing, a cell is there twice, or none is left.
+    Raises UserError when a cell is there twice, or none is left.
     """
     combinations = [*_grid(definition), *_included(definition)]
     seen: set[str] = set()
@@ -53,14 +53,9 @@ def expand(definition: Definition) -> list[Point]:
 
 
 def _grid(definition: Definition) -> Iterator[tuple[dict[str, str], list[str]]]:
-    unused = list(definition.exclude)
     for values in _product(definition, definition.axes):
-        matching = [exclusion for exclusion in definition.exclude if _matches(exclusion, values)]
-        unused = [exclusion for exclusion in unused if exclusion not in matching]
-        if not matching:
+        if not any(_matches(exclusion, values) for exclusion in definition.exclude):
             yield _labels(values), _words(values)
-    if unused:
-        raise UserError(f"exclude: {json.dumps(unused[0])} matches no cell")
 
 
 def _included(definition: Definition) -> Iterator[tuple[dict[str, str], list[str]]]:
