@@ -100,7 +100,7 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "one evaluation": (_cut_evaluations, "was evaluated only once"),
     "nan at the end": (_not_finite, "the last evaluation is not finite"),
     "cut metrics": (lambda run: run.metrics.write_text('{"step": 1}\n{"st\n'), "line 2 is damaged"),
-    "text in metrics": (lambda run: run.metrics.write_text('{"step": 1, "a": "b"}\n'), "no number"),
+    "text in metrics": (lambda run: run.metrics.write_text('{"step": 1, "a": "b"}\n'), "a is not a number"),
     "list in metrics": (lambda run: run.metrics.write_text("[1]\n"), "line 1 is damaged"),
     "cut pairs": (_cut_pairs, "eval/step-000008.safetensors is damaged"),
     "config is a list": (lambda run: run.config.write_text("- a\n"), "config.yaml cannot be read"),

@@ -278,7 +278,7 @@ def pathway_figure(cells: Sequence[Cell]) -> Figure | None:
             }
         )  # fmt: skip
     figure.axes(0, "quarter of training", "share of steps", y_tickformat=".0%", y_range=[0, 1])
-    figure.layout |= {"barmode": "stack", "bargap": 0.08, "height": 350, "margin": {"b": 66}}
+    figure.layout |= {"barmode": "stack", "bargap": 0.08, "height": 380, "margin": {"t": 84, "b": 66}}
     return figure
 
 

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -50,19 +51,28 @@ def read_metrics(path: Path, wanted: Collection[str]) -> Columns:
 
 
 def _parse(path: Path, content: bytes) -> Columns:
-    rows = []
+    """Rows with the same keys are turned into columns together: most rows are alike."""
+    alike: dict[tuple[str, ...], list[int]] = {}
+    rows: list[tuple[Any, ...]] = []
     for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         try:
             row = json.loads(line)
             row["step"] += 0
         except (ValueError, TypeError, KeyError):
             raise UserError(f"{path}: line {number} is damaged; mend it or remove it") from None
-        rows.append(row)
-    names = dict.fromkeys(name for row in rows for name in row)
-    try:
-        return {name: np.array([as_number(row.get(name)) for row in rows]) for name in names}
-    except (KeyError, TypeError):
-        raise UserError(f"{path}: has a value that is no number; mend it or remove the line") from None
+        alike.setdefault(tuple(row), []).append(len(rows))
+        rows.append(tuple(row.values()))
+    columns: Columns = {}
+    for names, places in alike.items():
+        for name, values in zip(names, zip(*(rows[place] for place in places), strict=True), strict=True):
+            try:  # of None, "inf" and "-inf" too
+                found = np.array(values, dtype=object).astype(float)
+            except (ValueError, TypeError):
+                raise UserError(
+                    f"{path}: {name} is not a number in some line; mend it or remove it"
+                ) from None
+            columns.setdefault(name, np.full(len(rows), math.nan))[places] = found
+    return columns
 
 
 def as_number(value: float | str | None) -> float:

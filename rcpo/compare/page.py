@@ -136,8 +136,13 @@ def _mood(change: float) -> str:
 
 
 def _objective_section(idx: int, label: str, cells: list[Cell], figures: list[Figure], fallen: str) -> str:
-    places = "".join(_place(figure, figures) for figure in objective_figures(cells))
-    return f'<h2 id="objective-{idx}">{html.escape(label)}</h2>\n{places}{fallen}'
+    """The figures, those of one plot two in a row where there is room, and the pairs that fell."""
+    places = "".join(
+        _place(figure, figures, "whole" if figure.facets else "") for figure in objective_figures(cells)
+    )
+    return (
+        f'<h2 id="objective-{idx}">{html.escape(label)}</h2>\n<div class="figures">{places}</div>\n{fallen}'
+    )
 
 
 def _texts(comparison: Comparison) -> dict[int, list[PairText] | str]:

@@ -22,9 +22,10 @@ function layoutOf(figure, width) {
   if (count === 4 && columns === 3) columns = 2;
   const rows = Math.ceil(count / columns);
   layout.grid = { rows: rows, columns: columns, pattern: "independent", xgap: 0.2, ygap: 0.34 };
-  layout.height = rows * FACET.height + 80;
-  layout.margin = { ...layout.margin, t: 70 };
-  layout.legend = { ...layout.legend, y: 1 + 30 / (layout.height - 116) };
+  const top = figure.data.some((trace) => trace.showlegend !== false) ? 70 : 30;
+  layout.height = rows * FACET.height + 10 + top;
+  layout.margin = { ...layout.margin, t: top };
+  layout.legend = { ...layout.legend, y: 1 + 30 / (layout.height - top - 46) };
   layout.annotations = figure.facets.map((text, index) => {
     const number = index ? String(index + 1) : "";
     return { text: "<b>" + text + "</b>", showarrow: false, xref: "x" + number + " domain", yref: "y" + number + " domain",
