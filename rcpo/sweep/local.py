@@ -109,7 +109,7 @@ class _Runner:
             if status.state is State.FAILED:
                 log = self._sweep.run(status.cell).logs / LOG_NAME
                 self._print(f"{status.cell.name}: {status.state}: {status.reason} ({log})")
-        self._print(counts_line(statuses))
+        self._say(counts_line(statuses))  # the last line of the table
         if left:
             self._print(f"`rcpo resume {self._sweep.path}` goes on with the cells that are not done")
         if self._received:
@@ -164,7 +164,7 @@ class _Runner:
         return Group(status_table(self._console, shown), Text(last))
 
     def _say(self, line: str) -> None:
-        """One event, where there is no table that shows it."""
+        """A line, where there is no table that shows the same."""
         if not self._console.is_interactive:
             self._print(line)
 
