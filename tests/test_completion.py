@@ -35,6 +35,9 @@ OFFERED = {
     "rcpo train --config-dir mine objective=my": "objective=my_own",
     "rcpo train data=file data.path=pa": "data.path=pairs.jsonl",
     "rcpo resume mi": "mine",
+    "rcpo compare mi": "mine",
+    "rcpo compare mine --h": "--help --html",
+    "rcpo watch --o": "--once",
 }
 """A line, and what TAB offers at its end."""
 

@@ -30,6 +30,10 @@ _rcpo() {
         completion) COMPREPLY=($(compgen -W "bash" -- "$word")) ;;
         resume|status|cancel|sync)
             COMPREPLY=($(compgen -d -- "$word")) ;;
+        compare|watch)
+            [[ "${words[1]}" == compare ]] && choices="@COMPARE_FLAGS@" || choices="--help --once"
+            [[ "$word" == -* ]] || choices=$(compgen -f -- "$word")
+            COMPREPLY=($(compgen -W "$choices" -- "$word")) ;;
         train|sweep)
             if [[ "$word" == -* ]]; then
                 [[ "${words[1]}" == sweep ]] && choices="@SWEEP_FLAGS@" || choices="@FLAGS@"
@@ -60,6 +64,7 @@ complete -o nospace -o default -F _rcpo rcpo
 SWEEP_FLAGS = (
     "--help --dry-run --pairs-per-second --out --parallel --slurm --max-parallel --print --wandb-sweep"
 )
+COMPARE_FLAGS = "--help --where --sort --csv --json --markdown --latex --html --pdf --png"
 FLAGS = "--help --cfg --package --config-dir --overwrite"
 
 
@@ -72,5 +77,6 @@ def run(words: list[str]) -> int:
         said = f"{' '.join(words)}: no completion for that shell" if words else "completion takes a shell"
         raise UserError(f"{said}; type rcpo completion bash")
     code = BASH.replace("@COMMANDS@", " ".join(COMMANDS))
-    print(code.replace("@FLAGS@", FLAGS).replace("@SWEEP_FLAGS@", SWEEP_FLAGS))
+    code = code.replace("@FLAGS@", FLAGS).replace("@SWEEP_FLAGS@", SWEEP_FLAGS)
+    print(code.replace("@COMPARE_FLAGS@", COMPARE_FLAGS))
     return 0
