@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -228,3 +229,25 @@ def test_a_real_run_is_read(tmp_path: Path) -> None:
     assert float(row["pairs_per_second"]) > 0
     assert row["in_band"]
     assert "Without their text" not in (tmp_path / "report.html").read_text()
+
+
+def test_a_reader_that_goes_away_is_no_error(grid: Path) -> None:
+    """`rcpo compare --csv | head -1`, with a pipe that is closed before anything is written."""
+    for form in ("--csv", "--markdown"):
+        read, write = os.pipe()
+        os.close(read)
+        command = [sys.executable, "-m", "rcpo.cli", "compare", str(grid), form]
+        with os.fdopen(write, "w") as closed:
+            done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_many_runs_left_out_for_one_reason_are_one_line_without_control_characters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in range(7):
+        make_run(tmp_path / str(seed), seed=seed, status="pending", exit_reason="no\nslot\x1b[2J")
+    text = typed(capsys, str(tmp_path))
+    five = ", ".join(str(tmp_path / str(seed)) for seed in range(5))
+    assert f"- left out: {five} and 2 more: pending: no slot [2J" in text.splitlines()
+    assert "\x1b" not in text

@@ -1,6 +1,7 @@
 """`rcpo compare PATH...`: runs side by side, as a table, an HTML report, and figures for a paper."""
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -67,11 +68,9 @@ def run(words: list[str]) -> int:
     rows = make_rows(comparison, options.sort)
     if options.form is None:
         print_table(RunConsole(), rows, comparison)
-    elif options.form == "csv":
-        print(as_csv(rows), end="")
     else:
-        forms = {"json": as_json, "markdown": as_markdown, "latex": as_latex}
-        print(forms[options.form](rows, comparison), end="")
+        forms = {"csv": as_csv, "json": as_json, "markdown": as_markdown, "latex": as_latex}
+        say(forms[options.form](rows, comparison))
     if options.html is not None:
         from rcpo.compare.page import make_page
 
@@ -81,6 +80,14 @@ def run(words: list[str]) -> int:
         if folder is not None:
             draw(comparison, folder, suffix)
     return 0
+
+
+def say(text: str) -> None:
+    """To stdout; a reader that goes away (`rcpo compare --csv | head`) is no error."""
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def draw(comparison: "Comparison", folder: Path, suffix: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from rcpo.compare.load import Run
+from rcpo.compare.load import Run, one_line
 from rcpo.compare.statistics import Difference, holm, paired_difference
 from rcpo.errors import UserError
 
@@ -66,7 +66,7 @@ class Cell:
     objective: str
     """Its name, with the parameters in which cells of that objective differ."""
     calibration: str
-    other: Settings
+    other: dict[str, str]
     """Further settings in which cells differ."""
     settings: Settings
     """All that distinguish a cell."""
@@ -177,11 +177,14 @@ def _make_cell(members: list[Run], own: Settings, everything: Sequence[Settings]
         differing = [key for key in _differing(namesakes, f"{section}.") if key in own]
         short = [key.removeprefix(f"{section}.").removeprefix("feedback.") for key in differing]
         return " ".join(
-            [str(name), *(f"{key}={own[full]}" for key, full in zip(short, differing, strict=True))]
+            [
+                one_line(name),
+                *(f"{key}={one_line(own[full])}" for key, full in zip(short, differing, strict=True)),
+            ]
         )
 
     other = {
-        key: own.get(key, "absent")
+        key: one_line(own.get(key, "absent"))
         for key in _differing(everything)
         if not key.startswith(("objective.", "calibration."))
     }

@@ -10,7 +10,8 @@ from rcpo.compare.summary import headline, sentences
 from rcpo.compare.table import COLUMNS, Row, cell_texts, heads, notes
 
 
-def as_csv(rows: Sequence[Row]) -> str:
+def as_csv(rows: Sequence[Row], comparison: Comparison) -> str:
+    """One record a cell, every number."""
     records = [row.record() for row in rows]
     stream = io.StringIO()
     writer = csv.DictWriter(stream, list(records[0]), lineterminator="\n")

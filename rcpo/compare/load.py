@@ -71,11 +71,11 @@ class Run:
 
     @property
     def objective(self) -> str:
-        return str(self.settings.get("objective.name", "?"))
+        return one_line(self.settings.get("objective.name", "?"))
 
     @property
     def calibration(self) -> str:
-        return str(self.settings.get("calibration.name", "?"))
+        return one_line(self.settings.get("calibration.name", "?"))
 
     @property
     def seed(self) -> Any:
@@ -133,13 +133,18 @@ def read_status(path: Path) -> tuple[str, str | None]:
     """(status, what is wrong with it)."""
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-        status = str(run["status"])
+        status = one_line(run["status"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError("run.json is missing or damaged") from None
     if status == "done":
         return status, None
     reason = run.get("exit_reason")
-    return status, f"{status}: {' '.join(str(reason).split())}" if reason else status
+    return status, f"{status}: {one_line(reason)}" if reason else status
+
+
+def one_line(value: object) -> str:
+    """A value as text for tables: no line breaks, and nothing that moves a terminal's cursor."""
+    return " ".join("".join(char if char.isprintable() else " " for char in str(value)).split())
 
 
 def _read_pairs(folder: Path, evals: Columns) -> Pairs | None:

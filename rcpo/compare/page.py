@@ -184,7 +184,7 @@ def _fallen(cells: list[Cell], words: list[PairText] | str, is_open: bool) -> st
         f"<details{' open' if is_open else ''}><summary>The {len(pairs)} pairs whose winner fell most under "
         f"{html.escape(cells[0].calibration)}</summary>"
         f'<p class="note">Change of the chosen log-probability in nats, mean over seeds, by calibration; '
-        f"pair: its place in the held-out set.</p>{missing}"
+        f"pair: its place in the held-out set; text as the data gives it now.</p>{missing}"
         f'<div class="scroll"><table><thead><tr><th>pair</th>{head}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div></details>"
     )

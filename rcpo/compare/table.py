@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rcpo.compare.cells import PER_PAIR, Cell, Comparison
+from rcpo.compare.cells import PER_PAIR, Cell, Comparison, LeftOut
 from rcpo.compare.load import Run
 from rcpo.compare.statistics import mean_and_error
 from rcpo.console import nats, number, percent
@@ -72,6 +72,8 @@ COLUMNS = (
     Column("pairs_per_second", "pairs/s", _speed, number, 6),
     Column("memory_gb", "GB", _memory, number, 8),
 )
+MAX_PATHS = 5
+"""Paths named on one line of runs that are left out; --json names all."""
 NOTES = (
     "chosen, rejected, margin: held-out change of log-probability in nats, at the end; worst: lowest chosen "
     "of all evaluations; fell: share of chosen responses that became less likely; in band: of the "
@@ -149,7 +151,7 @@ def make_rows(comparison: Comparison, sort: str | None = None) -> list[Row]:
 def cell_texts(row: Row, columns: Sequence[Column], pm: str) -> list[str]:
     """Under `heads`."""
     cell = row.cell
-    texts = [cell.objective, cell.calibration, *map(str, cell.other.values()), str(len(cell.runs))]
+    texts = [cell.objective, cell.calibration, *cell.other.values(), str(len(cell.runs))]
     for column in columns:
         mean, error = row.means[column.name]
         text = "-" if math.isnan(mean) else column.text(mean)
@@ -181,10 +183,22 @@ def heads(comparison: Comparison, columns: Sequence[Column]) -> list[str]:
     return ["objective", "calibration", *other, "n", *(column.head for column in columns), "vs off", "p"]
 
 
+def left_out_lines(left_out: Sequence[LeftOut]) -> list[str]:
+    """One line for each reason; a sweep that has just begun leaves out many runs for the same one."""
+    paths: dict[str, list[str]] = {}
+    for item in left_out:
+        paths.setdefault(item.reason, []).append(str(item.run.path))
+    lines = []
+    for reason, found in paths.items():
+        more = f" and {len(found) - MAX_PATHS} more" if len(found) > MAX_PATHS else ""
+        lines.append(f"left out: {', '.join(found[:MAX_PATHS])}{more}: {reason}")
+    return lines
+
+
 def notes(comparison: Comparison, pm: str) -> list[str]:
     """What the numbers are, then every run that is left out, then every cell that is of another kind."""
     lines = [note.format(pm=pm, num=comparison.num_comparisons) for note in NOTES[:2]]
     if comparison.num_comparisons:
         lines.append(NOTES[2].format(num=comparison.num_comparisons))
-    lines += [f"left out: {item.run.path}: {item.reason}" for item in comparison.left_out]
+    lines += left_out_lines(comparison.left_out)
     return lines + [f"{cell.label}: {cell.note}" for cell in comparison.cells if cell.note]
