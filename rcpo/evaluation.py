@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rcpo.config.schema import Config
-from rcpo.data.batch import collate
+from rcpo.data.batch import collate, width
 from rcpo.data.tokenize import TokenizedPair
 from rcpo.distributed import rank, sum_over_ranks, world_size
 from rcpo.engine import Engine
@@ -44,7 +44,7 @@ def measure_logprobs(
     collective: where batches do not divide by the ranks, the last ones are computed twice and one copy is
     thrown away.
     """
-    by_length = sorted(range(len(pairs)), key=lambda idx: _num_tokens(pairs[idx]))
+    by_length = sorted(range(len(pairs)), key=lambda idx: width(pairs[idx]))
     batches = [
         by_length[start : start + pairs_per_device] for start in range(0, len(pairs), pairs_per_device)
     ]
@@ -58,10 +58,6 @@ def measure_logprobs(
         on_batch(sum(len(batch) for batch in batches[first : first + world_size()]))
     z_w, z_l = sum_over_ranks(result).cpu()
     return SideLogProbs(z_w, z_l)
-
-
-def _num_tokens(pair: TokenizedPair) -> int:
-    return max(len(pair.chosen.input_ids), len(pair.rejected.input_ids))
 
 
 def peak_memory_gb(device: torch.device) -> float:

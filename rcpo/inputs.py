@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rcpo.adapters import check_adapters
 from rcpo.config.schema import Config
+from rcpo.data.batch import width
 from rcpo.data.load import load_records
 from rcpo.data.sampler import PairSampler
 from rcpo.data.tokenize import TokenizedPair, describe_example, tokenize_records
@@ -35,7 +36,8 @@ class Inputs:
         return 0 if pad is None else int(pad)
 
     def sampler(self, config: Config) -> PairSampler:
-        return PairSampler(len(self.train), config.train.pairs_per_step, config.seed)
+        widths = [width(pair) for pair in self.train]
+        return PairSampler(len(self.train), config.train.pairs_per_step, config.seed, widths)
 
     def num_steps(self, config: Config) -> int:
         """Optimizer steps of the whole run."""

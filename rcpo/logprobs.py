@@ -17,6 +17,9 @@ from rcpo.scores import HeadScores
 
 CHUNK_ELEMENTS = 2**24
 """Logits held at once (fp32 elements, 64 MiB): the chunk is as many tokens as fit, at least 16."""
+KEPT_ELEMENTS = 2**25
+"""Softmax values kept from the forward to the backward pass of a micro-batch (fp32 elements, 128 MiB): their
+tokens need no second product with the vocabulary, and memory still does not grow with T x V."""
 
 
 def matmul_fp32(left: Tensor, right: Tensor) -> Tensor:
@@ -30,7 +33,8 @@ def matmul_fp32(left: Tensor, right: Tensor) -> Tensor:
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """log softmax(h W^T + b)[target] per token (N,), recomputing each chunk's logits in the backward pass.
+    """log softmax(h W^T + b)[target] per token (N,). Chunks that fit into `KEPT_ELEMENTS` keep their softmax
+    for the backward pass; the others' logits are computed again there.
 
     With e_t = onehot(target_t) - softmax(logits_t): d logp_t / d logits_t = e_t, hence
     grad h_t = g_t W^T e_t, grad W = sum_t g_t e_t h_t^T, grad b = sum_t g_t e_t.
@@ -43,13 +47,20 @@ class _TokenLogProbs(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         logps = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         log_norms = torch.empty_like(logps)
+        kept: dict[int, tuple[Tensor, Tensor]] = {}
+        num_kept = 0
         for part in _chunks(hidden.shape[0], num_chosen, weight.shape[0]):
-            logits = _logits(hidden[part], weight, bias)
-            log_norms[part] = torch.logsumexp(logits, dim=-1)
-            logps[part] = logits.gather(1, targets[part, None]).squeeze(1) - log_norms[part]
+            exps = _logits(hidden[part], weight, bias)
+            target, largest = exps.gather(1, targets[part, None]).squeeze(1), exps.amax(1)
+            sums = exps.sub_(largest[:, None]).exp_().sum(1)
+            log_norms[part] = largest + sums.log()
+            logps[part] = target - log_norms[part]
+            num_kept += exps.numel()
+            if num_kept <= KEPT_ELEMENTS and any(ctx.needs_input_grad):
+                kept[part.start] = exps, sums
         ctx.save_for_backward(hidden, targets, log_norms)
         # The parameters, not saved tensors: ZeRO-3 swaps their storage between forward and backward.
-        ctx.weight, ctx.bias, ctx.num_chosen, ctx.scores = weight, bias, num_chosen, scores
+        ctx.weight, ctx.bias, ctx.num_chosen, ctx.scores, ctx.kept = weight, bias, num_chosen, scores, kept
         return logps
 
     @staticmethod
@@ -61,21 +72,28 @@ class _TokenLogProbs(torch.autograd.Function):
         grad_weight = _zeros_fp32(weight) if ctx.needs_input_grad[1] else None
         grad_bias = _zeros_fp32(bias) if bias is not None and ctx.needs_input_grad[2] else None
         for part in _chunks(hidden.shape[0], ctx.num_chosen, weight.shape[0]):
-            is_chosen = part.start < ctx.num_chosen
-            error = _logits(hidden[part], weight, bias).sub_(log_norms[part, None]).exp_().neg_()
-            error.scatter_add_(1, targets[part, None], torch.ones_like(error[:, :1]))
-            if scores is not None and not scores.weighted:
+            is_chosen, own = part.start < ctx.num_chosen, grad_logps[part]
+            exps, sums = ctx.kept.pop(part.start, (None, None))
+            if exps is None:
+                exps = _logits(hidden[part], weight, bias).sub_(log_norms[part, None]).exp_()
+                sums = torch.ones_like(own)
+            wants_errors = scores is not None and not scores.weighted
+            scale = torch.ones_like(own) if wants_errors else own
+            error = exps.mul_((-scale / sums)[:, None]).scatter_add_(1, targets[part, None], scale[:, None])
+            if wants_errors:
                 scores.add(is_chosen, error, hidden[part])
-            error *= grad_logps[part, None]
+                error *= own[:, None]
             if scores is not None and scores.weighted and grad_weight is None:
                 scores.add(is_chosen, error, hidden[part])
             if grad_hidden is not None:
                 grad_hidden[part] = error.to(weight.dtype) @ weight
             if grad_weight is not None:
-                product = matmul_fp32(error.to(hidden.dtype).T, hidden[part])
-                grad_weight += product
                 if scores is not None and scores.weighted:
+                    product = matmul_fp32(error.to(hidden.dtype).T, hidden[part])
+                    grad_weight += product
                     scores.add_product(is_chosen, product, None if bias is None else error.sum(0))
+                else:
+                    _add_product(grad_weight, error, hidden[part])
             if grad_bias is not None:
                 grad_bias += error.sum(0)
         return (
@@ -84,6 +102,14 @@ class _TokenLogProbs(torch.autograd.Function):
             None if grad_bias is None else grad_bias.to(bias.dtype),
             None, None, None,
         )  # fmt: skip
+
+
+def _add_product(total: Tensor, error: Tensor, hidden: Tensor) -> None:
+    """total (V, H) fp32 += error^T hidden, in place where both are fp32."""
+    if hidden.dtype == torch.float32:
+        total.addmm_(error.T, hidden)
+    else:
+        total += matmul_fp32(error.to(hidden.dtype).T, hidden)
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -118,7 +144,7 @@ class TokenLogProbHead(nn.Module):
         """Where the next backward passes add their score statistics; None costs nothing."""
 
     def forward(self, hidden: Tensor, batch: PairBatch) -> Tensor:
-        """Token log-probs (N,) fp32 for `batch`'s response tokens from hidden states (2B, T, H)."""
+        """Token log-probs (N,) fp32 for `batch`'s response tokens from hidden states (R, T, H)."""
         picked = hidden.flatten(0, 1).index_select(0, batch.token_positions)
         logps: Tensor = _TokenLogProbs.apply(
             picked, self.weight, self.bias, batch.targets, batch.num_chosen_tokens, self.scores
@@ -127,10 +153,17 @@ class TokenLogProbHead(nn.Module):
 
 
 def sum_per_row(token_logps: Tensor, batch: PairBatch) -> Tensor:
-    """z: (2B,) fp32, token log-probs (N,) summed over each row's response.
+    """z: (2B,) fp32, token log-probs (N,) summed over each side's response.
 
-    Written through the padded grid, because `index_add` on a GPU adds in no fixed order.
+    Written through a padded grid, because `index_add` on a GPU adds in no fixed order. A token's place there
+    is that of its prediction in its side's row; with shared prefixes two sides are on one row, and each has a
+    grid of its own.
     """
     num_rows, num_positions = batch.input_ids.shape
+    places = batch.token_positions
+    if batch.segments is not None:
+        is_rejected = torch.arange(len(places), device=places.device) >= batch.num_chosen_tokens
+        places = places + is_rejected * (num_rows * num_positions)
+        num_rows *= 2
     grid = torch.zeros(num_rows * num_positions, dtype=token_logps.dtype, device=token_logps.device)
-    return grid.index_put((batch.token_positions,), token_logps).view(num_rows, num_positions).sum(1)
+    return grid.index_put((places,), token_logps).view(num_rows, num_positions).sum(1)

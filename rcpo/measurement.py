@@ -31,6 +31,8 @@ from rcpo.step import Measured, Measurement, Price, Priced, joint_backward, surr
 class Unmeasured:
     """No geometry: the ordinary step."""
 
+    takes_shared_prefixes = True
+
     def begin(self, alpha: float) -> None:
         pass
 
@@ -119,6 +121,8 @@ ADAM_EPS = 1e-12
 class HeadMeasurement:
     """Geometry of the output projection, from the ordinary backward pass."""
 
+    takes_shared_prefixes = True
+
     def __init__(self, engine: Engine, reader: Reader, num_pairs: int) -> None:
         has_bias = engine.policy.head.bias is not None
         self._scores = HeadScores(
@@ -170,6 +174,8 @@ class ApartMeasurement:
     """The two halves of the real gradient over a set of parameters: the sides go backward one after the
     other."""
 
+    takes_shared_prefixes = False
+
     def __init__(self, scores: ParameterScores, reader: "ParameterReader") -> None:
         self._scores, self._reader = scores, reader
         self._alpha = 1.0
@@ -201,6 +207,8 @@ class ApartMeasurement:
 
 class ProbeMeasurement:
     """Geometry of a set of parameters beside an ordinary step, which it leaves as it is, bit for bit."""
+
+    takes_shared_prefixes = False
 
     def __init__(self, scores: ParameterScores, reader: "ParameterReader", weighted: bool) -> None:
         self._scores, self._reader, self._weighted = scores, reader, weighted

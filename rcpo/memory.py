@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from rcpo.config.schema import Config
-from rcpo.logprobs import CHUNK_ELEMENTS
+from rcpo.logprobs import CHUNK_ELEMENTS, KEPT_ELEMENTS
 
 FP32 = 4
 
@@ -20,9 +20,9 @@ def memory_budget(config: Config, model: PreTrainedModel, num_rows: int, width: 
 
     With P parameters of b bytes, of which P_t train, N ranks and ZeRO stage s: weights b P (/N at 3);
     gradients b P_t (/N at 2 and 3; fp32 with bf16 weights at 1 to 3); optimizer 4 P_t for each of AdamW's two
-    moments or SGD's momentum, and 4 P_t for DeepSpeed's fp32 weights at 1 to 3 (all /N at 1 to 3); head two
-    chunks of fp32 logits; calibration 2 P_t fp32 / N with scope full, 2 V H fp32 with scope head. The
-    reference's log-probabilities are computed beforehand: two numbers a pair.
+    moments or SGD's momentum, and 4 P_t for DeepSpeed's fp32 weights at 1 to 3 (all /N at 1 to 3); head the
+    fp32 logits of a chunk and the kept ones; calibration 2 P_t fp32 / N with scope full, 2 V H fp32 with
+    scope head. The reference's log-probabilities are computed beforehand: two numbers a pair.
     """
     num_ranks, stage = config.world_size(), config.deepspeed.stage or 0
     parameters = list(model.parameters())
@@ -37,7 +37,7 @@ def memory_budget(config: Config, model: PreTrainedModel, num_rows: int, width: 
         "gradients": trained * gradient_size // (num_ranks if stage >= 2 else 1),
         "optimizer": trained * FP32 * (num_moments + master) // (num_ranks if stage >= 1 else 1),
         "activations": activation_bytes(config, model.config, num_rows, width, size),
-        "head": 2 * FP32 * min(CHUNK_ELEMENTS, num_rows * width * model.config.vocab_size),
+        "head": FP32 * min(KEPT_ELEMENTS + CHUNK_ELEMENTS, num_rows * width * model.config.vocab_size),
         "calibration": _calibration_bytes(config, model, trained),
         "reference": 0,
     }

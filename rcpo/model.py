@@ -6,6 +6,7 @@ forward pass that never makes full logits. Does not own training: `rcpo.engine` 
 
 import contextlib
 import dataclasses
+import inspect
 import io
 import json
 import logging
@@ -37,7 +38,7 @@ from rcpo.adapters import (
 )
 from rcpo.config.resolve import TINY
 from rcpo.config.schema import ModelConfig
-from rcpo.data.batch import PairBatch
+from rcpo.data.batch import PREFIX, PairBatch
 from rcpo.data.render import apply_chat_template_choice
 from rcpo.errors import UserError
 from rcpo.logprobs import TokenLogProbHead, sum_per_row
@@ -62,14 +63,48 @@ class Policy(nn.Module):
         self.head = TokenLogProbHead(_output_projection(model))
 
     def forward(self, batch: PairBatch) -> Tensor:
-        """z (2B,) fp32: rows 0..B-1 chosen, B..2B-1 rejected.
+        """z (2B,) fp32: 0..B-1 chosen, B..2B-1 rejected.
 
         Rows are padded on the right, so causal attention keeps padding out of every real position without a
-        mask.
+        mask; shared prefixes need one.
         """
         body = self.model.get_decoder()
-        hidden = body(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        shared: dict[str, Tensor] = {}
+        if batch.segments is not None and batch.position_ids is not None:
+            mask = self._attention_mask(batch.segments)
+            shared = {"attention_mask": mask, "position_ids": batch.position_ids}
+        hidden = body(input_ids=batch.input_ids, use_cache=False, **shared).last_hidden_state
         return sum_per_row(self.head(hidden, batch), batch)
+
+    def _attention_mask(self, segments: Tensor) -> Tensor:
+        """(R, 1, T, T): who sees whom, as bool for sdpa and as what is added to the scores for eager."""
+        seen = (segments[:, None, :] == segments[:, :, None]) | (segments[:, None, :] == PREFIX)
+        seen = seen.tril().unsqueeze(1)
+        if self.model.config._attn_implementation == "sdpa":
+            return seen
+        dtype = self.model.dtype
+        return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+def refuse_shared_prefix(model: PreTrainedModel) -> None:
+    """Raise UserError where a prefix cannot be shared: attention without masks, positions that are not given,
+    or windows that a mask of one's own would do away with."""
+    name = type(model).__name__
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    takes = inspect.signature(model.get_decoder().forward).parameters
+    why = None
+    if model.config._attn_implementation not in ("sdpa", "eager"):
+        why = f"{model.config._attn_implementation} takes no mask; type model.attention=sdpa"
+    elif kinds != {"full_attention"} or getattr(config, "sliding_window", None) is not None:
+        why = "it attends within windows"
+    elif not {"position_ids", "attention_mask"} <= set(takes):
+        why = "it takes no position_ids"
+    if why is not None:
+        raise UserError(
+            f"train.share_prefix=true: {name} cannot compute a prompt once for both responses: {why}; or "
+            "type train.share_prefix=false"
+        )
 
 
 def _output_projection(model: PreTrainedModel) -> nn.Linear:

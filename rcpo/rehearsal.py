@@ -11,7 +11,7 @@ import torch
 
 from rcpo.config.schema import Config
 from rcpo.console import RunConsole
-from rcpo.data.batch import collate
+from rcpo.data.batch import collate, collate_shared, width
 from rcpo.data.sampler import PairSampler
 from rcpo.distributed import gather, rank, world_size
 from rcpo.engine import Engine
@@ -41,9 +41,10 @@ def rehearse(
     Raises UserError when the micro-batch does not fit.
     """
     indices = largest_micro_batch(config, inputs, sampler, num_steps)
-    batch = collate([inputs.train[idx] for idx in indices], inputs.pad_id)
-    num_rows, width = batch.input_ids.shape
-    budget = memory_budget(config, engine.policy.model, num_rows, width)
+    pairs = [inputs.train[idx] for idx in indices]
+    batch = (collate_shared if config.train.share_prefix else collate)(pairs, inputs.pad_id)
+    num_rows, num_columns = batch.input_ids.shape
+    budget = memory_budget(config, engine.policy.model, num_rows, num_columns)
     if rank() == 0:
         RunConsole().print(
             f"memory of a rank: {in_words(budget)}", style="dim", soft_wrap=True, highlight=False
@@ -59,7 +60,7 @@ def rehearse(
             raise
         raise UserError(
             f"train.pairs_per_device={config.train.pairs_per_device}: the largest micro-batch, {num_rows} "
-            f"rows of {width} tokens, does not fit into memory ({in_words(budget)}); type "
+            f"rows of {num_columns} tokens, does not fit into memory ({in_words(budget)}); type "
             "train.pairs_per_device=1, model.gradient_checkpointing=true, a smaller train.max_length, or a "
             "higher deepspeed.stage"
         ) from None
@@ -67,21 +68,20 @@ def rehearse(
     _warn_of_difference(config, max(gather(float((z.detach() - ref).abs().max()))))
     logger.info(
         "the largest micro-batch, %d rows of %d tokens, ran; peak memory %.2f GB; budget: %s",
-        num_rows, width, peak_memory_gb(engine.device), in_words(budget),
+        num_rows, num_columns, peak_memory_gb(engine.device), in_words(budget),
     )  # fmt: skip
 
 
 def largest_micro_batch(config: Config, inputs: Inputs, sampler: PairSampler, num_steps: int) -> list[int]:
     """Of this rank's micro-batches in the run, the one with most tokens, padding included."""
     assert config.train.pairs_per_device is not None
-    widths = [max(len(side.input_ids) for side in (pair.chosen, pair.rejected)) for pair in inputs.train]
     return max(
         (
             indices
             for step in range(num_steps)
             for indices in sampler.micro_batches(step, rank(), world_size(), config.train.pairs_per_device)
         ),
-        key=lambda indices: max(widths[idx] for idx in indices),
+        key=lambda indices: max(width(inputs.train[idx]) for idx in indices),
     )
 
 

@@ -21,7 +21,7 @@ from rcpo.calibration import build_calibrator
 from rcpo.checkpoint import checkpoint_to_resume, load_checkpoint, save_checkpoint
 from rcpo.config.schema import Config
 from rcpo.console import RunConsole, passes_shown
-from rcpo.data.batch import collate
+from rcpo.data.batch import collate, collate_shared
 from rcpo.data.sampler import PairSampler
 from rcpo.data.tokenize import TokenizedPair
 from rcpo.distributed import barrier, rank, world_size
@@ -115,7 +115,8 @@ def _train_steps(training: Training) -> None:
     aggregate = aggregate_of(composition_of(config.objective))
     while state.step < training.num_steps:
         started = time.perf_counter()
-        micro_batches = _micro_batches(training)
+        measurement = training.measurements.at(state.step, state.calibrator)
+        micro_batches = _micro_batches(training, measurement.takes_shared_prefixes)
         num_tokens = _num_tokens(training.inputs, training.sampler.global_batch(state.step))
         lr = engine.lr()
         probe_r_w = _measure_probe(training) if state.calibrator.probes_at(state.step) else None
@@ -127,7 +128,7 @@ def _train_steps(training: Training) -> None:
                 state,
                 micro_batches,
                 config.train.pairs_per_step,
-                training.measurements.at(state.step, state.calibrator),
+                measurement,
                 aggregate,
                 probe_r_w,
                 stopping.asked(),
@@ -201,9 +202,10 @@ def _num_tokens(inputs: Inputs, indices: list[int]) -> int:
     )
 
 
-def _micro_batches(training: Training) -> list[MicroBatch]:
+def _micro_batches(training: Training, may_share: bool) -> list[MicroBatch]:
     """This rank's micro-batches of the coming step, on the device."""
     config, device = training.config, training.engine.device
+    shares = may_share and config.train.share_prefix
     assert config.train.pairs_per_device is not None
     cut = training.sampler.micro_batches(
         training.state.step, rank(), world_size(), config.train.pairs_per_device
@@ -212,7 +214,7 @@ def _micro_batches(training: Training) -> list[MicroBatch]:
     for indices in cut:
         ref_w, ref_l = training.reference.train_rows(indices)
         pairs = [training.inputs.train[idx] for idx in indices]
-        batch = collate(pairs, training.inputs.pad_id)
+        batch = (collate_shared if shares else collate)(pairs, training.inputs.pad_id)
         weight = torch.tensor([pair.weight for pair in pairs])
         micro_batches.append(
             MicroBatch(batch.to(device), ref_w.to(device), ref_l.to(device), weight.to(device))

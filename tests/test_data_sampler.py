@@ -27,8 +27,7 @@ def test_every_pass_visits_each_pair_once(num_pairs: int, pairs_per_step: int) -
     [(1, 8), (1, 1), (1, 4), (2, 4), (2, 1), (4, 2), (8, 1)],
 )
 def test_micro_batches_make_up_the_global_batch(world_size: int, pairs_per_device: int) -> None:
-    """In order of rank and time, each of pairs_per_device pairs; step 2 straddles two passes over 20
-    pairs."""
+    """Each of pairs_per_device pairs, each pair once; step 2 straddles two passes over 20 pairs."""
     sampler = PairSampler(20, 8, seed=1)
     for step in range(4):
         cut = [
@@ -37,7 +36,19 @@ def test_micro_batches_make_up_the_global_batch(world_size: int, pairs_per_devic
             for micro in PairSampler(20, 8, seed=1).micro_batches(step, rank, world_size, pairs_per_device)
         ]
         assert {len(micro) for micro in cut} == {pairs_per_device}
-        assert [idx for micro in cut for idx in micro] == sampler.global_batch(step)
+        assert sorted(idx for micro in cut for idx in micro) == sorted(sampler.global_batch(step))
+
+
+def test_pairs_of_similar_length_share_a_micro_batch_and_ranks_have_as_much_to_do() -> None:
+    """Widths 10, 20, ..., 80 in some order, 2 ranks, micro-batches of 2: {10, 20} and {30, 40} first, then
+    {50, 60} and {70, 80}; the global batch is what it is without widths."""
+    widths = [40, 10, 80, 30, 60, 20, 70, 50]
+    sampler = PairSampler(8, 8, seed=3, widths=widths)
+    cut = [
+        [[widths[idx] for idx in micro] for micro in sampler.micro_batches(0, rank, 2, 2)] for rank in (0, 1)
+    ]
+    assert cut == [[[10, 20], [50, 60]], [[30, 40], [70, 80]]]
+    assert sampler.global_batch(0) == PairSampler(8, 8, seed=3).global_batch(0)
 
 
 def test_a_resumed_run_sees_what_the_whole_run_saw() -> None:

@@ -122,10 +122,12 @@ def test_killed_and_resumed_equals_never_killed(
     ]
     if moment[0] == "nan":
         (lost,) = resumed.read_run()["nonfinite"]
-        batch = read_inputs(open_run(str(resumed.path))[1])
-        last = batch.sampler(open_run(str(resumed.path))[1]).global_batch(moment[1] - 1)[-1]
+        config = open_run(str(resumed.path))[1]
+        inputs = read_inputs(config)
+        place = moment[1] - 1, layout.ranks - 1, layout.ranks, layout.pairs_per_device
+        *_, last = inputs.sampler(config).micro_batches(*place)
         assert (lost["step"], lost["rank"]) == (moment[1], layout.ranks - 1)
-        assert lost["rows"][-1] == batch.train[last].row
+        assert lost["rows"] == [inputs.train[idx].row for idx in last]
         assert len(lost["rows"]) == layout.pairs_per_device
 
 

@@ -194,13 +194,13 @@ def test_a_checkpoint_that_does_not_fit_is_a_line_and_the_one_before_it_stays(
 
         collate = rcpo.trainer._micro_batches
 
-        def fill(training: rcpo.trainer.Training) -> object:
+        def fill(training: rcpo.trainer.Training, may_share: bool) -> object:
             if training.state.step == 2:
                 limit = largest_file(runs["whole"], 2) // 2
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
             if training.state.step == 5 and name == "goes-on":
                 assert [path.name for path in runs[name].checkpoints.iterdir()] == ["step-000002"]
-            return collate(training)
+            return collate(training, may_share)
 
         def free(*args: object) -> object:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
@@ -266,6 +266,38 @@ def test_memory_that_runs_out_does_so_before_the_first_step(inputs: Path, tmp_pa
     in_a_fork(work)
     assert not run.rows(run.metrics)
     assert not list(run.checkpoints.iterdir())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_policy_that_disagrees_with_its_reference_at_the_start_is_said(
+    inputs: Path, tmp_path: Path, dropout: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of an adapter whose B is zero nothing can differ, but for one that an SFT adapter left: dropout of half
+    its inputs moves z by more than 0.05 nats, and the likely causes are named; without dropout not a word."""
+    words = ("model.lora.rank=2", f"model.lora.dropout={dropout}", "train.steps=1")
+    run = make_run(make_config(inputs, tmp_path / "run", CASE, Layout(1, 8), *words))
+
+    def work() -> None:
+        import rcpo.engine
+
+        load = rcpo.engine.load_model
+
+        def load_trained(*args: object) -> object:
+            model = load(*args)  # type: ignore[arg-type]
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    torch.nn.init.normal_(parameter)
+            return model
+
+        rcpo.engine.load_model = load_trained  # type: ignore[assignment]
+        with caplog.at_level(logging.WARNING, "rcpo.rehearsal"):
+            train_here(run)
+        said = [line.getMessage() for line in caplog.records if line.name == "rcpo.rehearsal"]
+        assert len(said) == (dropout > 0)
+        assert all("policy and reference differ by up to" in line for line in said)
+        assert all("dropout (model.lora.dropout, or in the model's config)" in line for line in said)
+
+    in_a_fork(work)
 
 
 def test_the_largest_micro_batch_is_found_among_those_of_the_run(inputs: Path, tmp_path: Path) -> None:

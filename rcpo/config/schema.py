@@ -215,6 +215,9 @@ class TrainConfig:
     eval_every: NonNegative | None = None
     """Optimizer steps between evaluations; 0: only at the start and the end; null: 25 for builtin:tiny, else
     100."""
+    share_prefix: bool = False
+    """Compute the prompt of a pair once for both responses: less work where prompts are long, the same
+    gradient to rounding. Steps that `exact` measures do without."""
     save_every: NonNegative = 0
     """Optimizer steps between checkpoints; 0: none."""
     keep_last: Positive | None = None

@@ -6,7 +6,7 @@ by the global batch, a batch takes the end of one pass and the start of the next
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -14,10 +14,14 @@ import torch
 class PairSampler:
     """Global batches of pair indices; the same on every rank."""
 
-    def __init__(self, num_pairs: int, pairs_per_step: int, seed: int) -> None:
+    def __init__(
+        self, num_pairs: int, pairs_per_step: int, seed: int, widths: Sequence[int] | None = None
+    ) -> None:
         """`num_pairs` training pairs, at least 1, in batches of `pairs_per_step`; `seed` fixes every pass's
-        order."""
+        order. `widths` are the pairs' lengths in tokens: with them, micro-batches hold pairs of similar
+        length."""
         self._num_pairs, self._pairs_per_step, self._seed = num_pairs, pairs_per_step, seed
+        self._widths = widths
         self._passes: dict[int, list[int]] = {}
 
     @property
@@ -38,12 +42,16 @@ class PairSampler:
     def micro_batches(
         self, step: int, rank: int, world_size: int, pairs_per_device: int
     ) -> Iterator[list[int]]:
-        """This rank's contiguous share of the global batch, cut into micro-batches."""
+        """This rank's micro-batches of the global batch.
+
+        Within the batch pairs are sorted by length, and ranks take turns, so that little is padded and all
+        ranks have about as much to do. What a step adds up does not depend on it.
+        """
         batch = self.global_batch(step)
-        share = len(batch) // world_size
-        mine = batch[rank * share : (rank + 1) * share]
-        for start in range(0, share, pairs_per_device):
-            yield mine[start : start + pairs_per_device]
+        if self._widths is not None:
+            batch.sort(key=self._widths.__getitem__)
+        for start in range(rank * pairs_per_device, len(batch), world_size * pairs_per_device):
+            yield batch[start : start + pairs_per_device]
 
     def visited(self, num_steps: int) -> list[int]:
         """Indices that the first `num_steps` steps train on, each once, sorted."""
