@@ -1,5 +1,7 @@
-"""Runs side by side: from run folders to one table, figures and a report. Called by `rcpo.commands.compare`.
+"""Runs side by side: from run folders to a table, figures and a report. Called by `rcpo.commands.compare`,
+and `live` by `rcpo.commands.watch`.
 
-find (paths to folders) -> load (a folder to a `Run`) -> cells (runs to cells, what differs, what is left out)
--> statistics, table -> curves -> figures and page (HTML), static (PDF, PNG). Nothing here imports torch.
+find (words to folders) -> load, metrics_cache (a folder to a `Run`) -> cells (runs to cells, what differs,
+what is left out) -> statistics, table, summary -> forms, terminal; curves -> figures, page (HTML), static
+(PDF, PNG). Nothing here imports torch, but for `pair_text`, which reads the data again for the page.
 """

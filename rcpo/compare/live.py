@@ -173,7 +173,7 @@ def run_texts(run: LiveRun, bars: str, mark: str) -> list[Text]:
     status = Text(run.status, style=COLOURS.get(run.status, "dim"))
     if run.status == "running" and run.silent_seconds() > SILENT_SECONDS:
         status = Text(f"silent {duration(run.silent_seconds())}", style="red")
-    step = f"{int(last['step'])}" if "step" in last else ""
+    step = f"{int(last.get('step', 0))}"
     total = f"/{run.num_steps}" if run.num_steps is not None else ""
     recent = float(np.mean(chosen[-RECENT_STEPS:])) if chosen else math.nan
     speed = last.get("speed/pairs_per_second", math.nan)
