@@ -89,8 +89,9 @@ def wait_for_none(run_dir: Path, seconds: float) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_rank_that_dies_ends_the_run_and_resume_finishes_it(tmp_path: Path) -> None:
-    """SIGKILL of rank 1: within half a minute (a few seconds on an idle machine) exit code 1, one line with the rank and its log, run.json says
-    failed, no process stays. `rcpo resume` then does the steps from the newest checkpoint on."""
+    """SIGKILL of rank 1: soon (a few seconds on an idle machine) exit code 1, one line with the rank and its
+    log, run.json says failed, no process stays. `rcpo resume` then does the steps from the newest checkpoint
+    on."""
     run = RunFolder(tmp_path / "run")
     words = ["launch.processes=2", "train.steps=60", "train.save_every=5", "train.eval_every=0"]
     with started(words, run.path) as process:
