@@ -136,7 +136,7 @@ class Cluster:
     def run(self, *words: object) -> str:
         """Output of a SLURM command that must succeed."""
         command = [str(word) for word in words]
-        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout
 

@@ -1,17 +1,19 @@
 """What the scenarios of `test_slurm` play on: sweeps on a private SLURM, and looks into their folders."""
 
 import contextlib
+import dataclasses
 import io
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from slurm_cluster import Cluster, wait_until
+from slurm_cluster import Cluster
 
 from rcpo.commands import sweep as sweep_command
 from rcpo.run_folder import RunFolder
@@ -19,8 +21,8 @@ from rcpo.sweep import slurm
 from rcpo.sweep.folder import SweepFolder
 from rcpo.sweep.states import CellStatus, State
 
-SECONDS = 240
-"""How long any one thing may take: all scenarios share two cores."""
+SECONDS = 400
+"""How long all scenarios together may take; they share two cores."""
 NUM_STEPS = 150
 OVERRIDES = [
     "tracking=none", "train.pairs_per_step=4", "data.train_pairs=16", "data.eval_pairs=4",
@@ -42,6 +44,7 @@ class Stage:
 
     cluster: Cluster
     folder: Path
+    deadline: float = dataclasses.field(default_factory=lambda: time.monotonic() + SECONDS)
 
     def write(self, name: str, profile: dict[str, Any], **definition: Any) -> tuple[Path, Path]:
         """A sweep file and a profile."""
@@ -58,14 +61,14 @@ class Stage:
         with said():
             words = [str(file), "--slurm", str(profile_file), "--out", str(out), "--print"]
             assert sweep_command.run(words) == 0
-        return Sweep(SweepFolder(out), self.cluster)
+        return Sweep(SweepFolder(out), self)
 
 
 class Sweep:
     """A sweep folder as the scenarios and the tests look at it."""
 
-    def __init__(self, folder: SweepFolder, cluster: Cluster) -> None:
-        self.folder, self._cluster = folder, cluster
+    def __init__(self, folder: SweepFolder, stage: Stage) -> None:
+        self.folder, self._cluster, self._deadline = folder, stage.cluster, stage.deadline
         names = [cell.name for cell in folder.read_cells()]
         self.frozen_ids = {name: self.run(name).read_run()["wandb_id"] for name in names}
 
@@ -86,22 +89,26 @@ class Sweep:
         path = self.run(name).metrics
         return path.read_bytes().count(b"\n") if path.is_file() else 0
 
-    def wait(self, is_true: Callable[[], object], what: str) -> None:
-        try:
-            wait_until(is_true, SECONDS, what)
-        except TimeoutError:
-            logs = "\n".join(path.read_text()[-3000:] for path in self.folder.logs.glob("*.log"))
-            raise AssertionError(f"{what}: not in time; {self.statuses()}\n{logs}") from None
+    def wait(self, is_true: Callable[[], object], what: str, may_fail: bool = False) -> None:
+        """Until it is true; fails when time is up or, unless it may, when a cell has failed."""
+        while not is_true():
+            failed = [name for name in self.frozen_ids if self.run(name).read_run()["status"] == "failed"]
+            if time.monotonic() > self._deadline or (failed and not may_fail):
+                logs = "\n".join(path.read_text()[-3000:] for path in self.folder.logs.glob("*.log"))
+                raise AssertionError(f"{what}: not in time, or a cell failed; {self.statuses()}\n{logs}")
+            time.sleep(0.1)
 
     def wait_for_rows(self, name: str, count: int = 3) -> None:
         self.wait(lambda: self.num_rows(name) >= count, f"{name} makes {count} steps")
 
-    def wait_for(self, state: State) -> None:
-        self.wait(lambda: set(self.states().values()) == {state}, f"all cells are {state}")
+    def wait_for(self, state: State, may_fail: bool = False) -> None:
+        self.wait(lambda: set(self.states().values()) == {state}, f"all cells are {state}", may_fail)
         self.wait_for_no_job()
 
     def wait_for_no_job(self) -> None:
-        self.wait(lambda: not any(status.queued for status in self.statuses().values()), "no job is left")
+        self.wait(
+            lambda: not any(status.queued for status in self.statuses().values()), "no job is left", True
+        )
 
     def ranks(self, name: str) -> list[int]:
         """Process ids of a cell's ranks, in order."""

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -54,7 +55,7 @@ def play_grid(stage: Stage) -> tuple[Sweep, dict[str, Any]]:
     job = stage.cluster.run(
         "sbatch", "--parsable", "--wait", "--nodes=1", "--nodelist=n1", "--output=/dev/null", "--wrap", script
     ).strip()
-    sweep = Sweep(SweepFolder(out), stage.cluster)
+    sweep = Sweep(SweepFolder(out), stage)
     arrays = [item["job"] for item in json.loads(sweep.folder.slurm.read_text())["submissions"]]
     shown = [stage.cluster.run("scontrol", "--oneliner", "show", "job", array) for array in arrays]
     again = sweep.submit()
@@ -96,7 +97,7 @@ def play_crash(stage: Stage) -> tuple[Sweep, dict[str, CellStatus], dict[str, in
     )
     data.rename(data.with_suffix(".away"))
     sweep.submit()
-    sweep.wait_for_rows("arithmetic", 45)
+    sweep.wait(lambda: sweep.num_rows("arithmetic") >= 45, "45 steps", may_fail=True)
     os.kill(sweep.ranks("arithmetic")[1], signal.SIGKILL)
     sweep.wait_for_no_job()
     failed = sweep.statuses()
@@ -104,18 +105,26 @@ def play_crash(stage: Stage) -> tuple[Sweep, dict[str, CellStatus], dict[str, in
     data.with_suffix(".away").rename(data)
     with said():
         assert resume_command.run([str(sweep.folder.path)]) == 0
-    sweep.wait_for(State.DONE)
+    sweep.wait_for(State.DONE, may_fail=True)
     return sweep, failed, steps
 
 
 def play_time_limit(stage: Stage) -> Sweep:
-    """A cell that a time limit of a minute stops: its rank is paused until SLURM has asked it to stop."""
+    """A cell that its time limit stops: the limit is set when it trains, and its rank is paused until SLURM
+    has asked it to stop."""
     sweep = stage.freeze(
-        "limit", ONE_RANK | {"time": "1", "signal_seconds": "10", "nodes": "1"}, axes={"seed": [0]}
+        "limit",
+        ONE_RANK | {"signal_seconds": "10"},
+        overrides=["tracking=wandb", "tracking.mode=offline"],
+        axes={"seed": [0]},
     )
+    submitted = time.monotonic()
     sweep.submit()
     sweep.wait_for_rows("seed0")
     sweep.send("seed0", signal.SIGSTOP)
+    minutes = int(time.monotonic() - submitted + 30) // 60 + 1  # at least half a minute from now
+    job = slurm.jobs_of_sweep(sweep.folder)[0].id
+    stage.cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
     sweep.wait(lambda: "SIGUSR2: asks" in sweep.log("seed0"), "SLURM asks the cell to stop")
     sweep.send("seed0", signal.SIGCONT)
     sweep.wait_for(State.DONE)
@@ -287,14 +296,19 @@ def test_a_crashed_cell_shows_why_and_finishes_after_resume(played: Played) -> N
 
 
 def test_a_time_limit_is_a_checkpoint_and_a_requeue(played: Played) -> None:
+    """Both starts belong to one W&B run, and its first file has every step up to the stop."""
     sweep = played["limit"]
-    said = events(sweep.log("seed0"))
-    assert said[1] == "ends: requeued"
-    assert said[-1] == "ends: done"
-    assert "restart 1" in said[2]
+    assert [line.split(",")[-1] for line in events(sweep.log("seed0"))] == [
+        " restart 0", "ends: requeued", " restart 1", "ends: done",
+    ]  # fmt: skip
     run = sweep.run("seed0")
     assert [row["step"] for row in run.rows(run.metrics)] == list(range(1, NUM_STEPS + 1))
-    assert run.read_run()["wandb_id"] == sweep.frozen_ids["seed0"]
+    wandb_id = sweep.frozen_ids["seed0"]
+    assert run.read_run()["wandb_id"] == wandb_id
+    first, second = sorted(run.path.glob("wandb/offline-run-*/*.wandb"))
+    assert first.name == second.name == f"run-{wandb_id}.wandb"
+    (stopped,) = re.findall(r"stopped by SIGUSR2 after step (\d+) of 150", sweep.log("seed0"))
+    assert first.read_bytes().count(b"train/grad_norm") >= int(stopped)
 
 
 def test_cancel_ends_exactly_its_jobs(played: Played) -> None:
