@@ -23,7 +23,7 @@ WANTED = (
     "rcpo/builtin/tiny/tokenizer_config.json",
 )  # fmt: skip
 """Paths in the source tree."""
-SUFFIXES = {".py", ".yaml", ".json", ".safetensors", ".typed", ".sbatch"}
+SUFFIXES = {".py", ".yaml", ".json", ".safetensors", ".typed", ".sbatch", ".css", ".js"}
 """All that a wheel holds of rcpo, beside its own dist-info."""
 
 pytestmark = [
