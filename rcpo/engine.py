@@ -142,10 +142,10 @@ class Engine:
         return (safe_get_full_optimizer_state(parameter, "exp_avg_sq") for parameter in parameters)
 
     @torch.no_grad()
-    def logprobs_without_grad(self, batch: PairBatch) -> Tensor:
-        """z (2B,) fp32 in evaluation mode. Collective at stage 3."""
+    def logprobs_without_grad(self, batch: PairBatch, tokens: bool = False) -> Tensor:
+        """z (2B,) fp32 in evaluation mode; with `tokens` the token log-probs (N,). Collective at stage 3."""
         self._deepspeed.eval()
-        z: Tensor = self._deepspeed(batch)
+        z: Tensor = self._deepspeed(batch, tokens)
         self._deepspeed.train()
         return z
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from rcpo.config.schema import Config
 from rcpo.data.batch import collate, width
 from rcpo.data.tokenize import TokenizedPair
-from rcpo.distributed import rank, sum_over_ranks, world_size
+from rcpo.distributed import gather, rank, sum_over_ranks, world_size
 from rcpo.engine import Engine
 
 
@@ -58,6 +58,28 @@ def measure_logprobs(
         on_batch(sum(len(batch) for batch in batches[first : first + world_size()]))
     z_w, z_l = sum_over_ranks(result).cpu()
     return SideLogProbs(z_w, z_l)
+
+
+def measure_token_logprobs(
+    engine: Engine, pairs: Sequence[TokenizedPair], pad_id: int, pairs_per_device: int
+) -> list[Tensor]:
+    """Per pair the token log-probs of the chosen and then the rejected response, (|y_w| + |y_l|,) fp32 on the
+    CPU; the same on every rank. Collective."""
+    found: dict[int, Tensor] = {}
+    batches = [
+        range(start, min(start + pairs_per_device, len(pairs)))
+        for start in range(0, len(pairs), pairs_per_device)
+    ]
+    for first in range(0, len(batches), world_size()):
+        members = batches[min(first + rank(), len(batches) - 1)]
+        batch = collate([pairs[idx] for idx in members], pad_id).to(engine.device)
+        logps = engine.logprobs_without_grad(batch, tokens=True).cpu()
+        sides = logps.split(batch.lengths.tolist())
+        for place, idx in enumerate(members):
+            found[idx] = torch.cat([sides[place], sides[place + len(members)]])
+    for others in gather(found):
+        found |= others
+    return [found[idx] for idx in range(len(pairs))]
 
 
 def peak_memory_gb(device: torch.device) -> float:

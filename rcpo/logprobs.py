@@ -69,7 +69,7 @@ class _TokenLogProbs(torch.autograd.Function):
         hidden, targets, log_norms = ctx.saved_tensors
         weight, bias, scores = ctx.weight, ctx.bias, ctx.scores
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = _zeros_fp32(weight) if ctx.needs_input_grad[1] else None
+        grad_weight: Tensor | None = None
         grad_bias = _zeros_fp32(bias) if bias is not None and ctx.needs_input_grad[2] else None
         for part in _chunks(hidden.shape[0], ctx.num_chosen, weight.shape[0]):
             is_chosen, own = part.start < ctx.num_chosen, grad_logps[part]
@@ -77,39 +77,30 @@ class _TokenLogProbs(torch.autograd.Function):
             if exps is None:
                 exps = _logits(hidden[part], weight, bias).sub_(log_norms[part, None]).exp_()
                 sums = torch.ones_like(own)
-            wants_errors = scores is not None and not scores.weighted
-            scale = torch.ones_like(own) if wants_errors else own
-            error = exps.mul_((-scale / sums)[:, None]).scatter_add_(1, targets[part, None], scale[:, None])
-            if wants_errors:
-                scores.add(is_chosen, error, hidden[part])
-                error *= own[:, None]
-            if scores is not None and scores.weighted and grad_weight is None:
-                scores.add(is_chosen, error, hidden[part])
+            # The vocabulary-sized error stays as it is; what multiplies it multiplies small factors.
+            error = exps.mul_((-1 / sums)[:, None])
+            error.scatter_add_(1, targets[part, None], torch.ones_like(own)[:, None])
+            scaled = own[:, None] * hidden[part]
+            if scores is not None and not scores.weighted:
+                importance = None if scores.importance is None else scores.importance[part]
+                scores.add(is_chosen, error, hidden[part], importance)
             if grad_hidden is not None:
-                grad_hidden[part] = error.to(weight.dtype) @ weight
-            if grad_weight is not None:
+                grad_hidden[part] = own[:, None] * (error.to(weight.dtype) @ weight)
+            if ctx.needs_input_grad[1]:
+                product = matmul_fp32(error.to(hidden.dtype).T, scaled.to(hidden.dtype))
                 if scores is not None and scores.weighted:
-                    product = matmul_fp32(error.to(hidden.dtype).T, hidden[part])
-                    grad_weight += product
-                    scores.add_product(is_chosen, product, None if bias is None else error.sum(0))
-                else:
-                    _add_product(grad_weight, error, hidden[part])
+                    scores.add_product(is_chosen, product, None if bias is None else error.T @ own)
+                grad_weight = product if grad_weight is None else grad_weight.add_(product)
+            elif scores is not None and scores.weighted:
+                scores.add(is_chosen, error, hidden[part], own)
             if grad_bias is not None:
-                grad_bias += error.sum(0)
+                grad_bias += error.T @ own
         return (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
             None, None, None,
         )  # fmt: skip
-
-
-def _add_product(total: Tensor, error: Tensor, hidden: Tensor) -> None:
-    """total (V, H) fp32 += error^T hidden, in place where both are fp32."""
-    if hidden.dtype == torch.float32:
-        total.addmm_(error.T, hidden)
-    else:
-        total += matmul_fp32(error.to(hidden.dtype).T, hidden)
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -167,3 +158,20 @@ def sum_per_row(token_logps: Tensor, batch: PairBatch) -> Tensor:
         num_rows *= 2
     grid = torch.zeros(num_rows * num_positions, dtype=token_logps.dtype, device=token_logps.device)
     return grid.index_put((places,), token_logps).view(num_rows, num_positions).sum(1)
+
+
+LEAST_IMPORTANCE = 1e-6
+"""Added to 1 - p, so that a response all of whose tokens are certain has equal weights."""
+
+
+def importance_weighted(token_logps: Tensor, ref_logps: Tensor, batch: PairBatch) -> tuple[Tensor, Tensor]:
+    """z (2B,) fp32 = sum_t ref_t + sum_t omega_t (logp_t - ref_t), and omega (N,), detached.
+
+    omega_t = (1 - p_t) / mean of 1 - p over the response. So z - ref is the importance-weighted log-ratio,
+    and grad z = sum_t omega_t grad logp_t: incentives, scores and calibration apply to it as to any z.
+    """
+    importance = 1 - token_logps.detach().exp() + LEAST_IMPORTANCE
+    means = sum_per_row(importance, batch) / batch.lengths
+    side_of_token = torch.repeat_interleave(batch.lengths, output_size=len(token_logps))
+    omega = importance / means[side_of_token]
+    return sum_per_row(ref_logps + omega * (token_logps - ref_logps), batch), omega

@@ -41,7 +41,7 @@ from rcpo.config.schema import ModelConfig
 from rcpo.data.batch import PREFIX, PairBatch
 from rcpo.data.render import apply_chat_template_choice
 from rcpo.errors import UserError
-from rcpo.logprobs import TokenLogProbHead, sum_per_row
+from rcpo.logprobs import TokenLogProbHead, importance_weighted, sum_per_row
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +62,9 @@ class Policy(nn.Module):
         self.model = model
         self.head = TokenLogProbHead(_output_projection(model))
 
-    def forward(self, batch: PairBatch) -> Tensor:
-        """z (2B,) fp32: 0..B-1 chosen, B..2B-1 rejected.
+    def forward(self, batch: PairBatch, tokens: bool = False) -> Tensor:
+        """z (2B,) fp32: 0..B-1 chosen, B..2B-1 rejected; with `tokens` the token log-probs (N,). Where the
+        batch has the reference's, z is weighted by importance.
 
         Rows are padded on the right, so causal attention keeps padding out of every real position without a
         mask; shared prefixes need one.
@@ -74,7 +75,15 @@ class Policy(nn.Module):
             mask = self._attention_mask(batch.segments)
             shared = {"attention_mask": mask, "position_ids": batch.position_ids}
         hidden = body(input_ids=batch.input_ids, use_cache=False, **shared).last_hidden_state
-        return sum_per_row(self.head(hidden, batch), batch)
+        logps: Tensor = self.head(hidden, batch)
+        if tokens:
+            return logps
+        if batch.ref_logps is None:
+            return sum_per_row(logps, batch)
+        z, omega = importance_weighted(logps, batch.ref_logps, batch)
+        if self.head.scores is not None:
+            self.head.scores.importance = omega
+        return z
 
     def _attention_mask(self, segments: Tensor) -> Tensor:
         """(R, 1, T, T): who sees whom, as bool for sdpa and as what is added to the scores for eager."""

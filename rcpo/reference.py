@@ -219,18 +219,28 @@ def reference_logprobs(
     return SideLogProbs(ref_w, ref_l), fresh
 
 
+TOKENS = "tokens."
+
+
 class ReferenceTable:
     """Reference log-probs by pair index, for the training pairs a run visits and for all held-out pairs.
 
     Pairs the run never visits are nan, and looking one up is an error.
     """
 
-    def __init__(self, train: SideLogProbs, held_out: SideLogProbs) -> None:
+    def __init__(
+        self, train: SideLogProbs, held_out: SideLogProbs, tokens: dict[int, Tensor] | None = None
+    ) -> None:
         self.train, self.held_out = train, held_out
+        self.tokens = tokens or {}
+        """By training pair the log-probs of its chosen and then its rejected tokens; empty but for objectives
+        that weigh tokens."""
 
-    def has(self, indices: Sequence[int]) -> bool:
-        """Whether all these training pairs are in the table."""
+    def has(self, indices: Sequence[int], tokens: bool) -> bool:
+        """Whether all these training pairs are in the table, with `tokens` token by token too."""
         rows = list(indices)
+        if tokens and not all(idx in self.tokens for idx in rows):
+            return False
         return not bool(torch.isnan(self.train.z_w[rows]).any() or torch.isnan(self.train.z_l[rows]).any())
 
     def train_rows(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -243,12 +253,21 @@ class ReferenceTable:
             )
         return ref_w, ref_l
 
+    def token_rows(self, indices: Sequence[int], num_chosen: Sequence[int]) -> Tensor | None:
+        """(N,) fp32, all chosen tokens of these pairs and then all rejected ones; None where the table has no
+        tokens. `num_chosen` is |y_w| of each pair."""
+        if not self.tokens:
+            return None
+        parts = [self.tokens[idx] for idx in indices]
+        both = list(zip(parts, num_chosen, strict=True))
+        return torch.cat([part[:num] for part, num in both] + [part[num:] for part, num in both])
+
     def save(self, path: Path) -> None:
         beside = path.with_name(f".{path.name}.tmp")
         tensors = {
             "train_w": self.train.z_w, "train_l": self.train.z_l,
             "held_out_w": self.held_out.z_w, "held_out_l": self.held_out.z_l,
-        }  # fmt: skip
+        } | {f"{TOKENS}{idx}": logps for idx, logps in self.tokens.items()}  # fmt: skip
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside)
         os.replace(beside, path)
 
@@ -260,6 +279,11 @@ class ReferenceTable:
             return cls(
                 SideLogProbs(tensors["train_w"], tensors["train_l"]),
                 SideLogProbs(tensors["held_out_w"], tensors["held_out_l"]),
+                {
+                    int(name.removeprefix(TOKENS)): logps
+                    for name, logps in tensors.items()
+                    if name.startswith(TOKENS)
+                },
             )
         except (OSError, SafetensorError, KeyError):
             raise UserError(

@@ -106,6 +106,8 @@ class HeadScores:
         self, vocabulary: int, hidden: int, has_bias: bool, device: torch.device, weighted: bool = False
     ) -> None:
         self._has_bias = has_bias
+        self.importance: Tensor | None = None
+        """What multiplies the tokens' own scores in the coming backward pass, (N,); None: 1."""
         self.weighted = weighted
         # The reduce-scatter wants equal shares; rows of zeros change no norm.
         rows = -(-vocabulary // world_size()) * world_size()
@@ -116,12 +118,13 @@ class HeadScores:
     def reset(self) -> None:
         self._sums.zero_()
 
-    def add(self, chosen: bool, error: Tensor, hidden: Tensor) -> None:
-        """Add the sum over some tokens of one side: error (n, V) fp32 = c_t e_t, hidden (n, H)."""
+    def add(self, chosen: bool, error: Tensor, hidden: Tensor, scale: Tensor | None = None) -> None:
+        """Add the sum over some tokens of one side of c_t e_t h_t^T: error (n, V) fp32 = e_t, hidden (n, H),
+        scale (n,) = c_t, 1 where None."""
         rows = hidden.float()
         if self._has_bias:
             rows = torch.cat([rows, rows.new_ones(rows.shape[0], 1)], dim=1)
-        self._side(chosen).addmm_(error.T, rows)
+        self._side(chosen).addmm_(error.T, rows if scale is None else scale[:, None] * rows)
 
     def add_product(self, chosen: bool, product: Tensor, bias: Tensor | None) -> None:
         """Add an already computed sum over some tokens of one side: product (V, H) fp32, bias (V,)."""

@@ -26,7 +26,7 @@ from rcpo.data.sampler import PairSampler
 from rcpo.data.tokenize import TokenizedPair
 from rcpo.distributed import barrier, rank, world_size
 from rcpo.engine import Engine
-from rcpo.evaluation import SideLogProbs, eval_batch, measure_logprobs, peak_memory_gb
+from rcpo.evaluation import SideLogProbs, eval_batch, measure_logprobs, measure_token_logprobs, peak_memory_gb
 from rcpo.inputs import Inputs
 from rcpo.measurement import Measurements
 from rcpo.metrics import displacement_row
@@ -91,8 +91,8 @@ def train(
     checkpoint = checkpoint_to_resume(run) if resume else None
     visited = sampler.visited(num_steps)
     reference = None if checkpoint is None else ReferenceTable.load(run.reference)
-    if reference is None or not reference.has(visited):
-        reference = _compute_reference(config, run, inputs, engine, visited)
+    if reference is None or not reference.has(visited, objective.weighs_tokens):
+        reference = _compute_reference(config, run, inputs, engine, visited, objective.weighs_tokens)
     rehearse(config, inputs, engine, sampler, num_steps, reference)
     if checkpoint is not None:
         values, scores = load_checkpoint(checkpoint, engine)
@@ -215,6 +215,8 @@ def _micro_batches(training: Training, may_share: bool) -> list[MicroBatch]:
         ref_w, ref_l = training.reference.train_rows(indices)
         pairs = [training.inputs.train[idx] for idx in indices]
         batch = (collate_shared if shares else collate)(pairs, training.inputs.pad_id)
+        lengths = batch.lengths[: len(pairs)].tolist()
+        batch = batch._replace(ref_logps=training.reference.token_rows(indices, lengths))
         weight = torch.tensor([pair.weight for pair in pairs])
         micro_batches.append(
             MicroBatch(batch.to(device), ref_w.to(device), ref_l.to(device), weight.to(device))
@@ -223,10 +225,11 @@ def _micro_batches(training: Training, may_share: bool) -> list[MicroBatch]:
 
 
 def _compute_reference(
-    config: Config, run: RunFolder, inputs: Inputs, engine: Engine, visited: list[int]
+    config: Config, run: RunFolder, inputs: Inputs, engine: Engine, visited: list[int], tokens: bool
 ) -> ReferenceTable:
     """Reference log-probs of all held-out pairs and of the training pairs that the run visits, under the
-    initial weights, from the cache where it has them; kept in the run folder. Collective."""
+    initial weights, from the cache where it has them; kept in the run folder. With `tokens` the training
+    pairs' token by token as well, by a pass of their own. Collective."""
     cache = ReferenceCache(weights_fingerprint(config.model)) if rank() == 0 else None
     pairs = [inputs.train[idx] for idx in visited] + inputs.held_out
     started = time.perf_counter()
@@ -246,6 +249,10 @@ def _compute_reference(
     train_w[visited], train_l[visited] = values.z_w[: len(visited)], values.z_l[: len(visited)]
     held_out = SideLogProbs(values.z_w[len(visited) :], values.z_l[len(visited) :])
     table = ReferenceTable(SideLogProbs(train_w, train_l), held_out)
+    if tokens:
+        trained = [inputs.train[idx] for idx in visited]
+        logps = measure_token_logprobs(engine, trained, inputs.pad_id, eval_batch(config))
+        table.tokens = dict(zip(visited, logps, strict=True))
     if cache is not None:
         table.save(run.reference)
     barrier()

@@ -57,6 +57,8 @@ CASES: dict[str, Case] = {
     "sft": Case(2.0, 3.0),
     # beta mt = 0.2, -0.3
     "dpo": Case(nls(0.2), nls(-0.3), mirror=True),
+    # dpo of log-ratios that are weighted before the objective sees them
+    "ti_dpo": Case(nls(0.2), nls(-0.3), mirror=True),
     # beta (1/2 + 1/3) = 5 * 5/6; 5 (-2/3 - 1/4) = -5 * 11/12
     "dpo_norm": Case(nls(25 / 6), nls(-55 / 12), mirror=True),
     # 0.9 nls(beta mt) + 0.1 nls(-beta mt)

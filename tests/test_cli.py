@@ -77,7 +77,7 @@ MISTAKES = {
     "train run_dir=taken": "run_dir={folder}/taken: exists and is not empty; ",
     "train run_dir=a-file/run": "run_dir={folder}/a-file/run: cannot be made (",
     "train run_dir=/proc/run": "run_dir=/proc/run: cannot be made (",
-    "train --config-dir nowhere": "--config-dir {folder}/nowhere: no such folder\n",
+    "train --config-dir nowhere": "--config-dir {folder}/nowhere: no such folder; give one that is there\n",
     "train --config-dir mine objective=theirs": "objective.betta=1: dpo has no such parameter; "
     "did you mean objective.beta?",
     "train --multirun objective=dpo,simpo": "--multirun: `rcpo train` makes one run; ",

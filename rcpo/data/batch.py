@@ -37,6 +37,8 @@ class PairBatch(NamedTuple):
     segments: Tensor | None = None
     """(R, T) int64 with shared prefixes: 0 prefix, 1 chosen, 2 rejected, 3 padding. A token sees those before
     it that are of its own segment or of the prefix."""
+    ref_logps: Tensor | None = None
+    """(N,) fp32: the reference's log-probability of each target, where the objective weighs tokens."""
 
     def to(self, device: torch.device) -> "PairBatch":
         return PairBatch(
@@ -47,6 +49,7 @@ class PairBatch(NamedTuple):
             num_chosen_tokens=self.num_chosen_tokens,
             position_ids=_moved(self.position_ids, device),
             segments=_moved(self.segments, device),
+            ref_logps=_moved(self.ref_logps, device),
         )
 
     def side(self, chosen: bool) -> "PairBatch":
@@ -61,6 +64,7 @@ class PairBatch(NamedTuple):
                 self.targets[:num_chosen],
                 self.lengths[:num_rows],
                 num_chosen,
+                ref_logps=None if self.ref_logps is None else self.ref_logps[:num_chosen],
             )
         return PairBatch(
             self.input_ids[num_rows:],
@@ -68,6 +72,7 @@ class PairBatch(NamedTuple):
             self.targets[num_chosen:],
             self.lengths[num_rows:],
             0,
+            ref_logps=None if self.ref_logps is None else self.ref_logps[num_chosen:],
         )
 
     @property

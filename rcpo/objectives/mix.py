@@ -54,7 +54,13 @@ def _load_term(path: str, term: Any) -> Term:
         )
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
         raise UserError(f"{path}.weight={weight}: must be a finite number; write weight: 1.0 in that term")
-    return Term(float(weight), load_at(path, name, params))
+    term = Term(float(weight), load_at(path, name, params))
+    if term.objective.weighs_tokens:
+        raise UserError(
+            f"{path}.name={name}: weighs the tokens of z, which the other terms would read too; write "
+            "another objective there"
+        )
+    return term
 
 
 def _needs_reference(config: MixConfig) -> bool:

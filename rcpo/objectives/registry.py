@@ -91,6 +91,8 @@ class Objective:
     """Whether ref_w and ref_l enter the loss; where they do not, they are read for the metrics only."""
     statistics: tuple[BatchStatistic, ...] = ()
     """Batch statistics, in the order of their numbers in the state; most objectives have none."""
+    weighs_tokens: bool = False
+    """Whether z and r are sums over tokens weighted by importance (`rcpo.logprobs.importance_weighted`)."""
 
     def __call__(self, pair: PairLogProbs) -> Tensor:
         if self.statistics and not pair.state:
@@ -135,6 +137,7 @@ class Entry:
     needs_reference: bool | Callable[[Any], bool]
     """A function of the config where the parameters decide (mix)."""
     statistics: tuple[BatchStatistic, ...] | Callable[[Any], tuple[BatchStatistic, ...]]
+    weighs_tokens: bool = False
 
     def build(self, name: str, config: Any) -> Objective:
         needs, statistics = self.needs_reference, self.statistics
@@ -144,6 +147,7 @@ class Entry:
             config,
             needs if isinstance(needs, bool) else needs(config),
             statistics if isinstance(statistics, tuple) else statistics(config),
+            self.weighs_tokens,
         )
 
 
@@ -156,13 +160,14 @@ def objective(
     *,
     needs_reference: bool | Callable[[Any], bool],
     statistics: tuple[BatchStatistic, ...] | Callable[[Any], tuple[BatchStatistic, ...]] = (),
+    weighs_tokens: bool = False,
 ) -> Callable[[LossFunction], LossFunction]:
     """Register a loss function under `name`, which is also its YAML file's name and its test id."""
 
     def register(loss: LossFunction) -> LossFunction:
         if name in REGISTRY:
             raise ValueError(f"objective {name!r} is registered twice")
-        REGISTRY[name] = Entry(loss, config_type, needs_reference, statistics)
+        REGISTRY[name] = Entry(loss, config_type, needs_reference, statistics, weighs_tokens)
         return loss
 
     return register
