@@ -60,14 +60,17 @@ def _rows_of(training: "Training", lost: list[int]) -> list[int]:
     return [training.inputs.train[idx].row for number in lost for idx in batches[number]]
 
 
-def save_or_go_on(training: "Training") -> None:
-    """Write a checkpoint; where that fails, warn, or raise SaveError, as train.on_save_error says."""
+def save_or_go_on(training: "Training") -> bool:
+    """Write a checkpoint; where that fails, warn, or raise SaveError, as train.on_save_error says. Returns
+    whether it is there."""
     try:
         training.save()
+        return True
     except SaveError as error:
         if training.config.train.on_save_error == "stop":
             raise
         logger.warning("%s; the run goes on (train.on_save_error=continue)", error)
+        return False
 
 
 def stop_with_checkpoint(training: "Training", is_saved: bool) -> None:

@@ -153,11 +153,9 @@ def _train_steps(training: Training) -> None:
             pairs, pad_id = training.inputs.held_out, training.inputs.pad_id
             result = measure_logprobs(engine, pairs, pad_id, eval_batch(config))
             _record_evaluation(training, result)
-        is_due = _due(state.step, config.train.save_every)
-        if is_due:
-            save_or_go_on(training)
+        is_saved = _due(state.step, config.train.save_every) and save_or_go_on(training)
         if stop and state.step < training.num_steps:
-            stop_with_checkpoint(training, is_saved=is_due)
+            stop_with_checkpoint(training, is_saved)
 
 
 @contextlib.contextmanager
