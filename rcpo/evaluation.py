@@ -4,7 +4,9 @@ Pairs are spread over the ranks in batches of similar length; the order of the r
 """
 
 import os
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -86,6 +88,11 @@ def peak_memory_gb(device: torch.device) -> float:
     """Largest memory so far: of the GPU where there is one, else of this process. GB of 10^9 bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
+    status = Path("/proc/self/status")
+    if status.is_file():  # the system's own count starts at what the process that started this one held
+        found = re.search(r"^VmHWM:\s*(\d+) kB$", status.read_text(), flags=re.MULTILINE)
+        if found is not None:
+            return int(found[1]) * 1024 / 1e9
     import resource
 
     unit = 1 if os.uname().sysname == "Darwin" else 1024
