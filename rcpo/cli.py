@@ -19,8 +19,10 @@ COMMANDS = {
     "cancel": "stop a sweep; its cells write a checkpoint first",
     "sync": "upload what W&B wrote offline",
     "export": "write a Hugging Face model folder from a checkpoint",
+    "score": "what a model says of preference pairs before training",
     "compare": "runs side by side: a table, an HTML report, figures",
     "watch": "what runs are doing now, live",
+    "bench": "how fast training is here, and what calibration costs",
     "doctor": "look at this machine: what it has, what it lacks, what to do",
     "completion": "print the shell code that completes rcpo's words on TAB",
 }

@@ -1,0 +1,171 @@
+"""One block of a bench: `python -m rcpo.bench.block BLOCK.json`, a process of its own, so that its peak
+memory is its own and no import is in its times.
+
+Owns rcpo's side: the training loop of `rcpo.trainer` as `rcpo train` runs it, left after the last step.
+Started by `rcpo.bench.plan`; under several ranks once for each.
+"""
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rcpo import trainer
+from rcpo.bench.recorder import BenchDone, Recorder
+from rcpo.bench.work import CACHE, REFERENCE, Block, Work, moved
+from rcpo.distributed import initialize, rank, shut_down
+from rcpo.errors import UserError
+from rcpo.evaluation import eval_batch, measure_logprobs
+from rcpo.logs import log_to_file
+from rcpo.step import TrainedStep
+
+logger = logging.getLogger(__name__)
+
+
+def run_block(block: Block) -> dict[str, Any]:
+    """Do what the block says; returns its result."""
+    work = Work.load(block)
+    device = initialize(work.config.train.device or "cpu")
+    torch.backends.cuda.matmul.allow_tf32 = False  # as in rcpo.worker
+    log_to_file(work.run.logs, rank())
+    torch.manual_seed(work.config.seed)
+    if block.mode == "reference":
+        return compute_reference(block, work, device)
+    recorder = Recorder(block, device)
+    found: dict[str, Any] = {}
+    if block.contender == "rcpo":
+        found = run_rcpo(work, recorder)
+    elif block.contender == "trl":
+        from rcpo.bench.trl_loop import run_trl
+
+        run_trl(work, recorder)
+    else:
+        from rcpo.bench.loops import run_loop
+
+        run_loop(block.contender, work, recorder)
+    return recorder.result() | found
+
+
+def run_rcpo(work: Work, recorder: Recorder) -> dict[str, Any]:
+    """rcpo's own loop, with a look at every step."""
+    timers = None
+    if recorder.block.mode == "shares":
+        from rcpo.bench.shares import Timers
+
+        timers = Timers(recorder.device)
+        timers.install()
+    original = trainer.train_step
+    num_done = 0
+
+    def watched(engine: Any, objective: Any, state: Any, micro_batches: Any, *args: Any) -> TrainedStep:
+        nonlocal num_done
+        take = _collect_gradient(engine) if recorder.wants_gradient else None
+        trained = original(engine, objective, state, micro_batches, *args)
+        if take is not None:
+            recorder.take_gradient(take())
+        computed = sum(each.batch.input_ids.numel() for each in micro_batches)
+        num_done += 1
+        if timers is not None and num_done == recorder.block.num_warmup:
+            timers.restart()
+        recorder.end_step(trained.row["train/loss"], computed, "score/cosine" in trained.row)
+        return trained
+
+    trainer.train_step = watched  # type: ignore[assignment]
+    try:
+        trainer.train(work.config, work.run, work.inputs, recorder.device, resume=False)
+    except BenchDone:
+        return {} if timers is None else {"shares": timers.shares()}
+    finally:
+        trainer.train_step = original
+    raise AssertionError("the loop has ended before its last step")
+
+
+def _collect_gradient(engine: Any) -> Callable[[], dict[str, Tensor]]:
+    """Add up what autograd hands to the parameters from now on: the engine keeps gradients where its stage
+    wants them. Returns what gives the sum by name, and stops."""
+    sums: dict[str, Tensor] = {}
+
+    def hook_of(name: str) -> Callable[[Tensor], None]:
+        def add(gradient: Tensor) -> None:
+            sums[name] = sums[name] + gradient if name in sums else gradient.detach().clone()
+
+        return add
+
+    named = [(name, each) for name, each in engine.policy.model.named_parameters() if each.requires_grad]
+    hooks = [each.register_hook(hook_of(name)) for name, each in named]
+
+    def take() -> dict[str, Tensor]:
+        for hook in hooks:
+            hook.remove()
+        return {name: sums[name] for name, _ in named if name in sums}
+
+    return take
+
+
+def compute_reference(block: Block, work: Work, device: torch.device) -> dict[str, Any]:
+    """Reference log-probs of all pairs that the blocks visit, into rcpo's cache and into a file for the
+    others; and what the model is made of."""
+    from safetensors.torch import save_file
+
+    from rcpo.engine import Engine
+    from rcpo.reference import ReferenceCache, side_key, weights_fingerprint
+
+    visited = sorted({0, *(idx for batch in work.batches for idx in batch)})
+    pairs = [work.inputs.train[idx] for idx in visited]
+    engine = Engine(work.config, 1, device)
+    started = time.perf_counter()
+    values = measure_logprobs(engine, pairs, work.inputs.pad_id, eval_batch(work.config))
+    seconds = time.perf_counter() - started
+    values = moved(values, pairs)
+    if rank() == 0:
+        rows: dict[bytes, float] = {}
+        for pair, z_w, z_l in zip(pairs, values.z_w.tolist(), values.z_l.tolist(), strict=True):
+            rows |= {side_key(pair.chosen): z_w, side_key(pair.rejected): z_l}
+        ReferenceCache(weights_fingerprint(work.config.model)).merge(rows)
+        z_w, z_l = work.reference.z_w.clone(), work.reference.z_l.clone()
+        z_w[visited], z_l[visited] = values.z_w, values.z_l
+        save_file({"z_w": z_w, "z_l": z_l}, Path(block.work) / REFERENCE)
+    return {"seconds": seconds, "num_pairs": len(pairs), "model": _model_facts(engine)}
+
+
+def _model_facts(engine: Any) -> dict[str, Any]:
+    """What floating-point operations are counted from."""
+    model = engine.policy.model
+    sizes = {id(each): int(getattr(each, "ds_numel", each.numel())) for each in model.parameters()}
+    ends = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    config = model.config.get_text_config()
+    return {
+        "parameters": sum(sizes.values()),
+        "body_parameters": sum(size for key, size in sizes.items() if key not in ends),
+        "hidden": engine.hidden_size,
+        "vocabulary": engine.vocabulary,
+        "layers": config.num_hidden_layers,
+        "trains_all": all(each.requires_grad for each in model.parameters()),
+    }
+
+
+def main(words: list[str]) -> int:
+    """Entry of the process; what it fails of is its last line on standard error."""
+    block = Block.load(Path(words[0]))
+    os.environ["RCPO_CACHE"] = str(Path(block.work) / CACHE)
+    try:
+        result = run_block(block)
+        if rank() == 0:
+            Path(block.result).write_text(json.dumps(result), encoding="utf-8")
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    finally:
+        shut_down()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

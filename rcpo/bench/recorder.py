@@ -1,0 +1,122 @@
+"""What a block measures of the loop that it runs: seconds of each step, peak memory, the first gradient, a
+trace.
+
+A step's seconds run from the end of the step before it to its own end: input, reductions, logging and all
+that the loop does between steps are in. Called by the loops of `rcpo.bench`.
+"""
+
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rcpo.bench.work import Block
+from rcpo.evaluation import peak_memory_gb
+
+NUM_PROBES = 2
+TOP_ITEMS = 15
+"""Rows of a profile that are shown."""
+
+
+class BenchDone(Exception):  # noqa: N818 - no error
+    """Leaves a loop after its last step."""
+
+
+class Recorder:
+    """One block's measurements."""
+
+    def __init__(self, block: Block, device: torch.device) -> None:
+        self.block, self.device = block, device
+        self.num_steps = block.num_warmup + block.num_steps
+        self.losses: list[float] = []
+        self.computed_tokens: list[int] = []
+        self.measured: list[bool] = []
+        self.gradient: dict[str, list[float]] = {}
+        self._ends: list[float] = []
+        self._load = [os.getloadavg()[0]]
+        self._profiler: Any = None
+        self._top: list[dict[str, Any]] = []
+
+    @property
+    def wants_gradient(self) -> bool:
+        """Whether the loop hands over the gradient of its first step, unclipped."""
+        return self.block.mode == "check" and not self.gradient
+
+    def end_step(self, loss: float, computed_tokens: int, measured: bool = False) -> None:
+        """A step is through; raises BenchDone after the last one."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.losses.append(loss)
+        self.computed_tokens.append(computed_tokens)
+        self.measured.append(measured)
+        num_done = len(self._ends) + 1
+        if self._profiler is not None:
+            self._stop_profiler()
+        if self.block.mode == "profile" and num_done == self.num_steps - 1:
+            self._start_profiler()
+        self._ends.append(time.perf_counter())
+        if num_done == self.num_steps:
+            raise BenchDone
+
+    def take_gradient(self, gradients: dict[str, Tensor]) -> None:
+        """Keep a few numbers of each parameter's gradient: its norm, and its products with fixed random
+        vectors."""
+        for number, (name, gradient) in enumerate(gradients.items()):
+            generator = torch.Generator().manual_seed(number)
+            flat = gradient.detach().double().flatten().cpu()
+            probes = [
+                torch.randn(len(flat), generator=generator, dtype=torch.float64) for _ in range(NUM_PROBES)
+            ]
+            self.gradient[name] = [float(flat.norm()), *(float(probe @ flat) for probe in probes)]
+
+    def result(self) -> dict[str, Any]:
+        """What the block has found; plain values."""
+        seconds = [after - before for before, after in zip(self._ends, self._ends[1:], strict=False)]
+        first = self.block.num_warmup
+        return {
+            "seconds": seconds[first - 1 :] if first > 0 else seconds,
+            "measured": self.measured[first:],
+            "computed_tokens": self.computed_tokens[first:],
+            "losses": self.losses,
+            "gradient": self.gradient,
+            "peak_gb": peak_memory_gb(self.device),
+            "profile": self._top,
+            "threads": torch.get_num_threads(),
+            "load_average": [*self._load, os.getloadavg()[0]],
+            "gpu": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None,
+        }
+
+    def _start_profiler(self) -> None:
+        kinds = [torch.profiler.ProfilerActivity.CPU]
+        if self.device.type == "cuda":
+            kinds.append(torch.profiler.ProfilerActivity.CUDA)
+        self._profiler = torch.profiler.profile(activities=kinds)
+        self._profiler.start()
+
+    def _stop_profiler(self) -> None:
+        self._profiler.stop()
+        if self.block.trace is not None:
+            Path(self.block.trace).parent.mkdir(parents=True, exist_ok=True)
+            self._profiler.export_chrome_trace(self.block.trace)
+        kind = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
+        items = sorted(self._profiler.key_averages(), key=lambda item: -getattr(item, kind))
+        total = sum(getattr(item, kind) for item in items) or 1
+        self._top = [
+            {
+                "name": re.sub(r"\s+", " ", item.key),
+                "milliseconds": getattr(item, kind) / 1e3,
+                "calls": item.count,
+                "share": getattr(item, kind) / total,
+            }
+            for item in items[:TOP_ITEMS]
+        ]
+        self._profiler = None
+
+
+def gradients_of(model: nn.Module) -> dict[str, Tensor]:
+    """The accumulated gradient of every parameter that has one, by name."""
+    return {name: each.grad for name, each in model.named_parameters() if each.grad is not None}

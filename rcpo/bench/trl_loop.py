@@ -1,0 +1,128 @@
+"""The baseline trl: TRL's DPOTrainer on the same token ids, pairs and reference log-probs.
+
+Its own trainer, collator, fused head and metrics; data are handed over tokenised and in the bench's order,
+in the dtype and with the optimizer of the bench, without gradient checkpointing unless the bench has it.
+Called by `rcpo.bench.block`; TRL is an optional package.
+"""
+
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.utils.data import SequentialSampler
+from transformers import TrainerCallback
+
+from rcpo.bench.recorder import BenchDone, Recorder, gradients_of
+from rcpo.bench.work import Work
+from rcpo.engine import accumulation_steps, build_optimizer
+from rcpo.errors import UserError
+from rcpo.model import load_model
+
+LOSSES = {"dpo": "sigmoid", "hinge": "hinge"}
+"""Objectives that TRL computes as rcpo does, with a beta."""
+
+
+def dataset_of(work: Work) -> Dataset:
+    """The pairs of all steps, in order, in the columns that TRL tokenises to."""
+    order = [idx for batch in work.batches for idx in batch]
+    pairs = [work.inputs.train[idx] for idx in order]
+    return Dataset.from_dict(
+        {
+            "prompt_ids": [pair.chosen.input_ids[: pair.chosen.num_prompt] for pair in pairs],
+            "chosen_ids": [pair.chosen.input_ids[pair.chosen.num_prompt :] for pair in pairs],
+            "rejected_ids": [pair.rejected.input_ids[pair.rejected.num_prompt :] for pair in pairs],
+            "ref_chosen_logps": work.reference.z_w[order].tolist(),
+            "ref_rejected_logps": work.reference.z_l[order].tolist(),
+        }
+    )
+
+
+def run_trl(work: Work, recorder: Recorder) -> None:
+    """Train with TRL until the recorder has seen enough. Raises UserError for what TRL does otherwise."""
+    from trl import DPOConfig, DPOTrainer
+
+    config = work.config
+    refuse(config.objective["name"])
+    if any(
+        pair.chosen.input_ids[: pair.chosen.num_prompt] != pair.rejected.input_ids[: pair.rejected.num_prompt]
+        for pair in work.inputs.train
+    ):
+        raise UserError(
+            "--baseline trl: a pair has two prompts, cut differently; type train.max_prompt_length=N"
+        )
+
+    class Prepared(DPOTrainer):
+        """DPOTrainer on data that are tokenised, referenced and ordered already."""
+
+        def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+            return dataset
+
+        def _precompute_ref_logps(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+            return dataset
+
+        def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
+            return SequentialSampler(self.train_dataset)
+
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            watch.losses.append(loss.detach())
+            watch.computed += inputs["input_ids"].numel()
+            return loss
+
+    model = load_model(config.model).to(recorder.device)
+    watch = _Watch(recorder)
+    optimizer = build_optimizer(config.optim, [each for each in model.parameters() if each.requires_grad])
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    arguments = DPOConfig(
+        output_dir=str(work.run.path / "trl"),
+        beta=config.objective["beta"],
+        loss_type=[LOSSES[config.objective["name"]]],
+        per_device_train_batch_size=config.train.pairs_per_device,
+        gradient_accumulation_steps=accumulation_steps(config),
+        max_steps=recorder.num_steps,
+        max_length=None,
+        max_grad_norm=0.0 if recorder.block.mode == "check" else config.train.grad_clip,
+        precompute_ref_log_probs=True,
+        bf16=config.model.dtype == "bfloat16",
+        gradient_checkpointing=config.model.gradient_checkpointing,
+        use_cpu=recorder.device.type == "cpu",
+        dataloader_pin_memory=recorder.device.type == "cuda",
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    trainer = Prepared(
+        model=model, args=arguments, train_dataset=dataset_of(work), processing_class=work.inputs.tokenizer,
+        optimizers=(optimizer, schedule), callbacks=[watch],
+    )  # fmt: skip
+    try:
+        trainer.train()
+    except BenchDone:
+        return
+
+
+def refuse(objective: str) -> None:
+    """Raise UserError for an objective that TRL has not, or computes otherwise."""
+    if objective not in LOSSES:
+        raise UserError(
+            f"objective={objective}: TRL has no such loss, or another one; type one of "
+            f"{', '.join(f'objective={name}' for name in LOSSES)}, or leave --baseline trl out"
+        )
+
+
+class _Watch(TrainerCallback):
+    """Tells the recorder of steps and of the first gradient."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self.losses: list[torch.Tensor] = []
+        self.computed = 0
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._recorder.wants_gradient:
+            self._recorder.take_gradient(gradients_of(kwargs["model"]))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        loss, computed = float(torch.stack(self.losses).mean()), self.computed
+        self.losses, self.computed = [], 0
+        self._recorder.end_step(loss, computed)

@@ -1,0 +1,173 @@
+"""`rcpo bench [GROUP=OPTION] [KEY=VALUE]... [--flags]`: how fast training is, and what calibration costs."""
+
+import argparse
+import json
+import shlex
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rcpo.errors import UserError
+from rcpo.flags import Flags, positive_int
+
+if TYPE_CHECKING:
+    from rcpo.bench.plan import Options
+
+HELP = """usage: rcpo bench [GROUP=OPTION] [KEY=VALUE]... [flags]
+
+Train a few steps in blocks, each in a process of its own, one contender after the other and again: pairs and
+tokens a second, peak memory, where the time goes, and the ratio to the first contender. Words are those of
+`rcpo train`.
+
+  --calibrations A,B   contenders: rcpo with each of these (default off,on,exact)
+  --variant KEY=VALUE  one more contender: the first calibration with this word; may be given several times
+  --baseline NAME      one more contender: plain (torch, full logits), response (torch, logits of response
+                       positions) or trl (TRL's DPOTrainer, where installed); may be given several times.
+                       Loss and gradient of the first step must agree, or nothing is compared
+  --steps N            timed steps of a block (default 5), after --warmup N (default 1)
+  --repeats N          rounds (default 3)
+  --shape K=N,...      a random Llama in place of weights: hidden, intermediate, layers, heads, vocabulary (in
+                       parts; the rest is 256, 688, 4, 4, 49152), with the tokenizer of model.path
+  --lengths prompt=N,response=N
+                       random tokens in place of data
+  --json FILE          write everything there, each block's numbers included
+  --profile FILE       one more block of the first contender, its last step as a Chrome trace
+  --head-curve         only the memory of the output head against the number of tokens
+
+Example: rcpo bench --shape layers=2 --lengths prompt=120,response=60 --baseline plain"""
+
+SHAPE = {"hidden": 256, "intermediate": 688, "layers": 4, "heads": 4, "vocabulary": 49152}
+LENGTHS = {"prompt": 120, "response": 60}
+
+
+def run(words: list[str]) -> int:
+    """Run the bench; returns the exit code. Raises UserError for bad input."""
+    if any(word in ("-h", "--help") for word in words):
+        print(HELP)
+        return 0
+    flags = parse(words)
+    if flags.head_curve:
+        _print_curve(flags.shape or SHAPE)
+        return 0
+    options = options_of(flags)
+    from rcpo.bench.machine import machine_facts
+    from rcpo.bench.plan import run_bench
+    from rcpo.bench.table import as_json, remarks, tables
+    from rcpo.console import RunConsole
+
+    console = RunConsole()
+    if not console.is_terminal:
+        console.width = 200
+
+    def say(line: str) -> None:
+        console.print(line, style="dim", soft_wrap=True, highlight=False)
+
+    with tempfile.TemporaryDirectory(prefix="rcpo-bench-") as folder:
+        outcome = run_bench(options, Path(folder), say)
+    console.print(tables(outcome, console))
+    for line in remarks(outcome):
+        console.print(line, soft_wrap=True, highlight=False)
+    if flags.json is not None:
+        found = as_json(outcome, machine_facts(), f"rcpo bench {shlex.join(words)}")
+        _write(flags.json, json.dumps(found, indent=2) + "\n")
+    return 0
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    """The flags, and the other words in `words`."""
+    parser = Flags("bench")
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--calibrations", type=_names, default=["off", "on", "exact"])
+    parser.add_argument("--variant", action="append", default=[])
+    parser.add_argument("--baseline", type=_names, action="append", default=[])
+    parser.add_argument("--steps", type=positive_int, default=5)
+    parser.add_argument("--warmup", type=positive_int, default=1)
+    parser.add_argument("--repeats", type=positive_int, default=3)
+    parser.add_argument("--shape", type=lambda text: _sizes(text, SHAPE))
+    parser.add_argument("--lengths", type=lambda text: _sizes(text, LENGTHS))
+    parser.add_argument("--json")
+    parser.add_argument("--profile")
+    parser.add_argument("--head-curve", action="store_true")
+    return parser.parse_intermixed_args(words)
+
+
+def options_of(flags: argparse.Namespace) -> "Options":
+    """What `rcpo.bench.plan` is asked for."""
+    from rcpo.bench.plan import BASELINES, Options
+
+    baselines = [name for names in flags.baseline for name in names]
+    unknown = [name for name in baselines if name not in BASELINES]
+    if unknown:
+        raise UserError(f"--baseline {unknown[0]}: no such baseline; choose of {', '.join(BASELINES)}")
+    for name in ("json", "profile"):
+        target = getattr(flags, name)
+        if target is not None and not Path(target).absolute().parent.is_dir():
+            raise UserError(f"--{name} {target}: its folder is not there; give a file in one that is")
+    if flags.shape is not None and flags.shape["hidden"] % (2 * flags.shape["heads"]):
+        raise UserError(
+            f"--shape hidden={flags.shape['hidden']},heads={flags.shape['heads']}: hidden must be a multiple "
+            "of twice the heads; type another"
+        )
+    return Options(
+        words=flags.words,
+        calibrations=list(dict.fromkeys(flags.calibrations)),
+        baselines=list(dict.fromkeys(baselines)),
+        variants=[shlex.split(text) for text in flags.variant],
+        repeats=flags.repeats,
+        num_steps=flags.steps,
+        num_warmup=flags.warmup,
+        shape=flags.shape,
+        lengths=flags.lengths,
+        trace=None if flags.profile is None else str(Path(flags.profile).absolute()),
+    )
+
+
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"{text}: must be names with commas between them")
+    return names
+
+
+def _sizes(text: str, defaults: dict[str, int]) -> dict[str, int]:
+    """NAME=NUMBER,... over the defaults."""
+    sizes = dict(defaults)
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if name not in defaults or not value.isdecimal() or int(value) < 1:
+            raise argparse.ArgumentTypeError(
+                f"{part}: must be one of {', '.join(f'{key}=N' for key in defaults)} with N at least 1"
+            )
+        sizes[name] = int(value)
+    return sizes
+
+
+def _print_curve(shape: dict[str, int]) -> None:
+    import torch
+    from rich import box
+    from rich.table import Table
+
+    from rcpo.bench.curve import head_curve
+    from rcpo.console import RunConsole
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    console = RunConsole()
+    table = Table(box=box.SIMPLE_HEAD if console.is_terminal else box.MARKDOWN)
+    for title in ("response tokens", "rcpo's head (GB)", "full logits (GB)"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for point in head_curve(shape["vocabulary"], shape["hidden"], device):
+        full = "not tried" if point.full_gb is None else f"{point.full_gb:.2f}"
+        table.add_row(str(point.num_tokens), f"{point.chunked_gb:.2f}", full)
+    console.print(table)
+    console.print(
+        f"peak of forward and backward above weights, hidden states and the weights' gradient; "
+        f"vocabulary {shape['vocabulary']}, hidden {shape['hidden']}, fp32",
+        soft_wrap=True, highlight=False,
+    )  # fmt: skip
+
+
+def _write(path: str, text: str) -> None:
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--json {path}: cannot be written ({error.strerror}); give another file") from None
