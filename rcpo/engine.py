@@ -26,7 +26,7 @@ from rcpo.config.schema import Config, OptimConfig
 from rcpo.data.batch import PairBatch
 from rcpo.distributed import barrier
 from rcpo.errors import UserError
-from rcpo.model import Policy, load_model, refuse_shared_prefix
+from rcpo.model import Policy, load_model, refuse_joint_layout
 
 ENGINE_TAG = "engine"
 """DeepSpeed's name for the one checkpoint inside a folder that rcpo names and completes by itself."""
@@ -96,8 +96,8 @@ class Engine:
         # Kept alive: with it transformers loads the weights already sharded.
         self._zero3_marker = HfDeepSpeedConfig(settings) if self.stage == 3 else None
         model = load_model(config.model)
-        if config.train.share_prefix:
-            refuse_shared_prefix(model)
+        if config.train.share_prefix or config.train.packing:
+            refuse_joint_layout(model, config.train.share_prefix)
         self.vocabulary, self.hidden_size = _head_shape(model)
         if self.stage != 3:
             model.to(device)

@@ -143,21 +143,22 @@ class TokenLogProbHead(nn.Module):
         return logps
 
 
-def sum_per_row(token_logps: Tensor, batch: PairBatch) -> Tensor:
+def sum_per_side(token_logps: Tensor, batch: PairBatch) -> Tensor:
     """z: (2B,) fp32, token log-probs (N,) summed over each side's response.
 
-    Written through a padded grid, because `index_add` on a GPU adds in no fixed order. A token's place there
-    is that of its prediction in its side's row; with shared prefixes two sides are on one row, and each has a
-    grid of its own.
+    Written through a padded grid, a row a side, because `index_add` on a GPU adds in no fixed order.
     """
-    num_rows, num_positions = batch.input_ids.shape
-    places = batch.token_positions
-    if batch.segments is not None:
-        is_rejected = torch.arange(len(places), device=places.device) >= batch.num_chosen_tokens
-        places = places + is_rejected * (num_rows * num_positions)
-        num_rows *= 2
-    grid = torch.zeros(num_rows * num_positions, dtype=token_logps.dtype, device=token_logps.device)
-    return grid.index_put((places,), token_logps).view(num_rows, num_positions).sum(1)
+    num_tokens, width = len(token_logps), batch.input_ids.shape[1]
+    side = side_of_token(batch)
+    starts = batch.lengths.cumsum(0) - batch.lengths
+    offset = torch.arange(num_tokens, device=side.device) - starts[side]
+    grid = torch.zeros(len(batch.lengths), width, dtype=token_logps.dtype, device=token_logps.device)
+    return grid.index_put((side, offset), token_logps).sum(1)
+
+
+def side_of_token(batch: PairBatch) -> Tensor:
+    """(N,) int64: which of the 2B sides each response token belongs to."""
+    return torch.repeat_interleave(batch.lengths, output_size=len(batch.targets))
 
 
 LEAST_IMPORTANCE = 1e-6
@@ -171,7 +172,6 @@ def importance_weighted(token_logps: Tensor, ref_logps: Tensor, batch: PairBatch
     and grad z = sum_t omega_t grad logp_t: incentives, scores and calibration apply to it as to any z.
     """
     importance = 1 - token_logps.detach().exp() + LEAST_IMPORTANCE
-    means = sum_per_row(importance, batch) / batch.lengths
-    side_of_token = torch.repeat_interleave(batch.lengths, output_size=len(token_logps))
-    omega = importance / means[side_of_token]
-    return sum_per_row(ref_logps + omega * (token_logps - ref_logps), batch), omega
+    means = sum_per_side(importance, batch) / batch.lengths
+    omega = importance / means[side_of_token(batch)]
+    return sum_per_side(ref_logps + omega * (token_logps - ref_logps), batch), omega

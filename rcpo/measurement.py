@@ -31,7 +31,7 @@ from rcpo.step import Measured, Measurement, Price, Priced, joint_backward, surr
 class Unmeasured:
     """No geometry: the ordinary step."""
 
-    takes_shared_prefixes = True
+    takes_joint_layouts = True
 
     def begin(self, alpha: float) -> None:
         pass
@@ -121,7 +121,7 @@ ADAM_EPS = 1e-12
 class HeadMeasurement:
     """Geometry of the output projection, from the ordinary backward pass."""
 
-    takes_shared_prefixes = True
+    takes_joint_layouts = True
 
     def __init__(self, engine: Engine, reader: Reader, num_pairs: int) -> None:
         has_bias = engine.policy.head.bias is not None
@@ -174,7 +174,7 @@ class ApartMeasurement:
     """The two halves of the real gradient over a set of parameters: the sides go backward one after the
     other."""
 
-    takes_shared_prefixes = False
+    takes_joint_layouts = False
 
     def __init__(self, scores: ParameterScores, reader: "ParameterReader") -> None:
         self._scores, self._reader = scores, reader
@@ -208,7 +208,7 @@ class ApartMeasurement:
 class ProbeMeasurement:
     """Geometry of a set of parameters beside an ordinary step, which it leaves as it is, bit for bit."""
 
-    takes_shared_prefixes = False
+    takes_joint_layouts = False
 
     def __init__(self, scores: ParameterScores, reader: "ParameterReader", weighted: bool) -> None:
         self._scores, self._reader, self._weighted = scores, reader, weighted

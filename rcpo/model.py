@@ -38,10 +38,10 @@ from rcpo.adapters import (
 )
 from rcpo.config.resolve import TINY
 from rcpo.config.schema import ModelConfig
-from rcpo.data.batch import PREFIX, PairBatch
+from rcpo.data.batch import PairBatch
 from rcpo.data.render import apply_chat_template_choice
 from rcpo.errors import UserError
-from rcpo.logprobs import TokenLogProbHead, importance_weighted, sum_per_row
+from rcpo.logprobs import TokenLogProbHead, importance_weighted, sum_per_side
 
 logger = logging.getLogger(__name__)
 
@@ -67,53 +67,62 @@ class Policy(nn.Module):
         batch has the reference's, z is weighted by importance.
 
         Rows are padded on the right, so causal attention keeps padding out of every real position without a
-        mask; shared prefixes need one.
+        mask; a joint layout needs one.
         """
         body = self.model.get_decoder()
-        shared: dict[str, Tensor] = {}
-        if batch.segments is not None and batch.position_ids is not None:
+        joint: dict[str, Tensor | None] = {}
+        if batch.segments is not None:
             mask = self._attention_mask(batch.segments)
-            shared = {"attention_mask": mask, "position_ids": batch.position_ids}
-        hidden = body(input_ids=batch.input_ids, use_cache=False, **shared).last_hidden_state
+            joint = {"attention_mask": mask, "position_ids": batch.position_ids}
+        hidden = body(input_ids=batch.input_ids, use_cache=False, **joint).last_hidden_state
         logps: Tensor = self.head(hidden, batch)
         if tokens:
             return logps
         if batch.ref_logps is None:
-            return sum_per_row(logps, batch)
+            return sum_per_side(logps, batch)
         z, omega = importance_weighted(logps, batch.ref_logps, batch)
         if self.head.scores is not None:
             self.head.scores.importance = omega
         return z
 
-    def _attention_mask(self, segments: Tensor) -> Tensor:
-        """(R, 1, T, T): who sees whom, as bool for sdpa and as what is added to the scores for eager."""
-        seen = (segments[:, None, :] == segments[:, :, None]) | (segments[:, None, :] == PREFIX)
+    def _attention_mask(self, segments: Tensor) -> Tensor | None:
+        """(R, 1, T, T): who sees whom, as bool for sdpa and as what is added to the scores for eager. flash
+        attention takes none: it reads off the positions where a packed sequence begins."""
+        kernel = self.model.config._attn_implementation
+        if kernel == "flash_attention_2":
+            return None
+        key, query = segments[:, None, :], segments[:, :, None]
+        seen = (key == query) | ((key % 3 == 0) & (key // 3 == query // 3))
         seen = seen.tril().unsqueeze(1)
-        if self.model.config._attn_implementation == "sdpa":
+        if kernel == "sdpa":
             return seen
         dtype = self.model.dtype
         return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
 
 
-def refuse_shared_prefix(model: PreTrainedModel) -> None:
-    """Raise UserError where a prefix cannot be shared: attention without masks, positions that are not given,
-    or windows that a mask of one's own would do away with."""
+def refuse_joint_layout(model: PreTrainedModel, share_prefix: bool) -> None:
+    """Raise UserError where a prompt cannot be computed once for both responses, or sequences cannot share a
+    row: attention without masks, positions that are not given, or windows that a mask of one's own would do
+    away with."""
     name = type(model).__name__
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     takes = inspect.signature(model.get_decoder().forward).parameters
+    kernel = model.config._attn_implementation
     why = None
-    if model.config._attn_implementation not in ("sdpa", "eager"):
-        why = f"{model.config._attn_implementation} takes no mask; type model.attention=sdpa"
+    if kernel not in ("sdpa", "eager") and (share_prefix or kernel != "flash_attention_2"):
+        why = f"{kernel} takes no mask; type model.attention=sdpa"
     elif kinds != {"full_attention"} or getattr(config, "sliding_window", None) is not None:
         why = "it attends within windows"
     elif not {"position_ids", "attention_mask"} <= set(takes):
         why = "it takes no position_ids"
     if why is not None:
-        raise UserError(
-            f"train.share_prefix=true: {name} cannot compute a prompt once for both responses: {why}; or "
-            "type train.share_prefix=false"
+        key, what = (
+            ("share_prefix", "compute a prompt once for both responses")
+            if share_prefix
+            else ("packing", "have several sequences on a row")
         )
+        raise UserError(f"train.{key}=true: {name} cannot {what}: {why}; or type train.{key}=false")
 
 
 def _output_projection(model: PreTrainedModel) -> nn.Linear:

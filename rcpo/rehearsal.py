@@ -11,7 +11,8 @@ import torch
 
 from rcpo.config.schema import Config
 from rcpo.console import RunConsole
-from rcpo.data.batch import collate, collate_shared, width
+from rcpo.data.batch import width
+from rcpo.data.joint import lay_out
 from rcpo.data.sampler import PairSampler
 from rcpo.distributed import gather, rank, world_size
 from rcpo.engine import Engine
@@ -42,7 +43,7 @@ def rehearse(
     """
     indices = largest_micro_batch(config, inputs, sampler, num_steps)
     pairs = [inputs.train[idx] for idx in indices]
-    batch = (collate_shared if config.train.share_prefix else collate)(pairs, inputs.pad_id)
+    batch = lay_out(config.train, pairs, inputs.pad_id, may_join=True)
     num_rows, num_columns = batch.input_ids.shape
     budget = memory_budget(config, engine.policy.model, num_rows, num_columns)
     if rank() == 0:

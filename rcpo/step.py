@@ -85,8 +85,8 @@ class TrainedStep(NamedTuple):
 class Measurement(Protocol):
     """How a step's backward passes are run, and what is read off them; `rcpo.measurement` has the kinds."""
 
-    takes_shared_prefixes: bool
-    """Whether both sides go through the model together, so that a prompt can be computed once for both."""
+    takes_joint_layouts: bool
+    """Whether both sides go through the model together, so that they may share rows (`rcpo.data.joint`)."""
 
     def begin(self, alpha: float) -> None:
         """Start an optimizer step that is calibrated with `alpha`."""

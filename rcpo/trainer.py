@@ -21,7 +21,7 @@ from rcpo.calibration import build_calibrator
 from rcpo.checkpoint import checkpoint_to_resume, load_checkpoint, save_checkpoint
 from rcpo.config.schema import Config
 from rcpo.console import RunConsole, passes_shown
-from rcpo.data.batch import collate, collate_shared
+from rcpo.data.joint import lay_out
 from rcpo.data.sampler import PairSampler
 from rcpo.data.tokenize import TokenizedPair
 from rcpo.distributed import barrier, rank, world_size
@@ -116,7 +116,7 @@ def _train_steps(training: Training) -> None:
     while state.step < training.num_steps:
         started = time.perf_counter()
         measurement = training.measurements.at(state.step, state.calibrator)
-        micro_batches = _micro_batches(training, measurement.takes_shared_prefixes)
+        micro_batches = _micro_batches(training, measurement.takes_joint_layouts)
         num_tokens = _num_tokens(training.inputs, training.sampler.global_batch(state.step))
         lr = engine.lr()
         probe_r_w = _measure_probe(training) if state.calibrator.probes_at(state.step) else None
@@ -200,10 +200,9 @@ def _num_tokens(inputs: Inputs, indices: list[int]) -> int:
     )
 
 
-def _micro_batches(training: Training, may_share: bool) -> list[MicroBatch]:
+def _micro_batches(training: Training, may_join: bool) -> list[MicroBatch]:
     """This rank's micro-batches of the coming step, on the device."""
     config, device = training.config, training.engine.device
-    shares = may_share and config.train.share_prefix
     assert config.train.pairs_per_device is not None
     cut = training.sampler.micro_batches(
         training.state.step, rank(), world_size(), config.train.pairs_per_device
@@ -212,7 +211,7 @@ def _micro_batches(training: Training, may_share: bool) -> list[MicroBatch]:
     for indices in cut:
         ref_w, ref_l = training.reference.train_rows(indices)
         pairs = [training.inputs.train[idx] for idx in indices]
-        batch = (collate_shared if shares else collate)(pairs, training.inputs.pad_id)
+        batch = lay_out(config.train, pairs, training.inputs.pad_id, may_join)
         lengths = batch.lengths[: len(pairs)].tolist()
         batch = batch._replace(ref_logps=training.reference.token_rows(indices, lengths))
         weight = torch.tensor([pair.weight for pair in pairs])

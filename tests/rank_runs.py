@@ -299,8 +299,8 @@ def lose_a_number_at(step: int) -> None:
     """Let the last rank's last pair have no reference in that step, as a damaged cache would."""
     micro_batches = rcpo.trainer._micro_batches
 
-    def with_nan(training: rcpo.trainer.Training, may_share: bool) -> list[MicroBatch]:
-        batches = micro_batches(training, may_share)
+    def with_nan(training: rcpo.trainer.Training, may_join: bool) -> list[MicroBatch]:
+        batches = micro_batches(training, may_join)
         if training.state.step + 1 == step and rank() == world_size() - 1:
             ref_w = batches[-1].ref_w.clone()
             ref_w[-1] = math.nan

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 import rcpo.logprobs
 from rcpo.data.batch import PairBatch, collate
-from rcpo.logprobs import TokenLogProbHead, sum_per_row
+from rcpo.logprobs import TokenLogProbHead, sum_per_side
 from rcpo.model import Policy
 
 
@@ -107,7 +107,7 @@ def test_chunks_cover_all_tokens_and_keep_the_sides_apart(monkeypatch: pytest.Mo
     assert bounds == [(0, 32), (32, 40), (40, 60)]
 
 
-def test_sum_per_row_by_hand() -> None:
+def test_sum_per_side_by_hand() -> None:
     """Row 0 predicts its response at places 1 and 2, row 1 at place 0: z = (-1 - 2, -4)."""
     batch = PairBatch(
         input_ids=torch.tensor([[1, 5, 6, 7], [1, 8, 0, 0]]),
@@ -116,7 +116,7 @@ def test_sum_per_row_by_hand() -> None:
         lengths=torch.tensor([2, 1]),
         num_chosen_tokens=2,
     )
-    assert sum_per_row(torch.tensor([-1.0, -2.0, -4.0]), batch).tolist() == [-3.0, -4.0]
+    assert sum_per_side(torch.tensor([-1.0, -2.0, -4.0]), batch).tolist() == [-3.0, -4.0]
 
 
 def test_policy_agrees_with_the_models_own_logits(tiny_model: PreTrainedModel, chunk_tokens: int) -> None:

@@ -194,13 +194,13 @@ def test_a_checkpoint_that_does_not_fit_is_a_line_and_the_one_before_it_stays(
 
         collate = rcpo.trainer._micro_batches
 
-        def fill(training: rcpo.trainer.Training, may_share: bool) -> object:
+        def fill(training: rcpo.trainer.Training, may_join: bool) -> object:
             if training.state.step == 2:
                 limit = largest_file(runs["whole"], 2) // 2
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
             if training.state.step == 5 and name == "goes-on":
                 assert [path.name for path in runs[name].checkpoints.iterdir()] == ["step-000002"]
-            return collate(training, may_share)
+            return collate(training, may_join)
 
         def free(*args: object) -> object:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
@@ -247,16 +247,16 @@ def test_memory_that_runs_out_does_so_before_the_first_step(inputs: Path, tmp_pa
     def work() -> None:
         import rcpo.rehearsal
 
-        collate = rcpo.rehearsal.collate
+        lay_out = rcpo.rehearsal.lay_out
 
-        def collate_and_end_memory(*args: object) -> object:
-            batch = collate(*args)  # type: ignore[arg-type]
+        def lay_out_and_end_memory(*args: object, may_join: bool) -> object:
+            batch = lay_out(*args, may_join=may_join)  # type: ignore[arg-type]
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used, resource.RLIM_INFINITY))
             ids = batch.input_ids.repeat(1, 2000)  # a row of 30,000 tokens
             return batch._replace(input_ids=ids)
 
-        rcpo.rehearsal.collate = collate_and_end_memory  # type: ignore[assignment]
+        rcpo.rehearsal.lay_out = lay_out_and_end_memory  # type: ignore[assignment]
         with pytest.raises(
             UserError, match=r"does not fit into memory .*; type train\.pairs_per_device=1"
         ) as caught:

@@ -20,7 +20,8 @@ from rank_runs import metrics as rows_of
 from tiny_models import make_llama, make_pairs
 from torch import Tensor
 
-from rcpo.data.batch import PairBatch, collate, collate_shared
+from rcpo.data.batch import PairBatch, collate
+from rcpo.data.joint import collate_joint
 from rcpo.errors import UserError
 from rcpo.logprobs import importance_weighted
 from rcpo.model import Policy
@@ -69,7 +70,7 @@ def test_weights_of_two_tokens() -> None:
 def test_z_and_gradient_match_autograd_on_the_formula(shared: bool) -> None:
     policy = Policy(make_llama())
     batch = with_reference(collate(PAIRS, 0))
-    own = with_reference(collate_shared(PAIRS, 0)) if shared else batch
+    own = with_reference(collate_joint(PAIRS, 0, True, True)) if shared else batch
     weights = torch.randn(8, generator=torch.Generator().manual_seed(2))
     expected_z, z = weighted_by_hand(policy, batch), policy(own)
     torch.testing.assert_close(z, expected_z, atol=2e-5, rtol=1e-5)

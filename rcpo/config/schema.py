@@ -128,6 +128,24 @@ class ModelConfig:
     """4bit: hold the frozen base weights as nf4 (bitsandbytes, CUDA only); needs an adapter to train."""
 
 
+Percentile = Annotated[float, Field(gt=0, le=100)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class FilterConfig:
+    scores: Text | None = None
+    """Scores of the training pairs: a file that `rcpo score` wrote, with this model's tokens. The keys below
+    need it."""
+    ches_max_percentile: Percentile | None = None
+    """Leave out training pairs with a CHES (arXiv 2410.08847) above this percentile; 95 leaves out 5 %."""
+    ches_norm_max_percentile: Percentile | None = None
+    """The same of length-normalised CHES, for responses of different lengths; the paper filters by it."""
+    margin_min: float | None = None
+    """Leave out training pairs with a margin z_w - z_l under the scoring model below this, in nats."""
+    margin_max: float | None = None
+    """Leave out training pairs with a margin above this, in nats."""
+
+
 @dataclass(frozen=True, config=STRICT)
 class DataConfig:
     source: Literal["arithmetic", "file"]
@@ -152,6 +170,8 @@ class DataConfig:
     columns: dict[str, str] | None = None
     """{prompt: NAME, chosen: NAME, rejected: NAME} where a file uses other names; also {weight: NAME} or
     {probability: NAME} with objective.sample_weight."""
+    filter: FilterConfig = Field(default_factory=FilterConfig)
+    """Training pairs that are left out by their scores."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -195,6 +215,8 @@ class TrackingConfig:
     group: Text | None = None
     tags: list[Text] = Field(default_factory=list)
     """Beside the four that every run gets: objective, calibration, model, data."""
+    log_model: bool = False
+    """Send final/ as an artifact at the end of the run."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -218,6 +240,9 @@ class TrainConfig:
     share_prefix: bool = False
     """Compute the prompt of a pair once for both responses: less work where prompts are long, the same
     gradient to rounding. Steps that `exact` measures do without."""
+    packing: bool = False
+    """Put a micro-batch on one row, without padding; for kernels that skip what is masked (flash attention).
+    Steps that `exact` measures do without."""
     save_every: NonNegative = 0
     """Optimizer steps between checkpoints; 0: none."""
     keep_last: Positive | None = None

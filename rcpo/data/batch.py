@@ -1,11 +1,10 @@
 """Batches: tokenised pairs on a padded grid, with the positions that predict response tokens worked out on
 the CPU.
 
-A pair takes two rows, or with a shared prefix one: prompt, chosen response, rejected response, where
-`segments` says who may see whom.
+A pair takes two rows here; `rcpo.data.joint` puts more on a row, and `segments` says who may see whom.
 
-Shape legend: B pairs, R rows (2B: 0..B-1 chosen, B..2B-1 rejected; B with shared prefixes), T padded tokens a
-row, N response tokens of the batch.
+Shape legend: B pairs, R rows (2B: 0..B-1 chosen, B..2B-1 rejected; B or 1 in a joint layout), T padded tokens
+a row, N response tokens of the batch.
 """
 
 from collections.abc import Sequence
@@ -33,10 +32,11 @@ class PairBatch(NamedTuple):
     num_chosen_tokens: int
     """How many of the N tokens belong to chosen sides."""
     position_ids: Tensor | None = None
-    """(R, T) int64 with shared prefixes: both responses go on from where the prefix ends."""
+    """(R, T) int64 in a joint layout: each side counts from its own start."""
     segments: Tensor | None = None
-    """(R, T) int64 with shared prefixes: 0 prefix, 1 chosen, 2 rejected, 3 padding. A token sees those before
-    it that are of its own segment or of the prefix."""
+    """(R, T) int64 in a joint layout: 3 k for the k-th pair's shared prefix, 3 k + 1 for its chosen and
+    3 k + 2 for its rejected side, -1 for padding. A token sees those before it that are of its own segment or
+    of its pair's prefix."""
     ref_logps: Tensor | None = None
     """(N,) fp32: the reference's log-probability of each target, where the objective weighs tokens."""
 
@@ -53,7 +53,7 @@ class PairBatch(NamedTuple):
         )
 
     def side(self, chosen: bool) -> "PairBatch":
-        """The rows of one side alone, (B, T), on the same grid; not with shared prefixes."""
+        """The rows of one side alone, (B, T), on the same grid; not of a joint layout."""
         assert self.segments is None
         num_rows, width = self.num_pairs, self.input_ids.shape[1]
         num_chosen = self.num_chosen_tokens
@@ -81,7 +81,7 @@ class PairBatch(NamedTuple):
 
     @property
     def response_mask(self) -> Tensor:
-        """(2B, T) bool: True at response tokens; not with shared prefixes."""
+        """(2B, T) bool: True at response tokens; not of a joint layout."""
         assert self.segments is None
         mask = torch.zeros(self.input_ids.numel(), dtype=torch.bool, device=self.input_ids.device)
         mask[self.token_positions + 1] = True
@@ -116,71 +116,3 @@ def collate(pairs: Sequence[TokenizedPair], pad_id: int) -> PairBatch:
         lengths=lengths,
         num_chosen_tokens=int(lengths[: len(pairs)].sum()),
     )
-
-
-def collate_shared(pairs: Sequence[TokenizedPair], pad_id: int) -> PairBatch:
-    """The same pairs with one row each: what both sides' prompts have in common is there, and computed,
-    once."""
-    rows = [_shared_row(pair) for pair in pairs]
-    width = max(len(row.input_ids) for row in rows)
-    input_ids, position_ids, segments = (
-        torch.full((len(rows), width), fill, dtype=torch.int64) for fill in (pad_id, 0, PADDING)
-    )
-    for number, row in enumerate(rows):
-        length = len(row.input_ids)
-        input_ids[number, :length] = torch.tensor(row.input_ids)
-        position_ids[number, :length] = torch.tensor(row.position_ids)
-        segments[number, :length] = torch.tensor(row.segments)
-    sides = [side for which in (0, 1) for side in ((pair.chosen, pair.rejected)[which] for pair in pairs)]
-    positions = [
-        torch.tensor(row.predicted_at[which]) + number * width
-        for which in (0, 1)
-        for number, row in enumerate(rows)
-    ]
-    targets = [torch.tensor(side.input_ids[side.num_prompt :]) for side in sides]
-    lengths = torch.tensor([len(target) for target in targets])
-    return PairBatch(
-        input_ids=input_ids,
-        token_positions=torch.cat(positions),
-        targets=torch.cat(targets),
-        lengths=lengths,
-        num_chosen_tokens=int(lengths[: len(pairs)].sum()),
-        position_ids=position_ids,
-        segments=segments,
-    )
-
-
-PREFIX, PADDING = 0, 3
-
-
-class _SharedRow(NamedTuple):
-    input_ids: list[int]
-    position_ids: list[int]
-    segments: list[int]
-    predicted_at: tuple[list[int], list[int]]
-    """Per side, the place in the row that predicts each response token."""
-
-
-def _shared_row(pair: TokenizedPair) -> _SharedRow:
-    sides = (pair.chosen, pair.rejected)
-    num_shared = shared_prefix(pair)
-    ids = list(pair.chosen.input_ids[:num_shared])
-    position_ids, segments = list(range(num_shared)), [PREFIX] * num_shared
-    predicted_at: tuple[list[int], list[int]] = ([], [])
-    for which, side in enumerate(sides):
-        start = len(ids) - num_shared  # of a token behind the prefix: its own index plus this
-        length = len(side.input_ids)
-        ids += side.input_ids[num_shared:]
-        position_ids += range(num_shared, length)
-        segments += [which + 1] * (length - num_shared)
-        predicted_at[which].extend(
-            idx if idx < num_shared else idx + start for idx in range(side.num_prompt - 1, length - 1)
-        )
-    return _SharedRow(ids, position_ids, segments, predicted_at)
-
-
-def shared_prefix(pair: TokenizedPair) -> int:
-    """How many tokens the two sides' prompts have in common from the start."""
-    longest = min(pair.chosen.num_prompt, pair.rejected.num_prompt)
-    both = zip(pair.chosen.input_ids[:longest], pair.rejected.input_ids[:longest], strict=True)
-    return next((idx for idx, (left, right) in enumerate(both) if left != right), longest)

@@ -1,0 +1,98 @@
+"""Layouts that waste less: a prompt computed once for both responses, and a micro-batch on one row.
+
+They need attention that follows `PairBatch.segments` (`rcpo.model`). z and gradients are those of
+`rcpo.data.batch.collate`, to rounding. Called by `rcpo.trainer` and `rcpo.rehearsal`.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from rcpo.config.schema import TrainConfig
+from rcpo.data.batch import PairBatch, collate
+from rcpo.data.tokenize import TokenizedPair
+
+PADDING = -1
+
+
+def lay_out(config: TrainConfig, pairs: Sequence[TokenizedPair], pad_id: int, may_join: bool) -> PairBatch:
+    """The pairs as `train.share_prefix` and `train.packing` say; as two padded rows each where they must not
+    be joined."""
+    if may_join and (config.share_prefix or config.packing):
+        return collate_joint(pairs, pad_id, config.share_prefix, config.packing)
+    return collate(pairs, pad_id)
+
+
+def collate_joint(
+    pairs: Sequence[TokenizedPair], pad_id: int, share_prefix: bool, packing: bool
+) -> PairBatch:
+    """One row a pair, or with `packing` one row in all, without padding. With `share_prefix` what a pair's
+    prompts have in common is there once."""
+    strips = [_strip(pair, number, share_prefix) for number, pair in enumerate(pairs)]
+    lengths = [len(strip.input_ids) for strip in strips]
+    if packing:
+        num_rows, width = 1, sum(lengths)
+        starts = [sum(lengths[:number]) for number in range(len(pairs))]
+    else:
+        num_rows, width = len(pairs), max(lengths)
+        starts = [number * width for number in range(len(pairs))]
+    input_ids, position_ids, segments = (
+        torch.full((num_rows * width,), fill, dtype=torch.int64) for fill in (pad_id, 0, PADDING)
+    )
+    for start, length, strip in zip(starts, lengths, strips, strict=True):
+        place = slice(start, start + length)
+        input_ids[place] = torch.tensor(strip.input_ids)
+        position_ids[place] = torch.tensor(strip.position_ids)
+        segments[place] = torch.tensor(strip.segments)
+    positions = [
+        torch.tensor(strip.predicted_at[which]) + start
+        for which in (0, 1)
+        for start, strip in zip(starts, strips, strict=True)
+    ]
+    sides = [*(pair.chosen for pair in pairs), *(pair.rejected for pair in pairs)]
+    targets = [torch.tensor(side.input_ids[side.num_prompt :]) for side in sides]
+    num_targets = torch.tensor([len(target) for target in targets])
+    return PairBatch(
+        input_ids=input_ids.view(num_rows, width),
+        token_positions=torch.cat(positions),
+        targets=torch.cat(targets),
+        lengths=num_targets,
+        num_chosen_tokens=int(num_targets[: len(pairs)].sum()),
+        position_ids=position_ids.view(num_rows, width),
+        segments=segments.view(num_rows, width),
+    )
+
+
+class _Strip(NamedTuple):
+    """A pair's tokens one after the other."""
+
+    input_ids: list[int]
+    position_ids: list[int]
+    segments: list[int]
+    predicted_at: tuple[list[int], list[int]]
+    """Per side, the place in the strip that predicts each response token."""
+
+
+def _strip(pair: TokenizedPair, number: int, share_prefix: bool) -> _Strip:
+    num_shared = shared_prefix(pair) if share_prefix else 0
+    ids = list(pair.chosen.input_ids[:num_shared])
+    position_ids, segments = list(range(num_shared)), [3 * number] * num_shared
+    predicted_at: tuple[list[int], list[int]] = ([], [])
+    for which, side in enumerate((pair.chosen, pair.rejected)):
+        start = len(ids) - num_shared  # of a token behind the prefix: its own index plus this
+        length = len(side.input_ids)
+        ids += side.input_ids[num_shared:]
+        position_ids += range(num_shared, length)
+        segments += [3 * number + which + 1] * (length - num_shared)
+        predicted_at[which].extend(
+            idx if idx < num_shared else idx + start for idx in range(side.num_prompt - 1, length - 1)
+        )
+    return _Strip(ids, position_ids, segments, predicted_at)
+
+
+def shared_prefix(pair: TokenizedPair) -> int:
+    """How many tokens the two sides' prompts have in common from the start."""
+    longest = min(pair.chosen.num_prompt, pair.rejected.num_prompt)
+    both = zip(pair.chosen.input_ids[:longest], pair.rejected.input_ids[:longest], strict=True)
+    return next((idx for idx, (left, right) in enumerate(both) if left != right), longest)
