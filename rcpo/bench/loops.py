@@ -17,7 +17,7 @@ from rcpo.bench.recorder import BenchDone, Recorder, gradients_of
 from rcpo.bench.work import Work, rows_of
 from rcpo.data.batch import PairBatch, collate
 from rcpo.engine import build_optimizer
-from rcpo.logprobs import sum_per_row
+from rcpo.logprobs import sum_per_side
 from rcpo.model import load_model
 from rcpo.objectives import PairLogProbs, objective_of
 
@@ -57,7 +57,7 @@ def run_loop(name: str, work: Work, recorder: Recorder) -> None:
                 pairs = [work.inputs.train[idx] for idx in indices]
                 batch = collate(pairs, work.inputs.pad_id).to(device)
                 ref_w, ref_l = rows_of(work.reference, indices, device)
-                z_w, z_l = sum_per_row(token_logps(model, batch), batch).chunk(2)
+                z_w, z_l = sum_per_side(token_logps(model, batch), batch).chunk(2)
                 len_w, len_l = batch.lengths.to(z_w.dtype).chunk(2)
                 loss = objective(PairLogProbs(z_w, z_l, ref_w, ref_l, len_w, len_l, state)).sum()
                 loss = loss / config.train.pairs_per_step
