@@ -6,19 +6,21 @@ The same config gives the same inputs on every rank.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from rcpo.adapters import check_adapters
 from rcpo.config.schema import Config
 from rcpo.data.batch import width
-from rcpo.data.load import load_records
+from rcpo.data.load import PreferenceData, load_records
 from rcpo.data.sampler import PairSampler
-from rcpo.data.tokenize import TokenizedPair, describe_example, tokenize_records
+from rcpo.data.tokenize import TokenizedData, TokenizedPair, describe_example, tokenize_records
 from rcpo.data.weights import weighing_of
 from rcpo.errors import UserError
 from rcpo.model import check_model, check_positions, check_vocabulary, load_tokenizer
 from rcpo.objectives import composition_of
+from rcpo.quality.filter import filter_pairs
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,26 @@ def check_deepspeed(config: Config) -> None:
         ) from None
 
 
-def read_inputs(config: Config) -> Inputs:
-    """Read and tokenise the data of a resolved config. Raises UserError with one line for whatever cannot
-    train."""
-    check_deepspeed(config)
+class PairsRead(NamedTuple):
+    """The data of a config as records and as the model's tokens, nothing filtered."""
+
+    tokenizer: PreTrainedTokenizerBase
+    records: PreferenceData
+    train: TokenizedData
+    held_out: TokenizedData
+
+    @property
+    def report(self) -> list[str]:
+        return [
+            *self.records.report,
+            *(f"training pairs: {line}" for line in self.train.report),
+            *(f"held-out pairs: {line}" for line in self.held_out.report),
+        ]
+
+
+def read_pairs(config: Config) -> PairsRead:
+    """Check the model's files, read and tokenise the data. Raises UserError with one line for whatever is
+    wrong with them."""
     check_adapters(config.model, config.train.device)
     tokenizer = load_tokenizer(config.model)
     check_vocabulary(config.model, tokenizer)
@@ -103,18 +121,27 @@ def read_inputs(config: Config) -> Inputs:
             raise UserError(
                 f"data: no {what} pair is left after the checks; look at data.path and data.on_bad_row"
             )
-    if len(train.pairs) < config.train.pairs_per_step:
-        raise UserError(
-            f"train.pairs_per_step={config.train.pairs_per_step}: there are only {len(train.pairs)} training "
-            f"pairs; type train.pairs_per_step={len(train.pairs)} or less"
-        )
     sides = [side for pair in [*train.pairs, *held_out.pairs] for side in (pair.chosen, pair.rejected)]
     check_positions(config.model, max(len(side.input_ids) for side in sides))
+    return PairsRead(tokenizer, records, train, held_out)
+
+
+def read_inputs(config: Config) -> Inputs:
+    """Read, tokenise and filter the data of a resolved config. Raises UserError with one line for whatever
+    cannot train."""
+    check_deepspeed(config)
+    read = read_pairs(config)
+    train, filtered = filter_pairs(read.train.pairs, config)
+    held_out = read.held_out.pairs
+    if len(train) < config.train.pairs_per_step:
+        raise UserError(
+            f"train.pairs_per_step={config.train.pairs_per_step}: there are only {len(train)} training "
+            f"pairs; type train.pairs_per_step={len(train)} or less"
+        )
     report = [
-        *records.report,
-        *(f"training pairs: {line}" for line in train.report),
-        *(f"held-out pairs: {line}" for line in held_out.report),
-        f"{len(train.pairs)} training pairs, {len(held_out.pairs)} held-out pairs",
-        "one training pair as the model sees it:\n" + describe_example(train.pairs[0], tokenizer),
+        *read.report,
+        *filtered,
+        f"{len(train)} training pairs, {len(held_out)} held-out pairs",
+        "one training pair as the model sees it:\n" + describe_example(train[0], read.tokenizer),
     ]
-    return Inputs(tokenizer, train.pairs, held_out.pairs, report)
+    return Inputs(read.tokenizer, train, held_out, report)

@@ -37,6 +37,7 @@ def refuse_irreplaceable(config: Config) -> None:
         "model.chat_template": config.model.chat_template,
         "data.path": config.data.path,
         "data.eval_path": config.data.eval_path,
+        "data.filter.scores": config.data.filter.scores,
     }
     for key, value in reads.items():
         if value is not None and Path(value).resolve().is_relative_to(path.resolve()):

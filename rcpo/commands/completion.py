@@ -34,12 +34,17 @@ _rcpo() {
             [[ "${words[1]}" == compare ]] && choices="@COMPARE_FLAGS@" || choices="--help --once"
             [[ "$word" == -* ]] || choices=$(compgen -f -- "$word")
             COMPREPLY=($(compgen -W "$choices" -- "$word")) ;;
-        train|sweep)
+        train|sweep|score)
             if [[ "$word" == -* ]]; then
-                [[ "${words[1]}" == sweep ]] && choices="@SWEEP_FLAGS@" || choices="@FLAGS@"
+                case "${words[1]}" in
+                    sweep) choices="@SWEEP_FLAGS@" ;;
+                    score) choices="@SCORE_FLAGS@" ;;
+                    *) choices="@FLAGS@" ;;
+                esac
                 COMPREPLY=($(compgen -W "$choices" -- "$word"))
                 return
             fi
+            [[ "${words[-2]}" == --out ]] && { COMPREPLY=($(compgen -f -- "$word")); return; }
             [[ "${words[-2]}" == --config-dir ]] && { COMPREPLY=($(compgen -d -- "$word")); return; }
             for (( number = 2; number < ${#words[@]} - 1; number++ )); do
                 case "${words[number]}" in
@@ -65,6 +70,7 @@ SWEEP_FLAGS = (
     "--help --dry-run --pairs-per-second --out --parallel --slurm --max-parallel --print --wandb-sweep"
 )
 COMPARE_FLAGS = "--help --where --sort --csv --json --markdown --latex --html --pdf --png"
+SCORE_FLAGS = "--help --out --overwrite --config-dir"
 FLAGS = "--help --cfg --package --config-dir --overwrite"
 
 
@@ -78,5 +84,6 @@ def run(words: list[str]) -> int:
         raise UserError(f"{said}; type rcpo completion bash")
     code = BASH.replace("@COMMANDS@", " ".join(COMMANDS))
     code = code.replace("@FLAGS@", FLAGS).replace("@SWEEP_FLAGS@", SWEEP_FLAGS)
+    code = code.replace("@SCORE_FLAGS@", SCORE_FLAGS)
     print(code.replace("@COMPARE_FLAGS@", COMPARE_FLAGS))
     return 0

@@ -52,7 +52,10 @@ def resolve(config: Config, joined_world_size: int | None, device_is_elsewhere: 
         train=train,
         model=_model(config.model, dtype),
         data=dataclasses.replace(
-            config.data, path=_absolute(config.data.path), eval_path=_absolute(config.data.eval_path)
+            config.data,
+            path=_absolute(config.data.path),
+            eval_path=_absolute(config.data.eval_path),
+            filter=dataclasses.replace(config.data.filter, scores=_absolute(config.data.filter.scores)),
         ),
         optim=dataclasses.replace(config.optim, lr=config.optim.lr or _default_lr(config)),
         deepspeed=dataclasses.replace(

@@ -7,7 +7,7 @@ machine is in `rcpo.config.resolve`, what on the data and the model in `rcpo.inp
 
 import dataclasses
 
-from rcpo.config.schema import CalibrationConfig, Config, LoraConfig, TrackingConfig
+from rcpo.config.schema import CalibrationConfig, Config, FilterConfig, LoraConfig, TrackingConfig
 from rcpo.errors import UserError, shortened
 from rcpo.objectives import composition_of, objective_of
 
@@ -31,6 +31,7 @@ def check_combinations(config: Config) -> None:
         )
     if data.source == "file" and data.path is None:
         raise UserError("data.path: has no value and data.source=file needs one; type data.path=PAIRS.jsonl")
+    _check_filter(data.filter)
     if config.deepspeed.offload == "optimizer" and config.deepspeed.stage == 0:
         raise UserError("deepspeed.offload=optimizer: needs ZeRO 1, 2 or 3; type deepspeed.stage=2")
     _check_tracking(config.tracking)
@@ -101,6 +102,28 @@ def _check_tracking(tracking: TrackingConfig) -> None:
         raise UserError(
             f"tracking.project={tracking.project}: must not hold {found}, which W&B does not take; "
             "type tracking.project=NAME"
+        )
+
+
+def _check_filter(given: FilterConfig) -> None:
+    """Keys that do nothing alone, or exclude each other."""
+    limits = [field.name for field in dataclasses.fields(given) if field.name != "scores"]
+    key = next((name for name in limits if getattr(given, name) is not None), None)
+    if key is not None and given.scores is None:
+        raise UserError(
+            f"data.filter.{key}={getattr(given, key):g}: needs the pairs' scores; type "
+            "data.filter.scores=scores.parquet, a file that rcpo score writes"
+        )
+    if key is None and given.scores is not None:
+        raise UserError(
+            f"data.filter.scores={given.scores}: leaves nothing out without a limit; type "
+            "data.filter.ches_norm_max_percentile=95 as well, or data.filter.scores=null"
+        )
+    low, high = given.margin_min, given.margin_max
+    if low is not None and high is not None and low > high:
+        raise UserError(
+            f"data.filter.margin_min={low:g}: must be at most data.filter.margin_max={high:g}; "
+            "type data.filter.margin_min=null"
         )
 
 

@@ -31,6 +31,8 @@ class PreferenceData:
     held_out: list[PreferenceRecord]
     report: list[str]
     """Lines for the log: rows read, dropped and why, duplicates, held out."""
+    dropped: dict[str, list[int]] = dataclasses.field(default_factory=dict)
+    """Rows of the training source that cannot train, by reason."""
 
 
 def load_records(config: DataConfig, weighing: Weighing = UNWEIGHTED) -> PreferenceData:
@@ -46,7 +48,7 @@ def load_records(config: DataConfig, weighing: Weighing = UNWEIGHTED) -> Prefere
     if config.source == "arithmetic":
         return _load_arithmetic(config)
     report: list[str] = []
-    train = _read_place(Place(config.path or "", config.split), config, report, weighing)
+    train, dropped = _read_place(Place(config.path or "", config.split), config, report, weighing)
     if config.eval_path is None and config.eval_split is None:
         train, held_out = _draw_held_out(train, config, report)
     else:
@@ -62,7 +64,7 @@ def load_records(config: DataConfig, weighing: Weighing = UNWEIGHTED) -> Prefere
         train = _draw(train, config.train_pairs, config.seed)[0]
     if weighing.parts:
         report.append(_describe_weights(train, weighing))
-    return PreferenceData(train, held_out, report)
+    return PreferenceData(train, held_out, report, dropped)
 
 
 def _load_arithmetic(config: DataConfig) -> PreferenceData:
@@ -83,7 +85,7 @@ def _read_held_out(config: DataConfig, report: list[str]) -> list[PreferenceReco
         place = Place(config.path or "", config.eval_split, "data.path", "data.eval_split")
     else:
         place = Place(config.eval_path, config.eval_split, "data.eval_path", "data.eval_split")
-    records = _read_place(place, config, report, UNWEIGHTED)
+    records, _ = _read_place(place, config, report, UNWEIGHTED)
     if len(records) > config.eval_pairs:
         report.append(
             f"{config.eval_pairs} of {len(records)} held-out pairs drawn by data.seed={config.seed}"
@@ -94,12 +96,14 @@ def _read_held_out(config: DataConfig, report: list[str]) -> list[PreferenceReco
 
 def _read_place(
     place: Place, config: DataConfig, report: list[str], weighing: Weighing
-) -> list[PreferenceRecord]:
-    """Records of one source; bad rows stop or are counted as data.on_bad_row says."""
+) -> tuple[list[PreferenceRecord], dict[str, list[int]]]:
+    """Records of one source, and the rows that are none by reason; bad rows stop or are dropped as
+    data.on_bad_row says."""
     names = {part: (config.columns or {}).get(part, part) for part in (*PARTS, *weighing.parts)}
     source = read_rows(place, set(names.values()))
     _check_columns(source.columns, names, place, config)
-    records, reasons = _read_records(source, names, place, config.on_bad_row, weighing)
+    records, dropped = _read_records(source, names, place, config.on_bad_row, weighing)
+    reasons = Counter({reason: len(rows) for reason, rows in dropped.items()})
     if not records:
         reason, _ = reasons.most_common(1)[0]
         raise place.error(
@@ -109,7 +113,7 @@ def _read_place(
     repeats = len(records) - len({_content(record) for record in records})
     if repeats:
         report.append(f"{place}: {repeats} rows repeat an earlier row (kept)")
-    return records
+    return records, dropped
 
 
 def _check_parts(config: DataConfig, weighing: Weighing) -> None:
@@ -147,8 +151,9 @@ def _check_columns(seen: list[str], names: dict[str, str], place: Place, config:
 
 def _read_records(
     source: Rows, names: dict[str, str], place: Place, on_bad_row: str, weighing: Weighing
-) -> tuple[list[PreferenceRecord], Counter[str]]:
-    records, reasons = [], Counter[str]()
+) -> tuple[list[PreferenceRecord], dict[str, list[int]]]:
+    records: list[PreferenceRecord] = []
+    dropped: dict[str, list[int]] = {}
     has_prompt = names["prompt"] in source.columns
     for number, row in enumerate(source.rows):
         values = {part: row.get(name) for part, name in names.items()}
@@ -163,8 +168,8 @@ def _read_records(
                     f"row {number} (counted from 0) cannot train: {error}; mend it or type "
                     "data.on_bad_row=drop"
                 ) from None
-            reasons[str(error)] += 1
-    return records, reasons
+            dropped.setdefault(str(error), []).append(number)
+    return records, dropped
 
 
 def _listed(reasons: Counter[str]) -> str:

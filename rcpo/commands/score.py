@@ -1,0 +1,125 @@
+"""`rcpo score [GROUP=OPTION] [KEY=VALUE] ...`: what a model says of preference pairs before training."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rcpo.config.compose import compose
+from rcpo.errors import UserError
+from rcpo.flags import Flags
+
+if TYPE_CHECKING:
+    from rcpo.config.schema import Config
+    from rcpo.inputs import PairsRead
+
+HELP = """usage: rcpo score [GROUP=OPTION ...] [KEY=VALUE ...] [--out FILE.parquet] [--overwrite]
+
+Score the pairs of a data config under a model, before training: CHES and length-normalised CHES (arXiv
+2410.08847), which predict how far the chosen response will fall, log-probabilities and margin, length, shared
+beginning and edit distance of the responses; pairs that repeat or contradict each other. The words are those
+of rcpo train (`rcpo train --help`). Bad rows are counted, whatever data.on_bad_row says.
+
+  --out FILE.parquet   where the scores go, a row a pair (scores.parquet); FILE.html beside it shows them
+  --overwrite          replace both files
+
+examples:
+  rcpo score
+  rcpo score model.path=MODEL data=file data.path=PAIRS.jsonl train.max_length=512 --out pairs.parquet
+  rcpo train model.path=MODEL data=file data.path=PAIRS.jsonl train.max_length=512 \\
+      data.filter.scores=pairs.parquet data.filter.ches_norm_max_percentile=95"""
+
+
+def run(words: list[str]) -> int:
+    """Score; returns the exit code. Raises UserError for bad input, before anything is written."""
+    if any(word in ("-h", "--help") for word in words):
+        print(HELP)
+        return 0
+    parser = Flags("score")
+    parser.add_argument("--out", type=Path, default=Path("scores.parquet"))
+    parser.add_argument("--overwrite", action="store_true")
+    options, rest = parser.parse_known_args(words)
+    tree = compose(rest)
+    if tree is None:
+        return 0
+    page = _check_out(options.out, options.overwrite)
+    from rcpo.config.resolve import resolve
+    from rcpo.config.schema import validate
+    from rcpo.console import RunConsole
+    from rcpo.inputs import read_pairs
+    from rcpo.quality.page import make_page
+    from rcpo.quality.score_file import ScoreFile, write_scores
+    from rcpo.quality.summary import print_summary
+
+    config = _to_score(resolve(validate(tree), None))
+    read = read_pairs(config)
+    console = RunConsole()
+    scores = ScoreFile(_score(config, read, console), made_with(config))
+    try:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        write_scores(options.out, *scores)
+        page.write_text(make_page(scores, read), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out {options.out}: cannot be written ({error.strerror})") from None
+    print_summary(console, scores, read)
+    console.print(f"wrote {options.out} and {page}", soft_wrap=True)
+    return 0
+
+
+def _check_out(out: Path, overwrite: bool) -> Path:
+    """The page's path. Raises UserError where one of the two files cannot be written, before an hour of
+    scoring."""
+    if out.suffix != ".parquet":
+        raise UserError(f"--out {out}: must end in .parquet; type --out {out.with_suffix('.parquet')}")
+    page = out.with_suffix(".html")
+    for path in (out, page):
+        if path.is_dir() or (path.exists() and not overwrite):
+            raise UserError(f"--out {out}: {path} exists; give another name, or type --overwrite")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise UserError(f"--out {out}: {above} is no folder; give another name")
+    return page
+
+
+def _to_score(config: "Config") -> "Config":
+    """Rows that cannot train are counted, and nothing is filtered."""
+    from rcpo.config.schema import FilterConfig
+
+    data = dataclasses.replace(config.data, on_bad_row="drop", filter=FilterConfig())
+    return dataclasses.replace(config, data=data)
+
+
+def made_with(config: "Config") -> dict[str, Any]:
+    """What the scores depend on, for the file."""
+    import rcpo
+
+    return {
+        "model.path": config.model.path,
+        "model.dtype": config.model.dtype,
+        "data": config.data.path or config.data.source,
+        "train.max_length": config.train.max_length,
+        "train.max_prompt_length": config.train.max_prompt_length,
+        "rcpo": rcpo.__version__,
+    }
+
+
+def _score(config: "Config", read: "PairsRead", console: Any) -> Any:
+    """The table of scores of all training and held-out pairs."""
+    import torch
+
+    from rcpo.console import passes_shown
+    from rcpo.model import Policy, load_model
+    from rcpo.quality.ches import ModelScores, score_pairs
+    from rcpo.quality.pairs import PairFacts, describe_pairs
+    from rcpo.quality.score_file import HELD_OUT, TRAIN, make_table
+
+    policy = Policy(load_model(config.model)).to(torch.device(config.train.device))
+    assert config.train.pairs_per_device is not None
+    size = max(4, 4 * config.train.pairs_per_device)
+    pad_id = read.tokenizer.pad_token_id or 0
+    num_pairs = len(read.train.pairs) + len(read.held_out.pairs)
+    parts: dict[str, tuple[Sequence[PairFacts], Sequence[ModelScores]]] = {}
+    with passes_shown(console, "scoring", num_pairs) as on_batch:
+        for split, pairs in ((TRAIN, read.train.pairs), (HELD_OUT, read.held_out.pairs)):
+            parts[split] = (describe_pairs(pairs), score_pairs(policy, pairs, pad_id, size, on_batch))
+    return make_table(parts)

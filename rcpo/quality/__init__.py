@@ -1,0 +1,1 @@
+"""What a model says of preference pairs before it is trained on them: scores, their file, and the filter."""

@@ -1,0 +1,126 @@
+"""The page of `rcpo score`: one file that needs no network. Everything that comes from data is escaped."""
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import rcpo.compare
+from rcpo.compare.pair_text import as_text
+from rcpo.console import number
+from rcpo.data.records import PreferenceRecord
+from rcpo.inputs import PairsRead
+from rcpo.quality.score_file import HELD_OUT, TRAIN, ScoreFile
+from rcpo.quality.summary import MEASURES, findings, quantile_heads, quantile_rows
+
+STYLE = Path(rcpo.compare.__file__).parent / "report.css"
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+"""Of the page: it asks nobody for anything, and runs nothing."""
+NUM_PAIRS = 20
+MAX_TEXT = 600
+"""Characters of one prompt or response."""
+NUM_LISTED = 100
+"""Rows of a finding that are listed."""
+HISTOGRAMS = ("ches", "ches_norm", "margin", "edit_distance")
+BINS, WIDTH, HEIGHT = 40, 400, 120
+SHOWN = ("ches_norm", "ches", "margin", "edit_distance", "shared_prefix", "len_w", "len_l")
+HEADS = {"len_w": "chosen (tokens)", "len_l": "rejected (tokens)"}
+
+
+def make_page(scores: ScoreFile, read: PairsRead) -> str:
+    """The whole page."""
+    columns = scores.of_split(TRAIN)
+    num_held_out = len(scores.of_split(HELD_OUT)["row"])
+    made = ", ".join(f"{key}={value}" for key, value in scores.made_with.items() if value is not None)
+    title = f"rcpo score: {len(columns['row'])} training pairs"
+    figures = "".join(_histogram(name, columns[name]) for name in HISTOGRAMS)
+    meanings = "".join(
+        f"<li><b>{html.escape(head)}</b>: {html.escape(meaning)}</li>" for head, meaning in MEASURES.values()
+    )
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<title>{html.escape(title)}</title>
+<style>{STYLE.read_text(encoding="utf-8")}</style>
+</head>
+<body>
+<h1>{html.escape(title)}</h1>
+<p class="meta">Scored with {html.escape(made)}; {num_held_out} held-out pairs are in the file too.</p>
+<ul>{"".join(f"<li>{html.escape(line)}</li>" for line in read.report)}</ul>
+<h2>Scores</h2>
+{_table(quantile_heads(), [[html.escape(text) for text in row] for row in quantile_rows(scores)])}
+<ul>{meanings}</ul>
+<div class="figures">{figures}</div>
+<h2>Repeats, contradictions, identical sides</h2>
+{_findings(scores, read)}
+<h2>The pairs of highest CHES per token</h2>
+<p class="note">Those whose chosen response is likely to fall furthest; leave them out of training with
+data.filter.scores=FILE data.filter.ches_norm_max_percentile=95.</p>
+{_highest(columns, read)}
+</body>
+</html>
+"""
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], num_texts: int = 0) -> str:
+    """`rows` are HTML already. The first column names the row, the last `num_texts` are long texts."""
+    num_numbers = len(heads) - 1 - num_texts
+    kinds = ["left", *[""] * num_numbers, *["left text"] * num_texts]
+    head = "".join(
+        f'<th class="{kind}">{html.escape(text)}</th>' for kind, text in zip(kinds, heads, strict=True)
+    )
+    body = "".join(
+        "<tr>"
+        + "".join(f'<td class="{kind}">{text}</td>' for kind, text in zip(kinds, row, strict=True))
+        + "</tr>"
+        for row in rows
+    )
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _histogram(name: str, values: Sequence[float]) -> str:
+    """Bars of a column over its range, as a picture in the page."""
+    counts, edges = np.histogram(values, BINS)
+    step = WIDTH / BINS
+    bars = "".join(
+        f'<rect x="{idx * step:.1f}" y="{HEIGHT - HEIGHT * count / counts.max():.1f}" '
+        f'width="{step - 1:.1f}" height="{HEIGHT * count / counts.max():.1f}" fill="#005b8f"/>'
+        for idx, count in enumerate(counts)
+    )
+    title = html.escape(MEASURES[name][0])
+    return (
+        f'<figure><h3>{title}</h3><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">{bars}'
+        f"</svg><figcaption>{number(float(edges[0]))} to {number(float(edges[-1]))}, {len(values)} training "
+        f"pairs, at most {int(counts.max())} a bar</figcaption></figure>"
+    )
+
+
+def _findings(scores: ScoreFile, read: PairsRead) -> str:
+    items = []
+    for finding in findings(scores, read):
+        listed = finding.listed(NUM_LISTED)
+        rows = f"<details><summary>rows</summary>{html.escape(listed)}</details>" if listed else ""
+        items.append(f"<li>{html.escape(finding.text)}{rows}</li>")
+    return f"<ul>{''.join(items)}</ul>"
+
+
+def _highest(columns: dict[str, list[Any]], read: PairsRead) -> str:
+    """The pairs with their text, as the data gives it."""
+    records = {record.row: record for record in read.records.train}
+    heads = ["row", *(HEADS.get(name) or MEASURES[name][0] for name in SHOWN), "prompt", "chosen", "rejected"]
+    rows = []
+    for place in np.argsort(columns["ches_norm"])[::-1][:NUM_PAIRS]:
+        row = columns["row"][place]
+        rows.append([str(row), *(number(columns[name][place]) for name in SHOWN), *_texts(records[row])])
+    return _table(heads, rows, num_texts=3)
+
+
+def _texts(record: PreferenceRecord) -> list[str]:
+    parts = (as_text(part) for part in (record.prompt, record.chosen, record.rejected))
+    return [html.escape(text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} ...") for text in parts]

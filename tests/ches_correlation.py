@@ -1,0 +1,50 @@
+"""How well scores before training rank what training did: `python tests/ches_correlation.py BEFORE AFTER`.
+
+BEFORE and AFTER are files of `rcpo score` for the model before training and for RUN/final, on the same data.
+Prints Spearman's rank correlation of each score with the change of z_w of the pairs, for training and
+held-out pairs. A script, not a test.
+"""
+
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+
+from rcpo.quality.score_file import HELD_OUT, TRAIN, read_scores
+
+SCORES = ("ches", "ches_norm", "margin", "edit_distance", "shared_prefix", "length_difference", "len_w")
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Places in order, from 0; equal values share their mean place."""
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    return (ends - (counts + 1) / 2)[places]
+
+
+def spearman(left: Sequence[float], right: Sequence[float]) -> float:
+    """Rank correlation; nan where one of the two is constant."""
+    first, second = (ranks(np.asarray(values, dtype=float)) for values in (left, right))
+    if first.std() == 0 or second.std() == 0:
+        return float("nan")
+    return float(np.corrcoef(first, second)[0, 1])
+
+
+def main(before_path: str, after_path: str) -> None:
+    before, after = read_scores(before_path, "BEFORE"), read_scores(after_path, "AFTER")
+    print("| score | training pairs | held-out pairs |\n|---|---|---|")
+    parts = []
+    for split in (TRAIN, HELD_OUT):
+        scored, now = before.of_split(split), after.of_split(split)
+        if scored["digest"] != now["digest"]:
+            sys.exit(f"{after_path}: has other {split} pairs than {before_path}")
+        parts.append((scored, np.subtract(now["z_w"], scored["z_w"])))
+    for name in SCORES:
+        shown = " | ".join(f"{spearman(scored[name], change):+.2f}" for scored, change in parts)
+        print(f"| {name} | {shown} |")
+    shown = " | ".join(f"{change.mean():+.2f} nats, n = {len(change)}" for _, change in parts)
+    print(f"| mean change of z_w | {shown} |")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
