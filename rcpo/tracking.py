@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from rcpo.config.schema import Config, TrackingConfig
 from rcpo.run_folder import RunFolder, config_tree
+from rcpo.wandb_media import log_model, log_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,8 @@ INIT_TIMEOUT_SECONDS = 30.0
 """How long W&B may take to answer before the run goes on offline."""
 FINISH_TIMEOUT_SECONDS = 300.0
 """How long the end of a run waits for its upload; what is left over is in RUN/wandb/, for `wandb sync`."""
+MODEL_TIMEOUT_SECONDS = 3600.0
+"""The same where the model goes too."""
 CLOUD_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
 """W&B's own cloud under its older and its newer name (wandb 0.31); a key for either serves both."""
 GOING_ON = "going on without it; metrics.jsonl and eval.jsonl have every row"
@@ -86,11 +89,14 @@ class WandbSink:
     """One W&B run, whose id lives in RUN/run.json: a resumed run continues it. Local files are in RUN/wandb/.
 
     Rows go as they are, at W&B's own step = `step` (so that none is taken twice after a resume), evaluations
-    under `eval/`; infinities and nan are sent as such. On closing, the summary's values go under `summary/`.
-    Any failure is one warning; at the start it goes on offline, later without W&B.
+    under `eval/`; infinities and nan are sent as such. On closing, the summary's values go under `summary/`,
+    and what `rcpo.wandb_media` makes. Any failure is one warning; at the start it goes on offline, later
+    without W&B, on closing without the table or the model that failed.
     """
 
     def __init__(self, config: Config, run: RunFolder, mode: WandbMode) -> None:
+        self._folder = run
+        self._log_model = config.tracking.log_model
         self._run = _start(config, run, mode)
 
     def log_step(self, row: dict[str, float]) -> None:
@@ -103,8 +109,26 @@ class WandbSink:
     def close(self, summary: dict[str, Any], exit_code: int) -> None:
         values = {f"summary/{key}": value for key, value in summary.items() if value is not None}
         self._attempt(lambda wandb_run: wandb_run.summary.update(values))
+        if summary:
+            self._send(log_pairs, summary, "the table of held-out pairs is not sent; RUN/eval/ has it")
+        if summary and self._log_model:
+            self._send(log_model, summary, "the model is not sent; it is in RUN/final/")
         self._attempt(lambda wandb_run: wandb_run.finish(exit_code=exit_code))
         self._run = None
+
+    def _send(
+        self,
+        send: Callable[[Any, RunFolder, dict[str, Any]], None],
+        summary: dict[str, Any],
+        consequence: str,
+    ) -> None:
+        """One of `rcpo.wandb_media`'s; where it fails the W&B run goes on to its end."""
+        if self._run is None:
+            return
+        try:
+            send(self._run, self._folder, summary)
+        except Exception as error:
+            _warn(error, consequence)
 
     def _attempt(self, call: Callable[[Any], object]) -> None:
         """Call with the W&B run; after a failure, which is said once, there is none."""
@@ -155,7 +179,7 @@ def _start_wandb(config: Config, run: RunFolder, mode: WandbMode) -> Any:
         disable_git=True,
         disable_job_creation=True,
         init_timeout=INIT_TIMEOUT_SECONDS,
-        finish_timeout=FINISH_TIMEOUT_SECONDS,
+        finish_timeout=MODEL_TIMEOUT_SECONDS if config.tracking.log_model else FINISH_TIMEOUT_SECONDS,
         x_disable_meta=True,
         x_disable_stats=True,
         x_disable_machine_info=True,

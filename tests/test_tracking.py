@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import wandb
 import yaml
+from wandb_records import Records, by_step, wandb_rows
 
 from rcpo.commands.train import prepare
 from rcpo.config.schema import Config, TrackingConfig
@@ -126,47 +128,6 @@ def test_a_broken_netrc_or_settings_file_is_as_good_as_none(home: Path, content:
     assert wandb_mode(tracking("auto")) == "offline"
 
 
-class Records:
-    """What an offline W&B run holds, by W&B's own reader, `wandb leet inspect`."""
-
-    def __init__(self, run: RunFolder) -> None:
-        (path,) = run.path.glob("wandb/offline-run-*/run-*.wandb")
-        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
-        env = os.environ | {"WANDB_ERROR_REPORTING": "false"}
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=True)
-        records = [json.loads(line) for line in done.stdout.splitlines()]
-        self.history = [record["history"]["item"] for record in records if record["type"] == "history"]
-        self.metrics = {
-            record["metric"]["glob_name"]: record["metric"]["step_metric"]
-            for record in records
-            if record["type"] == "metric"
-        }
-        self.summary: dict[str, Any] = {}
-        for record in records:
-            self.summary |= record["summary"].get("update", {}) if record["type"] == "summary" else {}
-        (self.run,) = (record["run"] for record in records if record["type"] == "run")
-        (self.exit_code,) = (record["exit"]["exit_code"] for record in records if record["type"] == "exit")
-
-
-def by_step(run: RunFolder) -> dict[int, dict[str, Any]]:
-    """The rows of metrics.jsonl and eval.jsonl, those of a step together, as W&B should have them."""
-    rows: dict[int, dict[str, Any]] = {}
-    for row in run.rows(run.metrics):
-        rows.setdefault(row["step"], {}).update(row)
-    for row in run.rows(run.eval):
-        named = {key if key == "step" else f"eval/{key}": value for key, value in row.items()}
-        rows.setdefault(row["step"], {}).update(named)
-    return rows
-
-
-def wandb_rows(records: Records) -> dict[int, dict[str, Any]]:
-    """W&B's history without its own _step, _runtime and _timestamp; "NaN" and "Infinity" as floats."""
-    return {
-        row["_step"]: {key: float(value) for key, value in row.items() if not key.startswith("_")}
-        for row in records.history
-    }
-
-
 def environment() -> dict[str, str]:
     """For a run of its own, apart from W&B's service in this process, whose address is in $WANDB_SERVICE."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
@@ -181,7 +142,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, str]:
         "train", "objective=dpo", "calibration=on", "train.steps=3", "train.eval_every=2", "train.device=cpu",
         "data.train_pairs=64", "data.eval_pairs=16", "train.pairs_per_step=4", "name=a-run",
         f"run_dir={folder / 'run'}", "tracking.mode=offline", "tracking.group=a-group",
-        "tracking.tags=[mine]", "tracking.project=a-project",
+        "tracking.tags=[mine]", "tracking.project=a-project", "tracking.log_model=true",
     ]  # fmt: skip
     env = environment() | {"WANDB_API_KEY": KEY, "RCPO_CACHE": str(folder / "cache")}
     command = [sys.executable, "-m", "rcpo.cli", *words]
@@ -233,6 +194,43 @@ def test_wandb_draws_everything_over_step_and_knows_how_the_run_ended(
     }
     assert sent == {key: value for key, value in summary.items() if value is not None}
     assert records.exit_code == 0
+
+
+@pytest.mark.timeout(300)
+def test_the_last_step_has_the_held_out_pairs_as_a_table_and_as_a_plot_of_it(
+    finished: tuple[RunFolder, str],
+) -> None:
+    run, _ = finished
+    records = Records(run)
+    last = records.history[-1]
+    assert last["_step"] == 3
+    assert last["pairs/held_out._type"] == last["pairs/displacement_table._type"] == "table-file"
+    (file,) = run.path.glob(f"wandb/offline-run-*/files/{last['pairs/held_out.path']}")
+    table = json.loads(file.read_text())
+    assert table["columns"] == [
+        "pair", "chosen_change", "rejected_change", "chosen_start", "rejected_start",
+    ]  # fmt: skip
+    start, end = run.load_pair_results(0), run.load_pair_results(3)
+    expected = torch.stack([end.z_w - start.z_w, end.z_l - start.z_l, start.z_w, start.z_l], dim=1)
+    assert [row[0] for row in table["data"]] == list(range(16))
+    assert torch.equal(torch.tensor([row[1:] for row in table["data"]]), expected)
+    assert run.read_run()["summary"]["end_chosen"] == pytest.approx(expected[:, 0].mean().item(), rel=1e-5)
+    drawn = records.config["_wandb.visualize.pairs/displacement"]["panel_config"]
+    assert drawn["fieldSettings"] == {"x": "rejected_change", "y": "chosen_change"}
+
+
+@pytest.mark.timeout(300)
+def test_the_final_model_is_an_artifact_where_it_was_asked_for(finished: tuple[RunFolder, str]) -> None:
+    """What is to be uploaded later lies in the run folder, all of it."""
+    run, _ = finished
+    artifacts = Records(run).artifacts
+    assert sorted(artifacts) == ["model", "run_table"]
+    assert artifacts["model"]["name"] == f"model-{run.read_run()['wandb_id']}"
+    sent = {entry["path"]: entry["local_path"] for entry in artifacts["model"]["manifest"]["contents"]}
+    assert {"model.safetensors", "tokenizer.json", "README.md"} <= set(sent)
+    assert sent == {path.name: str(path) for path in run.final.iterdir()}
+    (table,) = artifacts["run_table"]["manifest"]["contents"]
+    assert Path(table["local_path"]).is_relative_to(run.path / "wandb")
 
 
 @pytest.mark.timeout(300)
@@ -316,6 +314,21 @@ def test_wandb_failing_at_the_start_is_one_warning(tmp_path: Path, caplog: pytes
     (message,) = [record.getMessage() for record in caplog.records if record.name == "rcpo.tracking"]
     assert message.startswith("W&B failed (")
     assert message.endswith("; going on without it; metrics.jsonl and eval.jsonl have every row")
+
+
+def test_a_table_or_a_model_that_cannot_be_sent_is_one_warning_and_the_rest_is_sent(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The results of the pairs have been deleted; a run whose model was not asked for has no artifact."""
+    config, run = made_run(tmp_path)
+    sink = WandbSink(config, run, "offline")
+    sink.log_eval({"step": 0, "displacement/chosen": 0.0})
+    sink.close({"start_step": 0, "end_step": 1, "end_chosen": -1.0}, 0)
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "rcpo.tracking"]
+    assert message.startswith("W&B failed (FileNotFoundError: ")
+    assert message.endswith("; the table of held-out pairs is not sent; RUN/eval/ has it")
+    records = Records(run)
+    assert (records.summary["summary/end_chosen"], records.exit_code, records.artifacts) == (-1.0, 0, {})
 
 
 UNREACHABLE = """
