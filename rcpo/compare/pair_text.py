@@ -65,9 +65,10 @@ def held_out_texts(run: Run) -> list[PairText] | str:
 
     tree = _tree_of(run, "data.")
     known = DataConfig.__dataclass_fields__
-    tree = {key: value for key, value in tree.items() if key in known}
+    # Filters and weights are of training pairs alone.
+    tree = {key: value for key, value in tree.items() if key in known and key != "filter"}
     columns = tree.get("columns")
-    if isinstance(columns, dict):  # weights are of training pairs alone
+    if isinstance(columns, dict):
         tree["columns"] = {
             part: name for part, name in columns.items() if part in ("prompt", "chosen", "rejected")
         }
