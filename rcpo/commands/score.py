@@ -1,6 +1,7 @@
 """`rcpo score [GROUP=OPTION] [KEY=VALUE] ...`: what a model says of preference pairs before training."""
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,14 +71,14 @@ def _check_out(out: Path, overwrite: bool) -> Path:
     """The page's path. Raises UserError where one of the two files cannot be written, before an hour of
     scoring."""
     if out.suffix != ".parquet":
-        raise UserError(f"--out {out}: must end in .parquet; type --out {out.with_suffix('.parquet')}")
+        raise UserError(f"--out {out}: must end in .parquet; type --out scores.parquet")
     page = out.with_suffix(".html")
     for path in (out, page):
         if path.is_dir() or (path.exists() and not overwrite):
             raise UserError(f"--out {out}: {path} exists; give another name, or type --overwrite")
     above = next(folder for folder in out.absolute().parents if folder.exists())
-    if not above.is_dir():
-        raise UserError(f"--out {out}: {above} is no folder; give another name")
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"--out {out}: {above} is no folder that can be written to; give another name")
     return page
 
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from rcpo.data.batch import collate, width
 from rcpo.data.tokenize import TokenizedPair
 from rcpo.errors import NonFiniteError
-from rcpo.logprobs import sum_per_side
 from rcpo.model import Policy
 
 
@@ -72,11 +71,12 @@ def _score_batch(policy: Policy, pairs: Sequence[TokenizedPair], pad_id: int) ->
     """(4, B) fp64 on the CPU: the fields of `ModelScores`."""
     batch = collate(pairs, pad_id).to(policy.head.weight.device)
     hidden = policy.model.get_decoder()(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-    z = sum_per_side(policy.head(hidden, batch), batch).double().cpu()
     picked = hidden.flatten(0, 1).index_select(0, batch.token_positions)
     # In fp64, because CHES is the small difference of two large products.
-    sides = picked.double().cpu().split(batch.lengths.tolist())
-    sums = torch.stack([side.sum(0) for side in sides])
+    z, sums = (
+        torch.stack([side.sum(0) for side in values.double().cpu().split(batch.lengths.tolist())])
+        for values in (policy.head(hidden, batch), picked)
+    )
     num_pairs, lengths = batch.num_pairs, batch.lengths.double().cpu()
     h_w, h_l = sums[:num_pairs], sums[num_pairs:]
     normed = ches_norm(h_w, h_l, lengths[:num_pairs], lengths[num_pairs:])
