@@ -38,6 +38,9 @@ OFFERED = {
     "rcpo compare mi": "mine",
     "rcpo compare mine --h": "--help --html",
     "rcpo watch --o": "--once",
+    "rcpo bench --st": "--steps",
+    "rcpo bench --baseline p": "plain",
+    "rcpo bench --shape layers=2 objective=sp": "objective=sppo",
 }
 """A line, and what TAB offers at its end."""
 

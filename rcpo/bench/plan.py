@@ -23,6 +23,7 @@ from rcpo.data.tokenize import TokenizedPair
 from rcpo.distributed import RANK_VARIABLES, free_port
 from rcpo.errors import UserError
 from rcpo.inputs import read_inputs
+from rcpo.model import check_positions, check_vocabulary, load_tokenizer
 from rcpo.run_folder import RunFolder, config_tree
 
 BASELINES = ("plain", "response", "trl")
@@ -114,15 +115,17 @@ class _Bench:
         contenders = _contenders(options, words)
         if options.baselines and config.world_size() > 1:
             raise UserError("--baseline: baselines run on one rank; leave it out, or type launch.processes=1")
-        inputs = None
         if options.lengths is None:
-            inputs = read_inputs(config)
-            pairs = inputs.train
+            pairs = read_inputs(config).train
         else:
-            vocabulary = 1000 if options.shape is None else options.shape["vocabulary"]
+            tokenizer = load_tokenizer(config.model)
+            check_vocabulary(config.model, tokenizer)
+            vocabulary = len(tokenizer) if options.shape is None else options.shape["vocabulary"]
+            check_positions(config.model, sum(options.lengths.values()))
             num_pairs = (options.num_warmup + options.num_steps) * config.train.pairs_per_step
-            lengths = options.lengths
-            pairs = random_pairs(num_pairs, lengths["prompt"], lengths["response"], vocabulary)
+            pairs = random_pairs(
+                num_pairs, options.lengths["prompt"], options.lengths["response"], vocabulary
+            )
         save_pairs(pairs, folder / PAIRS)
         batches = _batches(config, pairs, options)
         self.outcome = Outcome(contenders, pairs, batches)
@@ -135,7 +138,6 @@ class _Bench:
         run = RunFolder(place / "run")
         config = dataclasses.replace(contender.config, run_dir=str(run.path))
         run.create(config, config_tree(config))
-        is_short = mode in ("check", "reference")
         block = Block(
             contender.program, mode, str(self._folder), str(run.path), str(place / "result.json"),
             0 if mode == "check" else self._options.num_warmup,
@@ -143,21 +145,19 @@ class _Bench:
             trace=self._options.trace if mode == "profile" else None,
         )  # fmt: skip
         block.save(place / "block.json")
-        is_alone = contender.program != "rcpo" or is_short
-        _run_processes(place / "block.json", 1 if is_alone and not is_short else config.world_size())
+        _run_processes(place / "block.json", config.world_size())
         found: dict[str, Any] = json.loads(Path(block.result).read_text(encoding="utf-8"))
         return found
 
     def check(self) -> None:
-        """Raise UserError unless rcpo and the baselines have the same loss and gradient at the first step."""
+        """Raise UserError unless rcpo, its variants and the baselines have the same loss and gradient at the
+        first step."""
         outcome = self.outcome
         first = outcome.contenders[0]
         ours = self.run(first, "check")
         for contender in outcome.contenders[1:]:
-            if contender.program == "rcpo" and contender.config.calibration == first.config.calibration:
-                pass  # a variant of rcpo's own, which must agree too
-            elif contender.program == "rcpo":
-                continue
+            if contender.config.calibration != first.config.calibration:
+                continue  # is to train otherwise
             theirs = self.run(contender, "check")
             difference = compare_first_steps(ours, theirs)
             outcome.checks[contender.name] = difference

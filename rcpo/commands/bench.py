@@ -30,6 +30,7 @@ tokens a second, peak memory, where the time goes, and the ratio to the first co
                        parts; the rest is 256, 688, 4, 4, 49152), with the tokenizer of model.path
   --lengths prompt=N,response=N
                        random tokens in place of data
+  --config-dir DIR     a folder of your own options, as for rcpo train
   --json FILE          write everything there, each block's numbers included
   --profile FILE       one more block of the first contender, its last step as a Chrome trace
   --head-curve         only the memory of the output head against the number of tokens
@@ -85,6 +86,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--repeats", type=positive_int, default=3)
     parser.add_argument("--shape", type=lambda text: _sizes(text, SHAPE))
     parser.add_argument("--lengths", type=lambda text: _sizes(text, LENGTHS))
+    parser.add_argument("--config-dir")
     parser.add_argument("--json")
     parser.add_argument("--profile")
     parser.add_argument("--head-curve", action="store_true")
@@ -109,7 +111,7 @@ def options_of(flags: argparse.Namespace) -> "Options":
             "of twice the heads; type another"
         )
     return Options(
-        words=flags.words,
+        words=flags.words if flags.config_dir is None else ["--config-dir", flags.config_dir, *flags.words],
         calibrations=list(dict.fromkeys(flags.calibrations)),
         baselines=list(dict.fromkeys(baselines)),
         variants=[shlex.split(text) for text in flags.variant],

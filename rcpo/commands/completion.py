@@ -34,21 +34,26 @@ _rcpo() {
             [[ "${words[1]}" == compare ]] && choices="@COMPARE_FLAGS@" || choices="--help --once"
             [[ "$word" == -* ]] || choices=$(compgen -f -- "$word")
             COMPREPLY=($(compgen -W "$choices" -- "$word")) ;;
-        train|sweep|score)
+        train|sweep|score|bench)
             if [[ "$word" == -* ]]; then
                 case "${words[1]}" in
                     sweep) choices="@SWEEP_FLAGS@" ;;
                     score) choices="@SCORE_FLAGS@" ;;
+                    bench) choices="@BENCH_FLAGS@" ;;
                     *) choices="@FLAGS@" ;;
                 esac
                 COMPREPLY=($(compgen -W "$choices" -- "$word"))
                 return
             fi
-            [[ "${words[-2]}" == --out ]] && { COMPREPLY=($(compgen -f -- "$word")); return; }
+            [[ "${words[-2]}" == --baseline ]] && choices="plain response trl"
+            [[ -n "$choices" ]] && { COMPREPLY=($(compgen -W "$choices" -- "$word")); return; }
+            case "${words[-2]}" in --out|--json|--profile)
+                COMPREPLY=($(compgen -f -- "$word")); return ;; esac
             [[ "${words[-2]}" == --config-dir ]] && { COMPREPLY=($(compgen -d -- "$word")); return; }
             for (( number = 2; number < ${#words[@]} - 1; number++ )); do
                 case "${words[number]}" in
                     --config-dir) flags=(--config-dir "${words[++number]}") ;;
+                    --shape|--lengths|--variant) (( number++ )) ;;  # values of rcpo bench that hold a =
                     *=*) query+=" ${words[number]}" ;;
                 esac
             done
@@ -70,6 +75,10 @@ SWEEP_FLAGS = (
     "--help --dry-run --pairs-per-second --out --parallel --slurm --max-parallel --print --wandb-sweep"
 )
 COMPARE_FLAGS = "--help --where --sort --csv --json --markdown --latex --html --pdf --png"
+BENCH_FLAGS = (
+    "--help --calibrations --variant --baseline --steps --warmup --repeats --shape --lengths --config-dir "
+    "--json --profile --head-curve"
+)
 SCORE_FLAGS = "--help --out --overwrite --config-dir"
 FLAGS = "--help --cfg --package --config-dir --overwrite"
 
@@ -84,6 +93,6 @@ def run(words: list[str]) -> int:
         raise UserError(f"{said}; type rcpo completion bash")
     code = BASH.replace("@COMMANDS@", " ".join(COMMANDS))
     code = code.replace("@FLAGS@", FLAGS).replace("@SWEEP_FLAGS@", SWEEP_FLAGS)
-    code = code.replace("@SCORE_FLAGS@", SCORE_FLAGS)
+    code = code.replace("@SCORE_FLAGS@", SCORE_FLAGS).replace("@BENCH_FLAGS@", BENCH_FLAGS)
     print(code.replace("@COMPARE_FLAGS@", COMPARE_FLAGS))
     return 0
