@@ -249,7 +249,8 @@ def _run_processes(block: Path, num_ranks: int) -> None:
             if process.wait():
                 lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
                 last = lines[-1] if lines else f"ended with exit code {process.returncode}"
-                kind = UserError if process.returncode == UserError.exit_code else RuntimeError
+                is_users = process.returncode > 1  # as in rcpo.errors; below 0 a signal ended it
+                kind = UserError if is_users else RuntimeError
                 raise kind(last)
     finally:
         for process in processes:
