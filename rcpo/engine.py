@@ -159,7 +159,8 @@ class Engine:
         self._deepspeed.backward(loss)
 
     def _watch(self, gradient: Tensor) -> None:
-        self._largest = torch.maximum(self._largest, gradient.detach().abs().amax().float())
+        least, most = torch.aminmax(gradient.detach())  # one pass, where abs() writes a copy; keeps nan
+        self._largest = torch.maximum(self._largest, torch.maximum(-least, most).float())
 
     def largest_gradient(self) -> Tensor:
         """Largest |entry| of this rank's gradients since the last call, on the device: fp32, nan or inf where
