@@ -21,6 +21,7 @@ COMMANDS = {
     "export": "write a Hugging Face model folder from a checkpoint",
     "score": "what a model says of preference pairs before training",
     "compare": "runs side by side: a table, an HTML report, figures",
+    "dashboard": "pages in W&B: a workspace, and a report with the table",
     "watch": "what runs are doing now, live",
     "bench": "how fast training is here, and what calibration costs",
     "doctor": "look at this machine: what it has, what it lacks, what to do",

@@ -16,6 +16,7 @@ import wandb
 import yaml
 from wandb_records import Records, by_step, wandb_rows
 
+from rcpo import dashboard
 from rcpo.commands.train import prepare
 from rcpo.config.schema import Config, TrackingConfig
 from rcpo.run_folder import RunFolder, config_tree
@@ -217,6 +218,18 @@ def test_the_last_step_has_the_held_out_pairs_as_a_table_and_as_a_plot_of_it(
     assert run.read_run()["summary"]["end_chosen"] == pytest.approx(expected[:, 0].mean().item(), rel=1e-5)
     drawn = records.config["_wandb.visualize.pairs/displacement"]["panel_config"]
     assert drawn["fieldSettings"] == {"x": "rejected_change", "y": "chosen_change"}
+
+
+@pytest.mark.timeout(300)
+def test_every_metric_and_summary_of_the_dashboard_is_one_that_a_run_sends(
+    finished: tuple[RunFolder, str],
+) -> None:
+    run, _ = finished
+    records = Records(run)
+    sent = {key for row in records.history for key in row}
+    drawn = {key for plots in dashboard.SECTIONS.values() for plot in plots for key in plot.keys}
+    assert drawn <= sent
+    assert {f"summary/{name}" for name in dashboard.SUMMARY} <= set(records.summary)
 
 
 @pytest.mark.timeout(300)

@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     from rcpo.compare.load import Run
 
 HELP = """usage: rcpo compare PATH... [options]
+       rcpo compare --wandb ENTITY/PROJECT[/GROUP] [options]
 
 One row for each cell (objective, calibration and whatever else differs), its seeds merged into mean and
 standard error, with the difference to calibration=off. PATH: run folders, sweep folders, folders of runs, or
 patterns in quotes. Runs that are unfinished, failed, or measured on other pairs are named and left out.
 
+  --wandb ADDRESS      the runs that W&B has of a project, or of one of its groups, in place of folders
   --where KEY=VALUE    only runs with this setting: --where objective=dpo,simpo --where optim.lr=1e-6
   --sort COLUMN        chosen, rejected, margin, accuracy, fell, in_band, worst, pairs_per_second, memory_gb,
                        vs_off, objective, calibration; -COLUMN falls: --sort=-chosen
@@ -38,7 +40,8 @@ class Parser(argparse.ArgumentParser):
 
 def parse(words: list[str]) -> argparse.Namespace:
     parser = Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("paths", nargs="+", metavar="PATH")
+    parser.add_argument("paths", nargs="*", metavar="PATH")
+    parser.add_argument("--wandb", metavar="ENTITY/PROJECT")
     parser.add_argument("--where", action="append", default=[])
     parser.add_argument("--sort")
     form = parser.add_mutually_exclusive_group()
@@ -46,7 +49,12 @@ def parse(words: list[str]) -> argparse.Namespace:
         form.add_argument(f"--{name}", dest="form", action="store_const", const=name)
     for name in ("html", "pdf", "png"):
         parser.add_argument(f"--{name}", type=Path)
-    return parser.parse_args(words)
+    options = parser.parse_intermixed_args(words)
+    if not options.paths and options.wandb is None:
+        parser.error("the following arguments are required: PATH (or --wandb ENTITY/PROJECT)")
+    if options.paths and options.wandb is not None:
+        parser.error("argument --wandb: not allowed with PATH; compare folders or W&B's runs")
+    return options
 
 
 def run(words: list[str]) -> int:
@@ -56,14 +64,12 @@ def run(words: list[str]) -> int:
         return 0 if words else 2
     options = parse(words)
     from rcpo.compare.cells import compare_runs
-    from rcpo.compare.find import find_runs
     from rcpo.compare.forms import as_csv, as_json, as_latex, as_markdown
-    from rcpo.compare.load import load_run
     from rcpo.compare.table import make_rows
     from rcpo.compare.terminal import print_table
     from rcpo.console import RunConsole
 
-    runs = select([load_run(path) for path in find_runs(options.paths)], options.where)
+    runs = select(load(options.paths, options.wandb), options.where)
     comparison = compare_runs(runs)
     rows = make_rows(comparison, options.sort)
     if options.form is None:
@@ -80,6 +86,18 @@ def run(words: list[str]) -> int:
         if folder is not None:
             draw(comparison, folder, suffix)
     return 0
+
+
+def load(paths: Sequence[str], address: str | None = None) -> "list[Run]":
+    """Runs of folders, or of an address in W&B. Raises UserError where there are none."""
+    if address is not None:
+        from rcpo.compare.from_wandb import load_wandb_runs, parse_address
+
+        return load_wandb_runs(parse_address(address))
+    from rcpo.compare.find import find_runs
+    from rcpo.compare.load import load_run
+
+    return [load_run(path) for path in find_runs(paths)]
 
 
 def say(text: str) -> None:

@@ -30,8 +30,12 @@ _rcpo() {
         completion) COMPREPLY=($(compgen -W "bash" -- "$word")) ;;
         resume|status|cancel|sync)
             COMPREPLY=($(compgen -d -- "$word")) ;;
-        compare|watch)
-            [[ "${words[1]}" == compare ]] && choices="@COMPARE_FLAGS@" || choices="--help --once"
+        compare|watch|dashboard)
+            case "${words[1]}" in
+                compare) choices="@COMPARE_FLAGS@" ;;
+                watch) choices="--help --once" ;;
+                *) choices="--help --print --dry-run" ;;
+            esac
             [[ "$word" == -* ]] || choices=$(compgen -f -- "$word")
             COMPREPLY=($(compgen -W "$choices" -- "$word")) ;;
         train|sweep|score|bench)
@@ -74,7 +78,7 @@ complete -o nospace -o default -F _rcpo rcpo
 SWEEP_FLAGS = (
     "--help --dry-run --pairs-per-second --out --parallel --slurm --max-parallel --print --wandb-sweep"
 )
-COMPARE_FLAGS = "--help --where --sort --csv --json --markdown --latex --html --pdf --png"
+COMPARE_FLAGS = "--help --wandb --where --sort --csv --json --markdown --latex --html --pdf --png"
 BENCH_FLAGS = (
     "--help --calibrations --variant --baseline --steps --warmup --repeats --shape --lengths --config-dir "
     "--json --profile --head-curve"

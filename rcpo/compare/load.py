@@ -101,7 +101,7 @@ def load_run(path: Path) -> Run:
         curves = read_metrics(path / "metrics.jsonl", CURVES)
         evals = read_columns(path / "eval.jsonl")
         pairs = _read_pairs(path / "eval", evals)
-        problem = problem or _problem_of_evals(evals, pairs)
+        problem = problem or problem_of_evals(evals, pairs)
     except UserError as error:
         problem = str(error)
     return Run(path, settings, status, problem, curves, evals, pairs)
@@ -168,7 +168,7 @@ def _read_pairs(folder: Path, evals: Columns) -> Pairs | None:
     return Pairs(r_w, r_l, start)
 
 
-def _problem_of_evals(evals: Columns, pairs: Pairs | None) -> str | None:
+def problem_of_evals(evals: Columns, pairs: Pairs | None) -> str | None:
     if "displacement/chosen" not in evals:
         return "eval.jsonl holds no evaluation"
     if len(evals["step"]) < 2:

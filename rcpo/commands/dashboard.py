@@ -1,0 +1,85 @@
+"""`rcpo dashboard ENTITY/PROJECT`: a workspace and a report in W&B."""
+
+import argparse
+import json
+from typing import TYPE_CHECKING, NoReturn
+
+from rcpo.commands.compare import load, say
+from rcpo.errors import UserError
+
+if TYPE_CHECKING:
+    from rcpo.compare.load import Run
+
+HELP = """usage: rcpo dashboard ENTITY/PROJECT[/GROUP] [PATH...] [--print]
+
+Make two pages in W&B for the runs of a project, or of one of its groups: a workspace with the sections
+displacement, band, calibration, incentives and speed, its runs grouped by objective and calibration, and a
+report with the table of rcpo compare. PATH: take that table from run folders, as rcpo compare does; without,
+from W&B. Pages that were made before stay as they are.
+
+  --print, --dry-run   print both as JSON and send nothing; needs no account
+
+Needs wandb-workspaces: pip install 'rcpo[dashboard]'."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are `UserError`s of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"dashboard: {message}; rcpo dashboard --help explains")
+
+
+def run(words: list[str]) -> int:
+    """Make the pages; returns the exit code. Raises UserError for bad input and where W&B refuses."""
+    if not words or words[0] in ("-h", "--help"):
+        print(HELP)
+        return 0 if words else 2
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("address", metavar="ENTITY/PROJECT")
+    parser.add_argument("paths", nargs="*", metavar="PATH")
+    parser.add_argument("--print", "--dry-run", dest="is_print", action="store_true")
+    options = parser.parse_intermixed_args(words)
+
+    from rcpo.compare.from_wandb import failed, parse_address, require_key
+
+    address = parse_address(options.address)
+    require_library()
+    from rcpo.dashboard import as_spec, make_report, make_workspace
+
+    if options.is_print:
+        table = table_of(load(options.paths)) if options.paths else None
+        report = make_report(address, table, is_saved=False)
+        spec = {"workspace": as_spec(make_workspace(address)), "report": as_spec(report)}
+        say(json.dumps(spec, indent=2) + "\n")
+        return 0
+    require_key()
+    table = table_of(load(options.paths, None if options.paths else options.address))
+    import wandb
+    from wandb.sdk.lib.service.service_connection import WandbApiFailedError
+
+    try:
+        workspace = make_workspace(address).save()
+        print(f"workspace: {workspace.url}", flush=True)
+        report = make_report(address, table, is_saved=True).save()
+    except (wandb.Error, WandbApiFailedError, ValueError, OSError) as error:
+        raise failed(address, error) from None
+    print(f"report: {report.url}")
+    return 0
+
+
+def require_library() -> None:
+    """Raise UserError where wandb-workspaces is not installed."""
+    try:
+        import wandb_workspaces  # noqa: F401
+    except ImportError:
+        raise UserError("dashboard needs wandb-workspaces; type pip install 'rcpo[dashboard]'") from None
+
+
+def table_of(runs: "list[Run]") -> str:
+    """The table of `rcpo compare`, its sentences and its notes, as Markdown."""
+    from rcpo.compare.cells import compare_runs
+    from rcpo.compare.forms import as_markdown
+    from rcpo.compare.table import make_rows
+
+    comparison = compare_runs(runs)
+    return as_markdown(make_rows(comparison), comparison)
