@@ -330,11 +330,15 @@ def seconds_file(job: Job) -> Path:
     return Path(f"{job.run}.seconds")
 
 
-def kill_after(child: int, seconds: float) -> float:
-    """Wait for the child, and end it when it takes longer; however it ends is fine. Returns its seconds."""
+def kill_after(child: int, seconds: float, others: Path | None = None) -> float:
+    """Wait for the child, and end it when it takes longer, or 5 seconds after `others` has appeared; however
+    it ends is fine. Returns its seconds."""
     started = time.monotonic()
+    limit = seconds
     while os.waitpid(child, os.WNOHANG) == (0, 0):
-        if time.monotonic() - started >= seconds:
+        if others is not None and limit == math.inf and others.exists():
+            limit = time.monotonic() - started + 5  # it may wait for a rank that never came up
+        if time.monotonic() - started >= limit:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             break
@@ -357,10 +361,11 @@ def main(jobs: list[Job]) -> int:
                 sys.stdout.flush()
                 os._exit(code)
         if job.killed_after_seconds is not None:
-            is_first = os.environ["RANK"] == "0"
-            seconds = kill_after(child, job.killed_after_seconds if is_first else math.inf)
-            if is_first:
+            if os.environ["RANK"] == "0":
+                seconds = kill_after(child, job.killed_after_seconds)
                 seconds_file(job).write_text(str(seconds))
+            else:
+                kill_after(child, math.inf, seconds_file(job))
             continue
         _, status = os.waitpid(child, 0)
         code = os.waitstatus_to_exitcode(status)
