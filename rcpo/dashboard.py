@@ -75,7 +75,7 @@ ABOUT = (
 )
 
 
-def line_plot(plot: Plot, **position: Any) -> "reports.LinePlot":
+def line_plot(plot: Plot) -> "reports.LinePlot":
     from wandb_workspaces.reports import v2 as reports
 
     return reports.LinePlot(
@@ -87,7 +87,6 @@ def line_plot(plot: Plot, **position: Any) -> "reports.LinePlot":
         groupby_aggfunc="mean",
         groupby_rangefunc="stderr",
         max_runs_to_show=MAX_RUNS,
-        **position,
     )
 
 
@@ -170,28 +169,26 @@ def make_report(address: "Address", table: str | None, *, is_saved: bool) -> "re
 
 
 def _report_panels() -> list[Any]:
-    """Bars of the ends, then the first lines of every section; three a row on W&B's grid of 24 columns."""
+    """Bars of the ends, then the first lines of every section; the library puts them beside each other."""
     from wandb_workspaces.reports import v2 as reports
 
-    width, height = 8, 8
-    places = [
-        reports.Layout(x=width * (idx % 3), y=height * (idx // 3), w=width, h=height)
-        for idx in range(3 + sum(len(plots[:3]) for plots in SECTIONS.values()))
+    ends = [
+        ("end_chosen", "Chosen at the end", "nats"),
+        ("end_rejected", "Rejected at the end", "nats"),
+        ("end_chosen_down", "Chosen fell", "share of pairs"),
     ]
     bars = [
         reports.BarPlot(
-            title=title, metrics=[f"summary/{name}"], title_x=unit, groupby_aggfunc="mean",
-            groupby_rangefunc="stderr", max_bars_to_show=MAX_RUNS, layout=place,
+            title=title,
+            metrics=[f"summary/{name}"],
+            title_x=unit,
+            groupby_aggfunc="mean",
+            groupby_rangefunc="stderr",
+            max_bars_to_show=MAX_RUNS,
         )
-        for (name, title, unit), place in zip(
-            [("end_chosen", "Chosen at the end", "nats"), ("end_rejected", "Rejected at the end", "nats"),
-             ("end_chosen_down", "Chosen fell", "share of pairs")],
-            places[:3], strict=True,
-        )
-    ]  # fmt: skip
-    plots = [plot for section in SECTIONS.values() for plot in section[:3]]
-    lines = [line_plot(plot, layout=place) for plot, place in zip(plots, places[3:], strict=True)]
-    return bars + lines
+        for name, title, unit in ends
+    ]
+    return bars + [line_plot(plot) for plots in SECTIONS.values() for plot in plots[:3]]
 
 
 def as_spec(page: "Workspace | reports.Report") -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import wandb
 from compare_folders import make_run
@@ -13,6 +14,7 @@ from wandb_server import KEY, Server, StoredRun, serve, stored
 
 from rcpo import cli
 from rcpo.compare.from_wandb import Fetched, as_run, parse_address
+from rcpo.compare.load import load_run
 from rcpo.errors import UserError
 
 REJECTED = (-2.0, -2.0, -2.0, -2.0)
@@ -143,6 +145,18 @@ def test_a_run_of_which_wandb_lost_the_end_is_left_out(grid: Path) -> None:
     ):
         fetched = Fetched("team/grid/x", "finished", whole.config, summary, history, None)
         assert as_run(fetched).problem == reason
+
+
+def test_the_curves_are_those_of_the_folder_with_what_is_not_finite(grid: Path) -> None:
+    """W&B writes infinities as text; the band's edges are infinite at odd steps."""
+    whole, folder = stored(grid / "dpo-on-0"), load_run(grid / "dpo-on-0")
+    rows = [json.loads(row) for row in whole.history]
+    run = as_run(Fetched("team/grid/x", "finished", whole.config, whole.summary, rows, None))
+    assert np.isinf(folder.curves["band/upper"]).sum() == 4
+    for mine, its in ((run.curves, folder.curves), (run.evals, folder.evals)):
+        assert sorted(mine) == sorted(its)
+        for name, values in its.items():
+            assert np.array_equal(mine[name], values, equal_nan=True), name
 
 
 def test_a_table_that_is_not_rcpos_is_a_reason() -> None:
