@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -167,5 +168,17 @@ def main(words: list[str]) -> int:
     return 0
 
 
+def end_with_parent() -> None:
+    """End this process when the one that started it is gone: standard input is a pipe from there."""
+
+    def wait() -> None:
+        while os.read(0, 1):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 if __name__ == "__main__":
+    end_with_parent()
     sys.exit(main(sys.argv[1:]))

@@ -8,8 +8,10 @@ import dataclasses
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -242,18 +244,33 @@ def _run_processes(block: Path, num_ranks: int) -> None:
             own = dict(zip(RANK_VARIABLES, values, strict=True))
         with log.open("wb") as stream:
             processes.append(
-                subprocess.Popen(command, env=os.environ | shared | own, stdout=stream, stderr=stream)
+                subprocess.Popen(
+                    command,
+                    env=os.environ | shared | own,
+                    stdin=subprocess.PIPE,  # never written: its end tells the block that this process died
+                    stdout=stream,
+                    stderr=stream,
+                )
             )
     try:
-        for process, log in zip(processes, logs, strict=True):
-            if process.wait():
-                lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-                last = lines[-1] if lines else f"ended with exit code {process.returncode}"
-                is_users = process.returncode > 1  # as in rcpo.errors; below 0 a signal ended it
-                kind = UserError if is_users else RuntimeError
-                raise kind(last)
+        while not all(process.poll() == 0 for process in processes):
+            failed = [number for number, process in enumerate(processes) if process.poll()]
+            if failed:
+                raise _fault(processes[failed[0]].returncode, logs[failed[0]])
+            time.sleep(0.02)
     finally:
         for process in processes:
             if process.poll() is None:
                 process.terminate()
                 process.wait()
+            if process.stdin is not None:
+                process.stdin.close()
+
+
+def _fault(code: int, log: Path) -> Exception:
+    """What a block's process ended of: its last line; a UserError where it was one (`rcpo.errors`)."""
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    if code < 0:
+        return RuntimeError(f"a block was ended by {signal.Signals(-code).name}; too little memory, perhaps")
+    last = lines[-1] if lines else f"a block ended with exit code {code}"
+    return UserError(last) if code > 1 else RuntimeError(last)

@@ -2,9 +2,11 @@
 trace.
 
 A step's seconds run from the end of the step before it to its own end: input, reductions, logging and all
-that the loop does between steps are in. Called by the loops of `rcpo.bench`.
+that the loop does between steps are in. The processor time of all threads is kept too: where others use the
+same cores it is steadier. Called by the loops of `rcpo.bench`.
 """
 
+import itertools
 import os
 import re
 import time
@@ -37,6 +39,7 @@ class Recorder:
         self.measured: list[bool] = []
         self.gradient: dict[str, list[float]] = {}
         self._ends: list[float] = []
+        self._cpu_ends: list[float] = []
         self._load = [os.getloadavg()[0]]
         self._profiler: Any = None
         self._top: list[dict[str, Any]] = []
@@ -59,6 +62,7 @@ class Recorder:
         if self.block.mode == "profile" and num_done == self.num_steps - 1:
             self._start_profiler()
         self._ends.append(time.perf_counter())
+        self._cpu_ends.append(time.process_time())
         if num_done == self.num_steps:
             raise BenchDone
 
@@ -75,10 +79,10 @@ class Recorder:
 
     def result(self) -> dict[str, Any]:
         """What the block has found; plain values."""
-        seconds = [after - before for before, after in zip(self._ends, self._ends[1:], strict=False)]
         first = self.block.num_warmup
         return {
-            "seconds": seconds[first - 1 :] if first > 0 else seconds,
+            "seconds": _between(self._ends[max(first - 1, 0) :]),
+            "cpu_seconds": _between(self._cpu_ends[max(first - 1, 0) :]),
             "measured": self.measured[first:],
             "computed_tokens": self.computed_tokens[first:],
             "losses": self.losses,
@@ -115,6 +119,10 @@ class Recorder:
             for item in items[:TOP_ITEMS]
         ]
         self._profiler = None
+
+
+def _between(moments: list[float]) -> list[float]:
+    return [after - before for before, after in itertools.pairwise(moments)]
 
 
 def gradients_of(model: nn.Module) -> dict[str, Tensor]:

@@ -31,18 +31,21 @@ class Speed(NamedTuple):
     """Pairs a second over the first contender's, median of rounds."""
     ratio_low: float
     ratio_high: float
+    cpu_ratio: float
+    """The first contender's processor time for a token over this one's: the ratio where others use the same
+    cores; with one thread it is the steadier one."""
 
 
-def seconds_per_token(block: dict[str, Any], tokens: list[int], every: int) -> float:
+def seconds_per_token(block: dict[str, Any], tokens: list[int], every: int, clock: str = "seconds") -> float:
     """Of a block's timed steps; where one step of `every` is measured, the two kinds of steps are weighed as
     a long run does."""
-    each = [took / num for took, num in zip(block["seconds"], tokens, strict=True)]
+    each = [took / num for took, num in zip(block[clock], tokens, strict=True)]
     kinds = [
         [value for value, is_measured in zip(each, block["measured"], strict=True) if is_measured == wanted]
         for wanted in (True, False)
     ]
     if every == 1 or not all(kinds):
-        return sum(block["seconds"]) / sum(tokens)
+        return sum(block[clock]) / sum(tokens)
     return fmean(kinds[0]) / every + fmean(kinds[1]) * (every - 1) / every
 
 
@@ -56,6 +59,13 @@ def speeds(outcome: Outcome) -> dict[str, Speed]:
         contender.name: [
             1 / seconds_per_token(block, tokens, contender.every) for block in outcome.blocks[contender.name]
         ]
+        for contender in outcome.contenders
+    }
+    costs = {
+        contender.name: median(
+            seconds_per_token(block, tokens, contender.every, "cpu_seconds")
+            for block in outcome.blocks[contender.name]
+        )
         for contender in outcome.contenders
     }
     first = next(iter(rates.values()))
@@ -76,6 +86,7 @@ def speeds(outcome: Outcome) -> dict[str, Speed]:
             ratio=median(ratios),
             ratio_low=min(ratios),
             ratio_high=max(ratios),
+            cpu_ratio=next(iter(costs.values())) / costs[contender.name],
         )
     return found
 
@@ -131,7 +142,8 @@ def _speed_table(outcome: Outcome, style: box.Box) -> Table:
     table.add_column("", no_wrap=True)
     for title in ("pairs/s", "tokens/s", "computed", "peak GB", "MFU" if has_mfu else "TFLOP/s"):
         table.add_column(title, justify="right", no_wrap=True)
-    table.add_column(f"speed over {base}", justify="right", no_wrap=True)
+    for title in (f"speed over {base}", "by CPU time"):
+        table.add_column(title, justify="right", no_wrap=True)
     for name, speed in found.items():
         table.add_row(
             name,
@@ -141,6 +153,7 @@ def _speed_table(outcome: Outcome, style: box.Box) -> Table:
             f"{speed.peak_gb:.2f}",
             f"{speed.tflops:.3g}" if speed.mfu is None else f"{100 * speed.mfu:.1f} %",
             f"{speed.ratio:.3f} ({speed.ratio_low:.3f} to {speed.ratio_high:.3f})",
+            f"{speed.cpu_ratio:.3f}",
         )
     return table
 
