@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 HELP = """usage: rcpo score [GROUP=OPTION ...] [KEY=VALUE ...] [--out FILE.parquet] [--overwrite]
 
 Score the pairs of a data config under a model, before training: CHES and length-normalised CHES (arXiv
-2410.08847), which predict how far the chosen response will fall, log-probabilities and margin, length, shared
+2410.08847), meant to predict how far the chosen response falls, log-probabilities and margin, length, shared
 beginning and edit distance of the responses; pairs that repeat or contradict each other. The words are those
 of rcpo train (`rcpo train --help`). Bad rows are counted, whatever data.on_bad_row says.
 

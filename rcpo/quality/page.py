@@ -60,7 +60,7 @@ def make_page(scores: ScoreFile, read: PairsRead) -> str:
 <h2>Repeats, contradictions, identical sides</h2>
 {_findings(scores, read)}
 <h2>The pairs of highest CHES per token</h2>
-<p class="note">Those whose chosen response is likely to fall furthest; leave them out of training with
+<p class="note">By arXiv 2410.08847 those whose chosen response is likely to fall furthest; left out by
 data.filter.scores=FILE data.filter.ches_norm_max_percentile=95.</p>
 {_highest(columns, read)}
 </body>

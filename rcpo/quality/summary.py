@@ -15,7 +15,7 @@ from rcpo.inputs import PairsRead
 from rcpo.quality.score_file import TRAIN, ScoreFile
 
 MEASURES = {
-    "ches": ("CHES", "<h_w, h_l> - |h_w|^2, of summed hidden states: higher falls further"),
+    "ches": ("CHES", "<h_w, h_l> - |h_w|^2, of summed hidden states (arXiv 2410.08847)"),
     "ches_norm": ("CHES, per token", "the same of their means"),
     "margin": ("margin (nats)", "z_w - z_l under the model"),
     "edit_distance": ("edit distance (tokens)", "between the two responses"),
