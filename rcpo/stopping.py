@@ -34,6 +34,11 @@ def stop_at_once() -> None:
     _handle_with(_note)
 
 
+def stop_silently() -> None:
+    """Let either signal end this process, as it does by default: there is nothing left to say."""
+    _handle_with(signal.SIG_DFL)
+
+
 def _handle_with(handler: object) -> None:
     if threading.current_thread() is threading.main_thread():
         for number in SIGNALS:

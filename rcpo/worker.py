@@ -58,6 +58,7 @@ def run_worker(run: "RunFolder", config: "Config", resume: bool) -> int:
             print(interrupted_line(run), file=sys.stderr)
         return 130
     finally:
+        stopping.stop_silently()
         shut_down()
 
 

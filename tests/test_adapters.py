@@ -345,8 +345,11 @@ WRONG_ADAPTERS: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda place: (place / "adapter_config.json").write_text("{"),
         r"adapter_config\.json is not JSON",
     ),
-    "no config": (lambda place: (place / "adapter_config.json").unlink(), r"has no adapter_config\.json$"),
-    "pickled": (pickled, r"has no adapter_model\.safetensors; it has pickled weights only, convert them"),
+    "no config": (
+        lambda place: (place / "adapter_config.json").unlink(),
+        r"has no adapter_config\.json; give an adapter's folder$",
+    ),
+    "pickled": (pickled, r"has no adapter_model\.safetensors; convert its pickled weights to safetensors"),
 }  # type: ignore[dict-item]
 
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import yaml
 
 from rcpo.errors import UserError
 from rcpo.launch import resume
@@ -186,7 +187,7 @@ def test_a_signal_before_the_first_step_stops_at_once(tmp_path: Path) -> None:
     with started(words, run.path) as process:
         deadline = time.monotonic() + SECONDS_TO_START
         log = run.logs / "rank-0001.log"
-        while not (log.is_file() and "training pairs" in log.read_text()):
+        while not (log.is_file() and "trainable parameters" in log.read_text()):
             assert process.poll() is None, process.communicate()[1][-3000:]
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -291,5 +292,6 @@ def test_a_run_of_several_nodes_is_not_resumed_on_one_host(tmp_path: Path) -> No
     config = make_config(tmp_path, tmp_path / "run", Case("dpo", "off", "llama", "sgd"), Layout(1, 8))
     run = make_run(config)
     run.config.write_text(run.config.read_text().replace("nodes: 1", "nodes: 2"))
+    run.update_run(config=yaml.safe_load(run.config.read_text()))
     with pytest.raises(UserError, match="was trained on 2 nodes; start `rcpo resume` on each with torchrun"):
         resume(str(run.path))
