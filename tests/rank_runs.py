@@ -41,7 +41,7 @@ from rcpo.sinks import JsonlSink
 from rcpo.step import MicroBatch
 from rcpo.trainer import train
 
-Moment: TypeAlias = Literal["row", "checkpoint", "signal", "nan"]
+Moment: TypeAlias = Literal["row", "checkpoint", "export", "signal", "nan"]
 
 PAIRS_PER_STEP, NUM_STEPS = 8, 6
 RELEASING = {
@@ -138,9 +138,9 @@ class Job:
     run: str
     resume: bool = False
     killed_at: tuple[Moment, int] | None = None
-    """row, checkpoint: rank 0 ends itself with SIGKILL when the row of that step is written, or when the
-    checkpoint of that step is whole but not yet in its place. signal: rank 0 alone gets SIGTERM when that row
-    is written. nan: the last rank's last pair loses its reference in that step."""
+    """row, checkpoint, export: rank 0 ends itself with SIGKILL when the row of that step is written, when the
+    checkpoint of that step is whole but not yet in its place, or when final/ is. signal: rank 0 alone gets
+    SIGTERM when that row is written. nan: the last rank's last pair loses its reference in that step."""
     killed_after_seconds: float | None = None
     """Rank 0 is sent SIGKILL so long after its process was forked; it may be done by then. `seconds_file`
     says how long it took."""
@@ -285,6 +285,15 @@ def die_at(moment: Moment, step: int) -> None:
             kill_when(row["step"] == step)
 
         JsonlSink.log_step = log_step_and_die  # type: ignore[method-assign]
+        return
+    if moment == "export":
+        card = rcpo.trainer.model_card
+
+        def die_before_the_model_is_in_place(*args: Any) -> str:
+            kill_when(True)
+            return card(*args)
+
+        rcpo.trainer.model_card = die_before_the_model_is_in_place
         return
     complete = rcpo.checkpoint._complete
 

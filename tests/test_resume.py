@@ -54,6 +54,7 @@ MOMENTS: list[tuple[Case, Layout, tuple[Moment, int]]] = [
     (CASE, Layout(1, 4, 1), ("row", 1)),  # before any checkpoint: starts again
     (CASE, Layout(1, 4, 1), ("row", 4)),  # after the row, before its checkpoint and evaluation
     (CASE, Layout(1, 4, 1), ("checkpoint", 4)),  # half-written: the one of step 2 is used
+    (CASE, Layout(1, 4, 1), ("export", 6)),  # the model is written, but not yet in its place
     (Case("simpo", "off", "neox", "sgd"), Layout(1, 4, 1), AFTER_A_CHECKPOINT),
     (Case("bco", "on", "neox", "adamw"), Layout(1, 4, 1), AFTER_A_CHECKPOINT),  # has batch statistics
     (EXACT, Layout(1, 4, 1), AFTER_A_CHECKPOINT),
