@@ -152,8 +152,8 @@ class Engine:
     def backward(self, loss: Tensor, is_last: bool = True) -> None:
         """Accumulate a gradient: the mean over micro-batches and ranks is what steps. Collective.
 
-        A micro-batch may have several backward passes, each on a forward pass of its own and run right after
-        it; `is_last` says that no further one follows before `step`.
+        A micro-batch may have several backward passes, each on a forward pass of its own and, at stage 3, run
+        right after it; `is_last` says that no further one follows before `step`.
         """
         self._deepspeed.set_gradient_accumulation_boundary(is_last and self._ends_step())
         self._deepspeed.backward(loss)

@@ -13,23 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from rcpo.data.batch import PairBatch
-from rcpo.scores import HeadScores
+from rcpo.scores import HeadScores, matmul_fp32
 
 CHUNK_ELEMENTS = 2**24
 """Logits held at once (fp32 elements, 64 MiB): the chunk is as many tokens as fit, at least 16."""
 KEPT_ELEMENTS = 2**25
 """Softmax values kept from the forward to the backward pass of a micro-batch (fp32 elements, 128 MiB): their
 tokens need no second product with the vocabulary, and memory still does not grow with T x V."""
-
-
-def matmul_fp32(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right with fp32 result, whatever the inputs' dtype: bf16 logits near 20 are spaced 0.125
-    apart."""
-    if left.dtype == torch.float32 and right.dtype == torch.float32:
-        return left @ right
-    if left.is_cuda and left.dtype == right.dtype:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float()
 
 
 class _TokenLogProbs(torch.autograd.Function):
@@ -80,19 +70,19 @@ class _TokenLogProbs(torch.autograd.Function):
             # The vocabulary-sized error stays as it is; what multiplies it multiplies small factors.
             error = exps.mul_((-1 / sums)[:, None])
             error.scatter_add_(1, targets[part, None], torch.ones_like(own)[:, None])
-            scaled = own[:, None] * hidden[part]
+            rounded = error.to(weight.dtype)  # itself, in fp32
             if scores is not None and not scores.weighted:
                 importance = None if scores.importance is None else scores.importance[part]
-                scores.add(is_chosen, error, hidden[part], importance)
+                scores.add(is_chosen, rounded, hidden[part], importance)
             if grad_hidden is not None:
-                grad_hidden[part] = own[:, None] * (error.to(weight.dtype) @ weight)
+                grad_hidden[part] = own[:, None] * (rounded @ weight)
             if ctx.needs_input_grad[1]:
-                product = matmul_fp32(error.to(hidden.dtype).T, scaled.to(hidden.dtype))
+                product = matmul_fp32(rounded.T, (own[:, None] * hidden[part]).to(weight.dtype))
                 if scores is not None and scores.weighted:
                     scores.add_product(is_chosen, product, None if bias is None else error.T @ own)
                 grad_weight = product if grad_weight is None else grad_weight.add_(product)
             elif scores is not None and scores.weighted:
-                scores.add(is_chosen, error, hidden[part], own)
+                scores.add(is_chosen, rounded, hidden[part], own)
             if grad_bias is not None:
                 grad_bias += error.T @ own
         return (

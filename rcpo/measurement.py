@@ -4,16 +4,17 @@ A step is `Unmeasured`, or a measurement fills `rcpo.scores` on the way:
 
     HeadMeasurement    scope head: the ordinary backward pass, whose head adds up both sides
     ApartMeasurement   the calibrator wants the two halves of the real gradient over parameters: the sides go
-                       backward one after the other. One forward pass of one side without gradients more:
-                       about a sixth of a step.
+                       backward one after the other. At ZeRO 3 one forward pass of one side more, about a
+                       sixth of a step.
     ProbeMeasurement   geometry of parameters that must not touch the training (metrics.geometry_every), or of
                        unweighted scores: two backward passes beside the ordinary one, whose gradients are
                        captured and withheld from the engine. The training is bit-identical; the step takes
                        twice its time.
 
-All use a backward pass right after its own forward pass, which is what ZeRO 3 wants. Called by `rcpo.trainer`
-(which one) and `rcpo.step` (run it).
+Called by `rcpo.trainer` (which one) and `rcpo.step` (run it).
 """
+
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -186,14 +187,17 @@ class ApartMeasurement:
 
     def backward(self, engine: Engine, batch: PairBatch, price: Price, alpha: float) -> Priced:
         chosen, rejected = batch.side(chosen=True), batch.side(chosen=False)
-        with torch.no_grad():
+        # ZeRO 3 wants each backward pass right after its own forward pass, so one side goes forward twice.
+        is_again = engine.stage == 3
+        with torch.no_grad() if is_again else nullcontext():
             z_l = engine.logprobs(rejected)
         z_w = engine.logprobs(chosen)
-        priced = price(z_w.detach(), z_l)
+        priced = price(z_w.detach(), z_l.detach())
         surrogate_w, surrogate_l = surrogate_sides(priced, alpha)
         with self._scores.capture(CHOSEN, keep_gradient=True):
             engine.backward((surrogate_w * z_w).mean(), is_last=False)
-        z_l = engine.logprobs(rejected)
+        if is_again:
+            z_l = engine.logprobs(rejected)
         with self._scores.capture(REJECTED, keep_gradient=True):
             engine.backward((surrogate_l * z_l).mean())
         return priced

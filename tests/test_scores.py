@@ -94,7 +94,7 @@ def test_blocks_of_rows_cover_all_of_them(monkeypatch: pytest.MonkeyPatch) -> No
     for chosen in (True, False):
         scores.add(chosen, torch.randn(11, VOCABULARY), torch.randn(11, HIDDEN))
     whole = scores.sides(1.0, 1.0).partial_products()
-    monkeypatch.setattr("rcpo.scores.ROWS_AT_ONCE", 5)
+    monkeypatch.setattr("rcpo.scores.NUMBERS_AT_ONCE", {"cpu": 5})
     torch.testing.assert_close(scores.sides(1.0, 1.0).partial_products(), whole, rtol=1e-12, atol=0)
 
 
