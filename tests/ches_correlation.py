@@ -6,28 +6,13 @@ held-out pairs. A script, not a test.
 """
 
 import sys
-from collections.abc import Sequence
 
 import numpy as np
 
+from rcpo.compare.statistics import spearman
 from rcpo.quality.score_file import HELD_OUT, TRAIN, read_scores
 
 SCORES = ("ches", "ches_norm", "margin", "edit_distance", "shared_prefix", "length_difference", "len_w")
-
-
-def ranks(values: np.ndarray) -> np.ndarray:
-    """Places in order, from 0; equal values share their mean place."""
-    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    return (ends - (counts + 1) / 2)[places]
-
-
-def spearman(left: Sequence[float], right: Sequence[float]) -> float:
-    """Rank correlation; nan where one of the two is constant."""
-    first, second = (ranks(np.asarray(values, dtype=float)) for values in (left, right))
-    if first.std() == 0 or second.std() == 0:
-        return float("nan")
-    return float(np.corrcoef(first, second)[0, 1])
 
 
 def main(before_path: str, after_path: str) -> None:
@@ -40,7 +25,7 @@ def main(before_path: str, after_path: str) -> None:
             sys.exit(f"{after_path}: has other {split} pairs than {before_path}")
         parts.append((scored, np.subtract(now["z_w"], scored["z_w"])))
     for name in SCORES:
-        shown = " | ".join(f"{spearman(scored[name], change):+.2f}" for scored, change in parts)
+        shown = " | ".join(f"{spearman(np.array(scored[name]), change):+.2f}" for scored, change in parts)
         print(f"| {name} | {shown} |")
     shown = " | ".join(f"{change.mean():+.2f} nats, n = {len(change)}" for _, change in parts)
     print(f"| mean change of z_w | {shown} |")

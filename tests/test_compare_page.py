@@ -13,10 +13,10 @@ from compare_folders import START, make_run
 
 from rcpo import cli
 from rcpo.compare.cells import Comparison, compare_runs
+from rcpo.compare.fallen import PairText, find_fallen
 from rcpo.compare.find import find_runs
 from rcpo.compare.load import load_run
 from rcpo.compare.page import make_page
-from rcpo.compare.pair_text import PairText, held_out_texts, most_fallen
 from rcpo.compare.table import make_rows
 
 REJECTED = (-2.0, -2.0, -2.0, -2.0)
@@ -29,7 +29,7 @@ def compare(path: Path) -> Comparison:
 
 def page_of(path: Path) -> str:
     comparison = compare(path)
-    return make_page(make_rows(comparison), comparison)
+    return make_page(make_rows(comparison), comparison, "no")
 
 
 def write_pairs(path: Path, words: str = "right") -> dict[str, object]:
@@ -52,8 +52,7 @@ def test_the_pairs_whose_winner_fell_most_come_with_their_text(tmp_path: Path) -
         tmp_path / "runs" / "on", "dpo", "on", settings=settings, change=((0.0, 1.0, 2.0, 0.5), REJECTED)
     )
     cells = compare(tmp_path / "runs").cells
-    texts = held_out_texts(cells[0].runs[0])
-    pairs = most_fallen(cells, texts)
+    pairs = find_fallen({"dpo": cells}, "no")["dpo"].pairs
     assert [(pair.index, pair.changes) for pair in pairs] == [
         (3, {"off": -4.0, "on": 0.5}),
         (0, {"off": -1.0, "on": 0.0}),

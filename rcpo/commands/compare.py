@@ -28,6 +28,9 @@ patterns in quotes. Runs that are unfinished, failed, or measured on other pairs
   --csv, --json, --markdown, --latex
                        print the table in that form
   --html FILE          write the report: one file that needs no network
+  --ches auto|yes|no   whether the report loads the model that the runs started from, to give the pairs that
+                       fell most their CHES (arXiv 2410.08847); auto: where its folder is on this machine, of
+                       at most 1 GB, and that takes no more than about a minute; yes: whatever it takes
   --pdf DIR, --png DIR write its figures for a paper"""
 
 
@@ -49,6 +52,7 @@ def parse(words: list[str]) -> argparse.Namespace:
         form.add_argument(f"--{name}", dest="form", action="store_const", const=name)
     for name in ("html", "pdf", "png"):
         parser.add_argument(f"--{name}", type=Path)
+    parser.add_argument("--ches", choices=("auto", "yes", "no"), default="auto")
     options = parser.parse_intermixed_args(words)
     if not options.paths and options.wandb is None:
         parser.error("the following arguments are required: PATH (or --wandb ENTITY/PROJECT)")
@@ -80,7 +84,7 @@ def run(words: list[str]) -> int:
     if options.html is not None:
         from rcpo.compare.page import make_page
 
-        write(options.html, make_page(rows, comparison))
+        write(options.html, make_page(rows, comparison, options.ches))
     for suffix in ("pdf", "png"):
         folder = getattr(options, suffix)
         if folder is not None:

@@ -2,6 +2,7 @@
 and `live` by `rcpo.commands.watch`.
 
 find (words to folders) -> load, metrics_cache (a folder to a `Run`) -> cells (runs to cells, what differs,
-what is left out) -> statistics, table, summary -> forms, terminal; curves -> figures, page (HTML), static
-(PDF, PNG). Nothing here imports torch, but for `pair_text`, which reads the data again for the page.
+what is left out) -> statistics, table, summary -> forms, terminal; held_out, pair_ches (pairs read again and
+scored) -> fallen; curves -> figures, page (HTML), static (PDF, PNG). Nothing here imports torch, but for
+`held_out` and `pair_ches`, for the page alone.
 """

@@ -212,14 +212,18 @@ def _same_seed(run: Run, others: list[Run]) -> str | None:
 
 
 def same_start(one: Run, other: Run) -> bool:
-    """Whether the first evaluations are of the same pairs and the same model: equal up to rounding, 1 % of a
-    log-prob and 0.02 nats on average. Only numbers of pairs can be compared where results are absent."""
+    """Whether the first evaluations are of the same pairs and the same model, by their log-probs; True where
+    one has no per-pair results."""
     if one.pairs is None or other.pairs is None:
         return True
-    a, b = one.pairs.start, other.pairs.start
-    if a.shape != b.shape:
+    return same_logps(one.pairs.start, other.pairs.start)
+
+
+def same_logps(one: np.ndarray, other: np.ndarray) -> bool:
+    """Of equal shape, and equal up to rounding: 1 % and 0.02 nats on average."""
+    if one.shape != other.shape:
         return False
-    return bool(np.abs(a - b).mean() <= 0.02 + 0.01 * np.abs(a).mean())
+    return bool(np.abs(one - other).mean() <= 0.02 + 0.01 * np.abs(one).mean())
 
 
 def _training(cell: Cell) -> Settings:

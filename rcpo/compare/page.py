@@ -12,15 +12,23 @@ from plotly.offline import get_plotlyjs
 import rcpo
 from rcpo.compare.cells import Cell, Comparison
 from rcpo.compare.curves import panels
+from rcpo.compare.fallen import ChesChoice, Fallen, FallenPair, find_fallen
 from rcpo.compare.figures import Figure, heat_map, objective_figures
-from rcpo.compare.pair_text import PairText, held_out_texts, most_fallen
 from rcpo.compare.summary import headline, sentences
 from rcpo.compare.table import COLUMNS, Row, cell_texts, heads, notes
-from rcpo.console import KEPT_NATS, nats
+from rcpo.console import KEPT_NATS, nats, number
 
 HERE = Path(__file__).parent
 MAX_TEXT = 600
 """Characters of one prompt or response in the table of fallen pairs."""
+ABOUT_FALLEN = (
+    "Change of the chosen log-probability in nats, mean over seeds, by calibration; pair: its place in the "
+    "held-out set; text as the data gives it now."
+)
+ABOUT_CHES = (
+    " CHES (arXiv 2410.08847): of the pair under the model that the run started from; higher is meant to "
+    "foretell a deeper fall of the chosen response."
+)
 POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "img-src data: blob:; font-src data:"
@@ -28,18 +36,18 @@ POLICY = (
 """Of the page: it asks nobody for anything."""
 
 
-def make_page(rows: Sequence[Row], comparison: Comparison) -> str:
-    """The whole page."""
+def make_page(rows: Sequence[Row], comparison: Comparison, ches: ChesChoice = "auto") -> str:
+    """The whole page; `ches`: whether the model is loaded to score the pairs that fell."""
     figures: list[Figure] = []
     groups = panels(comparison)
     heat = heat_map(comparison)
     overview = "" if heat is None else _place(heat, figures, "narrow")
-    texts = _texts(comparison)
+    fallen = find_fallen(groups, ches)
     worst = min(
         groups, key=lambda label: groups[label][0].runs[0].evals["displacement/chosen"][-1], default=""
     )
     sections = [
-        _objective_section(idx, label, cells, figures, _fallen(cells, texts[id(cells[0])], label == worst))
+        _objective_section(idx, label, cells, figures, _fallen_table(fallen.get(label), label == worst))
         for idx, (label, cells) in enumerate(groups.items())
     ]
     num_runs = sum(len(cell.runs) for cell in comparison.cells)
@@ -145,49 +153,80 @@ def _objective_section(idx: int, label: str, cells: list[Cell], figures: list[Fi
     )
 
 
-def _texts(comparison: Comparison) -> dict[int, list[PairText] | str]:
-    """Words of the held-out pairs, by id of a cell; read once for each data config."""
-    known: dict[str, list[PairText] | str] = {}
-    found = {}
-    for cell in comparison.cells:
-        if not cell.runs:
-            continue
-        key = repr([(name, value) for name, value in cell.settings.items() if name.startswith("data.")])
-        if key not in known:
-            known[key] = held_out_texts(cell.runs[0])
-        found[id(cell)] = known[key]
-    return found
-
-
-def _fallen(cells: list[Cell], words: list[PairText] | str, is_open: bool) -> str:
+def _fallen_table(fallen: Fallen | None, is_open: bool) -> str:
     """The ten pairs whose winner fell most, in a part that opens."""
-    pairs = most_fallen(cells, words)
-    if not pairs:
+    if fallen is None:
         return ""
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in pairs[0].changes)
-    with_text = pairs[0].text is not None
-    if with_text:
-        head += "".join(f'<th class="left">{name}</th>' for name in ("prompt", "chosen", "rejected"))
-    body = []
-    for pair in pairs:
-        row = f"<td>{pair.index}</td>" + "".join(
-            f'<td class="{_mood(change)}">{nats(change)}</td>' for change in pair.changes.values()
-        )
-        if pair.text is not None:
-            parts = (pair.text.prompt, pair.text.chosen, pair.text.rejected)
-            row += "".join(f'<td class="text">{html.escape(_shortened(part))}</td>' for part in parts)
-        body.append(f"<tr>{row}</tr>")
-    missing = (
-        f'<p class="note">Without their text: {html.escape(words)}</p>' if isinstance(words, str) else ""
-    )
+    pairs = fallen.pairs
+    heads = [f"<th>{html.escape(name)}</th>" for name in ("pair", *pairs[0].changes)]
+    columns = [[f"<td>{pair.index}</td>{_changes(pair)}" for pair in pairs]]
+    for titles, cells in (_ches_columns(fallen), _text_columns(pairs)):
+        heads += titles
+        columns.append(cells)
+    rows = "".join(f"<tr>{''.join(parts)}</tr>" for parts in zip(*columns, strict=True))
+    missing = ""
+    if fallen.no_text is not None:
+        missing = f'<p class="note">Without their text: {html.escape(fallen.no_text)}</p>'
     return (
         f"<details{' open' if is_open else ''}><summary>The {len(pairs)} pairs whose winner fell most under "
-        f"{html.escape(cells[0].calibration)}</summary>"
-        f'<p class="note">Change of the chosen log-probability in nats, mean over seeds, by calibration; '
-        f"pair: its place in the held-out set; text as the data gives it now.</p>{missing}"
-        f'<div class="scroll"><table><thead><tr><th>pair</th>{head}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div></details>"
+        f"{html.escape(fallen.calibration)}</summary>"
+        f'<p class="note">{html.escape(ABOUT_FALLEN)}{html.escape(_about_ches(fallen))}</p>'
+        f"{missing}"
+        f'<div class="scroll"><table><thead><tr>{"".join(heads)}</tr></thead>'
+        f"<tbody>{rows}</tbody></table></div></details>"
     )
+
+
+def _changes(pair: FallenPair) -> str:
+    return "".join(f'<td class="{_mood(change)}">{nats(change)}</td>' for change in pair.changes.values())
+
+
+def _about_ches(fallen: Fallen) -> str:
+    """Its sentences, where there is any."""
+    if all(pair.ches is None for pair in fallen.pairs):
+        return ""
+    if fallen.correlation is None or math.isnan(fallen.correlation):
+        return ABOUT_CHES
+    return (
+        f"{ABOUT_CHES} Percentile: of the held-out pairs, those with a lower CHES per token. Over all "
+        f"{len(fallen.changes)} of them Spearman's correlation of CHES per token with the change under "
+        f"{fallen.calibration} is {nats(fallen.correlation)}, where -1 would foretell every fall."
+    )
+
+
+def _ches_columns(fallen: Fallen) -> tuple[list[str], list[str]]:
+    """Heads, and a row's cells for each pair; one cell that says why over all rows where there is no CHES."""
+    pairs = fallen.pairs
+    if fallen.no_ches is not None and fallen.no_text is None:
+        why = f'<td class="left reason" rowspan="{len(pairs)}">none: {html.escape(fallen.no_ches)}</td>'
+        return ['<th class="left">CHES</th>'], [why, *[""] * (len(pairs) - 1)]
+    if any(pair.ches is None for pair in pairs):
+        return [], [""] * len(pairs)
+    heads, rows = ["CHES", "per token"], []
+    if fallen.correlation is not None:
+        heads.append("percentile")
+    for pair in pairs:
+        assert pair.ches is not None
+        texts = [number(pair.ches.ches), number(pair.ches.per_token)]
+        if pair.percentile is not None:
+            texts.append(f"{pair.percentile:.0f}")
+        rows.append("".join(f"<td>{text}</td>" for text in texts))
+    return [f"<th>{head}</th>" for head in heads], rows
+
+
+def _text_columns(pairs: Sequence[FallenPair]) -> tuple[list[str], list[str]]:
+    """Heads, and a row's cells for each pair; none where the words are not there."""
+    texts = [pair.text for pair in pairs if pair.text is not None]
+    if not texts:
+        return [], [""] * len(pairs)
+    rows = [
+        "".join(
+            f'<td class="text">{html.escape(_shortened(part))}</td>'
+            for part in (text.prompt, text.chosen, text.rejected)
+        )
+        for text in texts
+    ]
+    return [f'<th class="left">{name}</th>' for name in ("prompt", "chosen", "rejected")], rows
 
 
 def _shortened(text: str) -> str:

@@ -112,3 +112,18 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(known) - rank) * p))
         adjusted[idx] = largest
     return adjusted
+
+
+def spearman(left: np.ndarray, right: np.ndarray) -> float:
+    """Rank correlation; nan where one of the two is constant."""
+    first, second = _ranks(left), _ranks(right)
+    if first.std() == 0 or second.std() == 0:
+        return math.nan
+    return float(np.corrcoef(first, second)[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Places in order, from 0; equal values share their mean place."""
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks: np.ndarray = (np.cumsum(counts) - (counts + 1) / 2)[places]
+    return ranks

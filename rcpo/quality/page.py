@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 import rcpo.compare
-from rcpo.compare.pair_text import as_text
+from rcpo.compare.held_out import as_text
 from rcpo.console import number
 from rcpo.data.records import PreferenceRecord
 from rcpo.inputs import PairsRead
