@@ -6,7 +6,9 @@ be sent. Sends nothing by itself: `rcpo.commands.dashboard` does.
 
 import json
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import parse_qs, urlsplit
 
+from rcpo.errors import UserError
 from rcpo.wandb_media import PAIRS_PLOT
 
 if TYPE_CHECKING:
@@ -189,6 +191,36 @@ def _report_panels() -> list[Any]:
         for name, title, unit in ends
     ]
     return bars + [line_plot(plot) for plots in SECTIONS.values() for plot in plots[:3]]
+
+
+def is_report(url: str, address: "Address") -> bool:
+    """Whether the URL is that of a report of the address's project, or of a workspace there. Raises UserError
+    for any other."""
+    parts = urlsplit(url)
+    path = parts.path.strip("/").split("/")
+    if path[:2] == [address.entity, address.project]:
+        if len(path) == 4 and path[2] == "reports" and "--" in path[3]:
+            return True
+        if len(path) == 2 and "nw" in parse_qs(parts.query):
+            return False
+    raise UserError(
+        f"--update {url}: is no workspace or report of {address.entity}/{address.project}; give the URL that "
+        "rcpo dashboard printed"
+    )
+
+
+def remade(url: str, page: "Workspace | reports.Report") -> "Workspace | reports.Report":
+    """What W&B has at the URL, of the same kind as `page`, with that one's contents; it keeps its name. The
+    library raises what it likes where there is none."""
+    there = type(page).from_url(url)
+    contents = ("blocks", "description", "width") if hasattr(page, "blocks") else CONTENTS
+    for name in contents:
+        setattr(there, name, getattr(page, name))
+    return there
+
+
+CONTENTS = ("sections", "settings", "runset_settings")
+"""Of a workspace: all but its name."""
 
 
 def as_spec(page: "Workspace | reports.Report") -> dict[str, Any]:

@@ -163,10 +163,58 @@ def test_both_pages_are_saved_with_the_table_of_the_runs_that_wandb_has(
     assert all("/team/grid" in line for line in out.splitlines())
 
 
+def test_pages_are_remade_in_place_by_their_urls(
+    server: Server, grid: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Renamed in W&B and with other contents; then remade for another group, with the table of folders."""
+    urls = [line.split(": ", 1)[1] for line in typed(capsys, "team/grid/main").splitlines()]
+    before = {key: dict(view) for key, view in server.views.items()}
+    for view in server.views.values():
+        view["displayName"] = "mine"
+    (workspace,) = [view for view in server.views.values() if view["type"] == "project-view"]
+    spec = json.loads(workspace["spec"])
+    spec["section"]["panelBankConfig"]["sections"][0]["name"] = "Old"
+    workspace["spec"] = json.dumps(spec)
+    updates = [word for url in urls for word in ("--update", url)]
+    out = typed(capsys, "team/grid/other", str(grid / "dpo-on"), *updates)
+    assert [line.split(": ")[0] for line in out.splitlines()] == ["workspace", "report"]
+    assert server.views.keys() == before.keys()
+    for key, view in server.views.items():
+        assert view["displayName"] == "mine"
+        assert "other" in view["spec"]
+        assert '"main"' not in view["spec"]
+        assert '"Old"' not in view["spec"]
+        assert ("| dpo" in view["spec"]) == (view["type"] == "runs")
+        assert '"main"' in before[key]["spec"]
+    assert urls[0] in out
+    assert typed(capsys, "team/grid", "--update", urls[0]) == f"workspace: {urls[0]}\n"
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("https://wandb.ai/team/grid", "is no workspace or report of team/grid; give the URL that"),
+        ("https://wandb.ai/team/elsewhere?nw=abc", "is no workspace or report of team/grid"),
+        ("{base}/team/grid?nw=abc", "W&B did not answer as it should (Workspace `abc` not found"),
+        ("{base}/team/grid/reports/Mine--VmlldzoxMjM", "W&B has no such page"),
+        ("{base}/team/grid/reports/Mine--x", "W&B"),
+        ("grid", "is no workspace or report of team/grid"),
+    ],
+)
+def test_a_page_that_is_not_there_is_not_remade(
+    server: Server, grid: Path, capsys: pytest.CaptureFixture[str], url: str, said: str
+) -> None:
+    assert said in refused(capsys, "team/grid", str(grid), "--update", url.format(base=server.base))
+    assert server.saved == []
+
+
 def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], server: Server) -> None:
     assert "grid: is no address in W&B; type ENTITY/PROJECT" in refused(capsys, "grid")
     assert "dashboard: unrecognized arguments: --wrong" in refused(capsys, "team/grid", "--wrong")
     assert "W&B did not answer as it should" in refused(capsys, "team/elsewhere")
+    page = ["--update", f"{server.base}/team/grid?nw=abc"]
+    assert "--update: not allowed with argument --print" in refused(capsys, "team/grid", "--print", *page)
+    assert "--update: one workspace and one report at most" in refused(capsys, "team/grid", *page, *page)
     assert server.saved == []
 
 

@@ -4,6 +4,7 @@ reading runs and for saving pages, from run folders. The client, its service and
 What W&B really answers is not known from this; the shapes are those that wandb 0.31 reads.
 """
 
+import base64
 import gzip
 import io
 import json
@@ -106,6 +107,8 @@ class Server:
         self.runs = {run.id: run for run in runs}
         self.saved: list[dict[str, Any]] = []
         """Variables of every page that was saved."""
+        self.views: dict[str, dict[str, Any]] = {}
+        """The pages as they are now, by id."""
         self.base = ""
 
     def answer(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
@@ -124,19 +127,31 @@ class Server:
             return {"viewer": viewer}
         if "upsertView" in query:
             self.saved.append(variables)
-            return {"upsertView": {"view": self._view(variables), "inserted": True}}
+            return {"upsertView": {"view": self._keep(variables), "inserted": not variables.get("id")}}
+        if name == "SpecificReport":
+            return {"view": self.views.get(variables["reportId"])}
         if variables.get("project", variables.get("projectName", "grid")) != "grid":
             return {"project": None}
         answers = {
             "Runs": self._list, "RunHistoryKeys": self._keys, "RunParquetHistory": self._parts,
-            "HistoryPage": self._page, "RunFiles": self._file,
+            "HistoryPage": self._page, "RunFiles": self._file, "View": self._named,
         }  # fmt: skip
         return answers.get(name, self._project)(variables)
+
+    def _named(self, variables: dict[str, Any]) -> dict[str, Any]:
+        nodes = [view for view in self.views.values() if view["name"] == variables["viewName"]]
+        return {"project": {"allViews": {"edges": [{"node": node} for node in nodes]}}}
+
+    def _keep(self, variables: dict[str, Any]) -> dict[str, Any]:
+        """A new page, or one in place of that with the id, which W&B writes in base64."""
+        known = variables.get("id") or base64.b64encode(f"View:{len(self.views)}".encode()).decode()
+        self.views[known] = {**self._view(variables), "id": known}
+        return self.views[known]
 
     def _view(self, variables: dict[str, Any]) -> dict[str, Any]:
         project = {"id": "1", "name": variables["projectName"], "entityName": variables["entityName"]}
         return {
-            "id": f"view-{len(self.saved)}", "type": variables["type"], "name": variables["name"],
+            "type": variables["type"], "name": variables["name"],
             "displayName": variables["displayName"], "description": variables["description"],
             "spec": variables["spec"], "project": project, "user": None, "createdAt": None, "updatedAt": None,
         }  # fmt: skip

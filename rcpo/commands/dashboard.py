@@ -2,21 +2,25 @@
 
 import argparse
 import json
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rcpo.commands.compare import load, say
 from rcpo.errors import UserError
 
 if TYPE_CHECKING:
+    from rcpo.compare.from_wandb import Address
     from rcpo.compare.load import Run
 
-HELP = """usage: rcpo dashboard ENTITY/PROJECT[/GROUP] [PATH...] [--print]
+HELP = """usage: rcpo dashboard ENTITY/PROJECT[/GROUP] [PATH...] [--update URL]... [--print]
 
 Make two pages in W&B for the runs of a project, or of one of its groups: a workspace with the sections
 displacement, band, calibration, incentives and speed, its runs grouped by objective and calibration, and a
 report with the table of rcpo compare. PATH: take that table from run folders, as rcpo compare does; without,
-from W&B. Pages that were made before stay as they are.
+from W&B. Pages that were made before stay as they are, unless:
 
+  --update URL         remake what is at the URL (of a workspace or a report, as printed) in place of making
+                       new pages: its contents are replaced, its name stays; at most one of each kind
   --print, --dry-run   print both as JSON and send nothing; needs no account
 
 Needs wandb-workspaces: pip install 'rcpo[dashboard]'."""
@@ -38,13 +42,16 @@ def run(words: list[str]) -> int:
     parser.add_argument("address", metavar="ENTITY/PROJECT")
     parser.add_argument("paths", nargs="*", metavar="PATH")
     parser.add_argument("--print", "--dry-run", dest="is_print", action="store_true")
+    parser.add_argument("--update", action="append", default=[], metavar="URL")
     options = parser.parse_intermixed_args(words)
+    if options.is_print and options.update:
+        parser.error("argument --update: not allowed with argument --print")
 
-    from rcpo.compare.from_wandb import failed, parse_address, require_key
+    from rcpo.compare.from_wandb import parse_address, require_key
 
     address = parse_address(options.address)
     require_library()
-    from rcpo.dashboard import as_spec, make_report, make_workspace
+    from rcpo.dashboard import as_spec, is_report, make_report, make_workspace
 
     if options.is_print:
         table = table_of(load(options.paths)) if options.paths else None
@@ -52,19 +59,44 @@ def run(words: list[str]) -> int:
         spec = {"workspace": as_spec(make_workspace(address)), "report": as_spec(report)}
         say(json.dumps(spec, indent=2) + "\n")
         return 0
+    urls = {("report" if is_report(url, address) else "workspace"): url for url in options.update}
+    if len(urls) < len(options.update):
+        parser.error("argument --update: one workspace and one report at most")
     require_key()
-    table = table_of(load(options.paths, None if options.paths else options.address))
+    pages: dict[str, Callable[[], Any]] = {"workspace": lambda: make_workspace(address)}
+    if not urls or "report" in urls:
+        table = table_of(load(options.paths, None if options.paths else options.address))
+        pages["report"] = lambda: make_report(address, table, is_saved=True)
+    for kind, make in pages.items():
+        if not urls or kind in urls:
+            print(f"{kind}: {save(make, address, urls.get(kind))}", flush=True)
+    return 0
+
+
+def save(make: Callable[[], Any], address: "Address", url: str | None) -> str:
+    """Send the page that `make` gives as a new one, or in place of what is at `url`; returns where it is.
+    Raises UserError where W&B refuses."""
     import wandb
     from wandb.sdk.lib.service.service_connection import WandbApiFailedError
 
+    from rcpo.compare.from_wandb import failed
+    from rcpo.dashboard import remade
+
     try:
-        workspace = make_workspace(address).save()
-        print(f"workspace: {workspace.url}", flush=True)
-        report = make_report(address, table, is_saved=True).save()
+        page = make()
+        if url is not None:
+            page = remade(url, page)
+        where: str = page.save().url
     except (wandb.Error, WandbApiFailedError, ValueError, OSError) as error:
         raise failed(address, error) from None
-    print(f"report: {report.url}")
-    return 0
+    # Where there is no such page, the library stumbles over the answer.
+    except (TypeError, KeyError, IndexError, AttributeError):
+        if url is None:
+            raise
+        raise UserError(
+            f"--update {url}: W&B has no such page, or one that the library cannot read"
+        ) from None
+    return where
 
 
 def require_library() -> None:
