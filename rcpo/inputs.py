@@ -12,10 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from rcpo.adapters import check_adapters
 from rcpo.config.schema import Config
-from rcpo.data.batch import width
 from rcpo.data.load import PreferenceData, load_records
+from rcpo.data.pairs import PackedPairs, TokenizedPair
 from rcpo.data.sampler import PairSampler
-from rcpo.data.tokenize import TokenizedData, TokenizedPair, describe_example, tokenize_records
+from rcpo.data.token_key import content_of, token_key
+from rcpo.data.token_store import Tokens, TokenStore
+from rcpo.data.tokenize import TokenizedData, describe_example, tokenize_records
 from rcpo.data.weights import weighing_of
 from rcpo.errors import UserError
 from rcpo.model import check_model, check_positions, check_vocabulary, load_tokenizer
@@ -26,7 +28,7 @@ from rcpo.quality.filter import filter_pairs
 @dataclass(frozen=True)
 class Inputs:
     tokenizer: PreTrainedTokenizerBase
-    train: list[TokenizedPair]
+    train: PackedPairs
     held_out: list[TokenizedPair]
     report: list[str]
     """What was read, dropped and cut, and one example; for the log."""
@@ -38,8 +40,7 @@ class Inputs:
         return 0 if pad is None else int(pad)
 
     def sampler(self, config: Config) -> PairSampler:
-        widths = [width(pair) for pair in self.train]
-        return PairSampler(len(self.train), config.train.pairs_per_step, config.seed, widths)
+        return PairSampler(len(self.train), config.train.pairs_per_step, config.seed, self.train.widths())
 
     def num_steps(self, config: Config) -> int:
         """Optimizer steps of the whole run."""
@@ -108,40 +109,74 @@ class PairsRead(NamedTuple):
 def read_pairs(config: Config) -> PairsRead:
     """Check the model's files, read and tokenise the data. Raises UserError with one line for whatever is
     wrong with them."""
+    read = _tokenise(config, _checked_tokenizer(config))
+    _check_lengths(config, read.train.pairs, read.held_out.pairs)
+    return read
+
+
+def _checked_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     check_adapters(config.model, config.train.device)
     tokenizer = load_tokenizer(config.model)
     check_vocabulary(config.model, tokenizer)
     check_model(config.model)
+    return tokenizer
+
+
+def _tokenise(config: Config, tokenizer: PreTrainedTokenizerBase) -> PairsRead:
     records = load_records(config.data, weighing_of(composition_of(config.objective)))
     limits = (config.train.max_length, config.train.max_prompt_length, config.data.on_bad_row)
     train = tokenize_records(records.train, tokenizer, *limits)
     held_out = tokenize_records(records.held_out, tokenizer, *limits)
     for pairs, what in ((train.pairs, "training"), (held_out.pairs, "held-out")):
-        if not pairs:
+        if not len(pairs):
             raise UserError(
                 f"data: no {what} pair is left after the checks; look at data.path and data.on_bad_row"
             )
-    sides = [side for pair in [*train.pairs, *held_out.pairs] for side in (pair.chosen, pair.rejected)]
-    check_positions(config.model, max(len(side.input_ids) for side in sides))
     return PairsRead(tokenizer, records, train, held_out)
+
+
+def _check_lengths(config: Config, train: PackedPairs, held_out: PackedPairs) -> None:
+    check_positions(config.model, max(int(pairs.arrays.lengths.max()) for pairs in (train, held_out)))
+
+
+def _kept_tokens(config: Config, tokenizer: PreTrainedTokenizerBase) -> Tokens:
+    """The tokenised data, from the cache where they are there; made, and kept, where they are not."""
+
+    def make() -> Tokens:
+        read = _tokenise(config, tokenizer)
+        return Tokens(read.train.pairs, read.held_out.pairs, read.report)
+
+    content = content_of(config.data)
+    key = None
+    if content is not None:
+        weighing = weighing_of(composition_of(config.objective))
+        limits = (config.train.max_length, config.train.max_prompt_length)
+        key = token_key(content, config.data, weighing, limits, tokenizer)
+    if key is None:
+        return make()
+    from rcpo.reference import cache_dir
+
+    store = TokenStore(cache_dir() / "tokens", key)
+    return store.read_or_make(make, lambda: content_of(config.data) == content)
 
 
 def read_inputs(config: Config) -> Inputs:
     """Read, tokenise and filter the data of a resolved config. Raises UserError with one line for whatever
     cannot train."""
     check_deepspeed(config)
-    read = read_pairs(config)
-    train, filtered = filter_pairs(read.train.pairs, config)
-    held_out = read.held_out.pairs
+    tokenizer = _checked_tokenizer(config)
+    tokens = _kept_tokens(config, tokenizer)
+    _check_lengths(config, tokens.train, tokens.held_out)
+    train, filtered = filter_pairs(tokens.train, config)
     if len(train) < config.train.pairs_per_step:
         raise UserError(
             f"train.pairs_per_step={config.train.pairs_per_step}: there are only {len(train)} training "
             f"pairs; type train.pairs_per_step={len(train)} or less"
         )
     report = [
-        *read.report,
+        *tokens.report,
         *filtered,
-        f"{len(train)} training pairs, {len(held_out)} held-out pairs",
-        "one training pair as the model sees it:\n" + describe_example(train[0], read.tokenizer),
+        f"{len(train)} training pairs, {len(tokens.held_out)} held-out pairs",
+        "one training pair as the model sees it:\n" + describe_example(train[0], tokenizer),
     ]
-    return Inputs(read.tokenizer, train, held_out, report)
+    return Inputs(tokenizer, train, list(tokens.held_out), report)

@@ -118,7 +118,7 @@ class _Bench:
         if options.baselines and config.world_size() > 1:
             raise UserError("--baseline: baselines run on one rank; leave it out, or type launch.processes=1")
         if options.lengths is None:
-            pairs = read_inputs(config).train
+            pairs = list(read_inputs(config).train)
         else:
             tokenizer = load_tokenizer(config.model)
             check_vocabulary(config.model, tokenizer)

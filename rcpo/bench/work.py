@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rcpo.config.schema import Config
-from rcpo.data.tokenize import TokenizedPair, TokenizedSide
+from rcpo.data.pairs import TokenizedPair, TokenizedSide, pack
 from rcpo.evaluation import SideLogProbs
 from rcpo.inputs import Inputs
 from rcpo.model import load_tokenizer
@@ -71,7 +71,7 @@ class Work:
     def load(cls, block: Block) -> "Work":
         run, config = open_run(block.run)
         pairs = load_pairs(Path(block.work) / PAIRS)
-        inputs = Inputs(load_tokenizer(config.model), pairs, pairs[:1], [])
+        inputs = Inputs(load_tokenizer(config.model), pack(pairs), pairs[:1], [])
         sampler = inputs.sampler(config)
         batches = [sampler.global_batch(step) for step in range(block.num_warmup + block.num_steps)]
         file = Path(block.work) / REFERENCE

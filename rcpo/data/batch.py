@@ -90,7 +90,7 @@ class PairBatch(NamedTuple):
 
 def width(pair: TokenizedPair) -> int:
     """Tokens of the longer side."""
-    return max(len(pair.chosen.input_ids), len(pair.rejected.input_ids))
+    return max(pair.chosen.num_tokens, pair.rejected.num_tokens)
 
 
 def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
@@ -101,13 +101,13 @@ def collate(pairs: Sequence[TokenizedPair], pad_id: int) -> PairBatch:
     """Put pairs on one grid, padded with `pad_id` to the longest row. Here `chosen`/`rejected` become rows w
     and l."""
     sides = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    width = max(len(side.input_ids) for side in sides)
+    width = max(side.num_tokens for side in sides)
     input_ids = torch.full((len(sides), width), pad_id, dtype=torch.int64)
     positions, targets = [], []
     for row, side in enumerate(sides):
-        input_ids[row, : len(side.input_ids)] = torch.tensor(side.input_ids)
-        positions.append(torch.arange(side.num_prompt - 1, len(side.input_ids) - 1) + row * width)
-        targets.append(input_ids[row, side.num_prompt : len(side.input_ids)])
+        input_ids[row, : side.num_tokens] = torch.tensor(side.ids)
+        positions.append(torch.arange(side.num_prompt - 1, side.num_tokens - 1) + row * width)
+        targets.append(input_ids[row, side.num_prompt : side.num_tokens])
     lengths = torch.tensor([len(target) for target in targets])
     return PairBatch(
         input_ids=input_ids,

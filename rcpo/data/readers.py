@@ -21,7 +21,7 @@ from rcpo.errors import UserError, shortened
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
 _LARGEST_CSV_FIELD = 2**31 - 1
-_MOST_FILES = 100_000
+MOST_FILES = 100_000
 """In a data folder; one with more is something else, such as a home folder."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -201,9 +201,9 @@ def _read_parquet(path: Path, place: Place, wanted: set[str]) -> Rows:
 def _read_folder(path: Path, place: Place, wanted: set[str]) -> Rows:
     """What `save_to_disk` wrote, or a folder of data files laid out as on the hub."""
     saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
-    files = [] if saved else list(itertools.islice(path.rglob("*"), _MOST_FILES + 1))
-    if len(files) > _MOST_FILES:
-        raise place.error(f"holds more than {_MOST_FILES} files; give the folder of the data alone")
+    files = [] if saved else list(itertools.islice(path.rglob("*"), MOST_FILES + 1))
+    if len(files) > MOST_FILES:
+        raise place.error(f"holds more than {MOST_FILES} files; give the folder of the data alone")
     if not saved and not any(file.name.lower().endswith(SUFFIXES) for file in files):
         raise place.error(f"is a folder without data; it must hold {', '.join(SUFFIXES)} or a saved data set")
     import datasets
@@ -220,6 +220,10 @@ def _read_folder(path: Path, place: Place, wanted: set[str]) -> Rows:
 
 
 def _read_hub(place: Place, wanted: set[str]) -> Rows:
+    return _rows_of_split(_load_hub(place), place, wanted)
+
+
+def _load_hub(place: Place) -> Any:
     if not _HUB_ID.fullmatch(place.path) or place.path.startswith(".") or place.path.endswith(SUFFIXES):
         raise place.error(
             f"no such file or folder; give a file ({', '.join(SUFFIXES)}), a folder or a hub id"
@@ -227,14 +231,21 @@ def _read_hub(place: Place, wanted: set[str]) -> Rows:
     import datasets
 
     try:
-        loaded = datasets.load_dataset(place.path)
+        return datasets.load_dataset(place.path)
     # No network, no such data set, no access: the hub's clients raise nearly any class.
     except Exception as error:
         raise place.error(
             f"is no file or folder here, and not to be had from the hub: {_first_line(error)}; "
             f"type {place.path_key}=FOLDER to use a copy on disk"
         ) from error
-    return _rows_of_split(loaded, place, wanted)
+
+
+def hub_fingerprint(path: str) -> str:
+    """Of a hub data set as `datasets` has it: its fingerprints of the splits, which contain the commit.
+    Raises UserError where it cannot be had."""
+    loaded = _load_hub(Place(path, None))
+    splits = loaded if isinstance(loaded, dict) else {"train": loaded}
+    return json.dumps({str(name): splits[name]._fingerprint for name in sorted(splits, key=str)})
 
 
 def _rows_of_split(loaded: Any, place: Place, wanted: set[str]) -> Rows:

@@ -15,10 +15,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from statistics import fmean
 
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+from rcpo.data.pairs import PackedPairs, Packer, TokenizedPair, TokenizedSide
 from rcpo.data.records import BadRowError, PreferenceRecord
 from rcpo.data.render import (
     Rendered,
@@ -30,29 +30,9 @@ from rcpo.data.render import (
 )
 from rcpo.errors import UserError
 
+__all__ = ["TokenizedData", "TokenizedPair", "TokenizedSide", "describe_example", "tokenize_records"]
+
 _RECORDS_PER_BATCH = 512
-
-
-@dataclass(frozen=True)
-class TokenizedSide:
-    """One response with its prompt."""
-
-    input_ids: list[int]
-    """Prompt, response and closing EOS."""
-    num_prompt: int
-    """Prompt tokens, at least 1; `input_ids[num_prompt:]` is the response, at least 1 token."""
-
-
-@dataclass(frozen=True)
-class TokenizedPair:
-    """Both sides of one record."""
-
-    chosen: TokenizedSide
-    rejected: TokenizedSide
-    row: int
-    """Row number in the source."""
-    weight: float = 1.0
-    """What multiplies the pair's loss, finite and >= 0."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +40,7 @@ class TokenizedData:
     """Pairs that can train, and lines for the log: what was cut, dropped and why, and how long the pairs
     are."""
 
-    pairs: list[TokenizedPair]
+    pairs: PackedPairs
     report: list[str]
 
 
@@ -88,10 +68,11 @@ def tokenize_records(
     tokenizer has no chat template.
     """
     work = _Work(tokenizer, max_length, max_prompt_length)
-    pairs: list[TokenizedPair] = []
+    packer = Packer()
     dropped = Counter[str]()
     for start in range(0, len(records), _RECORDS_PER_BATCH):
         batch = records[start : start + _RECORDS_PER_BATCH]
+        pairs = []
         for record, outcome in zip(batch, work.tokenize_batch(batch), strict=True):
             if isinstance(outcome, TokenizedPair):
                 pairs.append(outcome)
@@ -102,7 +83,9 @@ def tokenize_records(
                 )
             else:
                 dropped[str(outcome)] += 1
-    return TokenizedData(pairs, [*work.report(), *_describe_lengths(pairs), *_describe_dropped(dropped)])
+        packer.add(pairs)
+    packed = packer.packed()
+    return TokenizedData(packed, [*work.report(), *_describe_lengths(packed), *_describe_dropped(dropped)])
 
 
 def describe_example(pair: TokenizedPair, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -139,8 +122,6 @@ class _Work:
         self._special = special_ids(tokenizer)
         self._template: Template | None = None
         self._counts = Counter[str]()
-        # One int object per id: lists of 100,000 pairs then take 8 bytes a token, not 36.
-        self._ints: dict[int, int] = {}
 
     def tokenize_batch(self, records: Sequence[PreferenceRecord]) -> list[TokenizedPair | BadRowError]:
         """For each record its pair, or the reason why it has none."""
@@ -199,7 +180,7 @@ class _Work:
         splits = [item.split for item in rendered for _ in range(2)]
         # verbose=False: rows longer than the model's limit are cut below, so a warning would mislead.
         batch = self._tokenizer(texts, add_special_tokens=False, verbose=False)
-        all_ids = [list(map(self._ints.setdefault, ids, ids)) for ids in batch["input_ids"]]
+        all_ids = batch["input_ids"]
         if self._tokenizer.is_fast:
             firsts = [
                 self._first_by_offset(batch, idx, len(text), splits[idx]) for idx, text in enumerate(texts)
@@ -281,16 +262,15 @@ def _num_response(side: TokenizedSide) -> int:
     return len(side.input_ids) - side.num_prompt
 
 
-def _describe_lengths(pairs: list[TokenizedPair]) -> list[str]:
-    if not pairs:
+def _describe_lengths(pairs: PackedPairs) -> list[str]:
+    if not len(pairs):
         return []
-    prompt = fmean(pair.chosen.num_prompt for pair in pairs)
-    chosen = fmean(_num_response(pair.chosen) for pair in pairs)
-    rejected = fmean(_num_response(pair.rejected) for pair in pairs)
-    longest = max(len(side.input_ids) for pair in pairs for side in (pair.chosen, pair.rejected))
+    lengths, num_prompt = pairs.arrays.lengths, pairs.arrays.num_prompt
+    prompt = int(num_prompt[:, 0].sum()) / len(pairs)
+    chosen, rejected = (int(num) / len(pairs) for num in (lengths - num_prompt).sum(axis=0))
     return [
         f"tokens on average: prompt {prompt:.1f}, chosen {chosen:.1f}, rejected {rejected:.1f}; "
-        f"longest row {longest}"
+        f"longest row {int(lengths.max())}"
     ]
 
 

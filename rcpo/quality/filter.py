@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rcpo.config.schema import Config, FilterConfig
-from rcpo.data.tokenize import TokenizedPair
+from rcpo.data.pairs import PackedPairs, TokenizedPair
 from rcpo.errors import UserError
 from rcpo.quality.pairs import pair_digest
 from rcpo.quality.score_file import ADVICE, TRAIN, ScoreFile, read_scores
@@ -38,7 +38,7 @@ def limits_of(config: FilterConfig) -> list[Limit]:
     return [Limit(name, column, value, *kind) for name, value, column, *kind in values if value is not None]
 
 
-def filter_pairs(pairs: Sequence[TokenizedPair], config: Config) -> tuple[list[TokenizedPair], list[str]]:
+def filter_pairs(pairs: PackedPairs, config: Config) -> tuple[PackedPairs, list[str]]:
     """The pairs within all limits, in their order, and lines for the log with how many each limit leaves out.
 
     Percentiles are of the scores of `pairs`; a pair with a score equal to a limit stays. Raises UserError
@@ -46,7 +46,7 @@ def filter_pairs(pairs: Sequence[TokenizedPair], config: Config) -> tuple[list[T
     """
     limits = limits_of(config.data.filter)
     if config.data.filter.scores is None or not limits:
-        return list(pairs), []
+        return pairs, []
     scores = read_scores(config.data.filter.scores, KEY)
     places = _places(pairs, scores, config.data.filter.scores)
     columns = scores.of_split(TRAIN)
@@ -66,7 +66,7 @@ def filter_pairs(pairs: Sequence[TokenizedPair], config: Config) -> tuple[list[T
         shown = " ".join(f"data.filter.{limit.key}={limit.value:g}" for limit in limits)
         raise UserError(f"{shown}: leaves none of {len(pairs)} training pairs; type wider limits")
     report.append(f"data.filter: {int(kept.sum())} of {len(pairs)} training pairs are kept")
-    return [pair for pair, keep in zip(pairs, kept, strict=True) if keep], report
+    return pairs.take(np.flatnonzero(kept).tolist()), report
 
 
 def _places(pairs: Sequence[TokenizedPair], scores: ScoreFile, path: str) -> list[int]:

@@ -1,0 +1,173 @@
+"""Tokenised pairs: one, and many of them as flat arrays that may lie in a mapped file.
+
+Owns their types. Does not make them (`rcpo.data.tokenize`) or keep them (`rcpo.data.token_store`).
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids: TypeAlias = NDArray[np.int32]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TokenizedSide:
+    """One response with its prompt."""
+
+    ids: list[int] | Ids
+    """As given: a list, or a view of an array that many pairs share."""
+    num_prompt: int
+    """Prompt tokens, at least 1; `input_ids[num_prompt:]` is the response, at least 1 token."""
+
+    @property
+    def input_ids(self) -> list[int]:
+        """Prompt, response and closing EOS; a list made on the spot where the ids are in an array."""
+        return self.ids if isinstance(self.ids, list) else self.ids.tolist()
+
+    @property
+    def num_tokens(self) -> int:
+        """Of prompt and response; looks at no id."""
+        return len(self.ids)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TokenizedSide):
+            return NotImplemented
+        return self.num_prompt == other.num_prompt and self.input_ids == other.input_ids
+
+    def __hash__(self) -> int:
+        return hash((self.num_prompt, *self.input_ids))
+
+    def __repr__(self) -> str:
+        return f"TokenizedSide({self.input_ids}, {self.num_prompt})"
+
+
+@dataclass(frozen=True)
+class TokenizedPair:
+    """Both sides of one record."""
+
+    chosen: TokenizedSide
+    rejected: TokenizedSide
+    row: int
+    """Row number in the source."""
+    weight: float = 1.0
+    """What multiplies the pair's loss, finite and >= 0."""
+
+
+class PairArrays(NamedTuple):
+    """n pairs; column 0 is the chosen side, column 1 the rejected one."""
+
+    ids: Ids
+    """(N,) all sides' tokens."""
+    starts: NDArray[np.int64]
+    """(n, 2) where in `ids` a side begins."""
+    lengths: NDArray[np.int64]
+    """(n, 2) tokens of a side."""
+    num_prompt: NDArray[np.int64]
+    """(n, 2) prompt tokens of a side."""
+    rows: NDArray[np.int64]
+    """(n,) row numbers in the source."""
+    weights: NDArray[np.float64]
+    """(n,)"""
+
+
+class PackedPairs(Sequence[TokenizedPair]):
+    """Pairs as arrays; an item is a view that is made when it is asked for."""
+
+    def __init__(self, arrays: PairArrays) -> None:
+        self.arrays = arrays
+
+    def __len__(self) -> int:
+        return len(self.arrays.rows)
+
+    @overload
+    def __getitem__(self, where: int) -> TokenizedPair: ...
+    @overload
+    def __getitem__(self, where: slice) -> "PackedPairs": ...
+    def __getitem__(self, where: int | slice) -> "TokenizedPair | PackedPairs":
+        if isinstance(where, slice):
+            return self.take(range(len(self))[where])
+        of = self.arrays
+        sides = [
+            TokenizedSide(of.ids[start : start + length], num_prompt)
+            for start, length, num_prompt in zip(
+                of.starts[where].tolist(),
+                of.lengths[where].tolist(),
+                of.num_prompt[where].tolist(),
+                strict=True,
+            )
+        ]
+        return TokenizedPair(sides[0], sides[1], int(of.rows[where]), float(of.weights[where]))
+
+    def __iter__(self) -> Iterator[TokenizedPair]:
+        return (self[idx] for idx in range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def take(self, indices: Sequence[int]) -> "PackedPairs":
+        """The pairs at `indices`, in that order; their tokens stay where they are."""
+        where = np.asarray(indices, dtype=np.int64)
+        of = self.arrays
+        return PackedPairs(
+            PairArrays(
+                of.ids,
+                of.starts[where],
+                of.lengths[where],
+                of.num_prompt[where],
+                of.rows[where],
+                of.weights[where],
+            )
+        )
+
+    def widths(self) -> list[int]:
+        """Tokens of each pair's longer side; looks at no id."""
+        widths: list[int] = self.arrays.lengths.max(axis=1, initial=0).tolist()
+        return widths
+
+
+class Packer:
+    """Packs pairs part by part, so that never all of them are held as lists: 4 bytes a token in place of 8
+    and more."""
+
+    def __init__(self) -> None:
+        self._parts: list[PairArrays] = []
+
+    def add(self, pairs: Sequence[TokenizedPair]) -> None:
+        sides = [(pair.chosen, pair.rejected) for pair in pairs]
+        lengths = np.array([[side.num_tokens for side in both] for both in sides], dtype=np.int64)
+        ends = lengths.reshape(-1).cumsum()
+        ids = [np.asarray(side.ids, dtype=np.int32) for both in sides for side in both]
+        self._parts.append(
+            PairArrays(
+                ids=np.concatenate(ids) if ids else np.zeros(0, np.int32),
+                starts=(ends - lengths.reshape(-1)).reshape(-1, 2),
+                lengths=lengths.reshape(-1, 2),
+                num_prompt=np.array(
+                    [[side.num_prompt for side in both] for both in sides], dtype=np.int64
+                ).reshape(-1, 2),
+                rows=np.array([pair.row for pair in pairs], dtype=np.int64),
+                weights=np.array([pair.weight for pair in pairs], dtype=np.float64),
+            )
+        )
+
+    def packed(self) -> PackedPairs:
+        """All pairs that were added, in that order."""
+        if not self._parts:
+            self.add([])
+        firsts = np.cumsum([0, *(len(part.ids) for part in self._parts[:-1])])
+        moved = [
+            part._replace(starts=part.starts + first) for part, first in zip(self._parts, firsts, strict=True)
+        ]
+        return PackedPairs(PairArrays(*(np.concatenate(columns) for columns in zip(*moved, strict=True))))
+
+
+def pack(pairs: Iterable[TokenizedPair]) -> PackedPairs:
+    """These pairs as arrays."""
+    packer = Packer()
+    packer.add(list(pairs))
+    return packer.packed()
