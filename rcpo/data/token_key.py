@@ -78,7 +78,8 @@ def token_key(
         return None
     settings = asdict(config)
     del settings["filter"]  # is applied to the tokenised pairs
-    parts = [FORMAT, _code_digest(), _versions(), content.digests, settings, repr(weighing), limits, state]
+    weighed = [type(weighing).__qualname__, vars(weighing)]
+    parts = [FORMAT, _code_digest(), _versions(), content.digests, settings, weighed, limits, state]
     return _digest_of(json.dumps(parts, sort_keys=True).encode())
 
 
