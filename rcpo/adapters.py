@@ -143,6 +143,23 @@ def lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
 
 
+@contextlib.contextmanager
+def new_adapter_off(model: nn.Module) -> Iterator[None]:
+    """While open, the new adapter adds 0 B (A x), exactly nothing: the model is its own reference. Its layers
+    run all the same, since ZeRO 3 expects them where they were."""
+    layers = [layer for _, layer in lora_layers(model)]
+    scalings = [layer.scaling.get(NEW) for layer in layers]
+    try:
+        for layer, scaling in zip(layers, scalings, strict=True):
+            if scaling is not None:
+                layer.scaling[NEW] = 0.0
+        yield
+    finally:
+        for layer, scaling in zip(layers, scalings, strict=True):
+            if scaling is not None:
+                layer.scaling[NEW] = scaling
+
+
 def last_block_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
     """The trainable adapter parameters of the last transformer block, for calibration scope `lora_last`.
 

@@ -7,16 +7,15 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from rcpo.config.schema import Config
-from rcpo.data.batch import collate, width
+from rcpo.data.batch import PairBatch, collate, width
 from rcpo.data.tokenize import TokenizedPair
 from rcpo.distributed import gather, rank, sum_over_ranks, world_size
-from rcpo.engine import Engine
 
 
 class SideLogProbs(NamedTuple):
@@ -24,6 +23,16 @@ class SideLogProbs(NamedTuple):
 
     z_w: Tensor
     z_l: Tensor
+
+
+class Scorer(Protocol):
+    """What gives log-probabilities without gradients: the engine of a policy, or a reference model."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def logprobs_without_grad(self, batch: PairBatch, tokens: bool = False) -> Tensor:
+        """z (2B,) fp32; with `tokens` the token log-probs (N,). Collective at ZeRO 3."""
 
 
 def eval_batch(config: Config) -> int:
@@ -34,13 +43,13 @@ def eval_batch(config: Config) -> int:
 
 
 def measure_logprobs(
-    engine: Engine,
+    scorer: Scorer,
     pairs: Sequence[TokenizedPair],
     pad_id: int,
     pairs_per_device: int,
     on_batch: Callable[[int], None] = lambda num_pairs: None,
 ) -> SideLogProbs:
-    """z_w, z_l of `pairs` under the engine's current weights; the same on every rank. Collective.
+    """z_w, z_l of `pairs` under the current weights of `scorer`; the same on every rank. Collective.
 
     Every rank runs the same number of forward passes, because at ZeRO 3 a forward pass is itself a
     collective: where batches do not divide by the ranks, the last ones are computed twice and one copy is
@@ -50,11 +59,11 @@ def measure_logprobs(
     batches = [
         by_length[start : start + pairs_per_device] for start in range(0, len(pairs), pairs_per_device)
     ]
-    result = torch.zeros(2, len(pairs), dtype=torch.float32, device=engine.device)
+    result = torch.zeros(2, len(pairs), dtype=torch.float32, device=scorer.device)
     for first in range(0, len(batches), world_size()):
         mine = first + rank()
         members = batches[min(mine, len(batches) - 1)]
-        z = engine.logprobs_without_grad(collate([pairs[idx] for idx in members], pad_id).to(engine.device))
+        z = scorer.logprobs_without_grad(collate([pairs[idx] for idx in members], pad_id).to(scorer.device))
         if mine < len(batches):
             result[:, members] = z.view(2, len(members))
         on_batch(sum(len(batch) for batch in batches[first : first + world_size()]))
@@ -63,7 +72,7 @@ def measure_logprobs(
 
 
 def measure_token_logprobs(
-    engine: Engine, pairs: Sequence[TokenizedPair], pad_id: int, pairs_per_device: int
+    scorer: Scorer, pairs: Sequence[TokenizedPair], pad_id: int, pairs_per_device: int
 ) -> list[Tensor]:
     """Per pair the token log-probs of the chosen and then the rejected response, (|y_w| + |y_l|,) fp32 on the
     CPU; the same on every rank. Collective."""
@@ -74,8 +83,8 @@ def measure_token_logprobs(
     ]
     for first in range(0, len(batches), world_size()):
         members = batches[min(first + rank(), len(batches) - 1)]
-        batch = collate([pairs[idx] for idx in members], pad_id).to(engine.device)
-        logps = engine.logprobs_without_grad(batch, tokens=True).cpu()
+        batch = collate([pairs[idx] for idx in members], pad_id).to(scorer.device)
+        logps = scorer.logprobs_without_grad(batch, tokens=True).cpu()
         sides = logps.split(batch.lengths.tolist())
         for place, idx in enumerate(members):
             found[idx] = torch.cat([sides[place], sides[place + len(members)]])

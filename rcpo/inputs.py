@@ -23,6 +23,7 @@ from rcpo.errors import UserError
 from rcpo.model import check_model, check_positions, check_vocabulary, load_tokenizer
 from rcpo.objectives import composition_of
 from rcpo.quality.filter import filter_pairs
+from rcpo.reference_weights import check_reference
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,11 @@ def _tokenise(config: Config, tokenizer: PreTrainedTokenizerBase) -> PairsRead:
 
 
 def _check_lengths(config: Config, train: PackedPairs, held_out: PackedPairs) -> None:
-    check_positions(config.model, max(int(pairs.arrays.lengths.max()) for pairs in (train, held_out)))
+    check_positions(config.model, _longest(train, held_out))
+
+
+def _longest(train: PackedPairs, held_out: PackedPairs) -> int:
+    return max(int(pairs.arrays.lengths.max()) for pairs in (train, held_out))
 
 
 def _kept_tokens(config: Config, tokenizer: PreTrainedTokenizerBase) -> Tokens:
@@ -167,6 +172,7 @@ def read_inputs(config: Config) -> Inputs:
     tokenizer = _checked_tokenizer(config)
     tokens = _kept_tokens(config, tokenizer)
     _check_lengths(config, tokens.train, tokens.held_out)
+    check_reference(config, tokenizer, _longest(tokens.train, tokens.held_out))
     train, filtered = filter_pairs(tokens.train, config)
     if len(train) < config.train.pairs_per_step:
         raise UserError(

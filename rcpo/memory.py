@@ -14,7 +14,9 @@ from rcpo.logprobs import CHUNK_ELEMENTS, KEPT_ELEMENTS
 FP32 = 4
 
 
-def memory_budget(config: Config, model: PreTrainedModel, num_rows: int, width: int) -> dict[str, int]:
+def memory_budget(
+    config: Config, model: PreTrainedModel, num_rows: int, width: int, reference: int = 0
+) -> dict[str, int]:
     """Bytes by what they are for, on one rank, for micro-batches of `num_rows` rows (two a pair) of `width`
     tokens.
 
@@ -22,7 +24,8 @@ def memory_budget(config: Config, model: PreTrainedModel, num_rows: int, width: 
     gradients b P_t (/N at 2 and 3; fp32 with bf16 weights at 1 to 3); optimizer 4 P_t for each of AdamW's two
     moments or SGD's momentum, and 4 P_t for DeepSpeed's fp32 weights at 1 to 3 (all /N at 1 to 3); head the
     fp32 logits of a chunk and the kept ones; calibration 2 P_t fp32 / N with scope full, 2 V H fp32 with
-    scope head. The reference's log-probabilities are computed beforehand: two numbers a pair.
+    scope head. The reference's log-probabilities are computed beforehand, two numbers a pair, or a live model
+    holds `reference` bytes.
     """
     num_ranks, stage = config.world_size(), config.deepspeed.stage or 0
     parameters = list(model.parameters())
@@ -39,7 +42,7 @@ def memory_budget(config: Config, model: PreTrainedModel, num_rows: int, width: 
         "activations": activation_bytes(config, model.config, num_rows, width, size),
         "head": FP32 * min(KEPT_ELEMENTS + CHUNK_ELEMENTS, num_rows * width * model.config.vocab_size),
         "calibration": _calibration_bytes(config, model, trained),
-        "reference": 0,
+        "reference": reference,
     }
 
 

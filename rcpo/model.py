@@ -212,6 +212,15 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     return model
 
 
+def load_frozen_model(config: ModelConfig) -> PreTrainedModel:
+    """A model that gives log-probabilities and never trains. Collective at ZeRO 3."""
+    with _one_line_errors(config.path, "model"):
+        source = model_source(config.path, config.allow_pickle)
+        model: PreTrainedModel = _from_pretrained(source, config)
+    model.requires_grad_(False)
+    return model.eval()
+
+
 def _from_pretrained(source: str, config: ModelConfig, **options: Any) -> Any:
     """What transformers makes of the weights, without dropout; `options` are further ones of its own."""
     transformers_logging.disable_progress_bar()

@@ -15,15 +15,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, Protocol, TextIO
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 from rcpo.adapter_files import below_fingerprint
 from rcpo.config.schema import ModelConfig
+from rcpo.data.batch import PairBatch
 from rcpo.data.tokenize import TokenizedPair, TokenizedSide
 from rcpo.distributed import from_rank_zero
 from rcpo.errors import UserError
@@ -32,8 +33,32 @@ from rcpo.model import model_source
 
 logger = logging.getLogger(__name__)
 
+
+class ReferenceRows(NamedTuple):
+    """What a micro-batch gets of the reference."""
+
+    ref_w: Tensor
+    """(B,) fp32, and likewise `ref_l`."""
+    ref_l: Tensor
+    ref_logps: Tensor | None
+    """(N,) fp32, all chosen tokens and then all rejected ones, where the objective weighs tokens."""
+
+
+class Reference(Protocol):
+    """Where reference log-probs of training pairs come from: `ReferenceTable`, or
+    `rcpo.reference_source.LiveReference`."""
+
+    num_bytes: int
+    """Memory of a rank that it holds on the device."""
+
+    def rows(self, indices: Sequence[int], batch: PairBatch) -> ReferenceRows:
+        """Of these training pairs, which `batch` has laid out. Collective at ZeRO 3."""
+
+
 KEY_BYTES = 16
 """Length of a row key (BLAKE2b): a collision among 10^9 rows has a chance below 10^-20."""
+USED_ONCE = "once-"
+"""How a fingerprint begins that says nothing of the weights."""
 SECONDS_BETWEEN_SIGNS = 20.0
 """How often a rank 0 that waits for its turn tells the others: far below a collective's time limit."""
 
@@ -62,7 +87,7 @@ def weights_fingerprint(config: ModelConfig) -> str:
                 "%s: its commit on the hub is unknown, so other runs cannot share its reference log-probs",
                 config.path,
             )
-            commit = os.urandom(KEY_BYTES).hex()
+            return USED_ONCE + os.urandom(KEY_BYTES).hex()
         digest.update(f"{config.path}@{commit}".encode())
         return digest.hexdigest()
     code = source.glob("*.py") if config.trust_remote_code else ()
@@ -225,13 +250,21 @@ TOKENS = "tokens."
 class ReferenceTable:
     """Reference log-probs by pair index, for the training pairs a run visits and for all held-out pairs.
 
-    Pairs the run never visits are nan, and looking one up is an error.
+    Pairs the run never visits are nan, and looking one up is an error. `held_out` is under the policy's
+    initial weights, whatever the reference is: displacement is measured against it. `train` is empty where
+    the reference is live. `fingerprint` is of the weights of `train`.
     """
 
+    num_bytes = 0
+
     def __init__(
-        self, train: SideLogProbs, held_out: SideLogProbs, tokens: dict[int, Tensor] | None = None
+        self,
+        train: SideLogProbs,
+        held_out: SideLogProbs,
+        tokens: dict[int, Tensor] | None = None,
+        fingerprint: str = "",
     ) -> None:
-        self.train, self.held_out = train, held_out
+        self.train, self.held_out, self.fingerprint = train, held_out, fingerprint
         self.tokens = tokens or {}
         """By training pair the log-probs of its chosen and then its rejected tokens; empty but for objectives
         that weigh tokens."""
@@ -242,6 +275,12 @@ class ReferenceTable:
         if tokens and not all(idx in self.tokens for idx in rows):
             return False
         return not bool(torch.isnan(self.train.z_w[rows]).any() or torch.isnan(self.train.z_l[rows]).any())
+
+    def rows(self, indices: Sequence[int], batch: PairBatch) -> ReferenceRows:
+        """As `Reference` says; on the CPU."""
+        ref_w, ref_l = self.train_rows(indices)
+        num_chosen = batch.lengths[: len(indices)].tolist()
+        return ReferenceRows(ref_w, ref_l, self.token_rows(indices, num_chosen))
 
     def train_rows(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """(ref_w, ref_l) of training pairs, each (B,) fp32."""
@@ -268,7 +307,8 @@ class ReferenceTable:
             "train_w": self.train.z_w, "train_l": self.train.z_l,
             "held_out_w": self.held_out.z_w, "held_out_l": self.held_out.z_l,
         } | {f"{TOKENS}{idx}": logps for idx, logps in self.tokens.items()}  # fmt: skip
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside)
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, beside, metadata={"fingerprint": self.fingerprint})
         os.replace(beside, path)
 
     @classmethod
@@ -276,6 +316,8 @@ class ReferenceTable:
         """What `save` wrote; UserError when it is missing or damaged."""
         try:
             tensors = load_file(path)
+            with safe_open(path, "pt") as file:
+                fingerprint = (file.metadata() or {}).get("fingerprint", "")
             return cls(
                 SideLogProbs(tensors["train_w"], tensors["train_l"]),
                 SideLogProbs(tensors["held_out_w"], tensors["held_out_l"]),
@@ -284,6 +326,7 @@ class ReferenceTable:
                     for name, logps in tensors.items()
                     if name.startswith(TOKENS)
                 },
+                fingerprint,
             )
         except (OSError, SafetensorError, KeyError):
             raise UserError(

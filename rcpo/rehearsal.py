@@ -1,7 +1,8 @@
 """The largest micro-batch, forward and back, before the first step: memory runs out here and not on the third
 day.
 
-Also where policy and reference must agree: both are the initial weights here. Changes nothing: the gradient
+Also where policy and reference must agree, unless the reference has weights of its own: both are the initial
+weights here. Changes nothing: the gradient
 is times zero, and the random numbers are put back. Called by `rcpo.trainer` on every rank.
 """
 
@@ -20,7 +21,8 @@ from rcpo.errors import UserError
 from rcpo.evaluation import peak_memory_gb
 from rcpo.inputs import Inputs
 from rcpo.memory import in_words, memory_budget
-from rcpo.reference import ReferenceTable
+from rcpo.reference import Reference
+from rcpo.reference_weights import has_own_weights
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +36,7 @@ def rehearse(
     engine: Engine,
     sampler: PairSampler,
     num_steps: int,
-    reference: ReferenceTable,
+    reference: Reference,
 ) -> None:
     """Print the memory budget, run this rank's largest micro-batch, and warn where z and ref differ.
     Collective; `engine` has its initial weights.
@@ -45,7 +47,7 @@ def rehearse(
     pairs = [inputs.train[idx] for idx in indices]
     batch = lay_out(config.train, pairs, inputs.pad_id, may_join=True)
     num_rows, num_columns = batch.input_ids.shape
-    budget = memory_budget(config, engine.policy.model, num_rows, num_columns)
+    budget = memory_budget(config, engine.policy.model, num_rows, num_columns, reference.num_bytes)
     if rank() == 0:
         RunConsole().print(
             f"memory of a rank: {in_words(budget)}", style="dim", soft_wrap=True, highlight=False
@@ -56,6 +58,7 @@ def rehearse(
             z = engine.logprobs(batch.to(engine.device))
             engine.backward((z * 0).sum(), is_last=False)
         engine.largest_gradient()
+        ref = torch.cat(reference.rows(indices, batch)[:2]).to(engine.device)
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not (isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)):
             raise
@@ -63,10 +66,13 @@ def rehearse(
             f"train.pairs_per_device={config.train.pairs_per_device}: the largest micro-batch, {num_rows} "
             f"rows of {num_columns} tokens, does not fit into memory ({in_words(budget)}); type "
             "train.pairs_per_device=1, model.gradient_checkpointing=true, a smaller train.max_length, or a "
-            "higher deepspeed.stage"
+            f"higher deepspeed.stage{', or reference=cached' if reference.num_bytes else ''}"
         ) from None
-    ref = torch.cat(reference.train_rows(indices)).to(engine.device)
-    _warn_of_difference(config, max(gather(float((z.detach() - ref).abs().max()))))
+    largest = max(gather(float((z.detach() - ref).abs().max())))
+    if has_own_weights(config):
+        logger.info("policy and reference differ by up to %.3f nats before the first update", largest)
+    else:
+        _warn_of_difference(config, largest)
     logger.info(
         "the largest micro-batch, %d rows of %d tokens, ran; peak memory %.2f GB; budget: %s",
         num_rows, num_columns, peak_memory_gb(engine.device), in_words(budget),

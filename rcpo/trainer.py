@@ -6,10 +6,9 @@ method is in `rcpo.step`, what users see in `rcpo.sinks` and `rcpo.report`.
 
 import contextlib
 import logging
-import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,20 +19,19 @@ from rcpo.aggregate import aggregate_of
 from rcpo.calibration import build_calibrator
 from rcpo.checkpoint import checkpoint_to_resume, load_checkpoint, save_checkpoint
 from rcpo.config.schema import Config
-from rcpo.console import RunConsole, passes_shown
 from rcpo.data.joint import lay_out
 from rcpo.data.sampler import PairSampler
-from rcpo.data.tokenize import TokenizedPair
-from rcpo.distributed import barrier, rank, world_size
+from rcpo.distributed import rank, world_size
 from rcpo.engine import Engine
-from rcpo.evaluation import SideLogProbs, eval_batch, measure_logprobs, measure_token_logprobs, peak_memory_gb
+from rcpo.evaluation import SideLogProbs, eval_batch, measure_logprobs, peak_memory_gb
 from rcpo.inputs import Inputs
 from rcpo.measurement import Measurements
 from rcpo.metrics import displacement_row
 from rcpo.model import save_model
 from rcpo.objectives import Objective, composition_of, objective_of
 from rcpo.plot import plot_run
-from rcpo.reference import ReferenceCache, ReferenceTable, shared_reference, weights_fingerprint
+from rcpo.reference import Reference
+from rcpo.reference_source import ReferenceSource
 from rcpo.rehearsal import rehearse
 from rcpo.report import model_card, summarize
 from rcpo.run_folder import RunFolder
@@ -57,7 +55,9 @@ class Training:
     num_steps: int
     state: TrainState
     measurements: Measurements
-    reference: ReferenceTable
+    reference: Reference
+    start: SideLogProbs
+    """Held-out z at step 0: what displacement is measured against."""
     sinks: list[Sink]
 
     def save(self) -> None:
@@ -84,15 +84,15 @@ def train(
     objective = objective_of(config.objective)
     sampler = inputs.sampler(config)
     num_steps = inputs.num_steps(config)
+    checkpoint = checkpoint_to_resume(run) if resume else None
+    visited = sampler.visited(num_steps)
+    source = ReferenceSource(config, run, inputs, visited, objective.weighs_tokens, checkpoint is not None)
+    source.run_own_model(device)
     engine = Engine(config, num_steps, device)
     measurements = Measurements(config, engine)
     calibrator = build_calibrator(config.calibration, sampler.num_fresh_steps)
     state = TrainState(0, calibrator, _initial_state(objective, inputs, sampler))
-    checkpoint = checkpoint_to_resume(run) if resume else None
-    visited = sampler.visited(num_steps)
-    reference = None if checkpoint is None else ReferenceTable.load(run.reference)
-    if reference is None or not reference.has(visited, objective.weighs_tokens):
-        reference = _compute_reference(config, run, inputs, engine, visited, objective.weighs_tokens)
+    reference, start = source.open(engine)
     rehearse(config, inputs, engine, sampler, num_steps, reference)
     if checkpoint is not None:
         values, scores = load_checkpoint(checkpoint, engine)
@@ -100,11 +100,22 @@ def train(
         measurements.load_state(scores)
     sinks = _start_sinks(config, run, num_steps, state.step)
     training = Training(
-        config, run, inputs, engine, objective, sampler, num_steps, state, measurements, reference, sinks
+        config,
+        run,
+        inputs,
+        engine,
+        objective,
+        sampler,
+        num_steps,
+        state,
+        measurements,
+        reference,
+        start,
+        sinks,
     )
     with stopping.deferred(), _closed_on_failure(sinks):
         if checkpoint is None:
-            _record_evaluation(training, reference.held_out)
+            _record_evaluation(training, start)
         _train_steps(training)
         return _finish(config, run, inputs, engine, sinks)
 
@@ -178,7 +189,7 @@ def _measure_probe(training: Training) -> float:
     """Mean r_w of the probe pairs, the first of the held-out ones. Collective."""
     pairs = training.inputs.held_out[: training.config.calibration.feedback.pairs]
     result = measure_logprobs(training.engine, pairs, training.inputs.pad_id, eval_batch(training.config))
-    return float((result.z_w - training.reference.held_out.z_w[: len(pairs)]).double().mean())
+    return float((result.z_w - training.start.z_w[: len(pairs)]).double().mean())
 
 
 def _initial_state(objective: Objective, inputs: Inputs, sampler: PairSampler) -> tuple[float, ...]:
@@ -209,51 +220,15 @@ def _micro_batches(training: Training, may_join: bool) -> list[MicroBatch]:
     )
     micro_batches = []
     for indices in cut:
-        ref_w, ref_l = training.reference.train_rows(indices)
         pairs = [training.inputs.train[idx] for idx in indices]
         batch = lay_out(config.train, pairs, training.inputs.pad_id, may_join)
-        lengths = batch.lengths[: len(pairs)].tolist()
-        batch = batch._replace(ref_logps=training.reference.token_rows(indices, lengths))
+        ref_w, ref_l, ref_logps = training.reference.rows(indices, batch)
+        batch = batch._replace(ref_logps=ref_logps)
         weight = torch.tensor([pair.weight for pair in pairs])
         micro_batches.append(
             MicroBatch(batch.to(device), ref_w.to(device), ref_l.to(device), weight.to(device))
         )
     return micro_batches
-
-
-def _compute_reference(
-    config: Config, run: RunFolder, inputs: Inputs, engine: Engine, visited: list[int], tokens: bool
-) -> ReferenceTable:
-    """Reference log-probs of all held-out pairs and of the training pairs that the run visits, under the
-    initial weights, from the cache where it has them; kept in the run folder. With `tokens` the training
-    pairs' token by token as well, by a pass of their own. Collective."""
-    cache = ReferenceCache(weights_fingerprint(config.model)) if rank() == 0 else None
-    pairs = [inputs.train[idx] for idx in visited] + inputs.held_out
-    started = time.perf_counter()
-
-    def compute(missing: Sequence[TokenizedPair]) -> SideLogProbs:
-        shown = passes_shown(RunConsole(), "reference log-probs", len(missing))
-        with shown if rank() == 0 else contextlib.nullcontext(lambda num_done: None) as on_batch:
-            return measure_logprobs(engine, missing, inputs.pad_id, eval_batch(config), on_batch)
-
-    values, num_computed = shared_reference(cache, pairs, compute)
-    logger.info(
-        "reference log-probs of %d pairs: %d sides computed in %.1f s, the rest from the cache",
-        len(pairs), num_computed, time.perf_counter() - started,
-    )  # fmt: skip
-    train_w = torch.full((len(inputs.train),), math.nan)
-    train_l = torch.full((len(inputs.train),), math.nan)
-    train_w[visited], train_l[visited] = values.z_w[: len(visited)], values.z_l[: len(visited)]
-    held_out = SideLogProbs(values.z_w[len(visited) :], values.z_l[len(visited) :])
-    table = ReferenceTable(SideLogProbs(train_w, train_l), held_out)
-    if tokens:
-        trained = [inputs.train[idx] for idx in visited]
-        logps = measure_token_logprobs(engine, trained, inputs.pad_id, eval_batch(config))
-        table.tokens = dict(zip(visited, logps, strict=True))
-    if cache is not None:
-        table.save(run.reference)
-    barrier()
-    return table
 
 
 def _start_sinks(config: Config, run: RunFolder, num_steps: int, start_step: int) -> list[Sink]:
@@ -270,7 +245,7 @@ def _record_evaluation(training: Training, result: SideLogProbs) -> None:
     folder."""
     if rank() != 0:
         return
-    step, start = training.state.step, training.reference.held_out
+    step, start = training.state.step, training.start
     row = displacement_row(result.z_w, result.z_l, start.z_w, start.z_l)
     training.run.save_pair_results(step, result)
     for sink in training.sinks:

@@ -251,9 +251,9 @@ def test_memory_that_runs_out_does_so_before_the_first_step(inputs: Path, tmp_pa
 
         def lay_out_and_end_memory(*args: object, may_join: bool) -> object:
             batch = lay_out(*args, may_join=may_join)  # type: ignore[arg-type]
+            ids = batch.input_ids.repeat(1, 2000)  # a row of 30,000 tokens
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used, resource.RLIM_INFINITY))
-            ids = batch.input_ids.repeat(1, 2000)  # a row of 30,000 tokens
             return batch._replace(input_ids=ids)
 
         rcpo.rehearsal.lay_out = lay_out_and_end_memory  # type: ignore[assignment]

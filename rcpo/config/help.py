@@ -104,7 +104,14 @@ def _key_lines(tree: dict[str, Any], choices: dict[str, str], folders: Sequence[
             yield from _filled(f"  {f'{name}={_shown(value)}':<34}  ", meanings.get(name, ""))
 
 
-HIDDEN = ("objective.name", "calibration.name", "optim.name", "tracking.name", "data.source")
+HIDDEN = (
+    "objective.name",
+    "calibration.name",
+    "optim.name",
+    "tracking.name",
+    "data.source",
+    "reference.name",
+)
 """What the choice of an option decides, not keys to set."""
 
 

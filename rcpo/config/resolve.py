@@ -58,6 +58,7 @@ def resolve(config: Config, joined_world_size: int | None, device_is_elsewhere: 
             filter=dataclasses.replace(config.data.filter, scores=_absolute(config.data.filter.scores)),
         ),
         optim=dataclasses.replace(config.optim, lr=config.optim.lr or _default_lr(config)),
+        reference=dataclasses.replace(config.reference, path=_absolute(config.reference.path)),
         deepspeed=dataclasses.replace(
             config.deepspeed, stage=1 if config.deepspeed.stage is None else config.deepspeed.stage
         ),

@@ -36,6 +36,7 @@ def check_combinations(config: Config) -> None:
         raise UserError("deepspeed.offload=optimizer: needs ZeRO 1, 2 or 3; type deepspeed.stage=2")
     _check_tracking(config.tracking)
     _check_calibration(config.calibration)
+    _check_reference(config)
     if config.calibration.scope == "lora_last" and config.model.lora.rank is None:
         raise UserError(
             "calibration.scope=lora_last: there is no adapter to measure; type model.lora.rank=16 as well, "
@@ -103,6 +104,12 @@ def _check_tracking(tracking: TrackingConfig) -> None:
             f"tracking.project={tracking.project}: must not hold {found}, which W&B does not take; "
             "type tracking.project=NAME"
         )
+    if tracking.log_model and (tracking.name == "none" or tracking.mode == "disabled"):
+        off = "tracking=none" if tracking.name == "none" else "tracking.mode=disabled"
+        raise UserError(
+            f"tracking.log_model=true: sends nothing with {off}; type tracking=wandb tracking.mode=auto as "
+            "well, or tracking.log_model=false"
+        )
 
 
 def _check_filter(given: FilterConfig) -> None:
@@ -124,6 +131,25 @@ def _check_filter(given: FilterConfig) -> None:
         raise UserError(
             f"data.filter.margin_min={low:g}: must be at most data.filter.margin_max={high:g}; "
             "type data.filter.margin_min=null"
+        )
+
+
+def _check_reference(config: Config) -> None:
+    """What cannot be with weights of the reference's own."""
+    path = config.reference.path
+    if path is None or not objective_of(config.objective).needs_reference:
+        return
+    calibration = config.calibration
+    if calibration.name == "feedback" and calibration.feedback.source == "batch":
+        raise UserError(
+            f"calibration.feedback.source=batch: would steer by the distance from reference.path={path}, "
+            "which is not displacement; type calibration.feedback.source=probe"
+        )
+    if config.model.quantization is not None:
+        raise UserError(
+            f"reference.path={path}: cannot be held beside a policy with "
+            f"model.quantization={config.model.quantization}; type reference.path=null, or "
+            "model.quantization=null"
         )
 
 

@@ -175,6 +175,21 @@ class DataConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class ReferenceConfig:
+    name: Literal["cached", "live"] = "cached"
+    """cached: reference log-probs are computed before the first step and kept for all runs of the same
+    weights. live: a frozen model stays in memory and computes them batch by batch; no cache is read or
+    written."""
+    path: Text | None = None
+    """Weights of the reference: a folder or a hub id with the same tokenizer as model.path; null: the
+    initial policy. Training displacement is then measured against them, eval/displacement still against
+    step 0 of the policy. Objectives that need no reference do not read it."""
+    pairs_per_device: Positive | None = None
+    """Pairs of one forward pass of the reference on a rank, to rounding without effect; null: four
+    micro-batches where cached, one where live, which takes at most one."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class OptimConfig:
     name: Literal["adamw", "sgd"]
     lr: Annotated[float, Field(gt=0)] | None = None
@@ -294,6 +309,7 @@ class Config:
     train: TrainConfig
     metrics: MetricsConfig
     launch: LaunchConfig
+    reference: ReferenceConfig = Field(default_factory=ReferenceConfig)
     name: Text | None = None
     run_dir: Text | None = None
     seed: Seed = 0
