@@ -90,6 +90,7 @@ DATA: dict[str, str | bytes] = {
     "conf3/experiment/lost.yaml": "train: {steps: 3}\n",
     "half-run/config.yaml": "a: [\n",
     "list-run/config.yaml": "- a\n",
+    "half-sweep/manifest.jsonl": "{\n",
 }
 
 

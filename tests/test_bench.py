@@ -222,7 +222,7 @@ MISTAKES = {
     "--shape width=3": "argument --shape: width=3: must be one of hidden=N, intermediate=N, ",
     "--shape hidden=10,heads=4": "--shape hidden=10,heads=4: hidden must be a multiple of twice the heads",
     "--lengths prompt=0": "argument --lengths: prompt=0: must be one of prompt=N, response=N with N at ",
-    "--steps 0": "argument --steps: 0: must be at least 1",
+    "--steps 0": "argument --steps: 0: must be a whole number of at least 1",
     "--calibrations off,,on": "argument --calibrations: off,,on: must be names with commas between them",
     "--calibrations of": "calibration=of: no such option; did you mean calibration=off? ",
     "--json nowhere/b.json": "--json nowhere/b.json: its folder is not there; give a file in one that is",

@@ -6,9 +6,10 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from rcpo.errors import UserError
+from rcpo.flags import Flags, check_writable
 
 if TYPE_CHECKING:
     from rcpo.compare.cells import Comparison
@@ -34,15 +35,8 @@ patterns in quotes. Runs that are unfinished, failed, or measured on other pairs
   --pdf DIR, --png DIR write its figures for a paper"""
 
 
-class Parser(argparse.ArgumentParser):
-    """Errors are `UserError`s of one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"compare: {message}; rcpo compare --help explains")
-
-
 def parse(words: list[str]) -> argparse.Namespace:
-    parser = Parser(add_help=False, allow_abbrev=False)
+    parser = Flags("compare")
     parser.add_argument("paths", nargs="*", metavar="PATH")
     parser.add_argument("--wandb", metavar="ENTITY/PROJECT")
     parser.add_argument("--where", action="append", default=[])
@@ -57,7 +51,12 @@ def parse(words: list[str]) -> argparse.Namespace:
     if not options.paths and options.wandb is None:
         parser.error("the following arguments are required: PATH (or --wandb ENTITY/PROJECT)")
     if options.paths and options.wandb is not None:
-        parser.error("argument --wandb: not allowed with PATH; compare folders or W&B's runs")
+        parser.error("argument --wandb: not allowed with PATH")
+    if options.html is not None:
+        check_writable("--html", options.html)
+    for name in ("pdf", "png"):
+        if (folder := getattr(options, name)) is not None:
+            check_writable(f"--{name}", folder, is_folder=True)
     return options
 
 
@@ -131,6 +130,7 @@ def write(path: Path, text: str) -> None:
         beside.write_text(text, encoding="utf-8")
         beside.replace(path)
     except OSError as error:
+        beside.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error.strerror}); give another file") from None
     print(f"wrote {path}", file=sys.stderr)
 
@@ -152,7 +152,7 @@ def select(runs: "list[Run]", conditions: Sequence[str]) -> "list[Run]":
         ]  # fmt: skip
         if not kept:
             raise UserError(
-                f"--where {condition}: no run has that; {key} is {', '.join(dict.fromkeys(seen))}"
+                f"--where {condition}: no run has that; {key} is {', '.join(dict.fromkeys(seen))}; give one"
             )
         runs = kept
     return runs

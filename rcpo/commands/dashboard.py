@@ -1,12 +1,12 @@
 """`rcpo dashboard ENTITY/PROJECT`: a workspace and a report in W&B."""
 
-import argparse
 import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from rcpo.commands.compare import load, say
 from rcpo.errors import UserError
+from rcpo.flags import Flags
 
 if TYPE_CHECKING:
     from rcpo.compare.from_wandb import Address
@@ -26,19 +26,12 @@ from W&B. Pages that were made before stay as they are, unless:
 Needs wandb-workspaces: pip install 'rcpo[dashboard]'."""
 
 
-class Parser(argparse.ArgumentParser):
-    """Errors are `UserError`s of one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"dashboard: {message}; rcpo dashboard --help explains")
-
-
 def run(words: list[str]) -> int:
     """Make the pages; returns the exit code. Raises UserError for bad input and where W&B refuses."""
     if not words or words[0] in ("-h", "--help"):
         print(HELP)
         return 0 if words else 2
-    parser = Parser(add_help=False, allow_abbrev=False)
+    parser = Flags("dashboard")
     parser.add_argument("address", metavar="ENTITY/PROJECT")
     parser.add_argument("paths", nargs="*", metavar="PATH")
     parser.add_argument("--print", "--dry-run", dest="is_print", action="store_true")

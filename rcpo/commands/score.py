@@ -1,14 +1,13 @@
 """`rcpo score [GROUP=OPTION] [KEY=VALUE] ...`: what a model says of preference pairs before training."""
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rcpo.config.compose import compose
 from rcpo.errors import UserError
-from rcpo.flags import Flags
+from rcpo.flags import Flags, check_writable
 
 if TYPE_CHECKING:
     from rcpo.config.schema import Config
@@ -74,11 +73,9 @@ def _check_out(out: Path, overwrite: bool) -> Path:
         raise UserError(f"--out {out}: must end in .parquet; type --out scores.parquet")
     page = out.with_suffix(".html")
     for path in (out, page):
-        if path.is_dir() or (path.exists() and not overwrite):
+        check_writable("--out", path)
+        if path.exists() and not overwrite:
             raise UserError(f"--out {out}: {path} exists; give another name, or type --overwrite")
-    above = next(folder for folder in out.absolute().parents if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise UserError(f"--out {out}: {above} is no folder that can be written to; give another name")
     return page
 
 

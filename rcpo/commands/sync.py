@@ -21,9 +21,14 @@ def run(words: list[str]) -> int:
     if len(words) != 1:
         raise UserError(f"sync takes one folder, not {len(words)} words; type rcpo sync FOLDER")
     folder = Path(words[0])
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give the one of a run or a sweep")
     offline = find_offline(folder)
     if not offline:
-        raise UserError(f"{folder}: has no offline W&B files (cells/*/wandb or wandb/offline-run-*)")
+        raise UserError(
+            f"{folder}: has no offline W&B files (wandb/offline-run-*, cells/*/wandb/offline-run-*); give "
+            "the folder of a run, or of a sweep, that ran with tracking.mode=offline"
+        )
     from rcpo.tracking import has_key
 
     if not has_key():

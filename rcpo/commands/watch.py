@@ -2,7 +2,7 @@
 
 import time
 
-from rcpo.errors import UserError
+from rcpo.flags import Flags
 
 HELP = """usage: rcpo watch PATH... [--once]
 
@@ -20,20 +20,19 @@ def run(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(HELP)
         return 0 if words else 2
-    once = "--once" in words
-    paths = [word for word in words if word != "--once"]
-    unknown = [word for word in paths if word.startswith("--")]
-    if unknown or not paths:
-        raise UserError(f"watch: {' '.join(unknown) or 'no path'}; type rcpo watch PATH... [--once]")
+    flags = Flags("watch")
+    flags.add_argument("paths", nargs="+", metavar="PATH")
+    flags.add_argument("--once", action="store_true")
+    options = flags.parse_intermixed_args(words)
     from rich.live import Live
 
     from rcpo.compare.find import find_runs
     from rcpo.compare.live import Board
     from rcpo.console import RunConsole
 
-    board, console = Board(find_runs(paths)), RunConsole()
+    board, console = Board(find_runs(options.paths)), RunConsole()
     board.look()
-    if once or not console.is_interactive:
+    if options.once or not console.is_interactive:
         if not console.is_interactive:
             console.width = 200
         console.print(board)

@@ -116,7 +116,9 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
     UserError when no config can be read."""
     unreadable = [LeftOut(run, run.problem or "has no config") for run in runs if not run.settings]
     if len(unreadable) == len(runs):
-        raise UserError(f"{runs[0].path}: {unreadable[0].reason}; there is nothing to compare")
+        raise UserError(
+            f"{runs[0].path}: {unreadable[0].reason}; there is nothing to compare; give other runs"
+        )
     grouped: dict[str, list[Run]] = {}
     for run in (run for run in runs if run.settings):
         grouped.setdefault(repr(sorted(distinguishing(run).items(), key=str)), []).append(run)

@@ -59,7 +59,9 @@ class SweepFolder:
             try:
                 cells.append(Cell(**json.loads(line)))
             except (ValueError, TypeError):
-                raise UserError(f"{self.manifest}: line {number} is damaged") from None
+                raise UserError(
+                    f"{self.manifest}: line {number} is damaged; copy the sweep folder again, or sweep anew"
+                ) from None
         return cells
 
 
