@@ -1,16 +1,22 @@
 """What a run reads: the embedded default and files, the report of it, and bad data that ends in one line and
 exit code 2 before there is a run folder."""
 
+import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import rcpo.builtin
+import rcpo.data.token_key
+import rcpo.inputs
 from rcpo.config.resolve import resolve
 from rcpo.config.schema import Config, validate
 from rcpo.data.tokenize import TokenizedPair
@@ -203,3 +209,108 @@ def test_bad_data_is_one_line_exit_code_2_and_no_run_folder(
     assert done.stderr.startswith(f"rcpo: data.path={shown}: {expected}")
     assert done.stderr.count("\n") == 1
     assert {path.name for path in tmp_path.iterdir()} <= {"pairs.jsonl"}
+
+
+# Tokenised data that are kept
+
+
+@pytest.fixture
+def all_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny files too."""
+    monkeypatch.setattr(rcpo.data.token_key, "SMALLEST_BYTES", 1)
+
+
+@contextlib.contextmanager
+def nothing_is_tokenised() -> Iterator[None]:
+    def refuse(*args: Any) -> Any:
+        raise AssertionError("tokenised again")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("load_records", "tokenize_records"):
+            patch.setattr(rcpo.inputs, name, refuse)
+        yield
+
+
+def kept_files() -> list[Path]:
+    return sorted(Path(os.environ["RCPO_CACHE"]).glob("tokens/*.safetensors"))
+
+
+def test_the_second_start_reads_the_same_without_tokenising(tmp_path: Path, all_are_kept: None) -> None:
+    """Pairs, order, batches, steps and the whole report, with rows dropped, prompts cut and weights read."""
+    rows = [{**each, "weight": 0.1 * number} for number, each in enumerate(ROWS)]
+    rows.insert(1, {"chosen": "a", "rejected": None, "weight": 1})
+    config = file_config(
+        tmp_path / "a.jsonl", rows, objective={"sample_weight": "weight"}, data={"on_bad_row": "drop"},
+        train={"pairs_per_step": 2, "max_length": 12, "epochs": 2},
+    )  # fmt: skip
+    fresh = read_inputs(config)
+    with nothing_is_tokenised():
+        again = read_inputs(config)
+    assert (again.train, again.held_out, again.report) == (fresh.train, fresh.held_out, fresh.report)
+    for part in (
+        "1 dropped: 1 because",
+        "prompts cut from the left",
+        "weights: mean",
+        "as the model sees it",
+    ):
+        assert sum(part in line for line in again.report) >= 1
+    assert [again.sampler(config).global_batch(step) for step in range(9)] == [
+        fresh.sampler(config).global_batch(step) for step in range(9)
+    ]
+    assert again.num_steps(config) == fresh.num_steps(config) == 3
+    for file in kept_files():
+        file.unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rcpo.data.token_key, "SMALLEST_BYTES", 10**9)
+        unkept = read_inputs(config)
+    assert kept_files() == []
+    assert (unkept.train, unkept.held_out, unkept.report) == (fresh.train, fresh.held_out, fresh.report)
+
+
+@pytest.mark.parametrize("change", ["data", "template", "max_length", "tokenizer"])
+def test_other_inputs_are_tokenised_again(tmp_path: Path, all_are_kept: None, change: str) -> None:
+    """And give what they would have given without a cache."""
+    config = file_config(tmp_path / "a.jsonl", ROWS, train={"pairs_per_step": 3})
+    before = read_inputs(config)
+    rows, groups = ROWS, {}
+    if change == "data":
+        rows = [row(name, "seven", "nines") for name in ("alice", "bob", "carol", "david")]
+    elif change == "template":
+        groups = {"model": {"chat_template": "plain"}}
+    elif change == "max_length":
+        groups = {"train": {"pairs_per_step": 3, "max_length": 9}}
+    else:
+        folder = tmp_path / "model"
+        shutil.copytree(Path(rcpo.builtin.__file__).parent / "tiny", folder)
+        text = (folder / "tokenizer.json").read_text()
+        (folder / "tokenizer.json").write_text(text.replace('"seven"', '"other"'))
+        groups = {"model": {"path": str(folder)}}
+    groups.setdefault("train", {"pairs_per_step": 3})
+    config = file_config(tmp_path / "a.jsonl", rows, **groups)
+    after = read_inputs(config)
+    assert after.train != before.train
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rcpo.data.token_key, "SMALLEST_BYTES", 10**9)
+        assert read_inputs(config).train == after.train
+    assert len(kept_files()) == 2
+
+
+def test_kept_pairs_are_checked_against_the_model_and_the_batch(tmp_path: Path, all_are_kept: None) -> None:
+    """The same tokens under a model with fewer positions, and more pairs a step than there are."""
+    folder = tmp_path / "model"
+    shutil.copytree(Path(rcpo.builtin.__file__).parent / "tiny", folder)
+    groups: dict[str, Any] = {"model": {"path": str(folder)}, "train": {"pairs_per_step": 3}}
+    read_inputs(file_config(tmp_path / "a.jsonl", ROWS, **groups))
+    told = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 16}
+    (folder / "config.json").write_text(json.dumps(told))
+    with nothing_is_tokenised():
+        said = fault(file_config(tmp_path / "a.jsonl", ROWS, **groups))
+        assert said.startswith("train.max_length: the longest row has ")
+        groups = {"train": {"pairs_per_step": 4}}
+        assert fault(file_config(tmp_path / "a.jsonl", ROWS, **groups)).startswith("train.pairs_per_step=4: ")
+
+
+def test_generated_and_small_data_are_not_kept(tmp_path: Path) -> None:
+    read_inputs(config_of())
+    read_inputs(file_config(tmp_path / "a.jsonl", ROWS, train={"pairs_per_step": 3}))
+    assert kept_files() == []
