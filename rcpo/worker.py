@@ -33,6 +33,7 @@ def run_worker(run: "RunFolder", config: "Config", resume: bool) -> int:
     import torch
 
     from rcpo import stopping
+    from rcpo.allocator import keep_freed_memory
     from rcpo.distributed import initialize, rank, shut_down
     from rcpo.logs import log_to_file
     from rcpo.processes import interrupted_line
@@ -40,6 +41,8 @@ def run_worker(run: "RunFolder", config: "Config", resume: bool) -> int:
     device = initialize(config.train.device or "cpu")
     log_to_file(run.logs, rank())
     torch.backends.cuda.matmul.allow_tf32 = False
+    if device.type == "cpu":
+        keep_freed_memory()
     if rank() == 0:
         stopping.stop_at_once()
     # Among ranks that rcpo.processes started, it is the one that speaks at the end.

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from rcpo import trainer
+from rcpo.allocator import keep_freed_memory
 from rcpo.bench.recorder import BenchDone, Recorder
 from rcpo.bench.work import CACHE, REFERENCE, Block, Work, moved
 from rcpo.distributed import initialize, rank, shut_down
@@ -56,6 +57,8 @@ def run_block(block: Block) -> dict[str, Any]:
 
 def run_rcpo(work: Work, recorder: Recorder) -> dict[str, Any]:
     """rcpo's own loop, with a look at every step."""
+    if recorder.device.type == "cpu":
+        keep_freed_memory()  # as in rcpo.worker
     timers = None
     if recorder.block.mode == "shares":
         from rcpo.bench.shares import Timers

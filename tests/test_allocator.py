@@ -1,0 +1,34 @@
+"""rcpo.allocator: what a CPU rank frees is not given back to the system."""
+
+import subprocess
+import sys
+
+import pytest
+
+FAULTS = """
+import resource, sys
+from rcpo.allocator import keep_freed_memory
+if sys.argv[1] == "kept" and not keep_freed_memory():
+    sys.exit(77)
+faults = []
+for _ in range(4):
+    block = bytearray(64 << 20)
+    del block
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(faults[-1] - faults[0])
+"""
+
+
+def num_faults(kind: str) -> int:
+    done = subprocess.run([sys.executable, "-c", FAULTS, kind], capture_output=True, text=True, timeout=60)
+    if done.returncode == 77:
+        pytest.skip("not glibc")
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+def test_blocks_of_64_mib_are_faulted_in_once_and_not_every_time() -> None:
+    kept = num_faults("kept")
+    assert kept < 100
+    # Three blocks of 64 MiB: 49,152 pages, or fewer where the system hands out huge ones.
+    assert num_faults("default") > kept
