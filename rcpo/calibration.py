@@ -146,9 +146,14 @@ class BandCalibration:
     center log r* for the estimator mean, log(|G_w| / |G_l|) and 0 for weighted, which gives the two halves
     equal norm.
 
-    The EMA advances once per measured step with beta_t = min(ema_beta, t/(t+1)), t counting the updates so
-    far: a plain running mean at first. alpha = 1 until the first update, so that step t uses measurements up
-    to step t-1.
+    A measurement after k optimizer steps moves the EMA with beta = min(ema_beta^k, n/(n+1)), n counting the
+    measurements so far: a plain running mean at first, which then looks back equally far whatever `every` is.
+    alpha = 1 until the first one, so that step t uses measurements up to step t-1.
+
+    Measured, embedded default, 150 steps, seeds 0-2, held-out chosen at the end of dpo / simpo / ipo with
+    `on`: every step +.22 / +.41 / +.42 nats; every 8th step after 50, with ema_beta^8, +.36 / +.37 / +.42,
+    with ema_beta alone +.28 / +.30 / +.29. `exact` wants a longer memory, as its measurements scatter more:
+    with .98^8 one of nine runs ended at -.85.
     """
 
     ema_beta: float
@@ -158,6 +163,11 @@ class BandCalibration:
     warmup_steps: int = 0
     """Optimizer steps at the start that are all measured."""
     num_updates: int = 0
+    """Measurements that the EMA holds."""
+    step: int = 0
+    """Optimizer steps seen."""
+    last_step: int = -1
+    """The newest step whose measurement was used, or skipped."""
     position_ema: float = 0.0
     """EMA of the band position before calibration."""
     center_ema: float = 0.0
@@ -181,14 +191,16 @@ class BandCalibration:
 
     def update(self, statistics: StepStatistics) -> None:
         self.num_clamped += abs(self._raw_log_alpha()) > self.max_log_alpha
-        if statistics.geometry is None:
-            return
+        step, self.step = self.step, self.step + 1
+        if statistics.geometry is None or not self.measures_at(step):
+            return  # what only metrics.geometry_every asked for must not change the training
+        num_steps, self.last_step = step - self.last_step, step
         log_ratio = statistics.log_ratio
         band = None if log_ratio is None else disentanglement_band(log_ratio, 1.0, statistics.geometry)
         if band is None or log_ratio is None:
             self.num_skipped += 1
             return
-        beta = min(self.ema_beta, self.num_updates / (self.num_updates + 1))
+        beta = min(self.ema_beta**num_steps, self.num_updates / (self.num_updates + 1))
         self.position_ema = beta * self.position_ema + (1 - beta) * band.position
         self.center_ema = beta * self.center_ema + (1 - beta) * band.center
         self.num_updates += 1
@@ -206,7 +218,7 @@ class BandCalibration:
         for name in self._STATE:
             setattr(self, name, state[name])
 
-    _STATE = ("num_updates", "position_ema", "center_ema", "num_skipped", "num_clamped")
+    _STATE = ("num_updates", "step", "last_step", "position_ema", "center_ema", "num_skipped", "num_clamped")
 
 
 @dataclass

@@ -160,6 +160,44 @@ def test_steps_without_a_measurement_keep_alpha_but_count_their_clamps() -> None
     assert (calibrator.num_updates, calibrator.num_skipped, calibrator.num_clamped) == (1, 0, 2)
 
 
+def test_a_measurement_counts_for_the_steps_since_the_one_before() -> None:
+    """Centres 1 and then 4: a running mean, 2.5. Then ema_beta .5 looks back less far: after three steps
+    .5^3 * 2.5 + (1 - .5^3) * 8."""
+    calibrator = calibration(ema_beta=0.98, every=3)
+    calibrator.update(StepStatistics(1.0, 1.0, with_center(1.0)))
+    assert calibrator.center_ema == pytest.approx(1.0)
+    for geometry in (None, None, with_center(4.0)):
+        calibrator.update(StepStatistics(1.0, 1.0, geometry))
+    assert calibrator.center_ema == pytest.approx(2.5)
+    calibrator.ema_beta = 0.5
+    for geometry in (None, None, with_center(8.0)):
+        calibrator.update(StepStatistics(1.0, 1.0, geometry))
+    assert calibrator.center_ema == pytest.approx(0.125 * 2.5 + 0.875 * 8)
+
+
+def test_measurements_that_were_not_asked_for_change_nothing() -> None:
+    """metrics.geometry_every may measure more often than the calibrator does."""
+    plain, looked_at = calibration(every=3), calibration(every=3)
+    for step in range(10):
+        geometry = with_center(math.sin(step))
+        plain.update(StepStatistics(1.0, 1.0, geometry if plain.measures_at(step) else None))
+        looked_at.update(StepStatistics(1.0, 1.0, geometry))
+    assert looked_at == plain
+
+
+def test_a_constant_measurement_gives_the_same_alpha_whatever_every_is() -> None:
+    """And one that jumps is followed at the same pace: after 24 steps both EMAs have moved equally far."""
+    often, seldom = calibration(ema_beta=0.9, every=1), calibration(ema_beta=0.9, every=8)
+    for step in range(100):
+        center = 0.0 if step < 73 else 1.0
+        for calibrator in (often, seldom):
+            measured = with_center(center) if calibrator.measures_at(step) else None
+            calibrator.update(StepStatistics(1.0, 1.0, measured))
+        if step == 96:  # both have just measured, 24 steps after the jump
+            assert often.center_ema == pytest.approx(1 - 0.9**24)
+            assert seldom.center_ema == pytest.approx(often.center_ema)
+
+
 def test_state_survives_json_bit_for_bit() -> None:
     """The two calibrators agree exactly after the round trip, and after one more step each."""
     first, second = calibration(ema_beta=0.9), calibration(ema_beta=0.9)
