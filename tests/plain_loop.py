@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from rcpo.data.tokenize import TokenizedPair, TokenizedSide
 
 DPO_BETA, SIMPO_BETA, SIMPO_GAMMA, IPO_TAU = 0.1, 2.0, 1.0, 0.1
-EMA_BETA, MAX_LOG_ALPHA = 0.98, 3.0
+MAX_LOG_ALPHA = 3.0
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,9 @@ class Settings:
     """mean or weighted."""
     every: int = 1
     """Optimizer steps between measurements."""
+    warmup_steps: int = 0
+    """Optimizer steps at the start that are all measured."""
+    ema_beta: float = 0.98
     dro_lambda: float | None = None
     """lambda of KL-DRO; None: the mean of the losses."""
     alpha: float = 1.0
@@ -93,7 +96,8 @@ def train_plainly(
     start = copy.deepcopy(model)
     optimizer = _optimizer(model, settings)
     run = PlainRun()
-    log_ratios, centers = _Ema(), _Ema()
+    log_ratios, centers = _Ema(settings.ema_beta), _Ema(settings.ema_beta)
+    last_measured = -1
     loop = None if settings.steering is None else _Loop(settings.steering)
     for step, indices in enumerate(batches):
         batch = [pairs[idx] for idx in indices]
@@ -125,7 +129,8 @@ def train_plainly(
                 loop.see(row["displacement/chosen"], 1)
             elif step % settings.steering.every == 0:
                 loop.see(_mean_r_w(model, start, probe), settings.steering.every)
-        if settings.calibration in ("on", "exact") and step % settings.every == 0:
+        is_due = step < settings.warmup_steps or step % settings.every == 0
+        if settings.calibration in ("on", "exact") and is_due:
             weighted = settings.estimator == "weighted"
             weights = Sides(d_w, d_l) if weighted else Sides(torch.ones_like(d_w), torch.ones_like(d_l))
             measure = head_geometry if settings.scope == "head" else full_geometry
@@ -133,8 +138,10 @@ def train_plainly(
             row |= {f"score/{name}": value for name, value in geometry._asdict().items()}
             if d_w.mean() > 0 and d_l.mean() > 0:
                 log_norms = math.log(geometry.rejected_norm / geometry.chosen_norm)
-                log_ratios.add(-log_norms if weighted else math.log(d_w.mean() / d_l.mean()))
-                centers.add(0.0 if weighted else log_norms)
+                position = -log_norms if weighted else math.log(d_w.mean() / d_l.mean())
+                log_ratios.add(position, step - last_measured)
+                centers.add(0.0 if weighted else log_norms, step - last_measured)
+            last_measured = step
         limit = settings.grad_clip or math.inf
         row["train/grad_norm"] = float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
         optimizer.step()
@@ -144,13 +151,14 @@ def train_plainly(
 
 
 class _Ema:
-    """A running mean whose decay ends at `EMA_BETA`: beta_t = min(EMA_BETA, t/(t+1))."""
+    """A running mean of n values; k steps after the last one it keeps at most ema_beta^k: beta =
+    min(ema_beta^k, n/(n+1))."""
 
-    def __init__(self) -> None:
-        self.value, self._num = 0.0, 0
+    def __init__(self, ema_beta: float) -> None:
+        self.value, self._num, self._ema_beta = 0.0, 0, ema_beta
 
-    def add(self, value: float) -> None:
-        beta = min(EMA_BETA, self._num / (self._num + 1))
+    def add(self, value: float, num_steps: int) -> None:
+        beta = min(self._ema_beta**num_steps, self._num / (self._num + 1))
         self.value = beta * self.value + (1 - beta) * value
         self._num += 1
 

@@ -208,6 +208,7 @@ def plain_run(config: Config) -> PlainRun:
     sampler = inputs.sampler(config)
     settings = Settings(
         *case, config.optim.lr, config.train.grad_clip, band.scope, band.estimator, band.every,
+        band.warmup_steps, band.ema_beta,
         config.objective["dro_lambda"] if config.objective["aggregate"] == "kl_dro" else None,
         band.alpha, _steering(config, sampler.num_fresh_steps),
     )  # fmt: skip

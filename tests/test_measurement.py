@@ -44,7 +44,7 @@ class Measured(NamedTuple):
 
 EXACT = Case("dpo", "exact", "llama-tied", "adamw")
 SIMPO_EXACT = Case("simpo", "exact", "neox", "adamw")
-EVERY_STEP, EVERY_SECOND = "calibration.every=1", "calibration.every=2"
+EVERY_SECOND, SHORT_MEMORY = "calibration.every=2", "calibration.ema_beta=0.5"
 EXACT_LAYOUTS = (
     Layout(1, 8, 0), Layout(1, 1), Layout(2, 4, 0), Layout(2, 1, 1), Layout(2, 2, 2), Layout(2, 2, 3),
 )  # fmt: skip
@@ -53,7 +53,7 @@ HEAD_WEIGHTED = ("calibration.estimator=weighted",)
 CALIBRATED = [
     *(Measured(EXACT, layout, (NO_WARMUP, EVERY_SECOND)) for layout in EXACT_LAYOUTS),
     *(
-        Measured(SIMPO_EXACT, layout, (NO_WARMUP, EVERY_STEP))
+        Measured(SIMPO_EXACT, layout, (NO_WARMUP, EVERY_SECOND, SHORT_MEMORY))
         for layout in (Layout(1, 2, 2), Layout(2, 1, 3))
     ),
     *(Measured(ON, layout, HEAD_WEIGHTED) for layout in (Layout(1, 4), Layout(2, 1, 3))),
