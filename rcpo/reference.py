@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol, TextIO
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, load_file, save_file
@@ -102,8 +103,9 @@ def weights_fingerprint(config: ModelConfig) -> str:
 
 def side_key(side: TokenizedSide) -> bytes:
     """Key of one tokenised side: its ids and where the response begins."""
-    ids = torch.tensor([side.num_prompt, *side.input_ids], dtype=torch.int64).numpy().tobytes()
-    return hashlib.blake2b(ids, digest_size=KEY_BYTES).digest()
+    content = np.empty(1 + side.num_tokens, dtype=np.int64)
+    content[0], content[1:] = side.num_prompt, side.ids
+    return hashlib.blake2b(content.data, digest_size=KEY_BYTES).digest()
 
 
 class ReferenceCache:
@@ -120,10 +122,9 @@ class ReferenceCache:
         try:
             # One read of one file: load_file opens the path twice, and a merge may come between.
             tensors = load(self.path.read_bytes())
-            return {
-                bytes(key): value
-                for key, value in zip(tensors["keys"].numpy(), tensors["z"].tolist(), strict=True)
-            }
+            keys = tensors["keys"].numpy().tobytes()
+            starts = range(0, len(keys), KEY_BYTES)
+            return dict(zip((keys[i : i + KEY_BYTES] for i in starts), tensors["z"].tolist(), strict=True))
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             logger.warning("%s cannot be read (%s): it is computed again and replaced", self.path, error)
             return {}

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from rcpo.config.schema import Config, ModelConfig
+from rcpo.config.schema import Config
 from rcpo.console import RunConsole, passes_shown
 from rcpo.data.batch import PairBatch, collate
 from rcpo.data.tokenize import TokenizedPair
@@ -92,7 +92,7 @@ class ReferenceSource:
         weights than the reference's are now."""
         self._config, self._run, self._inputs = config, run, inputs
         self._visited, self._tokens = visited, tokens
-        self._trained = [inputs.train[idx] for idx in visited]
+        self._trained = inputs.train.take(visited)
         self._batch = config.reference.pairs_per_device or eval_batch(config)
         self._is_live = config.reference.name == "live"
         self._adapter_off = config.model.lora.rank is not None and not has_own_weights(config)
@@ -156,8 +156,7 @@ class ReferenceSource:
     def _computed(self, engine: Engine) -> ReferenceTable:
         """The table, from the cache where it has the rows."""
         if self._own is not None:
-            policy = _fingerprint_on_rank_zero(self._config.model)
-            self._own.held_out = self._scored(policy, self._inputs.held_out, lambda: engine)
+            self._own.held_out = self._start(engine) if self._kept is None else self._kept.held_out
             return self._own
         pairs, num_trained = [*self._trained, *self._inputs.held_out], len(self._trained)
         values = self._scored(self._fingerprint, pairs, lambda: engine)
@@ -165,6 +164,11 @@ class ReferenceSource:
         table = self._table(SideLogProbs(values.z_w[:num_trained], values.z_l[:num_trained]), held_out)
         self._add_tokens(table, lambda: engine)
         return table
+
+    def _start(self, engine: Engine) -> SideLogProbs:
+        """The held-out pairs under the policy's initial weights, whose cache is not the reference's."""
+        fingerprint = weights_fingerprint(self._config.model) if rank() == 0 else ""
+        return self._scored(fingerprint, self._inputs.held_out, lambda: engine)
 
     def _table(self, trained: SideLogProbs, held_out: SideLogProbs) -> ReferenceTable:
         """From values of the visited training pairs."""
@@ -199,7 +203,3 @@ class ReferenceSource:
             len(pairs), num_computed, time.perf_counter() - started,
         )  # fmt: skip
         return values
-
-
-def _fingerprint_on_rank_zero(model: ModelConfig) -> str:
-    return weights_fingerprint(model) if rank() == 0 else ""

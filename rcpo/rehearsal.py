@@ -12,7 +12,6 @@ import torch
 
 from rcpo.config.schema import Config
 from rcpo.console import RunConsole
-from rcpo.data.batch import width
 from rcpo.data.joint import lay_out
 from rcpo.data.sampler import PairSampler
 from rcpo.distributed import gather, rank, world_size
@@ -82,13 +81,14 @@ def rehearse(
 def largest_micro_batch(config: Config, inputs: Inputs, sampler: PairSampler, num_steps: int) -> list[int]:
     """Of this rank's micro-batches in the run, the one with most tokens, padding included."""
     assert config.train.pairs_per_device is not None
+    widths = inputs.train.widths()
     return max(
         (
             indices
             for step in range(num_steps)
             for indices in sampler.micro_batches(step, rank(), world_size(), config.train.pairs_per_device)
         ),
-        key=lambda indices: max(width(inputs.train[idx]) for idx in indices),
+        key=lambda indices: max(widths[idx] for idx in indices),
     )
 
 

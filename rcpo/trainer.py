@@ -200,14 +200,14 @@ def _initial_state(objective: Objective, inputs: Inputs, sampler: PairSampler) -
         for idx in sampler.global_batch(0)
         for side in (inputs.train[idx].chosen, inputs.train[idx].rejected)
     ]
-    total = sum(len(side.input_ids) - side.num_prompt for side in sides)
+    total = sum(side.num_tokens - side.num_prompt for side in sides)
     return objective.initial_state(2 * total / len(sides))
 
 
 def _num_tokens(inputs: Inputs, indices: list[int]) -> int:
     """Tokens of these training pairs, both sides, prompt and response, without padding."""
     return sum(
-        len(inputs.train[idx].chosen.input_ids) + len(inputs.train[idx].rejected.input_ids) for idx in indices
+        side.num_tokens for idx in indices for side in (inputs.train[idx].chosen, inputs.train[idx].rejected)
     )
 
 
