@@ -20,10 +20,9 @@ from test_inputs import row
 from rcpo import cli
 from rcpo.compare import pair_ches
 from rcpo.compare.fallen import ChesChoice, find_fallen
-from rcpo.compare.page import make_page
+from rcpo.compare.page import make_page, same_decimals
 from rcpo.compare.statistics import spearman
 from rcpo.compare.table import make_rows
-from rcpo.console import number
 from rcpo.model import model_source
 from rcpo.quality.score_file import HELD_OUT, read_scores
 
@@ -82,17 +81,24 @@ def test_the_page_has_the_ches_that_rcpo_score_gives_the_same_pairs(made: Case) 
     page = made.page()
     body = page.split("whose winner fell most under off")[1].split("<tbody>")[1].split("</tbody>")[0]
     rows = [re.findall(r"<td[^>]*>(.*?)</td>", part, re.S) for part in body.split("</tr>")[:-1]]
-    assert [cells[0] for cells in rows] == ["2", "4", "3", "1"]
+    places = [2, 4, 3, 1]
+    assert [cells[0] for cells in rows] == list(map(str, places))
     assert made.scores["row"] == [0, 1, 2, 3, 5, 6]
     per_token = made.scores["ches_norm"]
-    for cells in rows:
-        place = int(cells[0])
-        lower = sum(value < per_token[place] for value in per_token)
-        expected = [number(made.scores["ches"][place]), number(per_token[place]), f"{100 * lower / 6:.0f}"]
-        assert cells[2:5] == expected
+    for column, name in ((2, "ches"), (3, "ches_norm")):
+        assert [cells[column] for cells in rows] == same_decimals([made.scores[name][idx] for idx in places])
+    lower = [sum(value < per_token[idx] for value in per_token) for idx in places]
+    assert [cells[4] for cells in rows] == [f"{100 * num / 6:.0f}" for num in lower]
     assert rows[1][6:8] == ["five", "five four"]
     falls = torch.tensor(FALLS, dtype=torch.float64).numpy()
     assert f"{spearman(torch.tensor(per_token).numpy(), falls):+.2f}, where -1" in page
+
+
+def test_a_column_has_the_decimals_of_its_largest_number() -> None:
+    assert same_decimals([0.626, -10.84, 1.9]) == ["0.6", "-10.8", "1.9"]
+    assert same_decimals([0.0128, -0.2211]) == ["0.013", "-0.221"]
+    assert same_decimals([123456.7, 3.2]) == ["123457", "3"]
+    assert same_decimals([0.0]) == ["0"]
 
 
 def test_unrounded_it_is_the_same_too(made: Case) -> None:

@@ -293,7 +293,8 @@ def scatter_figure(cells: Sequence[Cell]) -> Figure | None:
         "Displacement, pair by pair",
         f"One mark a held-out pair, mean over {seeds_text([cell for cell, _ in drawn])}; n = "
         f"{' or '.join(map(str, num_pairs))}{shown}; nats. "
-        "Above the dashed line at 0 the chosen response rose; above the diagonal the margin grew.",
+        "Above the dashed line at 0 the chosen response rose, below it fell; above the diagonal the margin "
+        "grew.",
     )
     across = _span(np.concatenate([points.r_l for _, points in drawn]))
     up = _span(np.concatenate([points.r_w for _, points in drawn]))
@@ -323,9 +324,7 @@ def scatter_figure(cells: Sequence[Cell]) -> Figure | None:
                 },
             ]
         )  # fmt: skip
-        figure.facets.append(
-            f"{cell.calibration}: {percent(float((points.r_w < 0).mean()))} of the pairs fell"
-        )
+        figure.facets.append(f"{cell.calibration}: {percent(float((points.r_w < 0).mean()))} fell")
     return figure
 
 

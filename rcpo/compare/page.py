@@ -16,7 +16,7 @@ from rcpo.compare.fallen import ChesChoice, Fallen, FallenPair, find_fallen
 from rcpo.compare.figures import Figure, heat_map, objective_figures
 from rcpo.compare.summary import headline, sentences
 from rcpo.compare.table import COLUMNS, Row, cell_texts, heads, notes
-from rcpo.console import KEPT_NATS, nats, number
+from rcpo.console import KEPT_NATS, nats
 
 HERE = Path(__file__).parent
 MAX_TEXT = 600
@@ -59,7 +59,8 @@ def make_page(rows: Sequence[Row], comparison: Comparison, ches: ChesChoice = "a
 {_list(sentences(rows, comparison))}
 <p class="meta">{num_runs} runs in {len(comparison.cells)} cells, {len(comparison.left_out)} runs left out;
 rcpo {rcpo.__version__}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC.</p>
-<p class="note">Drag in a figure to look closer, double-click to go back, click a legend to hide a line.</p>
+<p class="note screen">Drag in a figure to look closer, double-click to go back, click a legend to hide a
+line.</p>
 <nav>{links}<a href="#settings">settings</a></nav>
 {overview}
 {_main_table(rows, comparison)}
@@ -168,7 +169,8 @@ def _fallen_table(fallen: Fallen | None, is_open: bool) -> str:
     if fallen.no_text is not None:
         missing = f'<p class="note">Without their text: {html.escape(fallen.no_text)}</p>'
     return (
-        f"<details{' open' if is_open else ''}><summary>The {len(pairs)} pairs whose winner fell most under "
+        f'<details class="fallen"{" open" if is_open else ""}><summary>'
+        f"The {len(pairs)} pairs whose winner fell most under "
         f"{html.escape(fallen.calibration)}</summary>"
         f'<p class="note">{html.escape(ABOUT_FALLEN)}{html.escape(_about_ches(fallen))}</p>'
         f"{missing}"
@@ -202,16 +204,22 @@ def _ches_columns(fallen: Fallen) -> tuple[list[str], list[str]]:
         return ['<th class="left">CHES</th>'], [why, *[""] * (len(pairs) - 1)]
     if any(pair.ches is None for pair in pairs):
         return [], [""] * len(pairs)
-    heads, rows = ["CHES", "per token"], []
+    scores = [pair.ches for pair in pairs if pair.ches is not None]
+    columns = {
+        "CHES": same_decimals([score.ches for score in scores]),
+        "CHES per token": same_decimals([score.per_token for score in scores]),
+    }
     if fallen.correlation is not None:
-        heads.append("percentile")
-    for pair in pairs:
-        assert pair.ches is not None
-        texts = [number(pair.ches.ches), number(pair.ches.per_token)]
-        if pair.percentile is not None:
-            texts.append(f"{pair.percentile:.0f}")
-        rows.append("".join(f"<td>{text}</td>" for text in texts))
-    return [f"<th>{head}</th>" for head in heads], rows
+        columns["percentile"] = [f"{pair.percentile:.0f}" for pair in pairs]
+    rows = ["".join(f"<td>{text}</td>" for text in texts) for texts in zip(*columns.values(), strict=True)]
+    return [f"<th>{head}</th>" for head in columns], rows
+
+
+def same_decimals(values: Sequence[float]) -> list[str]:
+    """As many decimals as the largest needs for three significant digits."""
+    largest = max(map(abs, values), default=0.0)
+    decimals = min(9, max(0, 2 - math.floor(math.log10(largest)))) if largest > 0 else 0
+    return [f"{value:.{decimals}f}" for value in values]
 
 
 def _text_columns(pairs: Sequence[FallenPair]) -> tuple[list[str], list[str]]:
@@ -229,13 +237,18 @@ def _text_columns(pairs: Sequence[FallenPair]) -> tuple[list[str], list[str]]:
     return [f'<th class="left">{name}</th>' for name in ("prompt", "chosen", "rejected")], rows
 
 
+def _breakable(key: str) -> str:
+    """A dotted key that may go on in a new line behind a dot."""
+    return html.escape(key).replace(".", ".<wbr>").replace("_", "_<wbr>")
+
+
 def _shortened(text: str) -> str:
     return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} … ({len(text) - MAX_TEXT} characters more)"
 
 
 def _settings(comparison: Comparison) -> str:
     """What cells differ in, cell by cell, and what they share."""
-    head = "".join(f'<th class="left">{html.escape(key)}</th>' for key in comparison.differing)
+    head = "".join(f'<th class="left">{_breakable(key)}</th>' for key in comparison.differing)
     body = "".join(
         f'<tr><td class="left">{html.escape(cell.label)}</td>'
         + "".join(

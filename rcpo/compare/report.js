@@ -9,21 +9,22 @@ const BASE = {
   hoverlabel: { namelength: -1 },
 };
 const AXIS = { gridcolor: "#e6e6e6", zeroline: false, automargin: false, ticks: "outside", tickcolor: "#bbbbbb", ticklen: 4 };
-const FACET = { width: 280, height: 250 };
+const SCREEN = { facetWidth: 280, facetHeight: 250, gap: 0.2 };
+const PAPER = { width: 680, height: 280, facetWidth: 220, facetHeight: 200, gap: 0.3 };
 
-function layoutOf(figure, width) {
-  const layout = { ...BASE, ...figure.layout, width: width, margin: { ...BASE.margin, ...figure.layout.margin } };
+function layoutOf(figure, width, size) {
+  const layout = { ...BASE, height: size.height, ...figure.layout, width: width, margin: { ...BASE.margin, ...figure.layout.margin } };
   for (const key of Object.keys(layout)) {
     if (/^[xy]axis\d*$/.test(key)) layout[key] = { ...AXIS, ...layout[key] };
   }
   const count = figure.facets.length;
   if (!count) return layout;
-  let columns = Math.min(count, Math.max(1, Math.floor(width / FACET.width)));
+  let columns = Math.min(count, Math.max(1, Math.floor(width / size.facetWidth)));
   if (count === 4 && columns === 3) columns = 2;
   const rows = Math.ceil(count / columns);
-  layout.grid = { rows: rows, columns: columns, pattern: "independent", xgap: 0.2, ygap: 0.34 };
+  layout.grid = { rows: rows, columns: columns, pattern: "independent", xgap: size.gap, ygap: 0.34 };
   const top = figure.data.some((trace) => trace.showlegend !== false) ? 70 : 30;
-  layout.height = rows * FACET.height + 10 + top;
+  layout.height = rows * size.facetHeight + 10 + top;
   layout.margin = { ...layout.margin, t: top };
   layout.legend = { ...layout.legend, y: 1 + 30 / (layout.height - top - 46) };
   layout.annotations = figure.facets.map((text, index) => {
@@ -40,14 +41,14 @@ const root = document.documentElement;
 let faults = 0;
 window.addEventListener("error", () => { root.dataset.faults = String(++faults); });
 
-function draw(width) {
+function draw(size) {
   return Promise.all(figures.map((figure, index) => Plotly.react(
-    places[index], figure.data, layoutOf(figure, width || places[index].clientWidth),
+    places[index], figure.data, layoutOf(figure, size.width || places[index].clientWidth, size),
     { displayModeBar: false, doubleClickDelay: 400 })));
 }
 
 root.dataset.faults = "0";
-draw().then(() => {
+draw(SCREEN).then(() => {
   root.dataset.figures = String(places.filter((place) => place.querySelector(".trace, .heatmaplayer image")).length);
   root.dataset.drawnMs = String(Math.round(performance.now()));
 }, (error) => { root.dataset.faults = String(++faults); console.error(error); });
@@ -57,7 +58,13 @@ window.addEventListener("resize", () => {
   if (window.innerWidth === drawnWidth) return;
   drawnWidth = window.innerWidth;
   clearTimeout(waiting);
-  waiting = setTimeout(() => draw(), 150);
+  waiting = setTimeout(() => draw(SCREEN), 150);
 });
-window.addEventListener("beforeprint", () => { draw(680); });
-window.addEventListener("afterprint", () => { draw(); });
+// On paper nothing opens: the pairs that fell are all shown there.
+let opened = [];
+window.addEventListener("beforeprint", () => {
+  opened = [...document.querySelectorAll("details.fallen:not([open])")];
+  opened.forEach((part) => { part.open = true; });
+  draw(PAPER);
+});
+window.addEventListener("afterprint", () => { opened.forEach((part) => { part.open = false; }); draw(SCREEN); });
