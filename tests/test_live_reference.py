@@ -2,7 +2,8 @@
 together.
 
 One process trains the runs of one rank, two those of two ranks. `reference.pairs_per_device=1` scores every
-pair alone, before the run and within it.
+pair alone, before the run and within it. The cached runs of a model share one cache, so what one rank at ZeRO
+0 has scored is compared with what two ranks at ZeRO 3 score live.
 """
 
 from pathlib import Path
@@ -21,7 +22,7 @@ from rank_runs import (
     write_inputs,
 )
 from safetensors.torch import load_file
-from tiny_models import make_neox
+from tiny_models import make_llama, make_neox
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rcpo.config.schema import Config, ModelConfig
@@ -42,6 +43,7 @@ CASES = {
     "own": (Case("ipo", "off", "llama", "adamw"), (OTHER,)),
     "own-lora": (Case("dpo", "off", "llama", "adamw"), (OTHER, *LORA)),
     "own-tokens": (Case("ti_dpo", "off", "llama", "adamw"), (OTHER,)),
+    "batches": (Case("dpo", "on", "of-batches", "adamw"), ()),
 }
 """What is trained, with its further words."""
 ONE, TWO = (Layout(1, 2, 0), Layout(1, 2, 3)), (Layout(2, 2, 0), Layout(2, 2, 3))
@@ -68,14 +70,16 @@ class Runs:
         write_inputs(folder)
         self.other = folder / "reference"
         make_neox(seed=3).save_pretrained(self.other)
-        AutoTokenizer.from_pretrained(folder / "llama").save_pretrained(self.other)
+        make_llama(seed=5).save_pretrained(folder / "of-batches")
+        for place in (self.other, folder / "of-batches"):
+            AutoTokenizer.from_pretrained(folder / "llama").save_pretrained(place)
         self.made: dict[tuple[str, Layout, str], tuple[Config, RunFolder]] = {}
         for name, layout in PAIRED:
             for kind in ("cached", "live"):
                 self.add(name, layout, kind, ALONE)
         for kind in ("cached", "live"):
-            self.add("plain", SPLIT, kind)
-        self.add("plain", SHARED, "live", "train.share_prefix=true")
+            self.add("batches", SPLIT, kind)
+        self.add("batches", SHARED, "live", "train.share_prefix=true")
         for num_ranks in (1, 2):
             train_all([run for config, run in self.made.values() if config.world_size() == num_ranks],
                       num_ranks, 200)  # fmt: skip
@@ -116,8 +120,8 @@ def test_live_is_cached_bit_for_bit(name: str, layout: Layout, runs: Runs) -> No
 def test_other_batches_agree_to_rounding(runs: Runs) -> None:
     """Scored in fours before the run, in micro-batches of one within it, and once with prompts shared: rows
     to fp32 tolerance, weights to 1e-5."""
-    cached = runs.run("plain", SPLIT, "cached")
-    for live in (runs.run("plain", SPLIT, "live"), runs.run("plain", SHARED, "live")):
+    cached = runs.run("batches", SPLIT, "cached")
+    for live in (runs.run("batches", SPLIT, "live"), runs.run("batches", SHARED, "live")):
         assert_equal_rows(metrics(cached), metrics(live))
         expected = final_weights(cached)
         for key, weight in final_weights(live).items():
@@ -128,7 +132,7 @@ def test_other_batches_agree_to_rounding(runs: Runs) -> None:
 @pytest.mark.timeout(450)
 def test_a_live_reference_of_the_same_batch_is_the_policy_exactly(runs: Runs) -> None:
     """At step 1 both are the initial weights and see the same tensors: r = 0 to the last bit."""
-    first = metrics(runs.run("plain", SPLIT, "live"))[0]
+    first = metrics(runs.run("batches", SPLIT, "live"))[0]
     assert (first["displacement/chosen"], first["displacement/rejected"]) == (0.0, 0.0)
 
 

@@ -113,7 +113,7 @@ def test_only_a_live_reference_stays_in_memory(
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("more", [(), ("own",), (LORA,)], ids=["plain", "own", "lora"])
+@pytest.mark.parametrize("more", [("own",), (LORA,)], ids=["own", "lora"])
 def test_live_reads_and_writes_no_cache(inputs: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
     run = make_run(config_of(inputs, tmp_path / "run", LIVE, *more))
     in_a_fork(lambda: train_here(run))
@@ -138,7 +138,6 @@ def stop_after(run: RunFolder, step: int) -> None:
 
 KINDS = {
     "cached-own": ("own",),
-    "live": (LIVE,),
     "live-own": (LIVE, "own"),
     "live-lora": (LIVE, LORA),
 }
