@@ -95,6 +95,18 @@ def test_a_run_that_writes_nothing_any_more_is_silent(tmp_path: Path) -> None:
     assert "silent 2:00:0" in text_of(board)
 
 
+def test_why_a_run_failed_or_cannot_be_read_is_said_below(tmp_path: Path) -> None:
+    make_run(tmp_path / "good")
+    make_run(tmp_path / "bad", status="failed", exit_reason="out of\nmemory")
+    (make_run(tmp_path / "torn") / "config.yaml").write_text("[")
+    board = Board([tmp_path / name for name in ("good", "bad", "torn")])
+    board.look()
+    text = text_of(board)
+    assert "bad: failed: out of memory\n" in text
+    assert "torn: config.yaml cannot be read\n" in text
+    assert "good:" not in text
+
+
 def test_sparklines_and_gauges_by_hand() -> None:
     """28 values become 14 means, 0 to 13, drawn by the whole eighths of value / 13. The gauge has 13 places,
     its edges are the third and the eleventh."""
@@ -126,7 +138,7 @@ def test_a_console_that_is_no_terminal_gets_it_once(
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [(["nowhere"], "nowhere: is not there"), (["--loud"], "watch: --loud"), (["--once"], "no path")],
+    [(["nowhere"], "nowhere: is not there"), (["--loud"], "unrecognized arguments: --loud"), (["--once"], "arguments are required: PATH")],
 )
 def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
     with pytest.raises(SystemExit) as stopped:

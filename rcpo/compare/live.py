@@ -73,6 +73,11 @@ class LiveRun:
     def has_ended(self) -> bool:
         return self.status in ENDED
 
+    @property
+    def trouble(self) -> str | None:
+        """Why it failed, or why nothing is known of it."""
+        return self.reason if self.status in ("failed", "unknown") else None
+
     def look(self) -> None:
         """Take in what is new. A folder that is being written or damaged keeps what was known of it."""
         try:
@@ -137,7 +142,8 @@ class Board:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         counts = Counter(run.status for run in self.runs)
         yield Text(", ".join(f"{num} {status}" for status, num in counts.most_common()), style="bold")
-        height = max(1, options.max_height - 6) if console.is_terminal else len(self.runs)
+        num_lines = 6 + sum(run.trouble is not None for run in self.runs)
+        height = max(1, options.max_height - num_lines) if console.is_terminal else len(self.runs)
         shown = sorted(self.runs, key=lambda run: run.status != "running")[:height]
         shown = [run for run in self.runs if run in shown]
         columns = list(range(len(COLUMNS)))
@@ -149,6 +155,9 @@ class Board:
             columns.remove(max(columns, key=lambda column: COLUMNS[column][1]))
             table = _table(shown, columns, options.ascii_only)
         yield table
+        for run in shown:
+            if run.trouble is not None:
+                yield Text(f"{run.path.name}: {run.trouble}", style="red")
         if len(shown) < len(self.runs):
             yield Text(f"{len(self.runs) - len(shown)} more: make the window higher", style="dim")
 
