@@ -138,7 +138,11 @@ def test_a_console_that_is_no_terminal_gets_it_once(
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [(["nowhere"], "nowhere: is not there"), (["--loud"], "unrecognized arguments: --loud"), (["--once"], "arguments are required: PATH")],
+    [
+        (["nowhere"], "nowhere: is not there"),
+        (["run", "--loud"], "unrecognized arguments: --loud"),
+        (["--once"], "arguments are required: PATH"),
+    ],
 )
 def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
     with pytest.raises(SystemExit) as stopped:

@@ -37,6 +37,8 @@ OFFERED = {
     "rcpo resume mi": "mine",
     "rcpo compare mi": "mine",
     "rcpo compare mine --h": "--help --html",
+    "rcpo compare mine --ches ": "auto yes no",
+    "rcpo dashboard a/b --u": "--update",
     "rcpo watch --o": "--once",
     "rcpo bench --st": "--steps",
     "rcpo bench --baseline p": "plain",

@@ -34,9 +34,10 @@ _rcpo() {
             case "${words[1]}" in
                 compare) choices="@COMPARE_FLAGS@" ;;
                 watch) choices="--help --once" ;;
-                *) choices="--help --print --dry-run" ;;
+                *) choices="--help --print --dry-run --update" ;;
             esac
             [[ "$word" == -* ]] || choices=$(compgen -f -- "$word")
+            [[ "${words[-2]}" == --ches ]] && choices="auto yes no"
             COMPREPLY=($(compgen -W "$choices" -- "$word")) ;;
         train|sweep|score|bench)
             if [[ "$word" == -* ]]; then
@@ -78,7 +79,7 @@ complete -o nospace -o default -F _rcpo rcpo
 SWEEP_FLAGS = (
     "--help --dry-run --pairs-per-second --out --parallel --slurm --max-parallel --print --wandb-sweep"
 )
-COMPARE_FLAGS = "--help --wandb --where --sort --csv --json --markdown --latex --html --pdf --png"
+COMPARE_FLAGS = "--help --wandb --where --sort --csv --json --markdown --latex --html --ches --pdf --png"
 BENCH_FLAGS = (
     "--help --calibrations --variant --baseline --steps --warmup --repeats --shape --lengths --config-dir "
     "--json --profile --head-curve"
