@@ -76,7 +76,11 @@ def _train(run: "RunFolder", config: "Config", device: "torch.device", resume: b
     for line in inputs.report:
         logger.info("%s", line)
     if rank() == 0:
-        print_start(RunConsole(), config, len(inputs.train), len(inputs.held_out))
+        console = RunConsole()
+        print_start(console, config, len(inputs.train), len(inputs.held_out))
+        for line in inputs.report:
+            if line.startswith("data.filter"):  # what a user asked to be left out is said where he looks
+                console.print(line, soft_wrap=True)
     summary = train(config, run, inputs, device, resume)
     if rank() == 0:
         run.update_run(summary=summary)

@@ -13,11 +13,13 @@ from compare_folders import START, make_run
 
 from rcpo import cli
 from rcpo.compare.cells import Comparison, compare_runs
-from rcpo.compare.fallen import PairText, find_fallen
+from rcpo.compare.fallen import find_fallen
 from rcpo.compare.find import find_runs
+from rcpo.compare.held_out import shortened_texts
 from rcpo.compare.load import load_run
 from rcpo.compare.page import make_page
 from rcpo.compare.table import make_rows
+from rcpo.data.records import PreferenceRecord
 
 REJECTED = (-2.0, -2.0, -2.0, -2.0)
 EVIL = "</script><script>document.title='taken'</script><img src=x onerror=\"fail()\"> & \"q\" 'a'"
@@ -57,10 +59,18 @@ def test_the_pairs_whose_winner_fell_most_come_with_their_text(tmp_path: Path) -
         (3, {"off": -4.0, "on": 0.5}),
         (0, {"off": -1.0, "on": 0.0}),
     ]
-    assert pairs[0].text == PairText("question 3", "right 3", "wrong 3")
+    assert pairs[0].texts == ["question 3", "right 3", "wrong 3"]
     page = page_of(tmp_path / "runs")
     assert "The 2 pairs whose winner fell most under off" in page
     assert '<td class="text">right 3</td>' in page
+
+
+def test_of_a_long_prompt_the_end_is_shown_and_of_a_response_the_beginning() -> None:
+    record = PreferenceRecord("a" + "p" * 600 + "?", "b" * 600 + "z", "short", 0)
+    prompt, chosen, rejected = shortened_texts(record)
+    assert prompt == f"(2 characters before) … {'p' * 599}?"
+    assert chosen == f"{'b' * 600} … (1 characters more)"
+    assert rejected == "short"
 
 
 @pytest.mark.parametrize(

@@ -133,9 +133,9 @@ def test_the_command_writes_scores_and_a_page_and_says_what_is_wrong(
     write_pairs(tmp_path / "pairs.jsonl")
     assert run_words(*WORDS, "data.on_bad_row=error", "--out", "deep/s.parquet") == 0
     said = capsys.readouterr().out
-    assert "1 pairs repeat an earlier pair: rows 1 repeats 0\n" in said
+    assert "1 pair repeats an earlier pair: rows 1 repeats 0\n" in said
     assert "rows 0 against 2, 1 against 2, 2 against 0\n" in said
-    assert "1 rows left out because the sides are identical: rows 3\n" in said
+    assert "1 row left out because the sides are identical: rows 3\n" in said
     assert said.isascii()
     scores = read_scores("deep/s.parquet", "x")
     assert scores.table.schema.names == SCHEMA.names

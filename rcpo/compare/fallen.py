@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from rcpo.compare.cells import Cell
-from rcpo.compare.held_out import as_text, data_settings, held_out_records, model_settings
+from rcpo.compare.held_out import data_settings, held_out_records, model_settings, shortened_texts
 from rcpo.compare.load import Run
 from rcpo.compare.pair_ches import Ches, ches_of_pairs
 from rcpo.compare.statistics import spearman
@@ -22,20 +22,14 @@ ChesChoice = Literal["auto", "yes", "no"]
 """auto: where the model is here and it takes no more than about a minute."""
 
 
-@dataclass(frozen=True)
-class PairText:
-    prompt: str
-    chosen: str
-    rejected: str
-
-
 @dataclass
 class FallenPair:
     """`index` in the held-out set; change of chosen by calibration, mean over seeds."""
 
     index: int
     changes: dict[str, float]
-    text: PairText | None = None
+    texts: list[str] | None = None
+    """Prompt, chosen and rejected."""
     ches: Ches | None = None
     percentile: float | None = None
     """Percent of the held-out pairs with a lower length-normalised CHES; None where not all were scored."""
@@ -73,8 +67,7 @@ def find_fallen(groups: dict[str, list[Cell]], choice: ChesChoice) -> dict[str, 
                 fallen.no_text = fallen.no_ches = records
             continue
         for pair in (pair for fallen in members for pair in fallen.pairs):
-            record = records[pair.index]
-            pair.text = PairText(as_text(record.prompt), as_text(record.chosen), as_text(record.rejected))
+            pair.texts = shortened_texts(records[pair.index])
         _add_ches(members, records, choice)
     return found
 

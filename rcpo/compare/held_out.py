@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 Section = TypeVar("Section")
 
+MAX_TEXT = 600
+"""Characters of one prompt or response in a page."""
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -140,6 +143,21 @@ def as_text(part: str | list[dict[str, str]]) -> str:
     if len(part) == 1:
         return part[0]["content"].strip()
     return "\n".join(f"{message['role']}: {message['content'].strip()}" for message in part)
+
+
+def shortened_texts(record: "PreferenceRecord") -> list[str]:
+    """Prompt, chosen and rejected; a long prompt keeps its end, with the question, a long response its
+    beginning."""
+    prompt, *responses = map(as_text, (record.prompt, record.chosen, record.rejected))
+    if len(prompt) > MAX_TEXT:
+        prompt = f"({len(prompt) - MAX_TEXT} characters before) … {prompt[-MAX_TEXT:]}"
+    return [
+        prompt,
+        *(
+            text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} … ({len(text) - MAX_TEXT} characters more)"
+            for text in responses
+        ),
+    ]
 
 
 def _section(kind: type[Section], tree: dict[str, Any]) -> Section:

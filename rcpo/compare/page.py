@@ -19,8 +19,6 @@ from rcpo.compare.table import COLUMNS, Row, cell_texts, heads, notes
 from rcpo.console import KEPT_NATS, nats
 
 HERE = Path(__file__).parent
-MAX_TEXT = 600
-"""Characters of one prompt or response in the table of fallen pairs."""
 ABOUT_FALLEN = (
     "Change of the chosen log-probability in nats, mean over seeds, by calibration; pair: its place in the "
     "held-out set; text as the data gives it now."
@@ -224,15 +222,10 @@ def same_decimals(values: Sequence[float]) -> list[str]:
 
 def _text_columns(pairs: Sequence[FallenPair]) -> tuple[list[str], list[str]]:
     """Heads, and a row's cells for each pair; none where the words are not there."""
-    texts = [pair.text for pair in pairs if pair.text is not None]
-    if not texts:
+    if any(pair.texts is None for pair in pairs):
         return [], [""] * len(pairs)
     rows = [
-        "".join(
-            f'<td class="text">{html.escape(_shortened(part))}</td>'
-            for part in (text.prompt, text.chosen, text.rejected)
-        )
-        for text in texts
+        "".join(f'<td class="text">{html.escape(text)}</td>' for text in pair.texts or ()) for pair in pairs
     ]
     return [f'<th class="left">{name}</th>' for name in ("prompt", "chosen", "rejected")], rows
 
@@ -240,10 +233,6 @@ def _text_columns(pairs: Sequence[FallenPair]) -> tuple[list[str], list[str]]:
 def _breakable(key: str) -> str:
     """A dotted key that may go on in a new line behind a dot."""
     return html.escape(key).replace(".", ".<wbr>").replace("_", "_<wbr>")
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} … ({len(text) - MAX_TEXT} characters more)"
 
 
 def _settings(comparison: Comparison) -> str:

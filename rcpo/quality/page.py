@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 import rcpo.compare
-from rcpo.compare.held_out import as_text
+from rcpo.compare.held_out import shortened_texts
 from rcpo.console import number
-from rcpo.data.records import PreferenceRecord
 from rcpo.inputs import PairsRead
 from rcpo.quality.score_file import HELD_OUT, TRAIN, ScoreFile
 from rcpo.quality.summary import MEASURES, findings, quantile_heads, quantile_rows
@@ -19,14 +18,16 @@ STYLE = Path(rcpo.compare.__file__).parent / "report.css"
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 """Of the page: it asks nobody for anything, and runs nothing."""
 NUM_PAIRS = 20
-MAX_TEXT = 600
-"""Characters of one prompt or response."""
 NUM_LISTED = 100
 """Rows of a finding that are listed."""
 HISTOGRAMS = ("ches", "ches_norm", "margin", "edit_distance")
 BINS, WIDTH, HEIGHT = 40, 400, 120
 SHOWN = ("ches_norm", "ches", "margin", "edit_distance", "shared_prefix", "len_w", "len_l")
-HEADS = {"len_w": "chosen (tokens)", "len_l": "rejected (tokens)"}
+HEADS = {
+    "ches_norm": "CHES per token", "margin": "margin", "edit_distance": "edits", "shared_prefix": "shared",
+    "len_w": "|y_w|", "len_l": "|y_l|",
+}  # fmt: skip
+"""Short ones, where texts need the room."""
 
 
 def make_page(scores: ScoreFile, read: PairsRead) -> str:
@@ -61,7 +62,8 @@ def make_page(scores: ScoreFile, read: PairsRead) -> str:
 {_findings(scores, read)}
 <h2>The pairs of highest CHES per token</h2>
 <p class="note">By arXiv 2410.08847 those whose chosen response is likely to fall furthest; left out by
-data.filter.scores=FILE data.filter.ches_norm_max_percentile=95.</p>
+data.filter.scores=FILE data.filter.ches_norm_max_percentile=95. Margin in nats; edits: edit distance, shared:
+common beginning, |y_w| and |y_l|: lengths of chosen and rejected, all in tokens.</p>
 {_highest(columns, read)}
 </body>
 </html>
@@ -85,19 +87,30 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], num_texts: int =
 
 
 def _histogram(name: str, values: Sequence[float]) -> str:
-    """Bars of a column over its range, as a picture in the page."""
+    """Bars of a column over its range, as a picture in the page, with both ends and 0 written below."""
     counts, edges = np.histogram(values, BINS)
+    low, high = float(edges[0]), float(edges[-1])
     step = WIDTH / BINS
     bars = "".join(
         f'<rect x="{idx * step:.1f}" y="{HEIGHT - HEIGHT * count / counts.max():.1f}" '
         f'width="{step - 1:.1f}" height="{HEIGHT * count / counts.max():.1f}" fill="#005b8f"/>'
         for idx, count in enumerate(counts)
     )
+    labels = [(0.0, "start", number(low)), (float(WIDTH), "end", number(high))]
+    zero = WIDTH * -low / (high - low)
+    if 0.2 * WIDTH < zero < 0.8 * WIDTH:
+        labels.append((zero, "middle", "0"))
+    texts = "".join(
+        f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{HEIGHT}" y2="{HEIGHT + 4}" stroke="#222222"/>'
+        f'<text x="{x:.1f}" y="{HEIGHT + 16}" text-anchor="{anchor}" font-size="11">{text}</text>'
+        for x, anchor, text in labels
+    )
     title = html.escape(MEASURES[name][0])
     return (
-        f'<figure><h3>{title}</h3><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">{bars}'
-        f"</svg><figcaption>{number(float(edges[0]))} to {number(float(edges[-1]))}, {len(values)} training "
-        f"pairs, at most {int(counts.max())} a bar</figcaption></figure>"
+        f'<figure><h3>{title}</h3><svg viewBox="0 0 {WIDTH} {HEIGHT + 20}" role="img" aria-label="{title}">'
+        f'{bars}<line x1="0" x2="{WIDTH}" y1="{HEIGHT}" y2="{HEIGHT}" stroke="#222222"/>{texts}</svg>'
+        f"<figcaption>{len(values)} training pairs in {BINS} bars of equal width; the highest has "
+        f"{int(counts.max())}</figcaption></figure>"
     )
 
 
@@ -117,10 +130,11 @@ def _highest(columns: dict[str, list[Any]], read: PairsRead) -> str:
     rows = []
     for place in np.argsort(columns["ches_norm"])[::-1][:NUM_PAIRS]:
         row = columns["row"][place]
-        rows.append([str(row), *(number(columns[name][place]) for name in SHOWN), *_texts(records[row])])
+        rows.append(
+            [
+                str(row),
+                *(number(columns[name][place]) for name in SHOWN),
+                *map(html.escape, shortened_texts(records[row])),
+            ]
+        )
     return _table(heads, rows, num_texts=3)
-
-
-def _texts(record: PreferenceRecord) -> list[str]:
-    parts = (as_text(part) for part in (record.prompt, record.chosen, record.rejected))
-    return [html.escape(text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} ...") for text in parts]

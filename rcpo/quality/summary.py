@@ -65,19 +65,27 @@ def findings(scores: ScoreFile, read: PairsRead) -> list[Finding]:
     alike = [record.row for record in read.records.train if record.row not in tokenised]
     return [
         Finding(
-            f"{len(repeats)} pairs repeat an earlier pair",
+            f"{_counted(repeats, 'pair repeats', 'pairs repeat')} an earlier pair",
             [f"{row} repeats {first}" for row, first in repeats],
         ),
         Finding(
-            f"{len(against)} pairs are contradicted by another pair (A > B and B > A)",
+            f"{_counted(against, 'pair is', 'pairs are')} contradicted by another pair (A > B and B > A)",
             [f"{row} against {other}" for row, other in against],
         ),
-        Finding(f"{len(identical)} rows left out because {IDENTICAL}", [str(row) for row in identical]),
         Finding(
-            f"{len(alike)} rows left out because their tokens cannot train (identical once tokenised, say)",
+            f"{_counted(identical, 'row', 'rows')} left out because {IDENTICAL}",
+            [str(row) for row in identical],
+        ),
+        Finding(
+            f"{_counted(alike, 'row', 'rows')} left out because no pair is left of the tokens (identical "
+            "once tokenised, say)",
             [str(row) for row in alike],
         ),
     ]
+
+
+def _counted(items: Sequence[Any], one: str, more: str) -> str:
+    return f"{len(items)} {one if len(items) == 1 else more}"
 
 
 def _linked(columns: dict[str, list[Any]], name: str) -> list[tuple[int, int]]:
