@@ -115,9 +115,10 @@ def test_all_files_of_a_folder_count(tmp_path: Path) -> None:
 
 def test_what_cannot_be_told_has_no_key(tmp_path: Path, config: DataConfig) -> None:
     """Generated pairs; places that are not there; links to folders; what is no file."""
-    for kind in ("link", "pipe"):
+    for kind in ("link", "pipe", "elsewhere"):
         (tmp_path / kind).mkdir()
-    (tmp_path / "link" / "more").symlink_to(tmp_path)
+    (tmp_path / "elsewhere" / "a.jsonl").write_text("x")
+    (tmp_path / "link" / "more").symlink_to(tmp_path / "elsewhere")
     os.mkfifo(tmp_path / "pipe" / "a.jsonl")
     paths = [tmp_path / "missing.jsonl", tmp_path / "link", tmp_path / "pipe", tmp_path / "pipe" / "a.jsonl"]
     for path in (*map(str, paths), "~nobody-of-that-name/a", "x" * 5000):
