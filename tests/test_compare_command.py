@@ -198,6 +198,7 @@ def test_help_and_the_table_need_no_torch(grid: Path) -> None:
         "--markdown",
         "--latex",
         "--html",
+        "--ches",
         "--pdf",
         "--png",
     ):
@@ -223,7 +224,9 @@ def test_a_real_run_is_read(tmp_path: Path) -> None:
     assert float(row["memory_gb"]) > 0
     assert float(row["pairs_per_second"]) > 0
     assert row["in_band"]
-    assert "Without their text" not in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "Without their text" not in page
+    assert ("CHES per token" in page) == ("whose winner fell most" in page)
 
 
 def test_a_reader_that_goes_away_is_no_error(grid: Path) -> None:
