@@ -115,7 +115,8 @@ class ReferenceSource:
         ours = weights_fingerprint(model) if rank() == 0 else ""
         self._fingerprint = ours = from_rank_zero(ours)
         theirs = "" if self._kept is None else self._kept.fingerprint
-        if theirs and ours != theirs and not ours.startswith(USED_ONCE):
+        is_known = theirs and not any(each.startswith(USED_ONCE) for each in (ours, theirs))
+        if is_known and ours != theirs:
             raise UserError(
                 f"reference: the weights in {model.path} are not those that the run was started with; put "
                 "them back, or start a new run"
