@@ -217,8 +217,8 @@ def test_the_first_steps_are_all_measured_then_every_so_many() -> None:
 BUILT: dict[str, Calibrator] = {
     "off": FixedCalibration(1.0),
     "fixed": FixedCalibration(1.3),
-    "on": BandCalibration(ema_beta=0.98, max_log_alpha=3.0, every=1, warmup_steps=0),
-    "exact": BandCalibration(ema_beta=0.98, max_log_alpha=3.0, every=8, warmup_steps=50),
+    "on": BandCalibration(ema_beta=0.98, max_log_alpha=3.0, every=8, warmup_steps=50),
+    "exact": BandCalibration(ema_beta=0.9975, max_log_alpha=3.0, every=8, warmup_steps=50),
     "feedback": FeedbackCalibration(
         gain=0.1, integral_gain=0.005, smoothing=0.9, target=0.0, low=0.0, high=3.0, every=10,
         num_fresh_steps=7, from_probe=False,
