@@ -210,7 +210,7 @@ def test_a_page_that_is_not_there_is_not_remade(
 
 def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str], server: Server) -> None:
     assert "grid: is no address in W&B; type ENTITY/PROJECT" in refused(capsys, "grid")
-    assert "unrecognized arguments: --wrong; `rcpo dashboard --help` lists" in refused(capsys, "team/grid", "--wrong")
+    assert "unrecognized arguments: --wrong; `rcpo dashboard" in refused(capsys, "team/grid", "--wrong")
     assert "W&B did not answer as it should" in refused(capsys, "team/elsewhere")
     page = ["--update", f"{server.base}/team/grid?nw=abc"]
     assert "--update: not allowed with argument --print" in refused(capsys, "team/grid", "--print", *page)
