@@ -7,6 +7,7 @@ logits and each embedding gradient costs a page fault per 4 KiB and a zeroing by
 
 import ctypes
 import sys
+from typing import Any
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """From glibc's malloc.h; see mallopt(3)."""
@@ -18,7 +19,16 @@ def keep_freed_memory() -> bool:
 
     Only glibc has it: musl, macOS and Windows go on as they are.
     """
-    if sys.platform != "linux":
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = _function("mallopt")
     return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, -1))
+
+
+def return_freed_memory() -> None:
+    """Give the system what is free now: after a whole model has gone. malloc_trim(3)."""
+    trim = _function("malloc_trim")
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
+
+
+def _function(name: str) -> Any:
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.integrations import HfDeepSpeedConfig
 
 from rcpo.adapters import new_adapter_off
+from rcpo.allocator import return_freed_memory
 from rcpo.config.schema import Config
 from rcpo.data.batch import PairBatch
 from rcpo.distributed import world_size
@@ -66,6 +67,8 @@ class FrozenModel:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        else:
+            return_freed_memory()
 
 
 @contextlib.contextmanager
