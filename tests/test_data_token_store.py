@@ -16,7 +16,7 @@ from rcpo.data.token_store import Tokens, TokenStore
 from rcpo.errors import UserError
 
 PAIRS = [
-    TokenizedPair(TokenizedSide([1, 5, 6], 2), TokenizedSide([1, 5, 70000], 2), 4, weight=0.1),
+    TokenizedPair(TokenizedSide([1, 5, 6], 2), TokenizedSide([1, 5, 70000, 8], 2), 4, weight=0.1),
     TokenizedPair(TokenizedSide([1, 2], 1), TokenizedSide([1, 9], 1), 2**40, weight=1 / 3),
 ]
 TOKENS = Tokens(pack(PAIRS), pack(PAIRS[:1]), ["4 rows read, 0 dropped", "«é»\n⟦"])
@@ -71,7 +71,7 @@ def test_the_arrays_are_views_of_a_mapped_file_that_nobody_can_write(store: Toke
 def test_the_file_is_safetensors_and_as_open_as_the_users_other_files(store: TokenStore) -> None:
     store.write(TOKENS)
     arrays = load_file(store.path)
-    assert arrays["train.ids"].tolist() == [1, 5, 6, 1, 5, 70000, 1, 2, 1, 9]
+    assert arrays["train.ids"].tolist() == [1, 5, 6, 1, 5, 70000, 8, 1, 2, 1, 9]
     beside = store.path.with_name("another")
     beside.touch()
     assert store.path.stat().st_mode == beside.stat().st_mode
