@@ -151,9 +151,9 @@ class BandCalibration:
     alpha = 1 until the first one, so that step t uses measurements up to step t-1.
 
     Measured, embedded default, 150 steps, seeds 0-2, held-out chosen at the end of dpo / simpo / ipo with
-    `on`: every step +.22 / +.41 / +.42 nats; every 8th step after 50, with ema_beta^8, +.36 / +.37 / +.42,
-    with ema_beta alone +.28 / +.30 / +.29. `exact` wants a longer memory, as its measurements scatter more:
-    with .98^8 one of nine runs ended at -.85.
+    `on`: every step +.22 / +.41 / +.42 nats; every 8th after 50 +.40 / +.37 / +.39, and +.28 / +.30 / +.29
+    where ema_beta counted per measurement. `exact` wants a longer memory, as its measurements scatter more:
+    with ema_beta .98 one of nine runs ended at -.85.
     """
 
     ema_beta: float
