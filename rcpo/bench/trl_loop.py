@@ -43,13 +43,7 @@ def run_trl(work: Work, recorder: Recorder) -> None:
 
     config = work.config
     refuse(config.objective["name"])
-    if any(
-        pair.chosen.input_ids[: pair.chosen.num_prompt] != pair.rejected.input_ids[: pair.rejected.num_prompt]
-        for pair in work.inputs.train
-    ):
-        raise UserError(
-            "--baseline trl: a pair has two prompts, cut differently; type train.max_prompt_length=N"
-        )
+    refuse_two_prompts(work)
 
     class Prepared(DPOTrainer):
         """DPOTrainer on data that are tokenised, referenced and ordered already."""
@@ -99,6 +93,17 @@ def run_trl(work: Work, recorder: Recorder) -> None:
         trainer.train()
     except BenchDone:
         return
+
+
+def refuse_two_prompts(work: Work) -> None:
+    """Raise UserError where the sides of a pair do not share their prompt: TRL's format holds one."""
+    if any(
+        pair.chosen.input_ids[: pair.chosen.num_prompt] != pair.rejected.input_ids[: pair.rejected.num_prompt]
+        for pair in work.inputs.train
+    ):
+        raise UserError(
+            "--baseline trl: a pair has two prompts, cut differently; type train.max_prompt_length=N"
+        )
 
 
 def refuse(objective: str) -> None:
