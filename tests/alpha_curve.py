@@ -1,0 +1,83 @@
+"""Draw what a constant alpha does to both sides and to the accuracy, and print a Markdown table of the runs:
+`python tests/alpha_curve.py PICTURE TITLE RUN...`.
+
+The picture is of dpo with calibration=fixed, and with off as alpha 1; the table of all runs given. A script,
+not a test.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from rcpo.config.schema import Config
+from rcpo.plot import BAND, CHOSEN, DPI, FAINT, INK, REJECTED, STYLE, save
+from rcpo.run_folder import open_run
+
+Evals = list[dict[str, Any]]
+
+
+def table_row(config: Config, evals: Evals, metrics: list[dict[str, Any]]) -> str:
+    """One run: the chosen side at every evaluation after the first, everything else at the last."""
+    end = evals[-1]
+    alphas = [row["calibration/alpha"] for row in metrics]
+    name = f"{config.objective['name']}, {config.calibration.name}"
+    return "| " + " | ".join(
+        [
+            f"{name} {alphas[-1]:g}" if config.calibration.name == "fixed" else name,
+            *(f"{row['displacement/chosen']:+.2f}" for row in evals[1:]),
+            f"{end['displacement/rejected']:+.2f}",
+            f"{end['displacement/margin']:.2f}",
+            f"{end['displacement/accuracy']:.2f}",
+            f"{100 * end['displacement/chosen_down']:.0f} %",
+            f"{min(alphas):.2f} to {max(alphas):.2f}, {alphas[-1]:.2f}",
+        ]
+    ) + " |"  # fmt: skip
+
+
+def crossing(alphas: list[float], values: list[float]) -> float:
+    """alpha at which `values`, rising with `alphas`, passes 0; linear between the points."""
+    return float(np.interp(0.0, values, alphas))
+
+
+def draw(points: dict[float, dict[str, float]], title: str, path: Path) -> None:
+    """Both sides over the accuracy; shaded where the chosen side rises while the rejected one falls."""
+    alphas = sorted(points)
+    sides = {side: [points[a][f"displacement/{side}"] for a in alphas] for side in ("chosen", "rejected")}
+    low, high = crossing(alphas, sides["chosen"]), crossing(alphas, sides["rejected"])
+    with rc_context(STYLE):
+        figure = Figure(figsize=(8, 4.7), dpi=DPI, layout="constrained")
+        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+        top.axvspan(low, high, color=BAND, alpha=0.15, lw=0)
+        top.axhline(0, color=FAINT, lw=1, ls="--")
+        for side, colour, marker in (("chosen", CHOSEN, "o"), ("rejected", REJECTED, "s")):
+            top.plot(alphas, sides[side], color=colour, marker=marker, lw=2)
+            at = (alphas[-1], sides[side][-1])
+            top.annotate(side, at, (8, -4), textcoords="offset points", color=colour, fontweight="bold")
+        text = f"chosen up, rejected down:\nalpha {low:.3f} to {high:.3f}"
+        top.annotate(text, (high, min(sides["rejected"])), (8, 2), textcoords="offset points", color=BAND)
+        top.set_ylabel("held-out change (nats)")
+        top.set_title(title, fontsize=11)
+        accuracies = [points[a]["displacement/accuracy"] for a in alphas]
+        bottom.plot(alphas, accuracies, color=INK, marker="D", lw=1.6)
+        bottom.set(ylabel="accuracy", xlabel="alpha", ylim=(0.5, 0.75))
+        top.set_xlim(alphas[0] - 0.01, alphas[-1] + 0.035)
+        save(figure, path)
+
+
+def main(picture: str, title: str, *paths: str) -> None:
+    points = {}
+    for path in paths:
+        run, config = open_run(path)
+        evals, metrics = run.rows(run.eval), run.rows(run.metrics)
+        print(table_row(config, evals, metrics))
+        if config.calibration.name in ("off", "fixed") and config.objective["name"] == "dpo":
+            points[float(metrics[-1]["calibration/alpha"])] = evals[-1]
+    draw(points, title, Path(picture))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
