@@ -158,13 +158,14 @@ def test_on_a_terminal_it_goes_on_until_all_runs_have_ended(tmp_path: Path) -> N
     env = os.environ | {"TERM": "xterm", "COLUMNS": "120", "LINES": "30"}
     with subprocess.Popen(command, stdout=side, stderr=side, stdin=side, env=env) as watching:
         os.close(side)
-        seen = _read_until(terminal, "1 running")
+        _read_until(terminal, "1 running")
         assert watching.poll() is None
         with run.metrics.open("a") as stream:
             stream.write(json.dumps({"step": 77}) + "\n")
         run.update_run(status="done")
-        seen += _read_until(terminal, "1 done")
-        assert "77" in seen
+        seen = _read_until(terminal, "1 done")
+        if "77" not in seen:  # a frame may come in pieces, or may have been drawn between status and rows
+            _read_until(terminal, "77")
         assert watching.wait(timeout=60) == 0
     os.close(terminal)
 
