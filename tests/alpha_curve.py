@@ -1,8 +1,8 @@
 """Draw what a constant alpha does to both sides and to the accuracy, and print a Markdown table of the runs:
 `python tests/alpha_curve.py PICTURE TITLE RUN...`.
 
-The picture is of dpo with calibration=fixed, and with off as alpha 1; the table of all runs given. A script,
-not a test.
+The table is of all runs given, the picture of those with the first one's objective and calibration=fixed, or
+off as alpha 1. A script, not a test.
 """
 
 import sys
@@ -20,27 +20,33 @@ from rcpo.run_folder import open_run
 Evals = list[dict[str, Any]]
 
 
-def table_row(config: Config, evals: Evals, metrics: list[dict[str, Any]]) -> str:
+def table_head(evals: Evals) -> str:
+    """The columns of `table_row`, from one run's evaluations."""
+    chosen = [f"chosen at {evals[1]['step']}", *(f"at {row['step']}" for row in evals[2:])]
+    heads = [*chosen, "rejected", "margin", "accuracy", "chosen fell", "alpha: range, last"]
+    return f"| | {' | '.join(heads)} |\n|---|{'---|' * len(heads)}"
+
+
+def table_row(config: Config, evals: Evals, alphas: list[float]) -> str:
     """One run: the chosen side at every evaluation after the first, everything else at the last."""
-    end = evals[-1]
-    alphas = [row["calibration/alpha"] for row in metrics]
+    end, low, high = evals[-1], min(alphas), max(alphas)
     name = f"{config.objective['name']}, {config.calibration.name}"
-    return "| " + " | ".join(
-        [
-            f"{name} {alphas[-1]:g}" if config.calibration.name == "fixed" else name,
-            *(f"{row['displacement/chosen']:+.2f}" for row in evals[1:]),
-            f"{end['displacement/rejected']:+.2f}",
-            f"{end['displacement/margin']:.2f}",
-            f"{end['displacement/accuracy']:.2f}",
-            f"{100 * end['displacement/chosen_down']:.0f} %",
-            f"{min(alphas):.2f} to {max(alphas):.2f}, {alphas[-1]:.2f}",
-        ]
-    ) + " |"  # fmt: skip
+    cells = [
+        f"{name} {high:g}" if config.calibration.name == "fixed" else name,
+        *(f"{row['displacement/chosen']:+.2f}" for row in evals[1:]),
+        f"{end['displacement/rejected']:+.2f}",
+        f"{end['displacement/margin']:.2f}",
+        f"{end['displacement/accuracy']:.2f}",
+        f"{100 * end['displacement/chosen_down']:.0f} %",
+        f"{high:g}" if low == high else f"{low:.2f} to {high:.2f}, {alphas[-1]:.2f}",
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def crossing(alphas: list[float], values: list[float]) -> float:
-    """alpha at which `values`, rising with `alphas`, passes 0; linear between the points."""
-    return float(np.interp(0.0, values, alphas))
+    """alpha at which `values`, rising with `alphas`, passes 0, linear between the points; nan where it does
+    not."""
+    return float(np.interp(0.0, values, alphas, left=np.nan, right=np.nan))
 
 
 def draw(points: dict[float, dict[str, float]], title: str, path: Path) -> None:
@@ -51,14 +57,16 @@ def draw(points: dict[float, dict[str, float]], title: str, path: Path) -> None:
     with rc_context(STYLE):
         figure = Figure(figsize=(8, 4.7), dpi=DPI, layout="constrained")
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-        top.axvspan(low, high, color=BAND, alpha=0.15, lw=0)
+        if low < high:
+            top.axvspan(low, high, color=BAND, alpha=0.15, lw=0)
+            text = f"chosen up, rejected down:\nalpha {low:.3f} to {high:.3f}"
+            at = (high, min(sides["rejected"]))
+            top.annotate(text, at, (8, 2), textcoords="offset points", color=BAND)
         top.axhline(0, color=FAINT, lw=1, ls="--")
         for side, colour, marker in (("chosen", CHOSEN, "o"), ("rejected", REJECTED, "s")):
             top.plot(alphas, sides[side], color=colour, marker=marker, lw=2)
             at = (alphas[-1], sides[side][-1])
             top.annotate(side, at, (8, -4), textcoords="offset points", color=colour, fontweight="bold")
-        text = f"chosen up, rejected down:\nalpha {low:.3f} to {high:.3f}"
-        top.annotate(text, (high, min(sides["rejected"])), (8, 2), textcoords="offset points", color=BAND)
         top.set_ylabel("held-out change (nats)")
         top.set_title(title, fontsize=11)
         accuracies = [points[a]["displacement/accuracy"] for a in alphas]
@@ -69,13 +77,21 @@ def draw(points: dict[float, dict[str, float]], title: str, path: Path) -> None:
 
 
 def main(picture: str, title: str, *paths: str) -> None:
-    points = {}
-    for path in paths:
+    points: dict[float, dict[str, float]] = {}
+    drawn = open_run(paths[0])[1].objective["name"]
+    for idx, path in enumerate(paths):
         run, config = open_run(path)
-        evals, metrics = run.rows(run.eval), run.rows(run.metrics)
-        print(table_row(config, evals, metrics))
-        if config.calibration.name in ("off", "fixed") and config.objective["name"] == "dpo":
-            points[float(metrics[-1]["calibration/alpha"])] = evals[-1]
+        evals = run.rows(run.eval)
+        alphas = [row["calibration/alpha"] for row in run.rows(run.metrics)]
+        if idx == 0:
+            print(table_head(evals))
+        print(table_row(config, evals, alphas))
+        if config.calibration.name in ("off", "fixed") and config.objective["name"] == drawn:
+            if alphas[-1] in points:
+                sys.exit(f"{path}: alpha {alphas[-1]:g} a second time; the picture is of one run for each")
+            points[alphas[-1]] = evals[-1]
+    if not points:
+        sys.exit(f"no run of {drawn} with calibration=off or fixed: nothing to draw")
     draw(points, title, Path(picture))
 
 

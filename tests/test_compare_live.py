@@ -164,14 +164,15 @@ def test_on_a_terminal_it_goes_on_until_all_runs_have_ended(tmp_path: Path) -> N
             stream.write(json.dumps({"step": 77}) + "\n")
         run.update_run(status="done")
         seen = _read_until(terminal, "1 done")
-        if "77" not in seen:  # a frame may come in pieces, or may have been drawn between status and rows
-            _read_until(terminal, "77")
+        # A frame may come in pieces, or may have been drawn between the status and the rows.
+        _read_until(terminal, "77", seen)
         assert watching.wait(timeout=60) == 0
     os.close(terminal)
 
 
-def _read_until(terminal: int, text: str, seconds: float = 90) -> str:
-    deadline, seen = time.monotonic() + seconds, ""
+def _read_until(terminal: int, text: str, seen: str = "") -> str:
+    """What the terminal shows until `text` is there, behind what was `seen` before."""
+    deadline = time.monotonic() + 90
     while text not in seen:
         assert time.monotonic() < deadline, seen
         if select.select([terminal], [], [], 1)[0]:
