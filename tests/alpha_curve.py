@@ -14,8 +14,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from rcpo.config.schema import Config
-from rcpo.plot import BAND, CHOSEN, DPI, FAINT, INK, REJECTED, STYLE, save
-from rcpo.run_folder import open_run
+from rcpo.monitor.plot import BAND, CHOSEN, DPI, FAINT, INK, REJECTED, STYLE, save
+from rcpo.runs.frozen import open_run
 
 Evals = list[dict[str, Any]]
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
-from rcpo.model import model_source
+from rcpo.models.load import model_source
 
 TINY = Path(model_source("builtin:tiny"))
 NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -237,8 +237,9 @@ def make_runs(folder: Path) -> None:
     """Run folders without checkpoints, as `rcpo train` freezes them."""
     from rcpo.config.compose import compose
     from rcpo.config.resolve import resolve
-    from rcpo.config.schema import validate
-    from rcpo.run_folder import RunFolder, config_tree
+    from rcpo.config.validate import validate
+    from rcpo.runs.folder import RunFolder
+    from rcpo.runs.frozen import config_tree
 
     for name in ("run", "typo-run", "text-run", "moved-run"):
         tree = compose(["train.device=cpu", "tracking=none", f"run_dir={folder / name}"])

@@ -99,10 +99,10 @@ def main() -> None:
     import datasets  # noqa: F401
     import deepspeed  # noqa: F401
 
-    import rcpo.launch
-    import rcpo.trainer  # noqa: F401
+    import rcpo.launch.start
+    import rcpo.training.loop  # noqa: F401
     from rcpo.commands.train import prepare
-    from rcpo.inputs import read_inputs
+    from rcpo.training.read_inputs import read_inputs
 
     config = prepare(["data.train_pairs=16", "data.eval_pairs=8", "tracking=none"])
     assert config is not None

@@ -9,8 +9,8 @@ import sys
 
 import numpy as np
 
-from rcpo.compare.statistics import spearman
-from rcpo.quality.score_file import HELD_OUT, TRAIN, read_scores
+from rcpo.comparison.statistics import spearman
+from rcpo.data.score_file import HELD_OUT, TRAIN, read_scores
 
 SCORES = ("ches", "ches_norm", "margin", "edit_distance", "shared_prefix", "length_difference", "len_w")
 

@@ -11,10 +11,12 @@ import torch
 import yaml
 
 from rcpo.config.compose import compose
-from rcpo.config.schema import validate
-from rcpo.evaluation import SideLogProbs
-from rcpo.metrics import displacement_row
-from rcpo.run_folder import RunFolder, config_tree, encode_row
+from rcpo.config.validate import validate
+from rcpo.data.pairs import SideLogProbs
+from rcpo.method.metrics import displacement_row
+from rcpo.runs.folder import RunFolder
+from rcpo.runs.frozen import config_tree
+from rcpo.runs.rows import encode_row
 
 START = torch.tensor([[-1.0, -2.0, -3.0, -4.0], [-2.0, -2.0, -2.0, -2.0]])
 """z_w and z_l of four held-out pairs before training."""

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rcpo.config.schema import Config
-from rcpo.run_folder import RunFolder, open_run
+from rcpo.runs.folder import RunFolder
+from rcpo.runs.frozen import open_run
 from rcpo.sweep.folder import SweepFolder
 
 

@@ -1,9 +1,9 @@
 """Many runs in few processes: tests give a list of configs, ranks train them one after another.
 
 `python rank_runs.py JOBS` is one rank. It imports everything once and then forks a process for each job,
-which trains a run folder's frozen config with `rcpo.trainer.train`, as `rcpo.worker` does; a job may be
-killed at a given moment. `do_jobs` starts the ranks, and ends all of them when one fails or time is up.
-"""
+which trains a run folder's frozen config with `rcpo.training.loop.train`, as `rcpo.launch.worker` does; a job
+may be killed at a given moment. `do_jobs` starts the ranks, and ends all of them when one fails or time is
+up."""
 
 import json
 import math
@@ -29,17 +29,19 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-import rcpo.checkpoint
-import rcpo.trainer
+import rcpo.training.checkpoint
+import rcpo.training.loop
 from rcpo.config.compose import compose
 from rcpo.config.resolve import resolve
-from rcpo.config.schema import Config, validate
-from rcpo.distributed import RANK_VARIABLES, free_port, initialize, rank, shut_down, world_size
-from rcpo.inputs import read_inputs
-from rcpo.run_folder import RunFolder, config_tree, open_run
-from rcpo.sinks import JsonlSink
-from rcpo.step import MicroBatch
-from rcpo.trainer import train
+from rcpo.config.schema import Config
+from rcpo.config.validate import validate
+from rcpo.monitor.sinks import JsonlSink
+from rcpo.ranks.distributed import RANK_VARIABLES, free_port, initialize, rank, shut_down, world_size
+from rcpo.runs.folder import RunFolder
+from rcpo.runs.frozen import config_tree, open_run
+from rcpo.training.loop import train
+from rcpo.training.read_inputs import read_inputs
+from rcpo.training.surrogate import MicroBatch
 
 Moment: TypeAlias = Literal["row", "checkpoint", "export", "signal", "nan"]
 
@@ -288,28 +290,28 @@ def die_at(moment: Moment, step: int) -> None:
         JsonlSink.log_step = log_step_and_die  # type: ignore[method-assign]
         return
     if moment == "export":
-        card = rcpo.trainer.model_card
+        card = rcpo.training.loop.model_card
 
         def die_before_the_model_is_in_place(*args: Any) -> str:
             kill_when(True)
             return card(*args)
 
-        rcpo.trainer.model_card = die_before_the_model_is_in_place
+        rcpo.training.loop.model_card = die_before_the_model_is_in_place
         return
-    complete = rcpo.checkpoint._complete
+    complete = rcpo.training.checkpoint._complete
 
     def die_before_completing(beside: Path, place: Path) -> None:
         kill_when(place.name == f"step-{step:06d}")
         complete(beside, place)
 
-    rcpo.checkpoint._complete = die_before_completing
+    rcpo.training.checkpoint._complete = die_before_completing
 
 
 def lose_a_number_at(step: int) -> None:
     """Let the last rank's last pair have no reference in that step, as a damaged cache would."""
-    micro_batches = rcpo.trainer._micro_batches
+    micro_batches = rcpo.training.loop._micro_batches
 
-    def with_nan(training: rcpo.trainer.Training, may_join: bool) -> list[MicroBatch]:
+    def with_nan(training: rcpo.training.state.Training, may_join: bool) -> list[MicroBatch]:
         batches = micro_batches(training, may_join)
         if training.state.step + 1 == step and rank() == world_size() - 1:
             ref_w = batches[-1].ref_w.clone()
@@ -317,7 +319,7 @@ def lose_a_number_at(step: int) -> None:
             batches[-1] = batches[-1]._replace(ref_w=ref_w)
         return batches
 
-    rcpo.trainer._micro_batches = with_nan
+    rcpo.training.loop._micro_batches = with_nan
 
 
 def do_job(job: Job) -> None:

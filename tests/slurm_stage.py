@@ -16,9 +16,9 @@ import yaml
 from slurm_cluster import Cluster
 
 from rcpo.commands import sweep as sweep_command
-from rcpo.run_folder import RunFolder
-from rcpo.sweep import slurm
+from rcpo.runs.folder import RunFolder
 from rcpo.sweep.folder import SweepFolder
+from rcpo.sweep.slurm import submit as slurm
 from rcpo.sweep.states import CellStatus, State
 
 SECONDS = 400

@@ -29,7 +29,7 @@ from test_adapters import base_model, logprobs, write_sft_adapter
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from rcpo.run_folder import RunFolder
+from rcpo.runs.folder import RunFolder
 
 SECONDS = 300
 LORA = ["model.lora.rank=3", "calibration.scope=head"]
@@ -172,7 +172,7 @@ def test_a_resumed_run_with_dropout_is_the_same_run(runs: dict[str, RunFolder], 
     shutil.rmtree(run.checkpoints / "step-000006")
     shutil.rmtree(run.final)
     done = subprocess.run(
-        [sys.executable, "-m", "rcpo.worker", str(run.path), "--resume"],
+        [sys.executable, "-m", "rcpo.launch.worker", str(run.path), "--resume"],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

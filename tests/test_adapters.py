@@ -21,17 +21,18 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from rcpo.adapters import (
+from rcpo.common.errors import UserError
+from rcpo.config.schema import LoraConfig, ModelConfig
+from rcpo.models.adapters import (
     check_adapters,
     count_parameters,
     exported_tensors,
     last_block_parameters,
     lora_layers,
 )
-from rcpo.config.schema import LoraConfig, ModelConfig
-from rcpo.errors import UserError
-from rcpo.model import Policy, load_model, save_model
-from rcpo.reference import weights_fingerprint
+from rcpo.models.load import load_model, save_model
+from rcpo.models.policy import Policy
+from rcpo.reference.cache import weights_fingerprint
 
 ATTENTION = {
     "llama": "q_proj",

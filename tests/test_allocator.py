@@ -1,4 +1,4 @@
-"""rcpo.allocator: what a CPU rank frees is not given back to the system."""
+"""rcpo.ranks.allocator: what a CPU rank frees is not given back to the system."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ import pytest
 
 FAULTS = """
 import resource, sys
-from rcpo.allocator import keep_freed_memory
+from rcpo.ranks.allocator import keep_freed_memory
 if sys.argv[1] == "kept" and not keep_freed_memory():
     sys.exit(77)
 faults = []
@@ -36,7 +36,7 @@ def test_blocks_of_64_mib_are_faulted_in_once_and_not_every_time() -> None:
 
 RESIDENT = """
 import sys
-from rcpo.allocator import keep_freed_memory, return_freed_memory
+from rcpo.ranks.allocator import keep_freed_memory, return_freed_memory
 if not keep_freed_memory():
     sys.exit(77)
 def resident_mib():

@@ -15,7 +15,7 @@ from bad_input_folder import make_folder
 from bad_input_runs import Answer, run_all
 from safetensors.torch import load_file
 
-from rcpo.sweep.locks import hold, run_lock
+from rcpo.common.locks import hold, run_lock
 
 KEY = "0" * 40
 SMALL = "train.steps=1 train.eval_every=0 train.pairs_per_step=4 data.eval_pairs=4 tracking=none"

@@ -28,8 +28,8 @@ from rcpo.bench.shares import BUCKETS
 from rcpo.bench.table import as_json, seconds_per_token, speeds
 from rcpo.bench.work import load_pairs, random_pairs, save_pairs
 from rcpo.commands.bench import options_of, parse
-from rcpo.errors import UserError
-from rcpo.logprobs import CHUNK_ELEMENTS, KEPT_ELEMENTS
+from rcpo.common.errors import UserError
+from rcpo.models.logprobs import CHUNK_ELEMENTS, KEPT_ELEMENTS
 
 TINY = [
     "--shape", "layers=1,hidden=16,intermediate=24,heads=2,vocabulary=997",

@@ -8,19 +8,13 @@ import torch
 from tiny_models import make_llama
 from torch import Tensor
 
-from rcpo.calibration import (
-    Band,
-    BandCalibration,
-    FixedCalibration,
-    StepStatistics,
-    build_calibrator,
-    disentanglement_band,
-)
 from rcpo.config.schema import CalibrationConfig
-from rcpo.incentives import incentives
-from rcpo.metrics import band_metrics
+from rcpo.method.band import Band, disentanglement_band
+from rcpo.method.calibrators import BandCalibration, FixedCalibration, StepStatistics, build_calibrator
+from rcpo.method.incentives import incentives
+from rcpo.method.metrics import band_metrics
+from rcpo.method.scores import ScoreGeometry
 from rcpo.objectives import PairLogProbs, load_objective
-from rcpo.scores import ScoreGeometry
 
 GEOMETRY = ScoreGeometry(chosen_squared=4.0, rejected_squared=16.0, dot=4.0)
 """|s_w| = 2, |s_l| = 4, rho = 4/8 = 1/2, r* = 4/2 = 2."""

@@ -19,9 +19,10 @@ from rank_runs import (
 )
 from rank_runs import metrics as rows_of
 
-from rcpo.changes import changed_config
-from rcpo.errors import UserError
-from rcpo.run_folder import RunFolder, open_run
+from rcpo.common.errors import UserError
+from rcpo.launch.changes import changed_config
+from rcpo.runs.folder import RunFolder
+from rcpo.runs.frozen import open_run
 
 CASE = Case("dpo", "on", "llama-tied", "adamw")
 SPREADINGS = [

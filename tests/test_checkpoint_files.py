@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from rcpo.checkpoint import _complete, check_manifest, checkpoint_path, newest_checkpoint, sha256
-from rcpo.errors import UserError
-from rcpo.run_folder import RunFolder, write_atomically
+from rcpo.common.errors import UserError
+from rcpo.common.files import write_atomically
+from rcpo.runs.folder import RunFolder
+from rcpo.training.checkpoint import _complete, check_manifest, checkpoint_path, newest_checkpoint, sha256
 
 FILES = {
     "state.json": b'{"step": 3}',

@@ -17,10 +17,11 @@ import yaml
 
 import rcpo
 from rcpo import cli
+from rcpo.common.errors import UserError
 from rcpo.config.resolve import _launch
-from rcpo.config.schema import LaunchConfig, validate
-from rcpo.errors import UserError
-from rcpo.model import model_source
+from rcpo.config.schema import LaunchConfig
+from rcpo.config.validate import validate
+from rcpo.models.load import model_source
 from rcpo.objectives import REGISTRY
 from rcpo.objectives.composition import DEFAULTS
 

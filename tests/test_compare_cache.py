@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from compare_folders import make_run
 
-from rcpo.compare.metrics_cache import read_columns, read_metrics
-from rcpo.errors import UserError
-from rcpo.run_folder import RunFolder, encode_row
+from rcpo.common.errors import UserError
+from rcpo.comparison.metrics_cache import read_columns, read_metrics
+from rcpo.runs.folder import RunFolder
+from rcpo.runs.rows import encode_row
 
 WANTED = ("step", "band/lower", "score/cosine", "not/there")
 

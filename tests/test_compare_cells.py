@@ -9,11 +9,11 @@ import pytest
 import torch
 from compare_folders import START, make_run
 
-from rcpo.compare.cells import Comparison, compare_runs
-from rcpo.compare.find import find_runs
-from rcpo.compare.load import load_run
-from rcpo.errors import UserError
-from rcpo.run_folder import RunFolder
+from rcpo.common.errors import UserError
+from rcpo.comparison.cells import Comparison, compare_runs
+from rcpo.comparison.find import find_runs
+from rcpo.comparison.load import load_run
+from rcpo.runs.folder import RunFolder
 
 
 def compare(path: Path) -> Comparison:

@@ -18,13 +18,13 @@ from test_compare_page import compare
 from test_inputs import row
 
 from rcpo import cli
-from rcpo.compare import pair_ches
-from rcpo.compare.fallen import ChesChoice, find_fallen
-from rcpo.compare.page import make_page, same_decimals
-from rcpo.compare.statistics import spearman
-from rcpo.compare.table import make_rows
-from rcpo.model import model_source
-from rcpo.quality.score_file import HELD_OUT, read_scores
+from rcpo.comparison import pair_ches
+from rcpo.comparison.fallen import ChesChoice, find_fallen
+from rcpo.comparison.page import make_page, same_decimals
+from rcpo.comparison.statistics import spearman
+from rcpo.comparison.table import make_rows
+from rcpo.data.score_file import HELD_OUT, read_scores
+from rcpo.models.load import model_source
 
 ANSWERS = [("six", "two"), ("seven", "eight"), ("two", "six"), ("nine", "ten"), ("Paris", "London"),
            ("five", "five four"), ("three", "one")]  # fmt: skip

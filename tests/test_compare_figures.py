@@ -12,8 +12,8 @@ import plotly.graph_objects
 import pytest
 from compare_folders import make_run
 
-from rcpo.compare.cells import Comparison, compare_runs
-from rcpo.compare.curves import (
+from rcpo.comparison.cells import Comparison, compare_runs
+from rcpo.comparison.curves import (
     alpha_curve,
     band_curve,
     band_range,
@@ -23,11 +23,11 @@ from rcpo.compare.curves import (
     panels,
     pathway_shares,
 )
-from rcpo.compare.figures import heat_map, objective_figures
-from rcpo.compare.find import find_runs
-from rcpo.compare.load import load_run
-from rcpo.compare.palette import looks
-from rcpo.compare.static import write_figures
+from rcpo.comparison.figures import heat_map, objective_figures
+from rcpo.comparison.find import find_runs
+from rcpo.comparison.load import load_run
+from rcpo.comparison.palette import looks
+from rcpo.comparison.static import write_figures
 
 REJECTED = (-2.0, -2.0, -2.0, -2.0)
 
@@ -114,7 +114,7 @@ def test_pairs_are_means_over_seeds_and_many_are_thinned(tmp_path: Path) -> None
 
 def test_the_frame_of_the_bands_shows_all_positions_but_not_far_edges() -> None:
     def curve(lower: list[float], upper: list[float]) -> Any:
-        from rcpo.compare.curves import BandCurve
+        from rcpo.comparison.curves import BandCurve
 
         three = np.array([-1.0, 0, 2])
         return BandCurve(three, three, np.zeros(3), np.array(lower), np.array(upper), 0.5)

@@ -16,8 +16,8 @@ from compare_folders import make_run
 from rich.console import Console
 
 from rcpo import cli
-from rcpo.compare.live import BARS, Board, LiveRun, gauge, sparkline
-from rcpo.run_folder import RunFolder
+from rcpo.comparison.live import BARS, Board, LiveRun, gauge, sparkline
+from rcpo.runs.folder import RunFolder
 
 
 def test_only_what_is_new_is_read_and_a_line_in_the_making_waits(tmp_path: Path) -> None:

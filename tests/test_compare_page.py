@@ -12,14 +12,13 @@ import pytest
 from compare_folders import START, make_run
 
 from rcpo import cli
-from rcpo.compare.cells import Comparison, compare_runs
-from rcpo.compare.fallen import find_fallen
-from rcpo.compare.find import find_runs
-from rcpo.compare.held_out import shortened_texts
-from rcpo.compare.load import load_run
-from rcpo.compare.page import make_page
-from rcpo.compare.table import make_rows
-from rcpo.data.records import PreferenceRecord
+from rcpo.comparison.cells import Comparison, compare_runs
+from rcpo.comparison.fallen import find_fallen
+from rcpo.comparison.find import find_runs
+from rcpo.comparison.load import load_run
+from rcpo.comparison.page import make_page
+from rcpo.comparison.table import make_rows
+from rcpo.data.records import PreferenceRecord, shortened_texts
 
 REJECTED = (-2.0, -2.0, -2.0, -2.0)
 EVIL = "</script><script>document.title='taken'</script><img src=x onerror=\"fail()\"> & \"q\" 'a'"

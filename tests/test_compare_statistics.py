@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from rcpo.compare.statistics import holm, mean_and_error, paired_difference, student_quantile
+from rcpo.comparison.statistics import holm, mean_and_error, paired_difference, student_quantile
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ from compare_folders import make_run
 from wandb_server import KEY, Server, StoredRun, serve, stored
 
 from rcpo import cli
-from rcpo.compare.from_wandb import Fetched, as_run, parse_address
-from rcpo.compare.load import load_run
-from rcpo.errors import UserError
+from rcpo.common.errors import UserError
+from rcpo.comparison.from_wandb import Fetched, as_run, parse_address
+from rcpo.comparison.load import load_run
 
 REJECTED = (-2.0, -2.0, -2.0, -2.0)
 

@@ -24,17 +24,19 @@ from rank_runs import (
 )
 from torch import Tensor
 
-from rcpo.aggregate import KlDro, Mean, aggregate_of, tilt
+from rcpo.common.errors import UserError
 from rcpo.config.compose import compose, conf_dir
-from rcpo.config.schema import Config, validate
+from rcpo.config.schema import Config
+from rcpo.config.validate import validate
 from rcpo.data.batch import PairBatch, collate
 from rcpo.data.tokenize import TokenizedPair, TokenizedSide
-from rcpo.errors import UserError
-from rcpo.inputs import read_inputs
 from rcpo.objectives import REGISTRY, Composition, PairLogProbs, composition_of, load_objective, objective_of
 from rcpo.objectives.composition import DEFAULTS
-from rcpo.run_folder import RunFolder
-from rcpo.step import Aggregate, MicroBatch, price
+from rcpo.runs.folder import RunFolder
+from rcpo.training.aggregate import KlDro, Mean, aggregate_of, tilt
+from rcpo.training.read_inputs import read_inputs
+from rcpo.training.step import Aggregate
+from rcpo.training.surrogate import MicroBatch, price
 
 NAMES = sorted(REGISTRY)
 

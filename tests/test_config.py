@@ -14,18 +14,19 @@ from typing import Any
 import pytest
 import yaml
 
+from rcpo.common.errors import UserError
 from rcpo.config.compose import conf_dir
 from rcpo.config.resolve import data_label, default_name, model_label, resolve
-from rcpo.config.schema import Config, validate
-from rcpo.errors import UserError
+from rcpo.config.schema import Config
+from rcpo.config.validate import validate
 from rcpo.objectives import REGISTRY
-from rcpo.run_folder import config_tree, open_run
+from rcpo.runs.frozen import config_tree, open_run
 
 COMPOSE = """
 import json, sys
 from rcpo.config.compose import compose
 from rcpo.config.schema import validate
-from rcpo.errors import UserError
+from rcpo.common.errors import UserError
 for words in json.load(sys.stdin):
     try:
         tree = compose(words)

@@ -11,16 +11,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from rcpo.console import (
-    ConsoleSink,
-    StepLine,
-    duration,
-    evaluation_line,
-    nats,
-    number,
-    passes_shown,
-    percent,
-)
+from rcpo.common.console import duration, nats, number, passes_shown, percent
+from rcpo.monitor.step_line import ConsoleSink, StepLine, evaluation_line
 
 EVALUATION = {
     "step": 150,
@@ -106,7 +98,7 @@ def test_without_calibration_and_band_neither_is_shown() -> None:
 def test_time_left_counts_from_the_end_of_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """First step done at 100 s, third at 104 s: 2 s a step, 7 steps left of 10, so 14 s."""
     clock = iter([100.0, 104.0])
-    monkeypatch.setattr("rcpo.console.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("rcpo.common.console.time.monotonic", lambda: next(clock))
     line = StepLine(10, 0)
     for step in (1, 2, 3):
         line.add(step_row(step))
@@ -123,7 +115,7 @@ def test_elsewhere_than_on_a_terminal_steps_are_lines_at_most_one_in_two_seconds
 ) -> None:
     """A step a second from 1 to 100, log_every=5: the first, the last, and every fifth between."""
     now = [0.0]
-    monkeypatch.setattr("rcpo.console.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("rcpo.common.console.time.monotonic", lambda: now[0])
     sink, stream = plain_sink(log_every=5)
     for step in range(1, 101):
         now[0] = float(step)
@@ -189,7 +181,7 @@ def test_nats_percent_and_duration_by_hand() -> None:
 
 SHOW = """
 import sys
-from rcpo.console import ConsoleSink, RunConsole
+from rcpo.common.console import ConsoleSink, RunConsole
 sys.path.insert(0, {tests!r})
 from test_console import EVALUATION, step_row
 console = RunConsole()

@@ -18,7 +18,7 @@ from wandb_workspaces.reports.v2.interface import Report
 from wandb_workspaces.workspaces import internal as workspace_schema
 
 from rcpo import cli
-from rcpo.dashboard import SECTIONS
+from rcpo.comparison.dashboard import SECTIONS
 
 REJECTED = (-2.0, -2.0, -2.0, -2.0)
 

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from rcpo.common.errors import UserError
 from rcpo.data.arithmetic import (
     GAINS,
     NUMBERS,
@@ -13,7 +14,6 @@ from rcpo.data.arithmetic import (
     arithmetic_records,
     problem_split,
 )
-from rcpo.errors import UserError
 
 QUESTION = re.compile(r"(\w+) has (\w+) (\w+) and (\w+) (\w+) (more|of them) \. how many \?")
 ANSWER = re.compile(r"(\w+) has (\w+) (\w+) now \.")

@@ -19,12 +19,12 @@ from rank_runs import metrics as rows_of
 from tiny_models import MODELS, make_llama, make_pairs
 from transformers import MistralConfig, MistralForCausalLM
 
+from rcpo.common.errors import UserError
 from rcpo.data.batch import collate
 from rcpo.data.joint import collate_joint, shared_prefix
 from rcpo.data.tokenize import TokenizedPair, TokenizedSide
-from rcpo.errors import UserError
-from rcpo.model import Policy, refuse_joint_layout
-from rcpo.scores import HeadScores
+from rcpo.method.scores import HeadScores
+from rcpo.models.policy import Policy, refuse_joint_layout
 
 LAYOUTS = [(True, False), (False, True), (True, True)]
 """(share_prefix, packing)."""

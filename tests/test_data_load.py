@@ -10,10 +10,10 @@ import datasets
 import pytest
 import yaml
 
+from rcpo.common.errors import UserError
 from rcpo.config.schema import DataConfig
 from rcpo.data.load import load_records
 from rcpo.data.records import PreferenceRecord
-from rcpo.errors import UserError
 
 CONF = Path(__file__).parents[1] / "conf" / "data"
 

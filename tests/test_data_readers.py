@@ -13,8 +13,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from rcpo.common.errors import UserError
 from rcpo.data.readers import Place, read_rows
-from rcpo.errors import UserError
 
 COLUMNS = {"prompt", "chosen", "rejected"}
 TEXT_ROWS = [

@@ -11,9 +11,9 @@ import pytest
 from safetensors.numpy import load_file
 
 import rcpo.data.token_store
+from rcpo.common.errors import UserError
 from rcpo.data.pairs import TokenizedPair, TokenizedSide, pack
 from rcpo.data.token_store import Tokens, TokenStore
-from rcpo.errors import UserError
 
 PAIRS = [
     TokenizedPair(TokenizedSide([1, 5, 6], 2), TokenizedSide([1, 5, 70000, 8], 2), 4, weight=0.1),

@@ -22,10 +22,10 @@ from tokenizers import AddedToken, Tokenizer, models
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 import rcpo.data.tokenize
+from rcpo.common.errors import UserError
 from rcpo.data.records import read_record
 from rcpo.data.render import apply_chat_template_choice
 from rcpo.data.tokenize import TokenizedPair, TokenizedSide, describe_example
-from rcpo.errors import UserError
 
 # BOS, EOS and the split, for every kind of tokenizer and template
 

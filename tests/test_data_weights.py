@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from rcpo.common.errors import UserError
 from rcpo.config.schema import DataConfig
 from rcpo.data.load import load_records
 from rcpo.data.records import BadRowError
 from rcpo.data.weights import UNWEIGHTED, ColumnWeight, DoraWeight, Weighing, weighing_of
-from rcpo.errors import UserError
 from rcpo.objectives import Composition
 
 WEIGHT, DORA = ColumnWeight(), DoraWeight(0.5, 0.5)

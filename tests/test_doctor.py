@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from rcpo import cli, doctor
-from rcpo.doctor import Finding, examine
+from rcpo import cli
+from rcpo.launch.doctor import Finding, examine
+from rcpo.launch.start import doctor
 
 WHATS = {
     "Python", "packages", "bitsandbytes", "flash_attn", "GPUs", "DeepSpeed", "DeepSpeed ops", "compiler",

@@ -10,8 +10,8 @@ from rank_runs import Case, Layout, make_config, make_run, metrics, train_all, w
 from transformers import AutoModelForCausalLM
 
 from rcpo.config.schema import Config
-from rcpo.inputs import read_inputs
-from rcpo.run_folder import RunFolder
+from rcpo.runs.folder import RunFolder
+from rcpo.training.read_inputs import read_inputs
 
 Runs = dict[str, tuple[Config, RunFolder]]
 

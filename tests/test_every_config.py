@@ -15,17 +15,17 @@ import pytest
 from safetensors.torch import load_file
 
 from rcpo.config.compose import conf_dir
-from rcpo.model import model_source
-from rcpo.run_folder import RunFolder
+from rcpo.models.load import model_source
+from rcpo.runs.folder import RunFolder
 
 RUN_ALL = """
 import json, sys, traceback
 import torch
 from rcpo.commands.train import prepare
-from rcpo.distributed import initialize, shut_down
-from rcpo.inputs import read_inputs
-from rcpo.run_folder import RunFolder, config_tree
-from rcpo.trainer import train
+from rcpo.ranks.distributed import initialize, shut_down
+from rcpo.training.read_inputs import read_inputs
+from rcpo.runs.folder import RunFolder, config_tree
+from rcpo.training.loop import train
 
 device = initialize("cpu")
 answers = {}
@@ -42,7 +42,7 @@ for name, words in json.load(sys.stdin).items():
 shut_down()
 json.dump(answers, open("answers.json", "w"))
 """
-"""What `rcpo.launch` and `rcpo.worker` do for one run, with one process group for all."""
+"""What `rcpo.launch.start` and `rcpo.launch.worker` do for one run, with one process group for all."""
 SMALL = ["tracking=none", "train.steps=1", "train.pairs_per_step=4", "train.max_length=64",
          "train.eval_every=0"]  # fmt: skip
 FEW = ["data.train_pairs=32", "data.eval_pairs=8"]

@@ -7,18 +7,19 @@ import math
 
 import pytest
 
-from rcpo.calibration import (
+from rcpo.config.compose import compose
+from rcpo.config.schema import CalibrationConfig, FeedbackConfig
+from rcpo.config.validate import validate
+from rcpo.method.band import disentanglement_band
+from rcpo.method.calibrators import (
     BandCalibration,
     Calibrator,
     FeedbackCalibration,
     FixedCalibration,
     StepStatistics,
     build_calibrator,
-    disentanglement_band,
 )
-from rcpo.config.compose import compose
-from rcpo.config.schema import CalibrationConfig, FeedbackConfig, validate
-from rcpo.scores import ScoreGeometry
+from rcpo.method.scores import ScoreGeometry
 
 
 def loop(

@@ -14,15 +14,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import GENERATION, TURNS, make_bpe, make_words
 
+from rcpo.common.errors import UserError
 from rcpo.config.compose import compose
 from rcpo.config.resolve import resolve
-from rcpo.config.schema import DataConfig, validate
+from rcpo.config.schema import DataConfig
+from rcpo.config.validate import validate
 from rcpo.data.load import load_records
 from rcpo.data.readers import Place, read_rows
 from rcpo.data.records import BadRowError, PreferenceRecord, read_record
 from rcpo.data.tokenize import tokenize_records
-from rcpo.errors import UserError
-from rcpo.run_folder import config_tree, decode_row, encode_row
+from rcpo.runs.frozen import config_tree
+from rcpo.runs.rows import decode_row, encode_row
 from rcpo.sweep.definition import read_definition
 from rcpo.sweep.expand import expand
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from objective_cases import PAIR_A, PAIR_B, s
 
-from rcpo.incentives import incentives, loss_and_incentives
+from rcpo.method.incentives import incentives, loss_and_incentives
 from rcpo.objectives import REGISTRY, PairLogProbs, load_objective
 
 NAMES = sorted(REGISTRY)

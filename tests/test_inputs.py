@@ -16,13 +16,15 @@ import pytest
 
 import rcpo.builtin
 import rcpo.data.token_key
-import rcpo.inputs
+import rcpo.training.read_inputs
+from rcpo.common.errors import UserError
 from rcpo.config.resolve import resolve
-from rcpo.config.schema import Config, validate
+from rcpo.config.schema import Config
+from rcpo.config.validate import validate
+from rcpo.data.inputs import Inputs
 from rcpo.data.tokenize import TokenizedPair
-from rcpo.errors import UserError
-from rcpo.inputs import Inputs, read_inputs
-from rcpo.run_folder import config_tree
+from rcpo.runs.frozen import config_tree
+from rcpo.training.read_inputs import read_inputs
 
 
 def config_of(**groups: dict[str, Any]) -> Config:
@@ -227,7 +229,7 @@ def nothing_is_tokenised() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ("load_records", "tokenize_records"):
-            patch.setattr(rcpo.inputs, name, refuse)
+            patch.setattr(rcpo.training.read_inputs, name, refuse)
         yield
 
 

@@ -24,7 +24,7 @@ from rank_runs import (
     write_inputs,
 )
 
-from rcpo.run_folder import RunFolder
+from rcpo.runs.folder import RunFolder
 
 NUM_KILLS = int(os.environ.get("RCPO_KILLS", "12"))
 SEED = int(os.environ.get("RCPO_KILLS_SEED", "0"))

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rcpo.errors import UserError
-from rcpo.launch import resume
-from rcpo.processes import FAULT_FILE, Fault, _Ranks
-from rcpo.run_folder import RunFolder
+from rcpo.common.errors import UserError
+from rcpo.launch.processes import FAULT_FILE, Fault, _Ranks
+from rcpo.launch.start import resume
+from rcpo.runs.folder import RunFolder
 
 ENDLESS = ["train.steps=100000", "train.save_every=5", "train.eval_every=0"]
 TRAIN = [
@@ -45,7 +45,7 @@ def processes_of(run_dir: Path) -> dict[int, str]:
 def pid_of_rank(run_dir: Path, rank: int) -> int:
     for pid, command in processes_of(run_dir).items():
         environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        if "rcpo.worker" in command and f"RANK={rank}".encode() in environment:
+        if "rcpo.launch.worker" in command and f"RANK={rank}".encode() in environment:
             return pid
     raise AssertionError(f"no rank {rank} runs")
 
@@ -269,10 +269,10 @@ def test_the_fault_that_came_first_is_the_cause(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(100)
 def test_a_started_rank_tells_why_it_failed(tmp_path: Path) -> None:
-    """`python -m rcpo.worker` on a folder that is no run, as a started rank: exit code 2, nothing printed,
-    the reason in its fault file."""
+    """`python -m rcpo.launch.worker` on a folder that is no run, as a started rank: exit code 2, nothing
+    printed, the reason in its fault file."""
     env = os.environ | {FAULT_FILE: str(tmp_path / "fault")}
-    command = [sys.executable, "-m", "rcpo.worker", str(tmp_path / "none")]
+    command = [sys.executable, "-m", "rcpo.launch.worker", str(tmp_path / "none")]
     with subprocess.Popen(
         command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:

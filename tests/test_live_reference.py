@@ -27,10 +27,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rcpo.config.schema import Config, ModelConfig
 from rcpo.data.batch import collate
-from rcpo.inputs import read_inputs
-from rcpo.model import Policy
-from rcpo.reference import side_key, weights_fingerprint
-from rcpo.run_folder import RunFolder
+from rcpo.models.policy import Policy
+from rcpo.reference.cache import side_key, weights_fingerprint
+from rcpo.runs.folder import RunFolder
+from rcpo.training.read_inputs import read_inputs
 
 LORA = ("model.lora.rank=3",)
 OTHER = "other"

@@ -7,16 +7,16 @@ from tiny_models import HIDDEN, VOCABULARY, make_batch, make_pairs
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-import rcpo.logprobs
+import rcpo.models.logprobs
 from rcpo.data.batch import PairBatch, collate
-from rcpo.logprobs import TokenLogProbHead, sum_per_side
-from rcpo.model import Policy
+from rcpo.models.logprobs import TokenLogProbHead, sum_per_side
+from rcpo.models.policy import Policy
 
 
 @pytest.fixture(params=[16, 24, 10**6])
 def chunk_tokens(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Tokens a chunk: the least that rcpo uses, one that divides nothing, and everything at once."""
-    monkeypatch.setattr(rcpo.logprobs, "CHUNK_ELEMENTS", request.param * VOCABULARY)
+    monkeypatch.setattr(rcpo.models.logprobs, "CHUNK_ELEMENTS", request.param * VOCABULARY)
     return int(request.param)
 
 
@@ -99,11 +99,11 @@ def test_head_is_finite_where_logits_are_huge() -> None:
 def test_chunks_cover_all_tokens_and_keep_the_sides_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """40 chosen and 20 rejected tokens in chunks of 16 (the least): 16, 16, 8 | 16, 4. With 32-token chunks:
     32, 8 | 20."""
-    monkeypatch.setattr(rcpo.logprobs, "CHUNK_ELEMENTS", 1)
-    bounds = [(part.start, part.stop) for part in rcpo.logprobs._chunks(60, 40, VOCABULARY)]
+    monkeypatch.setattr(rcpo.models.logprobs, "CHUNK_ELEMENTS", 1)
+    bounds = [(part.start, part.stop) for part in rcpo.models.logprobs._chunks(60, 40, VOCABULARY)]
     assert bounds == [(0, 16), (16, 32), (32, 40), (40, 56), (56, 60)]
-    monkeypatch.setattr(rcpo.logprobs, "CHUNK_ELEMENTS", 32 * VOCABULARY + 5)
-    bounds = [(part.start, part.stop) for part in rcpo.logprobs._chunks(60, 40, VOCABULARY)]
+    monkeypatch.setattr(rcpo.models.logprobs, "CHUNK_ELEMENTS", 32 * VOCABULARY + 5)
+    bounds = [(part.start, part.stop) for part in rcpo.models.logprobs._chunks(60, 40, VOCABULARY)]
     assert bounds == [(0, 32), (32, 40), (40, 60)]
 
 

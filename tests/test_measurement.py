@@ -21,11 +21,11 @@ from rank_runs import (
     write_inputs,
 )
 
-from rcpo.adapters import last_block_parameters
 from rcpo.config.schema import Config
-from rcpo.inputs import read_inputs
-from rcpo.model import load_model
-from rcpo.run_folder import RunFolder
+from rcpo.models.adapters import last_block_parameters
+from rcpo.models.load import load_model
+from rcpo.runs.folder import RunFolder
+from rcpo.training.read_inputs import read_inputs
 
 NO_WARMUP = "calibration.warmup_steps=0"
 

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from rcpo.calibration import BandCalibration, FixedCalibration, StepStatistics
-from rcpo.incentives import Incentives
-from rcpo.metrics import QUANTITIES, band_metrics, displacement_row, pair_sums, pathway, step_row
+from rcpo.method.calibrators import BandCalibration, FixedCalibration, StepStatistics
+from rcpo.method.incentives import Incentives
+from rcpo.method.metrics import QUANTITIES, band_metrics, displacement_row, pair_sums, pathway, step_row
+from rcpo.method.scores import ScoreGeometry
 from rcpo.objectives import PairLogProbs
-from rcpo.scores import ScoreGeometry
 
 PAIR = PairLogProbs(
     z_w=torch.tensor([-4.0, -6.0, -9.0]),

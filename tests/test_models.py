@@ -13,10 +13,12 @@ import yaml
 from tiny_models import VOCABULARY, make_llama, make_neox
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, MistralConfig, PreTrainedConfig, Qwen2Config
 
+from rcpo.common.errors import UserError
 from rcpo.config.compose import conf_dir
-from rcpo.config.schema import LoraConfig, ModelConfig, validate
-from rcpo.errors import UserError
-from rcpo.model import Policy, load_model, model_source
+from rcpo.config.schema import LoraConfig, ModelConfig
+from rcpo.config.validate import validate
+from rcpo.models.load import load_model, model_source
+from rcpo.models.policy import Policy
 
 PRESETS = sorted({path.stem for path in (conf_dir() / "model").glob("*.yaml")} - {"hf", "tiny"})
 COMPOSE = """

@@ -6,7 +6,7 @@ import pytest
 import torch
 from objective_cases import pair_of
 
-from rcpo.incentives import incentives, loss_and_incentives
+from rcpo.method.incentives import incentives, loss_and_incentives
 from rcpo.objectives import REGISTRY, PairLogProbs, load_objective
 from rcpo.objectives.numerics import EXPONENT_LIMIT, exp_linear, expm1_linear, sigmoid
 from rcpo.objectives.ratio import POLE_GAP

@@ -12,7 +12,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rcpo.plot import (
+from rcpo.monitor.plot import (
     band_limits,
     column,
     draw_band,
@@ -23,7 +23,8 @@ from rcpo.plot import (
     running_median,
     smooth,
 )
-from rcpo.run_folder import RunFolder, encode_row
+from rcpo.runs.folder import RunFolder
+from rcpo.runs.rows import encode_row
 
 Row = dict[str, Any]
 

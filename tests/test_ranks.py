@@ -20,7 +20,7 @@ from rank_runs import (
 )
 
 from rcpo.config.schema import Config
-from rcpo.run_folder import RunFolder
+from rcpo.runs.folder import RunFolder
 
 LAYOUTS = (Layout(1, 8), Layout(1, 1), Layout(2, 4), Layout(2, 1))
 STEERED = ("calibration.feedback.every=2", "calibration.feedback.pairs=3", "calibration.feedback.low=-1")

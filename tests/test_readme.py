@@ -8,9 +8,9 @@ import pytest
 
 from rcpo.cli import COMMANDS
 from rcpo.config.compose import compose
-from rcpo.config.schema import validate
+from rcpo.config.validate import validate
+from rcpo.monitor.model_card import formula
 from rcpo.objectives import REGISTRY, load_objective
-from rcpo.report import formula
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -12,18 +12,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import make_llama, make_neox, make_pairs
 
+from rcpo.common.errors import UserError
 from rcpo.config.schema import ModelConfig
+from rcpo.data.pairs import SideLogProbs
 from rcpo.data.tokenize import TokenizedPair, TokenizedSide
-from rcpo.errors import UserError
-from rcpo.evaluation import SideLogProbs
-from rcpo.reference import (
+from rcpo.reference.cache import (
     ReferenceCache,
-    ReferenceTable,
     reference_logprobs,
     shared_reference,
     side_key,
     weights_fingerprint,
 )
+from rcpo.reference.table import ReferenceTable
 
 
 def lengths_as_logprobs(pairs: Sequence[TokenizedPair]) -> SideLogProbs:

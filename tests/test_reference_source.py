@@ -15,14 +15,14 @@ from test_setbacks import in_a_fork, train_here
 from tiny_models import make_llama, make_neox
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-import rcpo.trainer
-from rcpo.changes import changed_config
+import rcpo.training.loop
+from rcpo.common.errors import StoppedError, UserError
 from rcpo.config.schema import Config
-from rcpo.errors import StoppedError, UserError
-from rcpo.inputs import read_inputs
-from rcpo.model import load_tokenizer
-from rcpo.reference_weights import check_reference, has_own_weights
-from rcpo.run_folder import RunFolder
+from rcpo.launch.changes import changed_config
+from rcpo.models.load import load_tokenizer
+from rcpo.reference.weights import check_reference, has_own_weights
+from rcpo.runs.folder import RunFolder
+from rcpo.training.read_inputs import read_inputs
 
 CASE = Case("dpo", "off", "llama", "adamw")
 SHORT = ("train.steps=2", "train.pairs_per_step=4", "train.eval_every=0")
@@ -48,7 +48,7 @@ def weights_held(run: RunFolder) -> tuple[list[int], int]:
     """Train, and look around when the policy is about to take its first step: the numbers of each model that
     is in memory, the policy's first, and the bytes that the reference says it holds."""
     seen: list[weakref.ref[PreTrainedModel]] = []
-    load, rehearse = PreTrainedModel.__init__, rcpo.trainer.rehearse
+    load, rehearse = PreTrainedModel.__init__, rcpo.training.loop.rehearse
     found: list[tuple[list[int], int]] = []
 
     def remember(model: PreTrainedModel, *args: object, **kwargs: object) -> None:
@@ -65,7 +65,7 @@ def weights_held(run: RunFolder) -> tuple[list[int], int]:
         rehearse(*args)  # type: ignore[arg-type]
 
     PreTrainedModel.__init__ = remember  # type: ignore[method-assign]
-    rcpo.trainer.rehearse = look  # type: ignore[assignment]
+    rcpo.training.loop.rehearse = look  # type: ignore[assignment]
     train_here(run)
     return found[0]
 
@@ -123,15 +123,15 @@ def test_live_reads_and_writes_no_cache(inputs: Path, tmp_path: Path, more: tupl
 
 def stop_after(run: RunFolder, step: int) -> None:
     """Train up to a step whose checkpoint is the last thing written."""
-    save_or_go_on = rcpo.trainer.save_or_go_on
+    save_or_go_on = rcpo.training.loop.save_or_go_on
 
-    def save_and_stop(training: rcpo.trainer.Training) -> bool:
+    def save_and_stop(training: rcpo.training.state.Training) -> bool:
         is_saved = save_or_go_on(training)
         if training.state.step == step:
             raise StoppedError("here")
         return is_saved
 
-    rcpo.trainer.save_or_go_on = save_and_stop  # type: ignore[assignment]
+    rcpo.training.loop.save_or_go_on = save_and_stop  # type: ignore[assignment]
     with pytest.raises(StoppedError):
         train_here(run)
 

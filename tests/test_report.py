@@ -13,19 +13,11 @@ from rich.console import Console
 
 from rcpo.commands.train import prepare
 from rcpo.config.schema import Config
+from rcpo.monitor.model_card import averages, formula, is_hub_id, model_card
+from rcpo.monitor.summary import print_report, print_start, sentence, summarize
 from rcpo.objectives import load_objective
 from rcpo.objectives.registry import REGISTRY
-from rcpo.report import (
-    averages,
-    formula,
-    is_hub_id,
-    model_card,
-    print_report,
-    print_start,
-    sentence,
-    summarize,
-)
-from rcpo.run_folder import RunFolder
+from rcpo.runs.folder import RunFolder
 
 Row = dict[str, Any]
 

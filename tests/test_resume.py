@@ -26,11 +26,12 @@ from rank_runs import (
     write_inputs,
 )
 
-import rcpo.checkpoint
-import rcpo.launch
-from rcpo.errors import UserError
-from rcpo.inputs import read_inputs
-from rcpo.run_folder import RunFolder, open_run
+import rcpo.launch.start
+import rcpo.training.checkpoint
+from rcpo.common.errors import UserError
+from rcpo.runs.folder import RunFolder
+from rcpo.runs.frozen import open_run
+from rcpo.training.read_inputs import read_inputs
 
 CASE = Case("dpo", "on", "llama-tied", "adamw")
 EXACT = Case("dpo", "exact", "llama", "adamw")
@@ -183,7 +184,7 @@ def test_the_newest_whole_checkpoint_is_used_and_said(damaged: RunFolder, runs: 
     assert repr(metrics(damaged)) == repr(metrics(whole))
     expected = final_weights(whole)
     assert all(torch.equal(weight, expected[name]) for name, weight in final_weights(damaged).items())
-    rcpo.checkpoint.check_manifest(newest)
+    rcpo.training.checkpoint.check_manifest(newest)
 
 
 @pytest.mark.slow
@@ -235,7 +236,7 @@ def test_damaged_small_file_is_one_line_before_anything_starts(
     damage(damaged.path / name)
     before = {path: path.read_bytes() for path in damaged.path.rglob("*") if path.is_file()}
     with pytest.raises(UserError) as caught:
-        rcpo.launch.resume(str(damaged.path))
+        rcpo.launch.start.resume(str(damaged.path))
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
     assert {path: path.read_bytes() for path in damaged.path.rglob("*") if path.is_file()} == before

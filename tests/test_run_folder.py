@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from rank_runs import Case, Layout, make_config, make_run, write_inputs
 
-from rcpo.errors import UserError
-from rcpo.run_folder import RunFolder, decode_row, encode_row, open_run
+from rcpo.common.errors import UserError
+from rcpo.runs.folder import RunFolder
+from rcpo.runs.frozen import open_run
+from rcpo.runs.rows import decode_row, encode_row
 
 
 @pytest.fixture

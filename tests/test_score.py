@@ -13,12 +13,12 @@ from tiny_models import make_llama, make_pairs
 from transformers import PreTrainedModel
 
 from rcpo.cli import main
+from rcpo.common.errors import NonFiniteError
+from rcpo.data.score_file import HELD_OUT, SCHEMA, TRAIN, read_scores
 from rcpo.data.tokenize import TokenizedPair, TokenizedSide
-from rcpo.errors import NonFiniteError
-from rcpo.model import Policy
+from rcpo.models.policy import Policy
 from rcpo.quality.ches import ches, ches_norm, score_pairs
 from rcpo.quality.pairs import describe_pairs, edit_distance
-from rcpo.quality.score_file import HELD_OUT, SCHEMA, TRAIN, read_scores
 
 EVIL = "<script>document.title='run'</script>"
 

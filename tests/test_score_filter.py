@@ -13,10 +13,11 @@ from test_inputs import config_of, fault
 
 from rcpo.commands.train import prepare
 from rcpo.config.schema import Config
-from rcpo.inputs import read_inputs, read_pairs
+from rcpo.data.score_file import TRAIN, read_scores, write_scores
 from rcpo.quality.ches import ModelScores
 from rcpo.quality.pairs import describe_pairs
-from rcpo.quality.score_file import TRAIN, make_table, read_scores, write_scores
+from rcpo.quality.score_table import make_table
+from rcpo.training.read_inputs import read_inputs, read_pairs
 
 NUM_PAIRS = 30
 

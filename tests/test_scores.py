@@ -8,11 +8,11 @@ from tiny_models import HIDDEN, VOCABULARY, make_batch, make_pairs
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-import rcpo.logprobs
+import rcpo.models.logprobs
 from rcpo.data.batch import PairBatch, collate
-from rcpo.logprobs import TokenLogProbHead
-from rcpo.model import Policy
-from rcpo.scores import HeadScores, ScoreGeometry, Sides
+from rcpo.method.scores import HeadScores, ScoreGeometry, Sides
+from rcpo.models.logprobs import TokenLogProbHead
+from rcpo.models.policy import Policy
 
 CPU = torch.device("cpu")
 
@@ -30,7 +30,7 @@ def plain_sides(hidden: Tensor, leaves: list[Tensor], batch: PairBatch) -> tuple
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_sums_agree_with_autograd_on_the_head_path(has_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two micro-batches add up; the upstream gradient (here random) does not enter; norms and dot to 1e-5."""
-    monkeypatch.setattr(rcpo.logprobs, "CHUNK_ELEMENTS", 16 * VOCABULARY)
+    monkeypatch.setattr(rcpo.models.logprobs, "CHUNK_ELEMENTS", 16 * VOCABULARY)
     projection = nn.Linear(HIDDEN, VOCABULARY, bias=has_bias)
     head = TokenLogProbHead(projection)
     head.scores = HeadScores(VOCABULARY, HIDDEN, has_bias, CPU)
@@ -94,7 +94,7 @@ def test_blocks_of_rows_cover_all_of_them(monkeypatch: pytest.MonkeyPatch) -> No
     for chosen in (True, False):
         scores.add(chosen, torch.randn(11, VOCABULARY), torch.randn(11, HIDDEN))
     whole = scores.sides(1.0, 1.0).partial_products()
-    monkeypatch.setattr("rcpo.scores.NUMBERS_AT_ONCE", {"cpu": 5})
+    monkeypatch.setattr("rcpo.method.scores.NUMBERS_AT_ONCE", {"cpu": 5})
     torch.testing.assert_close(scores.sides(1.0, 1.0).partial_products(), whole, rtol=1e-12, atol=0)
 
 

@@ -24,15 +24,16 @@ from rank_runs import (
 )
 from safetensors.torch import load_file
 
+from rcpo.common.errors import NonFiniteError, SaveError, UserError
 from rcpo.data.sampler import PairSampler
-from rcpo.distributed import initialize, shut_down
-from rcpo.errors import NonFiniteError, SaveError, UserError
-from rcpo.inputs import read_inputs
-from rcpo.memory import in_words, memory_budget, shown
-from rcpo.model import load_model
-from rcpo.rehearsal import largest_micro_batch
-from rcpo.run_folder import RunFolder, open_run
-from rcpo.trainer import train
+from rcpo.models.load import load_model
+from rcpo.models.memory import in_words, memory_budget, shown
+from rcpo.ranks.distributed import initialize, shut_down
+from rcpo.runs.folder import RunFolder
+from rcpo.runs.frozen import open_run
+from rcpo.training.loop import train
+from rcpo.training.read_inputs import read_inputs
+from rcpo.training.rehearsal import largest_micro_batch
 
 CASE = Case("bco", "on", "llama-tied", "adamw")
 SKIP = ("train.on_nonfinite=skip", "train.save_every=1", "optim.schedule=linear")
@@ -118,11 +119,11 @@ def test_a_lost_gradient_stops_before_the_weights_change(inputs: Path, tmp_path:
     run = make_run(make_config(inputs, tmp_path / "run", CASE, Layout(1, 4, 2)))
 
     def work() -> None:
-        import rcpo.trainer
+        import rcpo.training.loop
 
-        build = rcpo.trainer.Measurements
+        build = rcpo.training.loop.Measurements
 
-        def with_fault(config: object, engine: rcpo.trainer.Engine) -> rcpo.trainer.Measurements:
+        def with_fault(config: object, engine: rcpo.training.loop.Engine) -> rcpo.training.loop.Measurements:
             parameter = engine.trainable_parameters()[0]
 
             def spoil(gradient: torch.Tensor) -> torch.Tensor:
@@ -136,7 +137,7 @@ def test_a_lost_gradient_stops_before_the_weights_change(inputs: Path, tmp_path:
             parameter.register_hook(engine._watch)
             return build(config, engine)  # type: ignore[arg-type]
 
-        rcpo.trainer.Measurements = with_fault  # type: ignore[assignment,misc]
+        rcpo.training.loop.Measurements = with_fault  # type: ignore[assignment,misc]
         with pytest.raises(
             NonFiniteError, match=r"step 1: a loss, log-probability or gradient is not finite"
         ):
@@ -190,11 +191,11 @@ def test_a_checkpoint_that_does_not_fit_is_a_line_and_the_one_before_it_stays(
     }
 
     def with_full_disk(name: str) -> None:
-        import rcpo.trainer
+        import rcpo.training.loop
 
-        collate = rcpo.trainer._micro_batches
+        collate = rcpo.training.loop._micro_batches
 
-        def fill(training: rcpo.trainer.Training, may_join: bool) -> object:
+        def fill(training: rcpo.training.state.Training, may_join: bool) -> object:
             if training.state.step == 2:
                 limit = largest_file(runs["whole"], 2) // 2
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
@@ -206,9 +207,9 @@ def test_a_checkpoint_that_does_not_fit_is_a_line_and_the_one_before_it_stays(
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
             return finish(*args)
 
-        finish = rcpo.trainer._finish
-        rcpo.trainer._micro_batches, rcpo.trainer._finish = fill, free  # type: ignore[assignment]
-        with caplog.at_level(logging.WARNING, "rcpo.setbacks"):
+        finish = rcpo.training.loop._finish
+        rcpo.training.loop._micro_batches, rcpo.training.loop._finish = fill, free  # type: ignore[assignment]
+        with caplog.at_level(logging.WARNING, "rcpo.training.setbacks"):
             if name == "goes-on":
                 train_here(runs[name])
                 said = [line.getMessage() for line in caplog.records if line.levelno == logging.WARNING]
@@ -245,9 +246,9 @@ def test_memory_that_runs_out_does_so_before_the_first_step(inputs: Path, tmp_pa
     run = make_run(make_config(inputs, tmp_path / "run", CASE, Layout(1, 8)))
 
     def work() -> None:
-        import rcpo.rehearsal
+        import rcpo.training.rehearsal
 
-        lay_out = rcpo.rehearsal.lay_out
+        lay_out = rcpo.training.rehearsal.lay_out
 
         def lay_out_and_end_memory(*args: object, may_join: bool) -> object:
             batch = lay_out(*args, may_join=may_join)  # type: ignore[arg-type]
@@ -256,7 +257,7 @@ def test_memory_that_runs_out_does_so_before_the_first_step(inputs: Path, tmp_pa
             resource.setrlimit(resource.RLIMIT_AS, (used, resource.RLIM_INFINITY))
             return batch._replace(input_ids=ids)
 
-        rcpo.rehearsal.lay_out = lay_out_and_end_memory  # type: ignore[assignment]
+        rcpo.training.rehearsal.lay_out = lay_out_and_end_memory  # type: ignore[assignment]
         with pytest.raises(
             UserError, match=r"does not fit into memory .*; type train\.pairs_per_device=1"
         ) as caught:
@@ -278,9 +279,9 @@ def test_a_policy_that_disagrees_with_its_reference_at_the_start_is_said(
     run = make_run(make_config(inputs, tmp_path / "run", CASE, Layout(1, 8), *words))
 
     def work() -> None:
-        import rcpo.engine
+        import rcpo.models.engine
 
-        load = rcpo.engine.load_model
+        load = rcpo.models.engine.load_model
 
         def load_trained(*args: object) -> object:
             model = load(*args)  # type: ignore[arg-type]
@@ -289,10 +290,10 @@ def test_a_policy_that_disagrees_with_its_reference_at_the_start_is_said(
                     torch.nn.init.normal_(parameter)
             return model
 
-        rcpo.engine.load_model = load_trained  # type: ignore[assignment]
-        with caplog.at_level(logging.WARNING, "rcpo.rehearsal"):
+        rcpo.models.engine.load_model = load_trained  # type: ignore[assignment]
+        with caplog.at_level(logging.WARNING, "rcpo.training.rehearsal"):
             train_here(run)
-        said = [line.getMessage() for line in caplog.records if line.name == "rcpo.rehearsal"]
+        said = [line.getMessage() for line in caplog.records if line.name == "rcpo.training.rehearsal"]
         assert len(said) == (dropout > 0)
         assert all("policy and reference differ by up to" in line for line in said)
         assert all("dropout (model.lora.dropout, or in the model's config)" in line for line in said)

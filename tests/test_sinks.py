@@ -8,11 +8,12 @@ import pytest
 
 from rcpo.commands.train import prepare
 from rcpo.config.schema import Config
-from rcpo.console import ConsoleSink
-from rcpo.logs import log_to_file
-from rcpo.run_folder import RunFolder, config_tree
-from rcpo.sinks import JsonlSink, build_sinks
-from rcpo.tracking import WandbSink
+from rcpo.monitor.sinks import JsonlSink, build_sinks
+from rcpo.monitor.step_line import ConsoleSink
+from rcpo.monitor.tracking import WandbSink
+from rcpo.ranks.logs import log_to_file
+from rcpo.runs.folder import RunFolder
+from rcpo.runs.frozen import config_tree
 
 
 def made_run(tmp_path: Path, *words: str) -> tuple[Config, RunFolder]:
@@ -72,9 +73,9 @@ def test_warnings_reach_the_log_and_rank_zeros_the_user_too(
     monkeypatch.setattr(root, "handlers", root.handlers)
     monkeypatch.setattr(ours, "handlers", ours.handlers)
     log_to_file(tmp_path, rank)
-    logging.getLogger("rcpo.trainer").warning("policy and reference differ by %.1f nats", 0.5)
-    logging.getLogger("rcpo.trainer").error("an error")
-    logging.getLogger("rcpo.trainer").info("a detail")
+    logging.getLogger("rcpo.training.loop").warning("policy and reference differ by %.1f nats", 0.5)
+    logging.getLogger("rcpo.training.loop").error("an error")
+    logging.getLogger("rcpo.training.loop").info("a detail")
     logging.getLogger("a_library").warning("a library's warning")
     logging.captureWarnings(False)
     root.handlers[0].close()

@@ -25,8 +25,8 @@ from slurm_stage import NUM_STEPS, Stage, Sweep, comparable, events, said
 
 from rcpo.commands import cancel as cancel_command
 from rcpo.commands import resume as resume_command
-from rcpo.sweep import slurm
 from rcpo.sweep.folder import SweepFolder
+from rcpo.sweep.slurm import submit as slurm
 from rcpo.sweep.states import CellStatus, State
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from rcpo.common.errors import UserError
 from rcpo.config.compose import compose
-from rcpo.config.schema import validate
-from rcpo.errors import UserError
+from rcpo.config.validate import validate
 from rcpo.sweep.folder import SweepFolder
-from rcpo.sweep.slurm_profile import (
+from rcpo.sweep.slurm.profile import (
     Profile,
     SlurmTarget,
     check_profile,
@@ -20,8 +20,8 @@ from rcpo.sweep.slurm_profile import (
     read_profile,
     seconds_of_time,
 )
-from rcpo.sweep.slurm_queue import clean_environment
-from rcpo.sweep.slurm_script import Chunk, Script, chunks_of, template_path
+from rcpo.sweep.slurm.queue import clean_environment
+from rcpo.sweep.slurm.script import Chunk, Script, chunks_of, template_path
 
 
 def script_of(profile: Profile, path: Path, num_cells: int = 4, **changes: Any) -> str:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from rcpo.run_folder import RunFolder
+from rcpo.runs.folder import RunFolder
 from rcpo.sweep.folder import Cell, SweepFolder
-from rcpo.sweep.slurm_queue import Job, jobs_of
-from rcpo.sweep.slurm_states import last_attempt, log_of, with_job
+from rcpo.sweep.slurm.queue import Job, jobs_of
+from rcpo.sweep.slurm.states import last_attempt, log_of, with_job
 from rcpo.sweep.states import CellStatus, State, read_status
 
 CELL = Cell("one", {}, [], "")
@@ -30,7 +30,7 @@ def job(state: str, why: str = "None") -> Job:
 def status_of(
     folder: Path, run_json: dict[str, Any], lines: list[str], newest: Job | None = None
 ) -> CellStatus:
-    """As `rcpo.sweep.slurm` reads it."""
+    """As `rcpo.sweep.slurm.submit` reads it."""
     sweep = SweepFolder(folder)
     run = sweep.run(CELL)
     run.path.mkdir(parents=True)

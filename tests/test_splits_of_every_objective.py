@@ -18,7 +18,7 @@ from rank_runs import (
 )
 
 from rcpo.objectives import REGISTRY
-from rcpo.run_folder import RunFolder
+from rcpo.runs.folder import RunFolder
 
 LAYOUTS = (Layout(1, 8, 0), Layout(2, 2, 2))
 WORDS = ("calibration.every=1", "calibration.warmup_steps=0", "train.steps=3", "train.eval_every=0")

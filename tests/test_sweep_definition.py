@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rcpo.errors import UserError
+from rcpo.common.errors import UserError
 from rcpo.sweep.agents import wandb_sweep
 from rcpo.sweep.definition import check_words, read_definition
 from rcpo.sweep.expand import Point, expand

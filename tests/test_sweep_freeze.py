@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-import rcpo.run_folder
-from rcpo.errors import UserError
-from rcpo.run_folder import RunFolder, open_run
-from rcpo.source import source_hash
+import rcpo.runs.folder
+from rcpo.common.errors import UserError
+from rcpo.common.source import source_hash
+from rcpo.runs.folder import RunFolder
+from rcpo.runs.frozen import open_run
 from rcpo.sweep.definition import Definition, read_definition
 from rcpo.sweep.expand import expand
 from rcpo.sweep.folder import SweepFolder
@@ -133,7 +134,7 @@ def test_a_cell_that_starts_under_other_code_says_so_once(
     run.reopen()
     assert capsys.readouterr().err == ""
     assert (run.read_run()["status"], run.read_run()["num_resumed"]) == ("running", 0)
-    monkeypatch.setattr(rcpo.run_folder, "source_hash", lambda: "0123456789abcdef")
+    monkeypatch.setattr(rcpo.runs.folder, "source_hash", lambda: "0123456789abcdef")
     run.reopen()
     assert "rcpo's code has changed since this run was made" in capsys.readouterr().err
     run.reopen()

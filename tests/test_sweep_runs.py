@@ -18,10 +18,10 @@ import pytest
 
 from rcpo import cli
 from rcpo.commands.sync import find_offline, is_synced
-from rcpo.run_folder import RunFolder
+from rcpo.common.locks import read_holder, run_lock
+from rcpo.runs.folder import RunFolder
 from rcpo.sweep.folder import SweepFolder
-from rcpo.sweep.locks import read_holder, run_lock
-from rcpo.sweep.states import read_statuses
+from rcpo.sweep.status import read_statuses
 
 pytestmark = pytest.mark.slow
 

@@ -18,16 +18,17 @@ import yaml
 from rich.console import Console
 
 from rcpo import cli
-from rcpo.run_folder import RunFolder
+from rcpo.common.locks import HeldError, end_holder, hold, is_held, read_holder, run_lock
+from rcpo.runs.folder import RunFolder
 from rcpo.sweep.folder import Cell, SweepFolder
-from rcpo.sweep.locks import HeldError, end_holder, hold, is_held, read_holder, run_lock
-from rcpo.sweep.states import CellStatus, QueueEntry, State, read_status, read_statuses
+from rcpo.sweep.states import CellStatus, QueueEntry, State, read_status
+from rcpo.sweep.status import read_statuses
 from rcpo.sweep.table import counts_line, status_json, status_table
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from rcpo.sweep.locks import hold
+from rcpo.common.locks import hold
 with hold(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

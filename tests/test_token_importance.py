@@ -20,13 +20,13 @@ from rank_runs import metrics as rows_of
 from tiny_models import make_llama, make_pairs
 from torch import Tensor
 
+from rcpo.common.errors import UserError
 from rcpo.data.batch import PairBatch, collate
 from rcpo.data.joint import collate_joint
-from rcpo.errors import UserError
-from rcpo.logprobs import importance_weighted
-from rcpo.model import Policy
+from rcpo.method.scores import HeadScores
+from rcpo.models.logprobs import importance_weighted
+from rcpo.models.policy import Policy
 from rcpo.objectives import load_objective
-from rcpo.scores import HeadScores
 
 PAIRS = make_pairs(4, seed=6)
 

@@ -16,11 +16,12 @@ import wandb
 import yaml
 from wandb_records import Records, by_step, wandb_rows
 
-from rcpo import dashboard
 from rcpo.commands.train import prepare
+from rcpo.comparison import dashboard
 from rcpo.config.schema import Config, TrackingConfig
-from rcpo.run_folder import RunFolder, config_tree
-from rcpo.tracking import WandbSink, wandb_mode
+from rcpo.monitor.tracking import WandbSink, wandb_mode
+from rcpo.runs.folder import RunFolder
+from rcpo.runs.frozen import config_tree
 
 KEY = "0123456789abcdef" * 2 + "deadbeef"
 VARIABLES = (
@@ -324,7 +325,7 @@ def test_wandb_failing_at_the_start_is_one_warning(tmp_path: Path, caplog: pytes
     config, run = made_run(tmp_path)
     run.update_run(wandb_id="not/an/id")
     feed(WandbSink(config, run, "offline"))
-    (message,) = [record.getMessage() for record in caplog.records if record.name == "rcpo.tracking"]
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "rcpo.monitor.tracking"]
     assert message.startswith("W&B failed (")
     assert message.endswith("; going on without it; metrics.jsonl and eval.jsonl have every row")
 
@@ -337,7 +338,7 @@ def test_a_table_or_a_model_that_cannot_be_sent_is_one_warning_and_the_rest_is_s
     sink = WandbSink(config, run, "offline")
     sink.log_eval({"step": 0, "displacement/chosen": 0.0})
     sink.close({"start_step": 0, "end_step": 1, "end_chosen": -1.0}, 0)
-    (message,) = [record.getMessage() for record in caplog.records if record.name == "rcpo.tracking"]
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "rcpo.monitor.tracking"]
     assert message.startswith("W&B failed (FileNotFoundError: ")
     assert message.endswith("; the table of held-out pairs is not sent; RUN/eval/ has it")
     records = Records(run)
@@ -346,8 +347,8 @@ def test_a_table_or_a_model_that_cannot_be_sent_is_one_warning_and_the_rest_is_s
 
 UNREACHABLE = """
 import sys
-import rcpo.cli, rcpo.tracking
-rcpo.tracking.INIT_TIMEOUT_SECONDS = 2.0
+import rcpo.cli, rcpo.monitor.tracking
+rcpo.monitor.tracking.INIT_TIMEOUT_SECONDS = 2.0
 rcpo.cli.main(sys.argv[1:])
 """
 

@@ -26,7 +26,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rcpo.config.schema import Config
-from rcpo.run_folder import RunFolder
+from rcpo.runs.folder import RunFolder
 
 STAGES = (0, 1, 2, 3)
 CLIP = "train.grad_clip=0.3"
@@ -100,7 +100,7 @@ def test_stage_3_really_shards_these_parameters(
 ) -> None:
     """The settings that reach DeepSpeed, and the shards in its checkpoint: each of 2 ranks keeps about half
     of the numbers. Otherwise the stage-3 rows of the test above would pass for the wrong reason."""
-    from rcpo.engine import deepspeed_config
+    from rcpo.models.engine import deepspeed_config
 
     config, run = runs[Case("dpo", "on", "neox", "sgd"), 3]
     assert RELEASING.items() <= deepspeed_config(config)["zero_optimization"].items()

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from typing import Any
 
-from rcpo.run_folder import RunFolder
+from rcpo.runs.folder import RunFolder
 
 
 class Records:

@@ -23,9 +23,10 @@ import pyarrow.parquet as pq
 import yaml
 from wandb_records import by_step
 
-from rcpo.report import summarize
-from rcpo.run_folder import RunFolder, encode_row
-from rcpo.wandb_media import PAIRS, PAIRS_COLUMNS
+from rcpo.monitor.summary import summarize
+from rcpo.monitor.wandb_media import PAIRS, PAIRS_COLUMNS
+from rcpo.runs.folder import RunFolder
+from rcpo.runs.rows import encode_row
 
 KEY = "0123456789abcdef" * 2 + "deadbeef"
 STATES = {"done": "finished", "failed": "failed"}
@@ -75,7 +76,7 @@ class StoredRun:
 
 
 def stored(path: Path, group: str | None = None, **changes: Any) -> StoredRun:
-    """A run folder as `rcpo.tracking` sends it (`test_tracking` shows that it does)."""
+    """A run folder as `rcpo.monitor.tracking` sends it (`test_tracking` shows that it does)."""
     run = RunFolder(path)
     summary = summarize(run.rows(run.metrics), run.rows(run.eval))
     start, end = run.load_pair_results(0), run.load_pair_results(summary["end_step"])

@@ -1,7 +1,7 @@
 """One block of a bench: `python -m rcpo.bench.block BLOCK.json`, a process of its own, so that its peak
 memory is its own and no import is in its times.
 
-Owns rcpo's side: the training loop of `rcpo.trainer` as `rcpo train` runs it, left after the last step.
+Owns rcpo's side: the training loop of `rcpo.training.loop` as `rcpo train` runs it, left after the last step.
 Started by `rcpo.bench.plan`; under several ranks once for each.
 """
 
@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rcpo import trainer
-from rcpo.allocator import keep_freed_memory
 from rcpo.bench.recorder import BenchDone, Recorder
 from rcpo.bench.work import CACHE, REFERENCE, Block, Work, moved
-from rcpo.distributed import initialize, rank, shut_down
-from rcpo.errors import UserError
-from rcpo.evaluation import eval_batch, measure_logprobs
-from rcpo.logs import log_to_file
-from rcpo.step import TrainedStep
+from rcpo.common.errors import UserError
+from rcpo.models.evaluation import eval_batch, measure_logprobs
+from rcpo.ranks.allocator import keep_freed_memory
+from rcpo.ranks.distributed import initialize, rank, shut_down
+from rcpo.ranks.logs import log_to_file
+from rcpo.training import loop as trainer
+from rcpo.training.step import TrainedStep
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def run_block(block: Block) -> dict[str, Any]:
     """Do what the block says; returns its result."""
     work = Work.load(block)
     device = initialize(work.config.train.device or "cpu")
-    torch.backends.cuda.matmul.allow_tf32 = False  # as in rcpo.worker
+    torch.backends.cuda.matmul.allow_tf32 = False  # as in rcpo.launch.worker
     log_to_file(work.run.logs, rank())
     torch.manual_seed(work.config.seed)
     if block.mode == "reference":
@@ -58,7 +58,7 @@ def run_block(block: Block) -> dict[str, Any]:
 def run_rcpo(work: Work, recorder: Recorder) -> dict[str, Any]:
     """rcpo's own loop, with a look at every step."""
     if recorder.device.type == "cpu":
-        keep_freed_memory()  # as in rcpo.worker
+        keep_freed_memory()  # as in rcpo.launch.worker
     timers = None
     if recorder.block.mode == "shares":
         from rcpo.bench.shares import Timers
@@ -118,8 +118,8 @@ def compute_reference(block: Block, work: Work, device: torch.device) -> dict[st
     others; and what the model is made of."""
     from safetensors.torch import save_file
 
-    from rcpo.engine import Engine
-    from rcpo.reference import ReferenceCache, side_key, weights_fingerprint
+    from rcpo.models.engine import Engine
+    from rcpo.reference.cache import ReferenceCache, side_key, weights_fingerprint
 
     visited = sorted({0, *(idx for batch in work.batches for idx in batch)})
     pairs = [work.inputs.train[idx] for idx in visited]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rcpo.data.batch import PairBatch
-from rcpo.logprobs import TokenLogProbHead
+from rcpo.models.logprobs import TokenLogProbHead
 
 TOKENS = (128, 256, 512, 1024, 2048, 4096, 8192)
 LARGEST_FULL = 2**31
@@ -81,6 +81,6 @@ def reset_peak(device: torch.device) -> None:
 def peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    from rcpo.evaluation import peak_memory_gb
+    from rcpo.models.evaluation import peak_memory_gb
 
     return int(peak_memory_gb(device) * 1e9)

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from rcpo.bench.recorder import BenchDone, Recorder, gradients_of
 from rcpo.bench.work import Work, rows_of
 from rcpo.data.batch import PairBatch, collate
-from rcpo.engine import build_optimizer
-from rcpo.logprobs import sum_per_side
-from rcpo.model import load_model
+from rcpo.models.engine import build_optimizer
+from rcpo.models.load import load_model
+from rcpo.models.logprobs import sum_per_side
 from rcpo.objectives import PairLogProbs, objective_of
 
 

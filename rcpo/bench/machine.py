@@ -12,8 +12,8 @@ import torch
 
 import rcpo
 from rcpo.bench.work import num_response_tokens, num_tokens
+from rcpo.common.source import git_commit
 from rcpo.data.tokenize import TokenizedPair
-from rcpo.source import git_commit
 
 PEAK_TFLOPS = {
     "GB200": 2500, "B200": 2250, "H200": 989, "H100 NVL": 835, "H100 PCIe": 756, "H100": 989, "GH200": 989,

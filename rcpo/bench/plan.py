@@ -18,15 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from rcpo.bench.work import PAIRS, Block, Mode, random_pairs, save_pairs, write_model
+from rcpo.common.errors import UserError
 from rcpo.config.compose import compose
 from rcpo.config.resolve import resolve
-from rcpo.config.schema import Config, validate
+from rcpo.config.schema import Config
+from rcpo.config.validate import validate
 from rcpo.data.tokenize import TokenizedPair
-from rcpo.distributed import RANK_VARIABLES, free_port
-from rcpo.errors import UserError
-from rcpo.inputs import read_inputs
-from rcpo.model import check_positions, check_vocabulary, load_tokenizer
-from rcpo.run_folder import RunFolder, config_tree
+from rcpo.models.checks import check_positions, check_vocabulary
+from rcpo.models.load import load_tokenizer
+from rcpo.ranks.distributed import RANK_VARIABLES, free_port
+from rcpo.runs.folder import RunFolder
+from rcpo.runs.frozen import config_tree
+from rcpo.training.read_inputs import read_inputs
 
 BASELINES = ("plain", "response", "trl")
 FIXED = ("tracking=none", "train.eval_every=0", "train.save_every=0")
@@ -268,7 +271,7 @@ def _run_processes(block: Path, num_ranks: int) -> None:
 
 
 def _fault(code: int, log: Path) -> Exception:
-    """What a block's process ended of: its last line; a UserError where it was one (`rcpo.errors`)."""
+    """What a block's process ended of: its last line; a UserError where it was one (`rcpo.common.errors`)."""
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     if code < 0:
         return RuntimeError(f"a block was ended by {signal.Signals(-code).name}; too little memory, perhaps")

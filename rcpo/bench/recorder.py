@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rcpo.bench.work import Block
-from rcpo.evaluation import peak_memory_gb
+from rcpo.models.evaluation import peak_memory_gb
 
 NUM_PROBES = 2
 TOP_ITEMS = 15

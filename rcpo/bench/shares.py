@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 
-from rcpo import logprobs, scores, trainer
-from rcpo.engine import Engine
+from rcpo.method import scores
+from rcpo.models import logprobs
+from rcpo.models.engine import Engine
+from rcpo.training import loop as trainer
 
 PARTS: list[tuple[str, Any, tuple[str, ...]]] = [
     ("head", logprobs.TokenLogProbHead, ("forward",)),

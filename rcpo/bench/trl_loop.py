@@ -14,9 +14,9 @@ from transformers import TrainerCallback
 
 from rcpo.bench.recorder import BenchDone, Recorder, gradients_of
 from rcpo.bench.work import Work
-from rcpo.engine import accumulation_steps, build_optimizer
-from rcpo.errors import UserError
-from rcpo.model import load_model
+from rcpo.common.errors import UserError
+from rcpo.models.engine import accumulation_steps, build_optimizer
+from rcpo.models.load import load_model
 
 LOSSES = {"dpo": "sigmoid", "hinge": "hinge"}
 """Objectives that TRL computes as rcpo does, with a beta."""

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rcpo.config.schema import Config
-from rcpo.data.pairs import TokenizedPair, TokenizedSide, pack
-from rcpo.evaluation import SideLogProbs
-from rcpo.inputs import Inputs
-from rcpo.model import load_tokenizer
-from rcpo.run_folder import RunFolder, open_run
+from rcpo.data.inputs import Inputs
+from rcpo.data.pairs import SideLogProbs, TokenizedPair, TokenizedSide, pack
+from rcpo.models.load import load_tokenizer
+from rcpo.runs.folder import RunFolder
+from rcpo.runs.frozen import open_run
 
 Mode = Literal["reference", "check", "time", "shares", "profile"]
 """reference: compute the reference log-probs. check: loss and gradient of the first step. time: seconds and

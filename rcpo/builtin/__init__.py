@@ -1,1 +1,2 @@
-"""What ships inside the package: `tiny/`, the model of `model=tiny`, and the script that made it."""
+"""What ships inside the package: `tiny/`, the model of `model=tiny`, and the script that made it. Nothing
+trains here."""

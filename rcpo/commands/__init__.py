@@ -1,0 +1,19 @@
+"""One file a command: its words, its help, and the call into the room that does the work. Holds no logic of
+its own."""
+
+COMMANDS = {
+    "train": "train a model on preference pairs",
+    "resume": "continue a run, or a sweep, from the newest checkpoints",
+    "sweep": "train a grid of runs, here or by SLURM",
+    "status": "what state the cells of a sweep are in",
+    "cancel": "stop a sweep; its cells write a checkpoint first",
+    "sync": "upload what W&B wrote offline",
+    "export": "write a Hugging Face model folder from a checkpoint",
+    "score": "what a model says of preference pairs before training",
+    "compare": "runs side by side: a table, an HTML report, figures",
+    "dashboard": "pages in W&B: a workspace, and a report with the table",
+    "watch": "what runs are doing now, live",
+    "bench": "how fast training is here, and what calibration costs",
+    "doctor": "look at this machine: what it has, what it lacks, what to do",
+    "completion": "print the shell code that completes rcpo's words on TAB",
+}

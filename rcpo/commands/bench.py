@@ -7,8 +7,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rcpo.errors import UserError
-from rcpo.flags import Flags, positive_int
+from rcpo.commands.flags import Flags, positive_int
+from rcpo.common.errors import UserError
 
 if TYPE_CHECKING:
     from rcpo.bench.plan import Options
@@ -54,7 +54,7 @@ def run(words: list[str]) -> int:
     from rcpo.bench.machine import machine_facts
     from rcpo.bench.plan import run_bench
     from rcpo.bench.table import as_json, remarks, tables
-    from rcpo.console import RunConsole
+    from rcpo.common.console import RunConsole
 
     console = RunConsole()
     if not console.is_terminal:
@@ -150,7 +150,7 @@ def _print_curve(shape: dict[str, int]) -> None:
     from rich.table import Table
 
     from rcpo.bench.curve import head_curve
-    from rcpo.console import RunConsole
+    from rcpo.common.console import RunConsole
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     console = RunConsole()

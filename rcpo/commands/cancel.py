@@ -2,7 +2,7 @@
 
 import sys
 
-from rcpo.errors import UserError
+from rcpo.common.errors import UserError
 
 HELP = """usage: rcpo cancel SWEEP
 
@@ -25,10 +25,10 @@ def run(words: list[str]) -> int:
         raise UserError(f"{words[0]}: is not a sweep folder; give the one that `rcpo sweep` printed")
     sweep = SweepFolder(words[0])
     if sweep.slurm.is_file():
-        from rcpo.sweep import slurm
+        from rcpo.sweep.slurm import submit as slurm
 
         return slurm.cancel(sweep)
-    from rcpo.sweep.locks import HeldError, end_holder, is_held, run_lock
+    from rcpo.common.locks import HeldError, end_holder, is_held, run_lock
 
     # The process that runs the sweep; then cells that outlived it, or were resumed one by one.
     locks = [sweep.lock, *(run_lock(sweep.run(cell).path) for cell in sweep.read_cells())]

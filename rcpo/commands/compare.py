@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rcpo.errors import UserError
-from rcpo.flags import Flags, check_writable
+from rcpo.commands.flags import Flags, check_writable
+from rcpo.common.errors import UserError
 
 if TYPE_CHECKING:
-    from rcpo.compare.cells import Comparison
-    from rcpo.compare.load import Run
+    from rcpo.comparison.cells import Comparison
+    from rcpo.comparison.load import Run
 
 HELP = """usage: rcpo compare PATH... [options]
        rcpo compare --wandb ENTITY/PROJECT[/GROUP] [options]
@@ -66,11 +66,11 @@ def run(words: list[str]) -> int:
         print(HELP)
         return 0 if words else 2
     options = parse(words)
-    from rcpo.compare.cells import compare_runs
-    from rcpo.compare.forms import as_csv, as_json, as_latex, as_markdown
-    from rcpo.compare.table import make_rows
-    from rcpo.compare.terminal import print_table
-    from rcpo.console import RunConsole
+    from rcpo.common.console import RunConsole
+    from rcpo.comparison.cells import compare_runs
+    from rcpo.comparison.forms import as_csv, as_json, as_latex, as_markdown
+    from rcpo.comparison.table import make_rows
+    from rcpo.comparison.terminal import print_table
 
     runs = select(load(options.paths, options.wandb), options.where)
     comparison = compare_runs(runs)
@@ -81,7 +81,7 @@ def run(words: list[str]) -> int:
         forms = {"csv": as_csv, "json": as_json, "markdown": as_markdown, "latex": as_latex}
         say(forms[options.form](rows, comparison))
     if options.html is not None:
-        from rcpo.compare.page import make_page
+        from rcpo.comparison.page import make_page
 
         write(options.html, make_page(rows, comparison, options.ches))
     for suffix in ("pdf", "png"):
@@ -94,11 +94,11 @@ def run(words: list[str]) -> int:
 def load(paths: Sequence[str], address: str | None = None) -> "list[Run]":
     """Runs of folders, or of an address in W&B. Raises UserError where there are none."""
     if address is not None:
-        from rcpo.compare.from_wandb import load_wandb_runs, parse_address
+        from rcpo.comparison.from_wandb import load_wandb_runs, parse_address
 
         return load_wandb_runs(parse_address(address))
-    from rcpo.compare.find import find_runs
-    from rcpo.compare.load import load_run
+    from rcpo.comparison.find import find_runs
+    from rcpo.comparison.load import load_run
 
     return [load_run(path) for path in find_runs(paths)]
 
@@ -113,7 +113,7 @@ def say(text: str) -> None:
 
 def draw(comparison: "Comparison", folder: Path, suffix: str) -> None:
     """Raises UserError where the figures cannot be written."""
-    from rcpo.compare.static import write_figures
+    from rcpo.comparison.static import write_figures
 
     try:
         written = write_figures(comparison, folder, suffix)

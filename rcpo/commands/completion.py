@@ -3,8 +3,8 @@
 The words of `rcpo train` come from Hydra, asked in a process of its own; nothing heavy is imported for it.
 """
 
-from rcpo.cli import COMMANDS
-from rcpo.errors import UserError
+from rcpo.commands import COMMANDS
+from rcpo.common.errors import UserError
 
 HELP = """usage: rcpo completion bash
 

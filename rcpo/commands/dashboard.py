@@ -5,12 +5,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rcpo.commands.compare import load, say
-from rcpo.errors import UserError
-from rcpo.flags import Flags
+from rcpo.commands.flags import Flags
+from rcpo.common.errors import UserError
 
 if TYPE_CHECKING:
-    from rcpo.compare.from_wandb import Address
-    from rcpo.compare.load import Run
+    from rcpo.comparison.from_wandb import Address
+    from rcpo.comparison.load import Run
 
 HELP = """usage: rcpo dashboard ENTITY/PROJECT[/GROUP] [PATH...] [--update URL]... [--print]
 
@@ -40,11 +40,11 @@ def run(words: list[str]) -> int:
     if options.is_print and options.update:
         parser.error("argument --update: not allowed with argument --print")
 
-    from rcpo.compare.from_wandb import parse_address, require_key
+    from rcpo.comparison.from_wandb import parse_address, require_key
 
     address = parse_address(options.address)
     require_library()
-    from rcpo.dashboard import as_spec, is_report, make_report, make_workspace
+    from rcpo.comparison.dashboard import as_spec, is_report, make_report, make_workspace
 
     if options.is_print:
         table = table_of(load(options.paths)) if options.paths else None
@@ -72,8 +72,8 @@ def save(make: Callable[[], Any], address: "Address", url: str | None) -> str:
     import wandb
     from wandb.sdk.lib.service.service_connection import WandbApiFailedError
 
-    from rcpo.compare.from_wandb import failed
-    from rcpo.dashboard import remade
+    from rcpo.comparison.dashboard import remade
+    from rcpo.comparison.from_wandb import failed
 
     try:
         page = make()
@@ -102,9 +102,9 @@ def require_library() -> None:
 
 def table_of(runs: "list[Run]") -> str:
     """The table of `rcpo compare`, its sentences and its notes, as Markdown."""
-    from rcpo.compare.cells import compare_runs
-    from rcpo.compare.forms import as_markdown
-    from rcpo.compare.table import make_rows
+    from rcpo.comparison.cells import compare_runs
+    from rcpo.comparison.forms import as_markdown
+    from rcpo.comparison.table import make_rows
 
     comparison = compare_runs(runs)
     return as_markdown(make_rows(comparison), comparison)

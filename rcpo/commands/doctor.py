@@ -4,10 +4,10 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING
 
-from rcpo.errors import UserError
+from rcpo.common.errors import UserError
 
 if TYPE_CHECKING:
-    from rcpo.doctor import Finding
+    from rcpo.launch.doctor import Finding
 
 HELP = """usage: rcpo doctor [--json]
 
@@ -28,7 +28,7 @@ def run(words: list[str]) -> int:
         return 0
     if words not in ([], ["--json"]):
         raise UserError(f"{' '.join(words)}: doctor takes no words; type rcpo doctor or rcpo doctor --json")
-    from rcpo.doctor import examine
+    from rcpo.launch.doctor import examine
 
     findings = examine()
     is_fit = all(finding.verdict != "missing" for finding in findings)
@@ -44,7 +44,7 @@ def _print_table(findings: list["Finding"], is_fit: bool) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from rcpo.console import RunConsole
+    from rcpo.common.console import RunConsole
 
     console = RunConsole()
     if not console.is_terminal:

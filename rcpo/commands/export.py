@@ -6,7 +6,7 @@ Every checkpoint holds its whole weights as safetensors, so this is a checked co
 import shutil
 from pathlib import Path
 
-from rcpo.errors import UserError
+from rcpo.common.errors import UserError
 
 HELP = """usage: rcpo export RUN OUT [step=N]
 
@@ -39,8 +39,8 @@ def run(words: list[str]) -> int:
 
 
 def _source(run_path: str, step: str | None) -> Path:
-    from rcpo.checkpoint import check_manifest, checkpoint_path, newest_checkpoint
-    from rcpo.run_folder import open_run
+    from rcpo.runs.frozen import open_run
+    from rcpo.training.checkpoint import check_manifest, checkpoint_path, newest_checkpoint
 
     folder, _ = open_run(run_path)
     if step is None:

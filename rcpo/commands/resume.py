@@ -3,9 +3,9 @@
 import os
 from pathlib import Path
 
-from rcpo.errors import UserError
-from rcpo.flags import Flags, positive_int
-from rcpo.sweep.locks import HeldError, hold, run_lock
+from rcpo.commands.flags import Flags, positive_int
+from rcpo.common.errors import UserError
+from rcpo.common.locks import HeldError, hold, run_lock
 
 HELP = """usage: rcpo resume RUN [--allow-change KEY[=VALUE]] ...
        rcpo resume SWEEP [--parallel N]
@@ -51,13 +51,13 @@ def _is_first_rank() -> bool:
 
 
 def _resume_run(path: str, allowed: list[str]) -> int:
-    from rcpo.run_folder import open_run
+    from rcpo.runs.frozen import open_run
 
     folder, _ = open_run(path)
     if folder.read_run().get("status") == "done" and not allowed:
         print(f"{folder.path} is done; its model is {folder.final}")
         return 0
-    from rcpo.launch import resume
+    from rcpo.launch.start import resume
 
     return resume(path, allowed)
 
@@ -73,7 +73,7 @@ def _resume_sweep(words: list[str]) -> int:
     sweep = SweepFolder(options.sweep)
     with sweep_held(sweep):
         if sweep.slurm.is_file():
-            from rcpo.sweep import slurm
+            from rcpo.sweep.slurm import submit as slurm
 
             return slurm.resubmit(sweep)
         return run_unfinished(sweep, options.parallel)

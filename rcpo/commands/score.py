@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rcpo.commands.flags import Flags, check_writable
+from rcpo.common.errors import UserError
 from rcpo.config.compose import compose
-from rcpo.errors import UserError
-from rcpo.flags import Flags, check_writable
 
 if TYPE_CHECKING:
     from rcpo.config.schema import Config
-    from rcpo.inputs import PairsRead
+    from rcpo.training.read_inputs import PairsRead
 
 HELP = """usage: rcpo score [GROUP=OPTION ...] [KEY=VALUE ...] [--out FILE.parquet] [--overwrite]
 
@@ -43,13 +43,13 @@ def run(words: list[str]) -> int:
     if tree is None:
         return 0
     page = _check_out(options.out, options.overwrite)
+    from rcpo.common.console import RunConsole
     from rcpo.config.resolve import resolve
-    from rcpo.config.schema import validate
-    from rcpo.console import RunConsole
-    from rcpo.inputs import read_pairs
+    from rcpo.config.validate import validate
+    from rcpo.data.score_file import ScoreFile, write_scores
     from rcpo.quality.page import make_page
-    from rcpo.quality.score_file import ScoreFile, write_scores
     from rcpo.quality.summary import print_summary
+    from rcpo.training.read_inputs import read_pairs
 
     config = _to_score(resolve(validate(tree), None))
     read = read_pairs(config)
@@ -105,11 +105,13 @@ def _score(config: "Config", read: "PairsRead", console: Any) -> Any:
     """The table of scores of all training and held-out pairs."""
     import torch
 
-    from rcpo.console import passes_shown
-    from rcpo.model import Policy, load_model
+    from rcpo.common.console import passes_shown
+    from rcpo.data.score_file import HELD_OUT, TRAIN
+    from rcpo.models.load import load_model
+    from rcpo.models.policy import Policy
     from rcpo.quality.ches import ModelScores, score_pairs
     from rcpo.quality.pairs import PairFacts, describe_pairs
-    from rcpo.quality.score_file import HELD_OUT, TRAIN, make_table
+    from rcpo.quality.score_table import make_table
 
     policy = Policy(load_model(config.model)).to(torch.device(config.train.device))
     assert config.train.pairs_per_device is not None

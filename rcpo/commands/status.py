@@ -1,7 +1,7 @@
 """`rcpo status SWEEP`: what state every cell of a sweep is in."""
 
-from rcpo.errors import UserError
-from rcpo.flags import Flags
+from rcpo.commands.flags import Flags
+from rcpo.common.errors import UserError
 
 HELP = """usage: rcpo status SWEEP [--json]
 
@@ -26,8 +26,8 @@ def run(words: list[str]) -> int:
     if not is_sweep(options.sweep):
         raise UserError(f"{options.sweep}: is not a sweep folder; give the one that `rcpo sweep` printed")
     sweep = SweepFolder(options.sweep)
-    from rcpo.console import RunConsole
-    from rcpo.sweep.states import read_statuses
+    from rcpo.common.console import RunConsole
+    from rcpo.sweep.status import read_statuses
     from rcpo.sweep.table import counts_line, status_json, status_table
 
     statuses = read_statuses(sweep)

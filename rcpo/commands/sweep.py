@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from rcpo.errors import UserError
-from rcpo.flags import Flags, positive_float, positive_int
+from rcpo.commands.flags import Flags, positive_float, positive_int
+from rcpo.common.errors import UserError
 
 if TYPE_CHECKING:
     from rcpo.sweep.definition import Definition
@@ -96,7 +96,7 @@ def _offline() -> Iterator[None]:
 
 
 def _check_and_run(definition: "Definition", options: argparse.Namespace) -> int:
-    from rcpo.console import RunConsole
+    from rcpo.common.console import RunConsole
     from rcpo.sweep.checks import check_inputs
     from rcpo.sweep.folder import SweepFolder
     from rcpo.sweep.freeze import Here, Target, freeze_cells, write_sweep
@@ -106,7 +106,7 @@ def _check_and_run(definition: "Definition", options: argparse.Namespace) -> int
     sweep = SweepFolder(options.out or f"sweeps-out/{definition.name}")
     target: Target = Here()
     if options.slurm is not None:
-        from rcpo.sweep import slurm
+        from rcpo.sweep.slurm import submit as slurm
 
         target = slurm.load_target(options.slurm)
     cells = freeze_cells(definition, sweep, target)

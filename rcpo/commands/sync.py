@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from rcpo.errors import UserError
+from rcpo.common.errors import UserError
 
 HELP = """usage: rcpo sync SWEEP|RUN
 
@@ -29,7 +29,7 @@ def run(words: list[str]) -> int:
             f"{folder}: has no offline W&B files (wandb/offline-run-*, cells/*/wandb/offline-run-*); give "
             "the folder of a run, or of a sweep, that ran with tracking.mode=offline"
         )
-    from rcpo.tracking import has_key
+    from rcpo.monitor.tracking import has_key
 
     if not has_key():
         raise UserError("W&B: no API key is configured, so nothing can be uploaded; type `wandb login`")

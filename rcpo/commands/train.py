@@ -21,7 +21,7 @@ def run(words: list[str]) -> int:
     composed = [word for word in words if word != OVERWRITE]
     if only_prints(composed) and compose(composed) is None:
         return 0
-    from rcpo.launch import start
+    from rcpo.launch.start import start
 
     return start(lambda: prepare(composed), overwrite=OVERWRITE in words)
 
@@ -29,8 +29,8 @@ def run(words: list[str]) -> int:
 def prepare(words: list[str]) -> "Config | None":
     """The resolved config of these words, or None when Hydra only printed something."""
     from rcpo.config.resolve import resolve
-    from rcpo.config.schema import validate
-    from rcpo.distributed import joined_world_size
+    from rcpo.config.validate import validate
+    from rcpo.ranks.distributed import joined_world_size
 
     tree = compose(words)
     return None if tree is None else resolve(validate(tree), joined_world_size())

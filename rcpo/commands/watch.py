@@ -2,7 +2,7 @@
 
 import time
 
-from rcpo.flags import Flags
+from rcpo.commands.flags import Flags
 
 HELP = """usage: rcpo watch PATH... [--once]
 
@@ -26,9 +26,9 @@ def run(words: list[str]) -> int:
     options = flags.parse_intermixed_args(words)
     from rich.live import Live
 
-    from rcpo.compare.find import find_runs
-    from rcpo.compare.live import Board
-    from rcpo.console import RunConsole
+    from rcpo.common.console import RunConsole
+    from rcpo.comparison.find import find_runs
+    from rcpo.comparison.live import Board
 
     board, console = Board(find_runs(options.paths)), RunConsole()
     board.look()

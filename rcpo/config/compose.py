@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 import rcpo
-from rcpo.errors import UserError, shortened
+from rcpo.common.errors import UserError, shortened
 
 
 def conf_dir() -> Path:

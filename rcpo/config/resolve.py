@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import torch
 
+from rcpo.common.errors import UserError, shortened
 from rcpo.config.schema import Config, LaunchConfig, ModelConfig, TrackingConfig
-from rcpo.errors import UserError, shortened
 
 TINY = "builtin:tiny"
 """`model.path` of the model that ships with rcpo."""

@@ -2,13 +2,13 @@
 broken.
 
 Types and ranges of single keys are in `rcpo.config.schema`, whose `validate` calls this. What depends on the
-machine is in `rcpo.config.resolve`, what on the data and the model in `rcpo.inputs`.
+machine is in `rcpo.config.resolve`, what on the data and the model in `rcpo.training.read_inputs`.
 """
 
 import dataclasses
 
+from rcpo.common.errors import UserError, shortened
 from rcpo.config.schema import CalibrationConfig, Config, FilterConfig, LoraConfig, TrackingConfig
-from rcpo.errors import UserError, shortened
 from rcpo.objectives import composition_of, objective_of
 
 

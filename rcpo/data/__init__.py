@@ -1,0 +1,1 @@
+"""From records to batches: reading, rendering, tokenising, filtering, laying out. Does not load models."""

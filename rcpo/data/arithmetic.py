@@ -9,8 +9,8 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from rcpo.common.errors import UserError
 from rcpo.data.records import Messages, PreferenceRecord
-from rcpo.errors import UserError
 
 NAMES = ("alice", "bob", "carol", "dave", "emma", "frank")
 ITEMS = ("apples", "books", "coins", "pears", "shells")

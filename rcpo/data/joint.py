@@ -1,7 +1,7 @@
 """Layouts that waste less: a prompt computed once for both responses, and a micro-batch on one row.
 
-They need attention that follows `PairBatch.segments` (`rcpo.model`). z and gradients are those of
-`rcpo.data.batch.collate`, to rounding. Called by `rcpo.trainer` and `rcpo.rehearsal`.
+They need attention that follows `PairBatch.segments` (`rcpo.models.load`). z and gradients are those of
+`rcpo.data.batch.collate`, to rounding. Called by `rcpo.training.loop` and `rcpo.training.rehearsal`.
 """
 
 from collections.abc import Sequence

@@ -1,9 +1,8 @@
 """From a data config to preference records: training pairs, held-out pairs, and what became of the rows.
 
 Owns the checks on columns, the policy on bad rows, duplicates and the choice of held-out pairs.
-`rcpo.data.readers` reads, `rcpo.data.records` judges single rows. Called by `rcpo.inputs`; the same config
-gives the same records on every rank.
-"""
+`rcpo.data.readers` reads, `rcpo.data.records` judges single rows. Called by `rcpo.training.read_inputs`; the
+same config gives the same records on every rank."""
 
 import dataclasses
 import json
@@ -13,12 +12,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from rcpo.common.errors import UserError
 from rcpo.config.schema import DataConfig
 from rcpo.data.arithmetic import arithmetic_records
 from rcpo.data.readers import Place, Rows, read_rows
 from rcpo.data.records import BadRowError, PreferenceRecord, read_record
 from rcpo.data.weights import UNWEIGHTED, WEIGHT_PARTS, Weighing, describe_weights
-from rcpo.errors import UserError
 
 PARTS = ("prompt", "chosen", "rejected")
 

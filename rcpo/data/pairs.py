@@ -3,12 +3,15 @@
 Owns their types. Does not make them (`rcpo.data.tokenize`) or keep them (`rcpo.data.token_store`).
 """
 
+import hashlib
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias, overload
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 Ids: TypeAlias = NDArray[np.int32]
 
@@ -171,3 +174,20 @@ def pack(pairs: Iterable[TokenizedPair]) -> PackedPairs:
     packer = Packer()
     packer.add(list(pairs))
     return packer.packed()
+
+
+class SideLogProbs(NamedTuple):
+    """Summed log-probs of n pairs, each (n,) fp32 on the CPU."""
+
+    z_w: Tensor
+    z_l: Tensor
+
+
+def pair_digest(pair: TokenizedPair) -> str:
+    """Of the tokens of both sides and where the responses begin: equal where a model sees the same."""
+    return _side_digest(pair.chosen) + _side_digest(pair.rejected)
+
+
+def _side_digest(side: TokenizedSide) -> str:
+    ids = array("q", [side.num_prompt, *side.input_ids]).tobytes()
+    return hashlib.blake2b(ids, digest_size=16).hexdigest()

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rcpo.errors import UserError, shortened
+from rcpo.common.errors import UserError, shortened
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".csv.gz", ".parquet")
 _LARGEST_CSV_FIELD = 2**31 - 1

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from rcpo.errors import shortened
+from rcpo.common.errors import shortened
 
 Messages: TypeAlias = list[dict[str, str]]
 """Chat turns, each {"role": ..., "content": ...}."""
@@ -185,3 +185,31 @@ def _check_parts(record: PreferenceRecord) -> None:
 
 def _text(part: str | Messages) -> str:
     return part if isinstance(part, str) else "".join(turn["content"] for turn in part)
+
+
+MAX_TEXT = 600
+"""Characters of one prompt or response in a page."""
+
+
+def as_text(part: str | list[dict[str, str]]) -> str:
+    """Messages as ROLE: CONTENT; a single one as its content."""
+    if isinstance(part, str):
+        return part.strip()
+    if len(part) == 1:
+        return part[0]["content"].strip()
+    return "\n".join(f"{message['role']}: {message['content'].strip()}" for message in part)
+
+
+def shortened_texts(record: PreferenceRecord) -> list[str]:
+    """Prompt, chosen and rejected; a long prompt keeps its end, with the question, a long response its
+    beginning."""
+    prompt, *responses = map(as_text, (record.prompt, record.chosen, record.rejected))
+    if len(prompt) > MAX_TEXT:
+        prompt = f"({len(prompt) - MAX_TEXT} characters before) … {prompt[-MAX_TEXT:]}"
+    return [
+        prompt,
+        *(
+            text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} … ({len(text) - MAX_TEXT} characters more)"
+            for text in responses
+        ),
+    ]

@@ -12,8 +12,8 @@ from pathlib import Path
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from rcpo.common.errors import UserError
 from rcpo.data.records import BadRowError, Messages, PreferenceRecord
-from rcpo.errors import UserError
 
 PLAIN_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"

@@ -2,7 +2,7 @@
 
 Owns which data and tokenizers have a key; without one nothing is kept, and the pairs are made anew at every
 start. Files count by their content, read whole every time: sizes and times would miss an edit that keeps
-both. Called by `rcpo.inputs`.
+both. Called by `rcpo.training.read_inputs`.
 """
 
 import functools
@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from rcpo.common.errors import UserError
 from rcpo.config.schema import DataConfig
 from rcpo.data.readers import MOST_FILES, hub_fingerprint
 from rcpo.data.render import special_ids
 from rcpo.data.weights import Weighing
-from rcpo.errors import UserError
 
 FORMAT = 1
 """Of the files of `rcpo.data.token_store`."""

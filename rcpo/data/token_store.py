@@ -2,7 +2,7 @@
 
 Owns the files RCPO_CACHE/tokens/KEY.safetensors: atomic, checked by digest, read-only once mapped. Does not
 know what a key depends on (`rcpo.data.token_key`). Whatever is wrong with the folder is a warning: pairs can
-always be made again. Called by `rcpo.inputs`.
+always be made again. Called by `rcpo.training.read_inputs`.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """From preference records to token ids: chat template, prompt/response split, truncation budget, counts.
 
 Owns the one policy on BOS and EOS, and what counts as the response. Does not read data (`rcpo.data.load`) or
-pad (`rcpo.data.batch`). Called by `rcpo.inputs`.
+pad (`rcpo.data.batch`). Called by `rcpo.training.read_inputs`.
 
 How a side becomes ids: the whole conversation is rendered and tokenised once, since a tokenizer may merge
 characters across the end of the prompt, and ids of separately tokenised parts are then not what the model
@@ -18,6 +18,7 @@ from itertools import groupby
 
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+from rcpo.common.errors import UserError
 from rcpo.data.pairs import PackedPairs, Packer, TokenizedPair, TokenizedSide
 from rcpo.data.records import BadRowError, PreferenceRecord
 from rcpo.data.render import (
@@ -28,7 +29,6 @@ from rcpo.data.render import (
     render_text,
     special_ids,
 )
-from rcpo.errors import UserError
 
 __all__ = ["TokenizedData", "TokenizedPair", "TokenizedSide", "describe_example", "tokenize_records"]
 

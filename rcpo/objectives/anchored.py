@@ -1,9 +1,8 @@
 """Hand-made cures for displacement: a term that holds the chosen response up, or a weaker push on the
 rejected one.
 
-Called through `rcpo.objectives.load_objective`. Reward calibration (`rcpo.calibration`) composes with them as
-with all.
-"""
+Called through `rcpo.objectives.load_objective`. Reward calibration (`rcpo.method.calibrators`) composes with
+them as with all."""
 
 from dataclasses import dataclass
 

@@ -2,15 +2,15 @@
 
 Owns these keys of the `objective` section, their rules, and the one way from that section to an `Objective`.
 The keys' defaults as users see them are in conf/every_objective.yaml. Does not own what they mean:
-`rcpo.data.weights` reads the weights, `rcpo.step` multiplies by them, `rcpo.aggregate` aggregates.
-"""
+`rcpo.data.weights` reads the weights, `rcpo.training.step` multiplies by them, `rcpo.training.aggregate`
+aggregates."""
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rcpo.errors import UserError
+from rcpo.common.errors import UserError
 from rcpo.objectives.parameters import ParameterError, check_kind, require_not_negative, require_positive
 from rcpo.objectives.registry import TOP, Objective, load_at, one_line
 
@@ -37,7 +37,7 @@ class Composition:
     """DoRA's a_i >= 0: the share of the distribution that the pair comes from. Published code: 1/2 for
     pairs."""
     aggregate: str = "mean"
-    """mean, or kl_dro: lambda log mean exp(loss/lambda) over the global batch (`rcpo.aggregate`)."""
+    """mean, or kl_dro: lambda log mean exp(loss/lambda) over the global batch (`rcpo.training.aggregate`)."""
     dro_lambda: float = 1.0
     """lambda of kl_dro, > 0, in units of the loss: towards infinity the mean, towards 0 the worst pair.
     Published code: 1."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rcpo.errors import UserError
+from rcpo.common.errors import UserError
 from rcpo.objectives.registry import BatchStatistic, Objective, PairLogProbs, load_at, objective
 
 EXAMPLE = "objective.terms='[{name: dpo, weight: 1}, {name: sft, weight: 0.2}]'"

@@ -41,11 +41,9 @@ def ti_dpo(pair: PairLogProbs, config: DPOConfig) -> Tensor:
     """-log sigmoid(beta * mt) with r = sum_t omega_t (log p_t - log ref_t), per pair (B,).
 
     DPO on token-importance-weighted log-ratios, omega_t = 1 - p_t over its mean: what the policy finds likely
-    already counts little. omega is
-    detached, and its mean over a response is 1, so that equal weights give DPO; `rcpo.logprobs` weighs the
-    tokens. rcpo's own reading of the name: TI-DPO (Yang et al. 2025, arXiv 2505.19653) weighs by gradient
-    attribution and adds a triplet loss, which this does not.
-    """
+    already counts little. omega is detached, and its mean over a response is 1, so that equal weights give
+    DPO; `rcpo.models.logprobs` weighs the tokens. rcpo's own reading of the name: TI-DPO (Yang et al. 2025,
+    arXiv 2505.19653) weighs by gradient attribution and adds a triplet loss, which this does not."""
     return dpo(pair, config)
 
 

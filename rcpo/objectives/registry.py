@@ -2,9 +2,8 @@
 
 Owns `PairLogProbs` (what a loss sees), `Objective` (a loss with its parameters and batch statistics), the
 decorator that registers one and the loader that checks parameters. Does not own any formula: those are in the
-family files beside it. Called by `rcpo.config.schema` (checks), `rcpo.trainer` (loads), `rcpo.step` and
-`rcpo.incentives` (evaluate).
-"""
+family files beside it. Called by `rcpo.config.schema` (checks), `rcpo.training.loop` (loads),
+`rcpo.training.step` and `rcpo.method.incentives` (evaluate)."""
 
 import dataclasses
 import difflib
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rcpo.errors import UserError
+from rcpo.common.errors import UserError
 from rcpo.objectives.parameters import ParameterError, check_kind, config_key
 
 TOP = "objective"
@@ -92,7 +91,8 @@ class Objective:
     statistics: tuple[BatchStatistic, ...] = ()
     """Batch statistics, in the order of their numbers in the state; most objectives have none."""
     weighs_tokens: bool = False
-    """Whether z and r are sums over tokens weighted by importance (`rcpo.logprobs.importance_weighted`)."""
+    """Whether z and r are sums over tokens weighted by importance
+    (`rcpo.models.logprobs.importance_weighted`)."""
 
     def __call__(self, pair: PairLogProbs) -> Tensor:
         if self.statistics and not pair.state:

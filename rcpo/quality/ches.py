@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rcpo.common.errors import NonFiniteError
 from rcpo.data.batch import collate, width
 from rcpo.data.tokenize import TokenizedPair
-from rcpo.errors import NonFiniteError
-from rcpo.model import Policy
+from rcpo.models.policy import Policy
 
 
 class ModelScores(NamedTuple):

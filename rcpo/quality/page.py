@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-import rcpo.compare
-from rcpo.compare.held_out import shortened_texts
-from rcpo.console import number
-from rcpo.inputs import PairsRead
-from rcpo.quality.score_file import HELD_OUT, TRAIN, ScoreFile
+import rcpo.common
+from rcpo.common.console import number
+from rcpo.data.records import shortened_texts
+from rcpo.data.score_file import HELD_OUT, TRAIN, ScoreFile
 from rcpo.quality.summary import MEASURES, findings, quantile_heads, quantile_rows
+from rcpo.training.read_inputs import PairsRead
 
-STYLE = Path(rcpo.compare.__file__).parent / "report.css"
+STYLE = Path(rcpo.common.__file__).parent / "page.css"
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 """Of the page: it asks nobody for anything, and runs nothing."""
 NUM_PAIRS = 20

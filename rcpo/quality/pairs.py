@@ -1,11 +1,10 @@
 """What can be said of pairs without a model, on the tokens that it will see: how far the two responses are
 apart, and which pairs repeat or contradict each other. Called by `rcpo.commands.score`."""
 
-import hashlib
-from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from rcpo.data.pairs import _side_digest
 from rcpo.data.tokenize import TokenizedPair, TokenizedSide
 
 
@@ -54,16 +53,6 @@ def describe_pairs(pairs: Sequence[TokenizedPair]) -> list[PairFacts]:
             )
         )
     return facts
-
-
-def pair_digest(pair: TokenizedPair) -> str:
-    """Of the tokens of both sides and where the responses begin: equal where a model sees the same."""
-    return _side_digest(pair.chosen) + _side_digest(pair.rejected)
-
-
-def _side_digest(side: TokenizedSide) -> str:
-    ids = array("q", [side.num_prompt, *side.input_ids]).tobytes()
-    return hashlib.blake2b(ids, digest_size=16).hexdigest()
 
 
 def response(side: TokenizedSide) -> list[int]:

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rcpo.console import number
-from rcpo.inputs import PairsRead
-from rcpo.quality.score_file import TRAIN, ScoreFile
+from rcpo.common.console import number
+from rcpo.data.score_file import TRAIN, ScoreFile
+from rcpo.training.read_inputs import PairsRead
 
 MEASURES = {
     "ches": ("CHES", "<h_w, h_l> - |h_w|^2, of summed hidden states (arXiv 2410.08847)"),

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from rcpo.errors import UserError
+from rcpo.common.errors import UserError
 from rcpo.sweep.definition import Definition
 
 

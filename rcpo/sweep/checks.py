@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rcpo.common.errors import UserError
 from rcpo.config.resolve import TINY
 from rcpo.config.schema import Config
-from rcpo.errors import UserError
 from rcpo.objectives import composition_of
 from rcpo.sweep.freeze import FrozenCell
 
@@ -62,7 +62,7 @@ def _key(config: Config) -> str:
 
 
 def _check(config: Config, fetch: bool) -> Checked:
-    from rcpo.inputs import read_inputs
+    from rcpo.training.read_inputs import read_inputs
 
     note = None
     if not fetch and config.model.quantization is not None and config.train.device != "cuda":

@@ -28,7 +28,7 @@ from typing import Any
 
 import yaml
 
-from rcpo.errors import UserError
+from rcpo.common.errors import UserError
 
 SEED = "seed"
 """The axis that `seeds` makes."""

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from rcpo.errors import UserError
+from rcpo.common.errors import UserError
 from rcpo.sweep.definition import AxisValue, Definition
 
 LABEL_AXIS = "include"

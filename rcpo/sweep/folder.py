@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rcpo.errors import UserError
-from rcpo.run_folder import RunFolder
+from rcpo.common.errors import UserError
+from rcpo.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)

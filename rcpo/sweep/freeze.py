@@ -15,11 +15,13 @@ from typing import Any, Protocol
 
 import yaml
 
+from rcpo.common.errors import UserError
+from rcpo.common.files import write_atomically
 from rcpo.config.compose import compose
 from rcpo.config.resolve import resolve
-from rcpo.config.schema import Config, validate
-from rcpo.errors import UserError
-from rcpo.run_folder import config_tree, write_atomically
+from rcpo.config.schema import Config
+from rcpo.config.validate import validate
+from rcpo.runs.frozen import config_tree
 from rcpo.sweep.definition import Definition
 from rcpo.sweep.expand import Point, expand
 from rcpo.sweep.folder import Cell, SweepFolder

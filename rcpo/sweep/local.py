@@ -17,12 +17,12 @@ from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
-from rcpo.console import RunConsole, duration, nats
-from rcpo.distributed import joined_world_size
-from rcpo.errors import StoppedError, UserError
-from rcpo.run_folder import RunFolder, now
+from rcpo.common.console import RunConsole, duration, nats
+from rcpo.common.errors import StoppedError, UserError
+from rcpo.common.locks import HeldError, hold, is_held, run_lock
+from rcpo.ranks.distributed import joined_world_size
+from rcpo.runs.folder import RunFolder, now
 from rcpo.sweep.folder import Cell, SweepFolder
-from rcpo.sweep.locks import HeldError, hold, is_held, run_lock
 from rcpo.sweep.states import UNFINISHED, CellStatus, State, read_status
 from rcpo.sweep.table import counts_line, status_table
 

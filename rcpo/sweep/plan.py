@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.text import Text
 
+from rcpo.common.console import duration, number
 from rcpo.config.schema import Config
-from rcpo.console import duration, number
 from rcpo.data.sampler import PairSampler
 from rcpo.sweep.checks import Checked
 from rcpo.sweep.definition import Definition
@@ -50,7 +50,7 @@ def measured_rates(sweep: SweepFolder) -> dict[str, float]:
     rates = defaultdict(list)
     if not is_sweep(sweep.path):
         return {}
-    from rcpo.run_folder import open_run
+    from rcpo.runs.frozen import open_run
 
     for cell in sweep.read_cells():
         rate = sweep.run(cell).read_run().get("summary", {}).get("pairs_per_second")

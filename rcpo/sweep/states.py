@@ -1,7 +1,7 @@
 """What state a cell is in and how far it is: read from its files and a scheduler's queue, if any.
 
 Owns the meaning of the states. Here, on this machine, a cell runs while something holds its run folder's lock
-(`rcpo.sweep.locks`); under a scheduler while the queue says so. Nothing is written.
+(`rcpo.common.locks`); under a scheduler while the queue says so. Nothing is written.
 """
 
 import functools
@@ -15,10 +15,11 @@ from typing import Any
 
 import yaml
 
-from rcpo.errors import UserError
-from rcpo.run_folder import RunFolder, decode_row
+from rcpo.common.errors import UserError
+from rcpo.common.locks import is_held, run_lock
+from rcpo.runs.folder import RunFolder
+from rcpo.runs.rows import decode_row
 from rcpo.sweep.folder import Cell, SweepFolder
-from rcpo.sweep.locks import is_held, run_lock
 
 RECENT_STEPS = 10
 """Loss and speed are means over this many steps: one batch is noisy."""
@@ -103,15 +104,6 @@ def read_status(sweep: SweepFolder, cell: Cell, queue: Mapping[str, QueueEntry] 
         reason=None if state in (State.RUNNING, State.DONE, State.PENDING) else known.get("exit_reason"),
         queued=entry is not None,
     )
-
-
-def read_statuses(sweep: SweepFolder) -> list[CellStatus]:
-    """All cells now; of a sweep that SLURM runs, with what its queue says."""
-    if sweep.slurm.is_file():
-        from rcpo.sweep import slurm
-
-        return slurm.read_statuses(sweep)
-    return [read_status(sweep, cell, None) for cell in sweep.read_cells()]
 
 
 def _state(status: str, runs: bool) -> State:

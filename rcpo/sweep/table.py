@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rcpo.console import KEPT_NATS, duration, nats, number
+from rcpo.common.console import KEPT_NATS, duration, nats, number
 from rcpo.sweep.folder import SweepFolder
 from rcpo.sweep.states import CellStatus, State
 

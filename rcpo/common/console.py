@@ -1,0 +1,62 @@
+"""The console, and how numbers are written for people. Knows nothing of what is said."""
+
+import contextlib
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import Progress
+
+KEPT_NATS = 0.1
+"""A mean change of log-probability smaller than this is called none."""
+
+
+class RunConsole(Console):
+    """stdout: colours and a live line on a terminal, and no escape code anywhere else, whatever the
+    environment asks for."""
+
+    def __init__(self) -> None:
+        super().__init__(force_terminal=None if sys.stdout.isatty() else False, highlight=False)
+
+    def on_broken_pipe(self) -> None:
+        """Rich would exit here; the run goes on instead, and says nothing more."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def passes_shown(console: Console, what: str, num_pairs: int) -> Iterator[Callable[[int], None]]:
+    """On a terminal a bar over `num_pairs` pairs while it is open, elsewhere one line; gives the function to
+    call with how many more pairs are done."""
+    if not console.is_interactive:
+        console.print(f"{what} of {num_pairs} pairs", soft_wrap=True)
+        yield lambda num_done: None
+        return
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task(what, total=num_pairs)
+        yield lambda num_done: progress.advance(task, num_done)
+
+
+def number(value: float) -> str:
+    """Three significant digits, without an exponent where that is readable: 0.51, 12.3, 4821."""
+    if not math.isfinite(value) or (value != 0 and not 1e-3 <= abs(value) < 1e6):
+        return f"{value:.2g}"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def nats(value: float) -> str:
+    """Signed, two decimals; what rounds to zero is +0.00."""
+    return f"{round(value, 2) + 0.0:+.2f}"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f}%"
+
+
+def duration(seconds: float) -> str:
+    """M:SS, or H:MM:SS from an hour on."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

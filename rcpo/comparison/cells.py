@@ -1,0 +1,288 @@
+"""Runs to cells: what a cell is, which runs belong into it, which are left out and why, what they differ in.
+
+A cell is all runs whose configs agree in everything but the seed. Two runs of one cell that were measured on
+other pairs, or started from another model, than the rest are told by their first evaluation, and left out.
+"""
+
+import fnmatch
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from rcpo.common.errors import UserError
+from rcpo.comparison.load import Run, one_line
+from rcpo.comparison.statistics import Difference, holm, paired_difference
+
+IGNORED = (
+    "seed",
+    "name",
+    "run_dir",
+    "tracking.*",
+    "metrics.*",
+    "cluster.*",
+    "train.save_every",
+    "train.keep_last",
+    "train.on_save_error",
+    "train.on_nonfinite",
+    "train.max_nonfinite_steps",
+    "train.log_every",
+    "train.eval_every",
+    "model.allow_pickle",
+    "model.trust_remote_code",
+    "model.lora.save",
+)
+"""Settings that change neither training nor its speed: runs that differ in them are one cell."""
+HARDWARE = ("launch.*", "deepspeed.*", "train.device", "train.pairs_per_device")
+"""Settings that change the speed alone: other cells, but with the same baseline."""
+DATA_AND_MODEL = ("data.*", "model.*", "train.max_length", "train.max_prompt_length")
+OF_CALIBRATION = {
+    "off": (),
+    "on": ("scope", "estimator", "ema_beta", "max_log_alpha", "every", "warmup_steps"),
+    "exact": ("scope", "estimator", "ema_beta", "max_log_alpha", "every", "warmup_steps"),
+    "feedback": ("feedback.*", "max_log_alpha"),
+    "fixed": ("alpha",),
+}
+"""What each calibration reads of its section; the rest of it distinguishes nothing."""
+PER_PAIR = ("chosen", "rejected", "margin", "accuracy", "fell")
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A run that is in no mean, and why."""
+
+    run: Run
+    reason: str
+
+
+@dataclass
+class Cell:
+    """Runs that differ in their seed alone."""
+
+    objective: str
+    """Its name, with the parameters in which cells of that objective differ."""
+    calibration: str
+    other: dict[str, str]
+    """Further settings in which cells differ."""
+    settings: Settings
+    """All that distinguish a cell."""
+    runs: list[Run]
+    """Done, whole and comparable; one a seed."""
+    left_out: list[LeftOut] = field(default_factory=list)
+    baseline: "Cell | None" = None
+    """The calibration=off cell of the same objective and training, where there is one."""
+    differences: dict[str, Difference] = field(default_factory=dict)
+    """Against the baseline, by name of `PER_PAIR`."""
+    p_holm: float = float("nan")
+    """p of the chosen difference, adjusted for all cells that have a baseline."""
+    note: str = ""
+
+    @property
+    def label(self) -> str:
+        return f"{self.row_label} {self.calibration}"
+
+    @property
+    def row_label(self) -> str:
+        """Objective and further settings."""
+        return " ".join([self.objective, *(f"{key}={value}" for key, value in self.other.items())])
+
+    @property
+    def seeds(self) -> str:
+        return ",".join(str(run.seed) for run in self.runs)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    cells: list[Cell]
+    differing: list[str]
+    """Settings in which cells differ."""
+    common: Settings
+    """Settings in which they do not."""
+    num_comparisons: int
+    unreadable: list[LeftOut]
+    """Runs that could not be put into a cell."""
+
+    @property
+    def left_out(self) -> list[LeftOut]:
+        return [*self.unreadable, *(item for cell in self.cells for item in cell.left_out)]
+
+
+def compare_runs(runs: Sequence[Run]) -> Comparison:
+    """Cells in order of appearance of their objectives, `off` first, with differences against it. Raises
+    UserError when no config can be read."""
+    unreadable = [LeftOut(run, run.problem or "has no config") for run in runs if not run.settings]
+    if len(unreadable) == len(runs):
+        raise UserError(
+            f"{runs[0].path}: {unreadable[0].reason}; there is nothing to compare; give other runs"
+        )
+    grouped: dict[str, list[Run]] = {}
+    for run in (run for run in runs if run.settings):
+        grouped.setdefault(repr(sorted(distinguishing(run).items(), key=str)), []).append(run)
+    settings = [distinguishing(members[0]) for members in grouped.values()]
+    differing = _differing(settings)
+    cells = [
+        _make_cell(members, own, settings) for members, own in zip(grouped.values(), settings, strict=True)
+    ]
+    objectives = list(dict.fromkeys(cell.objective for cell in cells))
+    cells.sort(
+        key=lambda cell: (
+            objectives.index(cell.objective),
+            cell.row_label,
+            _place(cell.settings.get("calibration.name")),
+            cell.calibration,
+        )
+    )
+    num_comparisons = _compare_with_off(cells)
+    _mark_other_data(cells)
+    common = {key: value for key, value in settings[0].items() if key not in differing}
+    return Comparison(cells, differing, common, num_comparisons, unreadable)
+
+
+def _place(calibration: object) -> int:
+    """`off` first, then as the design lists them, others last."""
+    known = list(OF_CALIBRATION)
+    return known.index(str(calibration)) if calibration in known else len(known)
+
+
+def distinguishing(run: Run) -> Settings:
+    """The settings that make a run's cell."""
+    reads = OF_CALIBRATION.get(run.calibration)
+    kept = {}
+    for key, value in run.settings.items():
+        section, _, rest = key.partition(".")
+        if section == "calibration" and rest != "name" and reads is not None and not matches(rest, reads):
+            continue
+        if not matches(key, IGNORED):
+            kept[key] = value
+    return kept
+
+
+def matches(key: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
+
+
+def _differing(settings: Sequence[Settings], within: str = "") -> list[str]:
+    """Keys below `within` that do not have one value in all of `settings`."""
+    keys = dict.fromkeys(key for own in settings for key in own if key.startswith(within))
+    return [key for key in keys if len({repr(own.get(key, "absent")) for own in settings}) > 1]
+
+
+def _make_cell(members: list[Run], own: Settings, everything: Sequence[Settings]) -> Cell:
+    def labelled(section: str) -> str:
+        """Name, and the parameters in which those of this name differ."""
+        name = own.get(f"{section}.name", "?")
+        namesakes = [other for other in everything if other.get(f"{section}.name") == name]
+        differing = [key for key in _differing(namesakes, f"{section}.") if key in own]
+        short = [key.removeprefix(f"{section}.").removeprefix("feedback.") for key in differing]
+        return " ".join(
+            [
+                one_line(name),
+                *(f"{key}={one_line(own[full])}" for key, full in zip(short, differing, strict=True)),
+            ]
+        )
+
+    other = {
+        key: one_line(own.get(key, "absent"))
+        for key in _differing(everything)
+        if not key.startswith(("objective.", "calibration."))
+    }
+    cell = Cell(labelled("objective"), labelled("calibration"), other, own, [])
+    for run in members:
+        reason = run.problem or _other_start(run, cell.runs) or _same_seed(run, cell.runs)
+        if reason is None:
+            cell.runs.append(run)
+        else:
+            cell.left_out.append(LeftOut(run, reason))
+    return cell
+
+
+def _other_start(run: Run, others: list[Run]) -> str | None:
+    if others and not same_start(run, others[0]):
+        return f"measured on other held-out pairs, or from another model, than {others[0].path}"
+    return None
+
+
+def _same_seed(run: Run, others: list[Run]) -> str | None:
+    for other in others:
+        if other.seed == run.seed:
+            return f"repeats seed {run.seed} of {other.path}"
+    return None
+
+
+def same_start(one: Run, other: Run) -> bool:
+    """Whether the first evaluations are of the same pairs and the same model, by their log-probs; True where
+    one has no per-pair results."""
+    if one.pairs is None or other.pairs is None:
+        return True
+    return same_logps(one.pairs.start, other.pairs.start)
+
+
+def same_logps(one: np.ndarray, other: np.ndarray) -> bool:
+    """Of equal shape, and equal up to rounding: 1 % and 0.02 nats on average."""
+    if one.shape != other.shape:
+        return False
+    return bool(np.abs(one - other).mean() <= 0.02 + 0.01 * np.abs(one).mean())
+
+
+def _training(cell: Cell) -> Settings:
+    """All that must agree between a cell and its baseline."""
+    return {
+        key: value
+        for key, value in cell.settings.items()
+        if not matches(key, HARDWARE) and not key.startswith("calibration.")
+    }
+
+
+def _compare_with_off(cells: list[Cell]) -> int:
+    """Fill in baselines and differences; returns how many cells were compared."""
+    for cell in cells:
+        training = _training(cell)
+        baselines = [
+            other for other in cells if other.settings.get("calibration.name") == "off"
+            and other is not cell and _training(other) == training
+        ]  # fmt: skip
+        if cell.settings.get("calibration.name") == "off" or not baselines:
+            continue
+        cell.baseline = baselines[0]
+        cell.differences, cell.note = _differences(cell, baselines[0])
+    compared = [cell for cell in cells if cell.differences]
+    adjusted = holm([cell.differences["chosen"].p for cell in compared])
+    for cell, p in zip(compared, adjusted, strict=True):
+        cell.p_holm = p
+    return len(compared)
+
+
+def _differences(cell: Cell, baseline: Cell) -> tuple[dict[str, Difference], str]:
+    """Over the seeds that both have, or nothing and why."""
+    if not cell.runs or not baseline.runs:
+        return {}, ""
+    if not same_start(cell.runs[0], baseline.runs[0]):
+        return {}, "other held-out pairs or model than off"
+    off = {run.seed: run.pairs for run in baseline.runs}
+    shared = [(run.pairs, off[run.seed]) for run in cell.runs if run.seed in off]
+    if not shared:
+        return {}, "no seed in common with off"
+    both = [(mine, its) for mine, its in shared if mine is not None and its is not None]
+    if not both:
+        return {}, "no per-pair results"
+    values = {name: np.stack([a.values(name) - b.values(name) for a, b in both]) for name in PER_PAIR}
+    return {name: paired_difference(delta) for name, delta in values.items()}, ""
+
+
+def _mark_other_data(cells: list[Cell]) -> None:
+    """A note at cells whose data, held-out pairs or model are not those of most cells."""
+    kinds = [
+        repr(sorted((key, value) for key, value in cell.settings.items() if matches(key, DATA_AND_MODEL)))
+        for cell in cells
+    ]
+    usual = Counter(kinds).most_common(1)[0][0]
+    first = next((cell for cell, kind in zip(cells, kinds, strict=True) if kind == usual and cell.runs), None)
+    for cell, kind in zip(cells, kinds, strict=True):
+        if kind != usual:
+            cell.note = cell.note or "other data or model than most cells"
+        elif first is not None and cell.runs and not same_start(cell.runs[0], first.runs[0]):
+            cell.note = cell.note or f"other held-out pairs or model than {first.label}"

@@ -1,0 +1,76 @@
+"""The table of a comparison in the forms that other programs and papers read: CSV, JSON, Markdown, LaTeX."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+
+from rcpo.comparison.cells import Comparison
+from rcpo.comparison.summary import headline, sentences
+from rcpo.comparison.table import COLUMNS, Row, cell_texts, heads, notes
+
+
+def as_csv(rows: Sequence[Row], comparison: Comparison) -> str:
+    """One record a cell, every number."""
+    records = [row.record() for row in rows]
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, list(records[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return stream.getvalue()
+
+
+def as_json(rows: Sequence[Row], comparison: Comparison) -> str:
+    """Cells, the runs left out with their reasons, and the settings that all cells share."""
+    left_out = [{"path": str(item.run.path), "reason": item.reason} for item in comparison.left_out]
+    cells = [row.record() | {"runs": [str(run.path) for run in row.cell.runs]} for row in rows]
+    tree = {"cells": cells, "left_out": left_out, "common_settings": comparison.common}
+    return json.dumps(tree, indent=2, default=str) + "\n"
+
+
+def as_markdown(rows: Sequence[Row], comparison: Comparison, pm: str = "±") -> str:
+    """An aligned table, what it says in words, and the notes."""
+    titles = heads(comparison, COLUMNS)
+    lines = [[text.replace("|", "\\|") for text in cell_texts(row, COLUMNS, pm)] for row in rows]
+    widths = [max(map(len, texts)) for texts in zip(titles, *lines, strict=True)]
+    num_left = titles.index("n")
+    rule = ["-" * max(3, width) for width in widths]
+    rule = [*rule[:num_left], *(f"{dashes[:-1]}:" for dashes in rule[num_left:])]
+    table = "\n".join(_markdown_line(line, rule, num_left) for line in [titles, rule, *lines])
+    lists = [
+        "\n".join(f"- {line}" for line in lines)
+        for lines in (sentences(rows, comparison), notes(comparison, pm))
+        if lines
+    ]
+    return "\n\n".join([table, headline(rows, comparison), *lists]) + "\n"
+
+
+def _markdown_line(texts: Sequence[str], rule: Sequence[str], num_left: int) -> str:
+    padded = [
+        text.ljust(len(dashes)) if idx < num_left else text.rjust(len(dashes))
+        for idx, (text, dashes) in enumerate(zip(texts, rule, strict=True))
+    ]
+    return f"| {' | '.join(padded)} |"
+
+
+LATEX = {char: f"\\{char}" for char in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$",
+    "<": "$<$", ">": "$>$",
+}  # fmt: skip
+
+
+def as_latex(rows: Sequence[Row], comparison: Comparison) -> str:
+    """A booktabs tabular; the notes as comments."""
+
+    def escaped(text: str) -> str:
+        return "".join(LATEX.get(char, char) for char in text)
+
+    titles = heads(comparison, COLUMNS)
+    left = titles.index("n")
+    body = "\n".join(f"{' & '.join(map(escaped, cell_texts(row, COLUMNS, '±')))} \\\\" for row in rows)
+    comments = "\n".join(f"% {note}" for note in notes(comparison, "+-"))
+    return (
+        f"{comments}\n% needs \\usepackage{{booktabs}}\n"
+        f"\\begin{{tabular}}{{{'l' * left}{'r' * (len(titles) - left)}}}\n\\toprule\n"
+        f"{' & '.join(map(escaped, titles))} \\\\\n\\midrule\n{body}\n\\bottomrule\n\\end{{tabular}}\n"
+    )

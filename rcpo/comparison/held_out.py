@@ -1,0 +1,156 @@
+"""The held-out pairs of a run, read again from its data: their words, and their tokens.
+
+Per-pair results hold numbers alone, in the order of the held-out set. Where the data is not there any more,
+or gives another number of pairs, the pairs keep their numbers and have no words.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from rcpo.common.errors import UserError
+from rcpo.comparison.load import Run
+
+if TYPE_CHECKING:
+    from rcpo.config.schema import ModelConfig
+    from rcpo.data.records import PreferenceRecord
+    from rcpo.data.tokenize import TokenizedPair
+
+Section = TypeVar("Section")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a pair's tokens, and its scores at the start of a run, depend on."""
+
+    model: "ModelConfig"
+    max_length: int
+    max_prompt_length: int | None
+
+    @property
+    def is_here(self) -> bool:
+        """Whether nobody has to be asked for the model: it is in folders of this machine."""
+        folders = [model_folder(self.model), Path(self.model.lora.adapter or ".")]
+        return all(folder.is_dir() for folder in folders)
+
+
+def model_folder(model: "ModelConfig") -> Path:
+    """Where the model is, if it is in a folder; no folder for a hub id."""
+    import rcpo.builtin
+    from rcpo.config.resolve import TINY
+
+    return Path(rcpo.builtin.__file__).parent / "tiny" if model.path == TINY else Path(model.path)
+
+
+def data_settings(run: Run) -> dict[str, Any]:
+    """Equal for runs with the same held-out pairs: filters are of training pairs alone."""
+    return {
+        key: value
+        for key, value in run.settings.items()
+        if key.startswith(("data.", "train.max_")) and not key.startswith("data.filter.")
+    }
+
+
+def model_settings(run: Run) -> dict[str, Any]:
+    """Equal for runs that start from the same model."""
+    return {key: value for key, value in run.settings.items() if key.startswith("model.")}
+
+
+def held_out_records(run: Run) -> "list[PreferenceRecord] | str":
+    """The records of the run's held-out pairs in their order, or in words why there are none."""
+    # Reading data needs the whole config machinery, and with it torch.
+    from pydantic import ValidationError
+
+    from rcpo.config.schema import DataConfig
+    from rcpo.data.load import load_records
+
+    tree = _tree_of(run, "data.")
+    # Filters and weights are of training pairs alone.
+    tree.pop("filter", None)
+    columns = tree.get("columns")
+    if isinstance(columns, dict):
+        tree["columns"] = {
+            part: name for part, name in columns.items() if part in ("prompt", "chosen", "rejected")
+        }
+    try:
+        records = load_records(_section(DataConfig, tree)).held_out
+        if run.pairs is not None and len(records) > len(run.pairs.r_w):
+            records = _that_can_be_measured(records, origin_of(run))
+    except UserError as error:
+        return str(error)
+    except (ValidationError, OSError, ValueError, TypeError, ImportError) as error:
+        return f"the data cannot be read: {' '.join(str(error).split())[:200]}"
+    if run.pairs is None or len(records) != len(run.pairs.r_w):
+        return "the data now gives another number of held-out pairs than the run measured"
+    return records
+
+
+def _that_can_be_measured(records: "list[PreferenceRecord]", origin: Origin) -> "list[PreferenceRecord]":
+    """Without those that the run has dropped for their tokens. Raises UserError where the tokenizer is not
+    here."""
+    if not origin.is_here:
+        raise UserError(
+            "the data gives more held-out pairs than the run measured; to tell which those are takes the "
+            f"tokenizer, and {origin.model.path} is not in a folder of this machine"
+        )
+    kept = {pair.row for pair in tokenized(origin, records)}
+    return [record for record in records if record.row in kept]
+
+
+def origin_of(run: Run) -> Origin:
+    """The model that the run started from. Code in its folder is never run for a report, and an adapter that
+    the run adds changes nothing at its start. Raises UserError where the config has none."""
+    from pydantic import ValidationError
+
+    from rcpo.config.schema import LoraConfig, ModelConfig
+
+    try:
+        model = _section(ModelConfig, _tree_of(run, "model."))
+        length, prompt_length = (
+            run.settings.get(f"train.{key}") for key in ("max_length", "max_prompt_length")
+        )
+        if not isinstance(length, int):
+            raise TypeError("train.max_length is not there")
+    except (ValidationError, ValueError, TypeError) as error:
+        raise UserError(f"the run's config cannot be read: {' '.join(str(error).split())[:200]}") from None
+    lora = LoraConfig() if model.lora.adapter is None else model.lora
+    model = dataclasses.replace(
+        model, lora=lora, trust_remote_code=False, attention=None, gradient_checkpointing=False
+    )
+    return Origin(model, length, prompt_length)
+
+
+def tokenized(origin: Origin, records: "Sequence[PreferenceRecord]") -> "Sequence[TokenizedPair]":
+    """Those of `records` that can be measured, as the run saw them. Raises UserError where there is no
+    tokenizer."""
+    from rcpo.data.tokenize import tokenize_records
+    from rcpo.models.load import load_tokenizer
+
+    tokenizer = load_tokenizer(origin.model)
+    return tokenize_records(records, tokenizer, origin.max_length, origin.max_prompt_length, "drop").pairs
+
+
+def _section(kind: type[Section], tree: dict[str, Any]) -> Section:
+    """A part of a config from what a run has of it; keys that are not known any more are left out."""
+    from pydantic import TypeAdapter
+
+    known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return TypeAdapter(kind).validate_json(
+        json.dumps({key: value for key, value in tree.items() if key in known}, default=str)
+    )
+
+
+def _tree_of(run: Run, prefix: str) -> dict[str, Any]:
+    """The flat settings below `prefix` as nested dicts."""
+    tree: dict[str, Any] = {}
+    for key, value in run.settings.items():
+        if key.startswith(prefix):
+            *sections, last = key.removeprefix(prefix).split(".")
+            inside = tree
+            for section in sections:
+                inside = inside.setdefault(section, {})
+            inside[last] = value
+    return tree

@@ -1,0 +1,179 @@
+"""One run folder as a `Run`: its config, status, curves and per-pair results, read without torch.
+
+A run that cannot be read whole is a `Run` with a `problem`, never an error: one bad folder does not hide the
+others.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from rcpo.common.errors import UserError
+from rcpo.comparison.metrics_cache import Columns, read_columns, read_metrics
+
+BAND = ("position", "center", "lower", "upper", "inside")
+CURVES = (
+    "step",
+    *(f"band/{name}" for name in BAND),
+    "calibration/alpha",
+    "score/cosine",
+    "dynamics/pathway",
+    "speed/pairs_per_second",
+    "speed/peak_memory_gb",
+)
+"""Columns of metrics.jsonl that comparisons use."""
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Change of the held-out log-probs between the first and the last evaluation, pair by pair, (n,) each,
+    fp64; `start` (2, n) is where both sides began."""
+
+    r_w: np.ndarray
+    r_l: np.ndarray
+    start: np.ndarray
+
+    def values(self, name: str) -> np.ndarray:
+        """(n,) of chosen, rejected, margin, accuracy (a tie counts half) or fell."""
+        if name == "chosen":
+            return self.r_w
+        if name == "rejected":
+            return self.r_l
+        if name == "margin":
+            return self.r_w - self.r_l
+        if name == "accuracy":
+            return (self.r_w > self.r_l) + 0.5 * (self.r_w == self.r_l)
+        assert name == "fell"
+        return (self.r_w < 0).astype(float)
+
+
+@dataclass(frozen=True)
+class Run:
+    path: Path
+    settings: dict[str, Any]
+    """The frozen config, flat: optim.lr."""
+    status: str
+    problem: str | None
+    """Why the run must not be averaged with others; None for one that is done and whole."""
+    curves: Columns
+    """`CURVES` over the optimizer steps, those that there are."""
+    evals: Columns
+    """eval.jsonl."""
+    pairs: Pairs | None
+
+    @property
+    def objective(self) -> str:
+        return one_line(self.settings.get("objective.name", "?"))
+
+    @property
+    def calibration(self) -> str:
+        return one_line(self.settings.get("calibration.name", "?"))
+
+    @property
+    def seed(self) -> Any:
+        return self.settings.get("seed")
+
+    @cached_property
+    def measured(self) -> Columns:
+        """The steps that measured the band."""
+        inside = self.curves.get("band/inside")
+        if inside is None:
+            return {}
+        chosen = ~np.isnan(inside)
+        return {name: values[chosen] for name, values in self.curves.items()}
+
+
+def load_run(path: Path) -> Run:
+    """Everything of a run that comparisons use."""
+    settings: dict[str, Any] = {}
+    status, curves, evals, pairs = "unknown", Columns(), Columns(), None
+    try:
+        settings = read_settings(path / "config.yaml")
+        status, problem = read_status(path / "run.json")
+        curves = read_metrics(path / "metrics.jsonl", CURVES)
+        evals = read_columns(path / "eval.jsonl")
+        pairs = _read_pairs(path / "eval", evals)
+        problem = problem or problem_of_evals(evals, pairs)
+    except UserError as error:
+        problem = str(error)
+    return Run(path, settings, status, problem, curves, evals, pairs)
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one with dotted keys; an empty dict stays a value."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{name}.")
+        else:
+            flat[name] = value
+    return flat
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=LOADER)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        tree = None
+    if not isinstance(tree, dict):
+        raise UserError("config.yaml cannot be read")
+    return flatten(tree)
+
+
+def read_status(path: Path) -> tuple[str, str | None]:
+    """(status, what is wrong with it)."""
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        status = one_line(run["status"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError("run.json is missing or damaged") from None
+    if status == "done":
+        return status, None
+    reason = run.get("exit_reason")
+    return status, f"{status}: {one_line(reason)}" if reason else status
+
+
+def one_line(value: object) -> str:
+    """A value as text for tables: no line breaks, and nothing that moves a terminal's cursor."""
+    return " ".join("".join(char if char.isprintable() else " " for char in str(value)).split())
+
+
+def _read_pairs(folder: Path, evals: Columns) -> Pairs | None:
+    """Per-pair results of the first and the last row of eval.jsonl; None without either."""
+    if "step" not in evals:
+        return None
+    ends = []
+    for step in evals["step"][[0, -1]].astype(int):
+        file = folder / f"step-{step:06d}.safetensors"
+        if not file.is_file():
+            return None
+        try:
+            tensors = load_file(file)
+            ends.append(np.stack([tensors["z_w"], tensors["z_l"]]).astype(np.float64))
+        except (OSError, SafetensorError, KeyError, ValueError):
+            raise UserError(f"eval/{file.name} is damaged") from None
+    start, end = ends
+    if start.shape != end.shape:
+        raise UserError("eval/ holds different numbers of pairs")
+    r_w, r_l = end - start
+    return Pairs(r_w, r_l, start)
+
+
+def problem_of_evals(evals: Columns, pairs: Pairs | None) -> str | None:
+    if "displacement/chosen" not in evals:
+        return "eval.jsonl holds no evaluation"
+    if len(evals["step"]) < 2:
+        return "was evaluated only once"
+    last = [evals[f"displacement/{side}"][-1] for side in ("chosen", "rejected")]
+    if not np.isfinite(last).all() or (pairs is not None and not np.isfinite([pairs.r_w, pairs.r_l]).all()):
+        return "the last evaluation is not finite"
+    return None

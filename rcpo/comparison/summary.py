@@ -1,0 +1,94 @@
+"""A comparison in words: which objectives displace, what calibration does to it, at what cost, and whether
+that is more than chance."""
+
+import math
+from collections.abc import Sequence
+
+from rcpo.common.console import KEPT_NATS, nats, percent
+from rcpo.comparison.cells import Cell, Comparison
+from rcpo.comparison.curves import panels
+from rcpo.comparison.table import COLUMNS, Row, p_text
+
+
+def headline(rows: Sequence[Row], comparison: Comparison) -> str:
+    """One or two sentences over all objectives."""
+    chosen = {id(row.cell): row.means["chosen"][0] for row in rows}
+    groups = [(label, _off(cells), cells) for label, cells in panels(comparison).items()]
+    with_off = [(label, off, cells) for label, off, cells in groups if off is not None]
+    if not with_off:
+        return (
+            "There is no finished calibration=off run here, so nothing can be said of what calibration does."
+        )
+    falls = {label: chosen[id(off)] for label, off, _ in with_off if chosen[id(off)] <= -KEPT_NATS}
+    if not falls:
+        none = f"none of {len(with_off)} objectives pushes"
+        which = none if len(with_off) > 1 else f"{with_off[0][0]} does not push"
+        return f"Without calibration {which} the held-out chosen responses down."
+    worst = min(falls, key=lambda label: falls[label])
+    what = f"{worst} pushes the held-out chosen responses down"
+    if len(with_off) > 1:
+        verb = "push" if len(falls) > 1 else "pushes"
+        what = f"{len(falls)} of {len(with_off)} objectives {verb} the held-out chosen responses down, "
+        what += f"most of all {worst}" if len(falls) > 1 else worst
+    text = f"Without calibration {what} ({nats(falls[worst])} nats)."
+    mended = [
+        label for label, off, cells in with_off if label in falls
+        and any(chosen[id(cell)] > -KEPT_NATS for cell in cells if cell is not off)
+    ]  # fmt: skip
+    tried = [label for label, _, cells in with_off if label in falls and len(cells) > 1]
+    if not tried:
+        return text
+    if not mended:
+        return f"{text} No calibration here prevents it."
+    names = (
+        "it does not" if len(falls) == 1 else f"{_listed(mended)} {'does' if len(mended) == 1 else 'do'} not"
+    )
+    return f"{text} With calibration {names}."
+
+
+def sentences(rows: Sequence[Row], comparison: Comparison) -> list[str]:
+    """One for each objective that has both `off` and another calibration."""
+    by_cell = {id(row.cell): row for row in rows}
+    found = []
+    for label, cells in panels(comparison).items():
+        off = _off(cells)
+        compared = [by_cell[id(cell)] for cell in cells if cell.differences]
+        if off is None or not compared:
+            continue
+        best = max(compared, key=lambda row: row.means["chosen"][0])
+        found.append(f"{label}: off {nats(by_cell[id(off)].means['chosen'][0])} nats; {_against(best)}")
+    return found
+
+
+def _against(row: Row) -> str:
+    """The best calibration, its difference, whether that is more than noise, and its speed."""
+    cell = row.cell
+    found = cell.differences["chosen"]
+    text = f"{cell.calibration} {nats(row.means['chosen'][0])}, a difference of {nats(found.mean)}"
+    if math.isnan(cell.p_holm):
+        text += " of one pair"
+    else:
+        p = p_text(cell.p_holm)
+        p = f"p {p}" if p.startswith("<") else f"p = {p}"
+        larger = "larger" if cell.p_holm < 0.05 else "not larger"
+        noise = "of the pairs (one seed)" if found.num_seeds == 1 else "of seeds and pairs"
+        text += f" [{nats(found.low)}, {nats(found.high)}], {larger} than the noise {noise} ({p})"
+    speed = _speed(row)
+    return f"{text}{'' if math.isnan(speed) else f'; at {percent(speed)} of the speed of off'}."
+
+
+def _speed(row: Row) -> float:
+    """Relative to the baseline's; medians over steps, means over seeds."""
+    baseline = row.cell.baseline
+    assert baseline is not None
+    column = next(column for column in COLUMNS if column.name == "pairs_per_second")
+    values = [column.value(run, baseline) for run in baseline.runs]
+    return row.means["pairs_per_second"][0] / (sum(values) / len(values))
+
+
+def _off(cells: Sequence[Cell]) -> Cell | None:
+    return next((cell for cell in cells if cell.calibration == "off"), None)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

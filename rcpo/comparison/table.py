@@ -1,0 +1,205 @@
+"""The table of a comparison: its columns, its rows and what stands below it. `rcpo.comparison.forms` writes
+it.
+
+Cells with no comparable run have a row of dashes: nothing disappears. Numbers are means over seeds with their
+standard error.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rcpo.common.console import nats, number, percent
+from rcpo.common.errors import UserError
+from rcpo.comparison.cells import PER_PAIR, Cell, Comparison, LeftOut
+from rcpo.comparison.load import Run
+from rcpo.comparison.statistics import mean_and_error
+
+
+def _last(name: str) -> Callable[[Run, Cell], float]:
+    return lambda run, cell: float(run.evals[f"displacement/{name}"][-1])
+
+
+def _speed(run: Run, cell: Cell) -> float:
+    return _of(run.curves.get("speed/pairs_per_second"), np.nanmedian)
+
+
+def _memory(run: Run, cell: Cell) -> float:
+    return _of(run.curves.get("speed/peak_memory_gb"), np.nanmax)
+
+
+def _of(values: np.ndarray | None, reduce: Callable[[np.ndarray], Any]) -> float:
+    return math.nan if values is None or np.isnan(values).all() else float(reduce(values))
+
+
+def in_band(run: Run, cell: Cell) -> float:
+    """Share of the measured steps inside the band; only of steps that the baseline's runs measured too, where
+    there are such: calibrations measure more often than `off` does."""
+    measured = run.measured
+    if not measured or not len(measured["step"]):
+        return math.nan
+    chosen = np.ones(len(measured["step"]), bool)
+    for other in (cell.baseline or cell).runs:
+        if other.measured:
+            chosen &= np.isin(measured["step"], other.measured["step"])
+    inside = measured["band/inside"]
+    return float(inside[chosen].mean() if chosen.any() else inside.mean())
+
+
+@dataclass(frozen=True)
+class Column:
+    """One number a run."""
+
+    name: str
+    """In --sort, CSV and JSON."""
+    head: str
+    value: Callable[[Run, Cell], float]
+    text: Callable[[float], str]
+    rank: int
+    """The highest is left out first where a terminal is narrow."""
+
+
+COLUMNS = (
+    Column("chosen", "chosen", _last("chosen"), nats, 0),
+    Column("rejected", "rejected", _last("rejected"), nats, 3),
+    Column("margin", "margin", _last("margin"), nats, 7),
+    Column("accuracy", "accuracy", _last("accuracy"), "{:.2f}".format, 2),
+    Column("fell", "fell", _last("chosen_down"), percent, 4),
+    Column("in_band", "in band", in_band, percent, 5),
+    Column("worst", "worst", lambda run, cell: float(np.nanmin(run.evals["displacement/chosen"])), nats, 9),
+    Column("pairs_per_second", "pairs/s", _speed, number, 6),
+    Column("memory_gb", "GB", _memory, number, 8),
+)
+MAX_PATHS = 5
+"""Paths named on one line of runs that are left out; --json names all."""
+NOTES = (
+    "chosen, rejected, margin: held-out change of log-probability in nats, at the end; worst: lowest chosen "
+    "of all evaluations; fell: share of chosen responses that became less likely; in band: of the "
+    "steps that measured it and that off measured too, by each cell's own estimator.",
+    "{pm}: standard error over the n seeds.",
+    "vs off: mean difference of chosen to calibration=off, paired by seed and by held-out pair, with its "
+    "95 % interval; p from a t test that takes both pairs and seeds as random (Cochran and Cox), Holm-"
+    "adjusted for {num} cells. Bracketed p: one seed only, so the noise between seeds is not in it.",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    cell: Cell
+    means: dict[str, tuple[float, float]]
+    """(mean, standard error) by name of `COLUMNS`; nan where nothing was measured."""
+
+    def record(self) -> dict[str, Any]:
+        """Flat, for CSV and JSON; None where nothing was measured."""
+        cell = self.cell
+        record: dict[str, Any] = {
+            "objective": cell.objective, "calibration": cell.calibration, **cell.other, "n": len(cell.runs),
+            "seeds": cell.seeds, "left_out": len(cell.left_out),
+        }  # fmt: skip
+        for name, (mean, error) in self.means.items():
+            record |= {name: mean, f"{name}_se": error}
+        for name in PER_PAIR:
+            found = cell.differences.get(name)
+            record |= {
+                f"vs_off_{name}{suffix}": None if found is None else getattr(found, key)
+                for suffix, key in (("", "mean"), ("_low", "low"), ("_high", "high"), ("_p", "p"))
+            }
+        found = cell.differences.get("chosen")
+        record |= {
+            "vs_off_chosen_p_holm": cell.p_holm,
+            "vs_off_chosen_se_pairs": found and found.se_pairs,
+            "vs_off_chosen_se_seeds": found and found.se_seeds,
+            "vs_off_seeds": found and found.num_seeds,
+            "vs_off_pairs": found and found.num_pairs,
+            "note": cell.note,
+        }
+        return {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+
+
+def make_rows(comparison: Comparison, sort: str | None = None) -> list[Row]:
+    """One row a cell; sorted by a column, falling where `sort` begins with "-", cells without a value
+    last."""
+    rows = []
+    for cell in comparison.cells:
+        means = {}
+        for column in COLUMNS:
+            values = [value for run in cell.runs if not math.isnan(value := column.value(run, cell))]
+            means[column.name] = mean_and_error(values) if values else (math.nan, math.nan)
+        rows.append(Row(cell, means))
+    if sort is None:
+        return rows
+    name, falling = sort.removeprefix("-"), sort.startswith("-")
+    names = ["objective", "calibration", *(column.name for column in COLUMNS), "vs_off"]
+    if name not in names:
+        raise UserError(f"--sort {sort}: no such column; choose one of {', '.join(names)}, or -NAME to fall")
+    if name in ("objective", "calibration"):
+        return sorted(rows, key=lambda row: getattr(row.cell, name), reverse=falling)
+
+    def key(row: Row) -> tuple[bool, float]:
+        found = row.cell.differences.get("chosen")
+        value = (found.mean if found else math.nan) if name == "vs_off" else row.means[name][0]
+        return math.isnan(value), -value if falling else value
+
+    return sorted(rows, key=key)
+
+
+def cell_texts(row: Row, columns: Sequence[Column], pm: str) -> list[str]:
+    """Under `heads`."""
+    cell = row.cell
+    texts = [cell.objective, cell.calibration, *cell.other.values(), str(len(cell.runs))]
+    for column in columns:
+        mean, error = row.means[column.name]
+        text = "-" if math.isnan(mean) else column.text(mean)
+        with_error = not math.isnan(error) and column.name in ("chosen", "rejected", "margin", "worst")
+        texts.append(f"{text} {pm} {error:.2f}" if with_error else text)
+    return [*texts, *difference_texts(cell)]
+
+
+def difference_texts(cell: Cell) -> list[str]:
+    """The difference to off with its interval, and p."""
+    found = cell.differences.get("chosen")
+    if found is None:
+        return ["" if cell.baseline is None or not cell.note else cell.note, ""]
+    p = p_text(cell.p_holm)
+    return [
+        f"{nats(found.mean)} [{nats(found.low)}, {nats(found.high)}]",
+        f"({p})" if found.num_seeds == 1 else p,
+    ]
+
+
+def p_text(p: float) -> str:
+    if math.isnan(p):
+        return "-"
+    return "<.001" if p < 0.001 else f"{p:.3f}".replace("0.", ".", 1) if p < 0.9995 else "1"
+
+
+def heads(comparison: Comparison, columns: Sequence[Column]) -> list[str]:
+    other = list(comparison.cells[0].other) if comparison.cells else []
+    return ["objective", "calibration", *other, "n", *(column.head for column in columns), "vs off", "p"]
+
+
+def left_out_lines(left_out: Sequence[LeftOut]) -> list[str]:
+    """One line for each reason; a sweep that has just begun leaves out many runs for the same one."""
+    paths: dict[str, list[str]] = {}
+    for item in left_out:
+        paths.setdefault(item.reason, []).append(str(item.run.path))
+    lines = []
+    for reason, found in paths.items():
+        more = f" and {len(found) - MAX_PATHS} more" if len(found) > MAX_PATHS else ""
+        lines.append(f"left out: {', '.join(found[:MAX_PATHS])}{more}: {reason}")
+    return lines
+
+
+def notes(comparison: Comparison, pm: str) -> list[str]:
+    """What the numbers are, then every run that is left out, then every cell that is of another kind."""
+    lines = [note.format(pm=pm, num=comparison.num_comparisons) for note in NOTES[:2]]
+    if comparison.num_comparisons:
+        lines.append(NOTES[2].format(num=comparison.num_comparisons))
+    lines += left_out_lines(comparison.left_out)
+    return lines + [f"{cell.label}: {cell.note}" for cell in comparison.cells if cell.note]

@@ -1,0 +1,60 @@
+"""The table of a comparison on a terminal: as many columns as fit."""
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rcpo.common.console import KEPT_NATS
+from rcpo.comparison.cells import Comparison
+from rcpo.comparison.forms import as_markdown
+from rcpo.comparison.summary import headline, sentences
+from rcpo.comparison.table import COLUMNS, Column, Row, cell_texts, heads, notes
+
+WIDE = 10_000
+
+
+def print_table(console: Console, rows: Sequence[Row], comparison: Comparison) -> None:
+    """Print the table, what it says and its notes; as Markdown with all columns where the console is no
+    terminal."""
+    pm = "+-" if console.options.ascii_only else "±"
+    if not console.is_interactive:
+        console.print(Text(as_markdown(rows, comparison, pm)), soft_wrap=True, end="")
+        return
+    columns = list(COLUMNS)
+    table = _table(rows, comparison, columns, pm)
+    wide = console.options.update(width=WIDE)
+    while columns[1:] and console.measure(table, options=wide).maximum > console.width:
+        columns.remove(max(columns, key=lambda column: column.rank))
+        table = _table(rows, comparison, columns, pm)
+    console.print(table)
+    if len(columns) < len(COLUMNS):
+        hidden = ", ".join(column.head for column in COLUMNS if column not in columns)
+        console.print(Text(f"Not shown, for want of width: {hidden}.", style="dim"))
+    console.print(Text(headline(rows, comparison), style="bold"))
+    for line in sentences(rows, comparison):
+        console.print(Text(f"  {line}"))
+    console.print()
+    for note in notes(comparison, pm):
+        console.print(Text(note, style="yellow" if note.startswith("left out") else "dim"))
+
+
+def _table(rows: Sequence[Row], comparison: Comparison, columns: Sequence[Column], pm: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, header_style="dim", padding=(0, 1), pad_edge=False)
+    titles = heads(comparison, columns)
+    num_left, where = titles.index("n"), titles.index("chosen")
+    for idx, title in enumerate(titles):
+        table.add_column(title, justify="left" if idx < num_left else "right")
+    previous = None
+    for row in rows:
+        texts = [Text(text) for text in cell_texts(row, columns, pm)]
+        chosen = row.means["chosen"][0]
+        if abs(chosen) >= KEPT_NATS:
+            texts[where].stylize("red" if chosen < 0 else "green")
+        if previous not in (None, row.cell.row_label):
+            table.add_section()
+        previous = row.cell.row_label
+        table.add_row(*texts)
+    return table

@@ -1,0 +1,34 @@
+"""What a run trains on, once read, tokenised and filtered; `rcpo.training.read_inputs` makes it."""
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from rcpo.config.schema import Config
+from rcpo.data.pairs import PackedPairs, TokenizedPair
+from rcpo.data.sampler import PairSampler
+
+
+@dataclass(frozen=True)
+class Inputs:
+    tokenizer: PreTrainedTokenizerBase
+    train: PackedPairs
+    held_out: list[TokenizedPair]
+    report: list[str]
+    """What was read, dropped and cut, and one example; for the log."""
+
+    @property
+    def pad_id(self) -> int:
+        """Any valid id serves: padding is never attended to and never scored."""
+        pad = self.tokenizer.pad_token_id
+        return 0 if pad is None else int(pad)
+
+    def sampler(self, config: Config) -> PairSampler:
+        return PairSampler(len(self.train), config.train.pairs_per_step, config.seed, self.train.widths())
+
+    def num_steps(self, config: Config) -> int:
+        """Optimizer steps of the whole run."""
+        if config.train.steps is not None:
+            return config.train.steps
+        assert config.train.epochs is not None
+        return self.sampler(config).steps_of(config.train.epochs)

@@ -1,0 +1,130 @@
+"""What may change between a run and its resumption, and the record of it.
+
+A run is resumed with the config that it was started with; run.json has a copy. A difference in
+RUN/config.yaml, or one asked for on the command line, must be named with `--allow-change`, and only keys that
+leave the training what it was can be. Called by `rcpo.launch.start`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from rcpo.common.errors import UserError
+from rcpo.common.files import write_atomically
+from rcpo.config.resolve import resolve
+from rcpo.config.schema import Config
+from rcpo.config.validate import validate
+from rcpo.runs.folder import RunFolder, now
+from rcpo.runs.frozen import config_tree
+from rcpo.training.checkpoint import newest_checkpoint, refuse_unloadable, step_of
+
+SAFE = (
+    "train.steps", "train.epochs", "train.save_every", "train.keep_last", "train.eval_every",
+    "train.log_every", "train.on_save_error", "train.on_nonfinite", "train.max_nonfinite_steps", "tracking.",
+)  # fmt: skip
+"""Keys (and, with a dot at the end, groups) that leave every step's bits as they are."""
+SAFE_TO_ROUNDING = (
+    "launch.", "deepspeed.stage", "train.pairs_per_device", "train.device", "model.gradient_checkpointing",
+)  # fmt: skip
+"""Keys that spread the same computation otherwise: equal but for the order of sums."""
+
+
+def changed_config(run: RunFolder, allowed: Sequence[str], joined: int | None) -> Config:
+    """The config to resume `run` with. `allowed` are KEY, for a difference that stands in RUN/config.yaml, or
+    KEY=VALUE, which sets it; what has changed is written to config.yaml and run.json.
+
+    Raises UserError for a difference that is not allowed, and for one that cannot be.
+    """
+    started = run.read_run().get("config")
+    tree = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+    before = started if isinstance(started, dict) else yaml.safe_load(run.config.read_text(encoding="utf-8"))
+    named = {_set(tree, word) for word in allowed}
+    config = validate(tree)
+    differences = _differences(before, tree)
+    if not differences:
+        return config
+    for key, old, new in differences:
+        if not _is_among(key, (*SAFE, *SAFE_TO_ROUNDING)):
+            raise UserError(
+                f"{key}: the run was started with {_shown(old)}, not {_shown(new)}, and it decides what is "
+                f"trained; put it back in {run.config}, or start a new run"
+            )
+        if key not in named:
+            raise UserError(
+                f"{key}: the run was started with {_shown(old)}, and {run.config} says {_shown(new)}; put it "
+                f"back, or type rcpo resume {run.path} --allow-change {key}"
+            )
+    if config.optim.schedule != "constant" and {"train.steps", "train.epochs"} & {
+        key for key, *_ in differences
+    }:
+        raise UserError(
+            f"train.steps: with optim.schedule={config.optim.schedule} it decides the learning rate of every "
+            "step, so it cannot change; start a new run"
+        )
+    config = resolve(config, joined)
+    _check_newest(run, config)
+    changes = [{"key": key, "from": old, "to": new, "time": now()} for key, old, new in differences]
+    write_atomically(run.config, yaml.safe_dump(config_tree(config), sort_keys=False))
+    run.update_run(
+        config=config_tree(config),
+        world_size=config.world_size(),
+        changes=[*run.read_run().get("changes", []), *changes],
+    )
+    return config
+
+
+def _check_newest(run: RunFolder, config: Config) -> None:
+    """Refuse a change with which the newest checkpoint could not go on."""
+    newest = newest_checkpoint(run)
+    if newest is None:
+        return
+    assert config.deepspeed.stage is not None
+    refuse_unloadable(newest, config.world_size(), config.deepspeed.stage, str(config.model.dtype))
+    done = step_of(newest)
+    if config.train.steps is not None and config.train.steps < done:
+        raise UserError(
+            f"train.steps={config.train.steps}: the newest checkpoint is of step {done} already; type "
+            f"train.steps={done} or more, or export that checkpoint"
+        )
+
+
+def _set(tree: dict[str, Any], word: str) -> str:
+    """Set KEY=VALUE in the tree, where there is a value; returns the key."""
+    key, equals, value = word.partition("=")
+    *groups, last = key.split(".")
+    place: Any = tree
+    for group in groups:
+        place = place.get(group) if isinstance(place, dict) else None
+    if not isinstance(place, dict) or last not in place or isinstance(place[last], dict):
+        raise UserError(f"--allow-change {word}: {key} is no key of the run's config; type GROUP.KEY[=VALUE]")
+    if not _is_among(key, (*SAFE, *SAFE_TO_ROUNDING)):
+        raise UserError(
+            f"--allow-change {word}: {key} decides what is trained, so it cannot change; start a new run. "
+            f"What can: {', '.join((*SAFE, *SAFE_TO_ROUNDING))}"
+        )
+    if equals:
+        try:
+            place[last] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"--allow-change {word}: {value} is no value; type {key}=VALUE") from None
+    return key
+
+
+def _is_among(key: str, names: Sequence[str]) -> bool:
+    return any(key.startswith(name) if name.endswith(".") else key == name for name in names)
+
+
+def _differences(before: Any, after: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(dotted key, value before, value after) wherever two trees differ; None for what one lacks."""
+    if not (isinstance(before, dict) and isinstance(after, dict)):
+        return [] if before == after else [(prefix, before, after)]
+    found = []
+    for key in dict.fromkeys([*before, *after]):
+        inner = f"{prefix}.{key}" if prefix else str(key)
+        found += _differences(before.get(key), after.get(key), inner)
+    return found
+
+
+def _shown(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()

@@ -1,0 +1,142 @@
+"""From a resolved config to running ranks: in this process, in processes started here, or joined to what
+torchrun or srun started.
+
+Owns the order "check everything, make the run folder, start", and ending all ranks when one fails. Called by
+`rcpo.commands.train` and `rcpo.commands.resume`.
+"""
+
+import contextlib
+import shutil
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rcpo.common.errors import UserError
+from rcpo.config.schema import Config
+from rcpo.launch.changes import changed_config
+from rcpo.launch.overwrite import old_set_aside, refuse_irreplaceable, training
+from rcpo.launch.processes import run_ranks
+from rcpo.launch.worker import run_worker
+from rcpo.ranks.distributed import from_rank_zero, initialize, joined_world_size, rank, world_size
+from rcpo.runs.folder import RunFolder
+from rcpo.runs.frozen import config_tree, open_run
+from rcpo.training.read_inputs import read_inputs
+
+
+def start(prepare: Callable[[], Config | None], overwrite: bool = False) -> int:
+    """Prepare a config, check its inputs, make its run folder and train; returns the exit code.
+
+    `prepare` composes and resolves; it runs in one process only and returns None when there is nothing to
+    run. With `overwrite` an old run folder makes way for the new one, once that has been checked.
+    """
+    if joined_world_size() is not None:
+        return _joined(lambda: _make_run(prepare, overwrite), resume=False)
+    made = _make_run(prepare, overwrite)
+    if made is None:
+        return 0
+    with training(made[0].path):
+        return _run_here(*made, resume=False)
+
+
+def resume(path: str, allowed: Sequence[str] = ()) -> int:
+    """Continue the run in `path`, with the config changes that `allowed` names (`rcpo.launch.changes`);
+    returns the exit code."""
+    if joined_world_size() is not None:
+        return _joined(lambda: _reopen(path, allowed), resume=True)
+    run, config = _reopen(path, allowed)
+    if config.launch.nodes > 1:
+        raise UserError(
+            f"{path}: was trained on {config.launch.nodes} nodes; start `rcpo resume` on each with torchrun "
+            "or srun, one task per GPU"
+        )
+    return _run_here(run, config, resume=True)
+
+
+def _make_run(
+    prepare: Callable[[], Config | None], overwrite: bool = False
+) -> tuple[RunFolder, Config] | None:
+    """Everything that can be wrong with config and data is found before the folder exists."""
+    config = prepare()
+    if config is None:
+        return None
+    assert config.run_dir is not None
+    run = RunFolder(config.run_dir)
+    if overwrite:
+        refuse_irreplaceable(config)
+    else:
+        run.refuse_existing()
+    read_inputs(config)
+    with old_set_aside(run.path):
+        run.create(config, config_tree(config))
+    return run, config
+
+
+def _reopen(path: str, allowed: Sequence[str]) -> tuple[RunFolder, Config]:
+    """A run to continue; whatever of its files is damaged is found before anything starts."""
+    run, _ = open_run(path)
+    config = changed_config(run, allowed, joined_world_size())
+    for rows in (run.metrics, run.eval):
+        run.rows(rows)
+    run.reopen()
+    return run, config
+
+
+def _run_here(run: RunFolder, config: Config, resume: bool) -> int:
+    num_ranks = config.world_size()
+    code = run_worker(run, config, resume) if num_ranks == 1 else run_ranks(run, num_ranks, resume)
+    _discard_if_empty(run, code, resume)
+    return code
+
+
+def _discard_if_empty(run: RunFolder, code: int, resume: bool) -> None:
+    """A run that bad input stopped before its first step leaves no half-made folder."""
+    if code == 2 and not resume and not run.rows(run.metrics):
+        shutil.rmtree(run.path, ignore_errors=True)
+
+
+def _joined(open_or_make: Callable[[], tuple[RunFolder, Config] | None], resume: bool) -> int:
+    """One of the ranks that torchrun or srun started: rank 0 prepares, the others read the frozen config."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    initialize(device)
+    answer: dict[str, Any] = {}
+    if rank() == 0:
+        try:
+            made = open_or_make()
+            answer = {"run": None if made is None else str(made[0].path)}
+        except UserError as error:
+            answer = {"error": str(error)}
+    answer = from_rank_zero(answer)
+    if "error" in answer:
+        if rank() == 0:
+            raise UserError(answer["error"])
+        return 2
+    if answer["run"] is None:
+        return 0
+    run, config = open_run(answer["run"])
+    fault = _misfit(config, device)
+    if fault is not None:
+        if rank() == 0:
+            _discard_if_empty(run, 2, resume)
+            raise UserError(fault)
+        return 2
+    is_new_here = rank() == 0 and not resume  # `rcpo resume` holds the lock already
+    with training(run.path) if is_new_here else contextlib.nullcontext():
+        code = run_worker(run, config, resume)
+        if rank() == 0:
+            _discard_if_empty(run, code, resume)
+    return code
+
+
+def _misfit(config: Config, device: str) -> str | None:
+    """What a run wants that the ranks that torchrun or srun started are not, in one line."""
+    if config.train.device != device:
+        return (
+            f"train.device={config.train.device}: ranks that torchrun or srun started use {device} here; "
+            "hide the GPUs with CUDA_VISIBLE_DEVICES='' to train on CPUs"
+        )
+    if config.world_size() != world_size():
+        return (
+            f"{config.run_dir}: is a run of {config.world_size()} ranks; start that many, not {world_size()}"
+        )
+    return None

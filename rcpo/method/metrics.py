@@ -1,0 +1,159 @@
+"""From per-pair tensors to the numbers that are logged: sums on the device, one reduction per step, then one
+row.
+
+Owns every metric's definition. Rows are flat dicts; keys are the same in metrics.jsonl, eval.jsonl and W&B.
+"""
+
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from rcpo.method.band import disentanglement_band
+from rcpo.method.calibrators import Calibrator, StepStatistics
+from rcpo.method.incentives import Incentives
+from rcpo.method.scores import ScoreGeometry
+from rcpo.objectives import PairLogProbs
+
+QUANTITIES = (
+    "train/loss",
+    "logps/chosen",
+    "logps/rejected",
+    "logps/chosen_per_token",
+    "logps/rejected_per_token",
+    "displacement/chosen",
+    "displacement/rejected",
+    "displacement/accuracy",
+    "displacement/chosen_down",
+    "displacement/both_down",
+    "incentive/chosen",
+    "incentive/rejected",
+)
+"""What `pair_sums` sums, in its order; each becomes a mean over the pairs of the global batch."""
+
+
+def _displacement(r_w: Tensor, r_l: Tensor) -> list[Tensor]:
+    """Per pair (B,): r_w, r_l, accuracy (r_w > r_l; a tie counts half), r_w < 0, both < 0."""
+    accuracy = (r_w > r_l).double() + 0.5 * (r_w == r_l).double()
+    return [r_w, r_l, accuracy, r_w < 0, (r_w < 0) & (r_l < 0)]
+
+
+def pair_sums(loss: Tensor, pair: PairLogProbs, incentives: Incentives) -> Tensor:
+    """Sums over a micro-batch of `QUANTITIES`: (len(QUANTITIES),) fp64, detached, on the device."""
+    r_w, r_l = pair.z_w - pair.ref_w, pair.z_l - pair.ref_l
+    columns = [
+        loss,
+        pair.z_w,
+        pair.z_l,
+        pair.z_w / pair.len_w,
+        pair.z_l / pair.len_l,
+        *_displacement(r_w, r_l),
+        incentives.d_w,
+        incentives.d_l,
+    ]
+    return torch.stack([column.detach().double().sum() for column in columns])
+
+
+def displacement_row(z_w: Tensor, z_l: Tensor, start_w: Tensor, start_l: Tensor) -> dict[str, float]:
+    """`displacement/*` and `logps/*` of held-out pairs against their start, means over n pairs of (n,)
+    tensors."""
+    r_w, r_l = z_w - start_w, z_l - start_l
+    names = ("chosen", "rejected", "accuracy", "chosen_down", "both_down")
+    row = {
+        f"displacement/{name}": float(column.double().mean())
+        for name, column in zip(names, _displacement(r_w, r_l), strict=True)
+    }
+    row["displacement/margin"] = row["displacement/chosen"] - row["displacement/rejected"]
+    row["logps/chosen"], row["logps/rejected"] = float(z_w.double().mean()), float(z_l.double().mean())
+    return row
+
+
+def step_row(
+    means: dict[str, float],
+    statistics: StepStatistics,
+    alpha: float,
+    calibrator: Calibrator,
+    population: Mapping[str, ScoreGeometry] = MappingProxyType({}),
+) -> dict[str, float]:
+    """One optimizer step's row, all of it as the step was: band, rates and pathway *after* calibration with
+    `alpha`."""
+    row = dict(means)
+    row["displacement/margin"] = row["displacement/chosen"] - row["displacement/rejected"]
+    row["calibration/alpha"] = alpha
+    row.update(calibrator.metrics())
+    if statistics.log_ratio is not None:
+        row["incentive/log_ratio"] = statistics.log_ratio
+    row.update(band_metrics(statistics, alpha))
+    row.update(population_metrics(statistics, alpha, population))
+    return row
+
+
+def band_metrics(statistics: StepStatistics, alpha: float) -> dict[str, float]:
+    """`score/*`, `band/*` and `dynamics/*` of a step with score geometry; empty without.
+
+    The rates are first-order changes per unit of learning rate under plain gradient descent. mean: of the
+    batch mean of z, dynamics/chosen_rate = alpha d_w |s_w|^2 - (d_l/alpha) <s_w, s_l> and
+    dynamics/rejected_rate = alpha d_w <s_w, s_l> - (d_l/alpha) |s_l|^2 with mean incentives d, exact where
+    all incentives of a side are equal. weighted: of the incentive-weighted batch means of d_w z_w and d_l
+    z_l, alpha |G_w|^2 - <G_w, G_l>/alpha and alpha <G_w, G_l> - |G_l|^2/alpha, exact always.
+    dynamics/pathway: 0 winner up & loser down, 1 both up, 2 both down, 3 winner down & loser up. The band
+    needs both incentive means positive; edges are +-inf where rho <= 0.
+    """
+    geometry = statistics.geometry
+    if geometry is None:
+        return {}
+    d_w, d_l = (1.0, 1.0) if geometry.weighted else (statistics.mean_d_w, statistics.mean_d_l)
+    pull, push = alpha * d_w, d_l / alpha
+    chosen_rate = pull * geometry.chosen_squared - push * geometry.dot
+    rejected_rate = pull * geometry.dot - push * geometry.rejected_squared
+    row = {
+        "score/chosen_norm": geometry.chosen_norm,
+        "score/rejected_norm": geometry.rejected_norm,
+        "score/cosine": geometry.cosine,
+        "dynamics/chosen_rate": chosen_rate,
+        "dynamics/rejected_rate": rejected_rate,
+        "dynamics/pathway": pathway(chosen_rate, rejected_rate),
+    }
+    band = (
+        None if statistics.log_ratio is None else disentanglement_band(statistics.log_ratio, alpha, geometry)
+    )
+    if band is not None:
+        row |= {
+            "band/position": band.position,
+            "band/center": band.center,
+            "band/lower": band.lower,
+            "band/upper": band.upper,
+            "band/slack": band.slack,
+            "band/inside": float(band.slack >= 0),
+        }
+    return row
+
+
+def population_metrics(
+    statistics: StepStatistics, alpha: float, population: Mapping[str, ScoreGeometry]
+) -> dict[str, float]:
+    """`population/*`: cosine, center, slack as in `band/*`, of the population's mean vectors; adam_* in the
+    metric of 1/sqrt(v), in which Adam steps. nan where a product of one side between two batches is not
+    positive: noise."""
+    row: dict[str, float] = {}
+    for name, geometry in population.items():
+        prefix = "population/adam_" if name == "adam" else "population/"
+        is_positive = geometry.chosen_squared > 0 and geometry.rejected_squared > 0
+        row[f"{prefix}cosine"] = geometry.cosine if is_positive else math.nan
+        if is_positive and statistics.log_ratio is not None:
+            band = disentanglement_band(statistics.log_ratio, alpha, geometry)
+            if band is not None:
+                row |= {f"{prefix}center": band.center, f"{prefix}slack": band.slack}
+    return row
+
+
+def pathway(chosen_rate: float, rejected_rate: float) -> float:
+    """0 winner up & loser down, 1 both up, 2 both down, 3 winner down & loser up; nan where a rate is nan."""
+    if math.isnan(chosen_rate) or math.isnan(rejected_rate):
+        return math.nan
+    winner_up, loser_up = chosen_rate >= 0, rejected_rate > 0
+    return float(
+        {(True, False): 0, (True, True): 1, (False, False): 2, (False, True): 3}[winner_up, loser_up]
+    )

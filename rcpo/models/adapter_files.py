@@ -1,0 +1,74 @@
+"""An adapter's folder on disk, as peft writes it: where it is, what it says, what rcpo loads of it.
+
+Reads files alone; `rcpo.models.adapters` puts what they hold into a model. Called by it and by
+`rcpo.reference.cache`."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from rcpo.common.errors import UserError
+from rcpo.config.schema import ModelConfig
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+"""What peft puts before every name in an adapter file."""
+PLAIN = {
+    "peft_type": "LORA", "bias": "none", "modules_to_save": None, "use_dora": False, "lora_bias": False,
+    "trainable_token_indices": None, "target_parameters": None, "layer_replication": None,
+}  # fmt: skip
+"""Entries of an adapter_config.json, with the values that rcpo loads: B A beside linear layers, no more."""
+
+
+def adapter_folder(path: str) -> Path:
+    """The folder of an adapter: `path`, or the downloaded files of a hub id. Raises UserError where it is no
+    adapter with safetensors weights."""
+    folder = Path(path)
+    if not folder.is_dir():
+        if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
+            raise UserError(f"model.lora.adapter={path}: no such folder; give an adapter's folder or hub id")
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(path, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+        except (OSError, ValueError) as error:
+            first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise UserError(f"model.lora.adapter={path}: cannot be loaded: {first[:300]}") from error
+    missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
+    if missing:
+        is_pickled = any(folder.glob("*.bin"))
+        advice = "convert its pickled weights to safetensors" if is_pickled else "give an adapter's folder"
+        raise UserError(f"model.lora.adapter={path}: has no {missing[0]}; {advice}")
+    return folder
+
+
+def read_adapter_config(path: str) -> dict[str, Any]:
+    """adapter_config.json, checked against `PLAIN`."""
+    try:
+        content = json.loads((adapter_folder(path) / CONFIG_FILE).read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"model.lora.adapter={path}: {CONFIG_FILE} is not JSON; copy it again") from None
+    for key, value in PLAIN.items():
+        if (content.get(key, value) or None) != (value or None):
+            raise UserError(
+                f"model.lora.adapter={path}: has {key}={json.dumps(content[key])}, which rcpo does not load; "
+                "merge it into its model with peft and give the result as model.path"
+            )
+    entries: dict[str, Any] = content
+    return entries
+
+
+def below_fingerprint(config: ModelConfig) -> bytes:
+    """What, beside the base model's files, the reference of a run depends on; empty for a plain run.
+
+    Merged and stacked count as two: they round differently.
+    """
+    parts = [] if config.quantization is None else [config.quantization.encode()]
+    if config.lora.adapter is not None:
+        folder = adapter_folder(config.lora.adapter)
+        parts.append(str(config.lora.on_adapter).encode())
+        parts += [
+            hashlib.blake2b((folder / name).read_bytes()).digest() for name in (CONFIG_FILE, WEIGHTS_FILE)
+        ]
+    return b"".join(parts)

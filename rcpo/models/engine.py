@@ -1,0 +1,328 @@
+"""DeepSpeed behind one thin adapter: the same few verbs at every ZeRO stage, on CPU and on GPUs.
+
+Owns the DeepSpeed config, optimizer and schedule, and what differs between stages (gradient norm, whole
+weights, checkpoints). Does not own the loss: `rcpo.training.step` hands it a scalar per micro-batch.
+"""
+
+import contextlib
+import io
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import safe_get_full_optimizer_state
+from torch import Tensor
+from transformers import PreTrainedModel, get_scheduler
+from transformers.integrations import HfDeepSpeedConfig
+
+from rcpo.common.errors import UserError
+from rcpo.config.schema import Config, OptimConfig
+from rcpo.data.batch import PairBatch
+from rcpo.models.adapters import exported_tensors
+from rcpo.models.load import load_model
+from rcpo.models.policy import Policy, refuse_joint_layout
+from rcpo.ranks.distributed import barrier
+
+ENGINE_TAG = "engine"
+"""DeepSpeed's name for the one checkpoint inside a folder that rcpo names and completes by itself."""
+
+
+def deepspeed_config(config: Config) -> dict[str, Any]:
+    """The DeepSpeed config of a resolved run; `deepspeed.extra` wins."""
+    stage = config.deepspeed.stage
+    train = config.train
+    assert stage is not None
+    assert train.pairs_per_device is not None
+    bf16 = config.model.dtype == "bfloat16"
+    zero: dict[str, Any] = {"stage": stage}
+    if config.deepspeed.offload == "optimizer":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": train.pairs_per_device,
+        "gradient_accumulation_steps": accumulation_steps(config),
+        "gradient_clipping": train.grad_clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,  # torch's AdamW: DeepSpeed's own would be compiled here
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": bf16},
+        "steps_per_print": 10**9,
+    }
+    if bf16 and stage > 0:
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    return _merged(settings, config.deepspeed.extra)
+
+
+def _merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in extra.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def accumulation_steps(config: Config) -> int:
+    """Micro-batches per rank and optimizer step; `rcpo.config.resolve` has checked that they divide."""
+    assert config.train.pairs_per_device is not None
+    return config.train.pairs_per_step // (config.world_size() * config.train.pairs_per_device)
+
+
+def build_optimizer(config: OptimConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """torch's own AdamW or SGD over the trainable parameters."""
+    assert config.lr is not None
+    if config.name == "sgd":
+        return torch.optim.SGD(
+            parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+    beta1, beta2 = config.betas
+    return torch.optim.AdamW(
+        parameters, lr=config.lr, betas=(beta1, beta2), eps=config.eps, weight_decay=config.weight_decay
+    )
+
+
+class Engine:
+    """A policy under training. Every method that says "collective" must be called by all ranks together."""
+
+    def __init__(self, config: Config, num_steps: int, device: torch.device) -> None:
+        """Load the model and wrap it; `num_steps` fixes the schedule's end. Collective."""
+        settings = deepspeed_config(config)
+        self.stage: int = settings["zero_optimization"]["stage"]
+        # Kept alive: with it transformers loads the weights already sharded.
+        self._zero3_marker = HfDeepSpeedConfig(settings) if self.stage == 3 else None
+        model = load_model(config.model)
+        if config.train.share_prefix or config.train.packing:
+            refuse_joint_layout(model, config.train.share_prefix)
+        self.vocabulary, self.hidden_size = _head_shape(model)
+        if self.stage != 3:
+            model.to(device)
+        self.policy = Policy(model)
+        self.device = device
+        self.dtype = str(config.model.dtype)
+        self._accumulation_steps = accumulation_steps(config)
+        self._num_micro_batches = 0
+        self._is_adam = config.optim.name == "adamw"
+        self._has_moments = False
+        optimizer = build_optimizer(config.optim, self.trainable_parameters())
+        self._optimizer = optimizer
+        schedule = "constant_with_warmup" if config.optim.schedule == "constant" else config.optim.schedule
+        scheduler = get_scheduler(schedule, optimizer, config.optim.warmup_steps, num_steps)
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints timings there
+            self._deepspeed, *_ = deepspeed.initialize(
+                model=self.policy, optimizer=optimizer, lr_scheduler=scheduler, config=settings
+            )
+        self._deepspeed.train()
+        self._scheduler = scheduler
+        self._grad_norm: Tensor | float | None = None
+        self._largest = torch.zeros((), device=device)
+        for parameter in self.trainable_parameters():
+            parameter.register_hook(self._watch)
+
+    def logprobs(self, batch: PairBatch) -> Tensor:
+        """z (2B,) fp32, attached to the graph. Collective at stage 3."""
+        z: Tensor = self._deepspeed(batch)
+        return z
+
+    def trainable_parameters(self) -> list[torch.nn.Parameter]:
+        """In the order of the model, each once."""
+        return [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+
+    def second_moments(self, parameters: Sequence[torch.nn.Parameter]) -> Iterator[Tensor] | None:
+        """Adam's running mean of squared gradients, whole and fp32, one parameter after the other; None where
+        the optimizer keeps none (yet). Collective."""
+        if not self._has_moments:
+            return None
+        if self._is_plain():
+            return (self._optimizer.state[parameter]["exp_avg_sq"] for parameter in parameters)
+        return (safe_get_full_optimizer_state(parameter, "exp_avg_sq") for parameter in parameters)
+
+    @torch.no_grad()
+    def logprobs_without_grad(self, batch: PairBatch, tokens: bool = False) -> Tensor:
+        """z (2B,) fp32 in evaluation mode; with `tokens` the token log-probs (N,). Collective at stage 3."""
+        self._deepspeed.eval()
+        z: Tensor = self._deepspeed(batch, tokens)
+        self._deepspeed.train()
+        return z
+
+    def backward(self, loss: Tensor, is_last: bool = True) -> None:
+        """Accumulate a gradient: the mean over micro-batches and ranks is what steps. Collective.
+
+        A micro-batch may have several backward passes, each on a forward pass of its own and, at stage 3, run
+        right after it; `is_last` says that no further one follows before `step`.
+        """
+        self._deepspeed.set_gradient_accumulation_boundary(is_last and self._ends_step())
+        self._deepspeed.backward(loss)
+
+    def _watch(self, gradient: Tensor) -> None:
+        least, most = torch.aminmax(gradient.detach())  # one pass, where abs() writes a copy; keeps nan
+        self._largest = torch.maximum(self._largest, torch.maximum(-least, most).float())
+
+    def largest_gradient(self) -> Tensor:
+        """Largest |entry| of this rank's gradients since the last call, on the device: fp32, nan or inf where
+        one is not finite."""
+        largest, self._largest = self._largest, torch.zeros_like(self._largest)
+        return largest
+
+    def end_micro_batch(self) -> None:
+        """Close a micro-batch that is not its step's last; the last one is closed by `step` or `skip_step`.
+        Collective."""
+        if not self._ends_step():
+            self._deepspeed.step()
+            self._num_micro_batches += 1
+
+    def step(self) -> None:
+        """Clip the accumulated gradient and update the weights and the schedule. Collective."""
+        self._has_moments |= self._is_adam
+        if self._is_plain():
+            gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
+            self._grad_norm = torch.nn.utils.get_total_norm(gradients)
+        self._deepspeed.step()
+        self._num_micro_batches += 1
+        if not self._is_plain():
+            self._grad_norm = self._deepspeed.get_global_grad_norm()
+
+    def skip_step(self) -> None:
+        """Throw the accumulated gradient away: weights and optimizer stay, the schedule goes on. Collective.
+
+        DeepSpeed goes through its step, which clears its buffers; the optimizer inside it is held still. At
+        stages 1 to 3 DeepSpeed sees the overflow and leaves the schedule, hence the second look.
+        """
+        num_scheduled = self._scheduler.last_epoch
+        update = self._optimizer.step
+        self._optimizer.step = lambda *args, **kwargs: None  # type: ignore[assignment]
+        try:
+            self._deepspeed.step()
+        finally:
+            self._optimizer.step = update  # type: ignore[method-assign]
+        if self._scheduler.last_epoch == num_scheduled:
+            self._scheduler.step()
+        self._num_micro_batches += 1
+        self._grad_norm = None
+
+    def _ends_step(self) -> bool:
+        """Whether the current micro-batch is its optimizer step's last."""
+        return (self._num_micro_batches + 1) % self._accumulation_steps == 0
+
+    def _is_plain(self) -> bool:
+        """At stage 0 in fp32 DeepSpeed steps the torch optimizer itself; it clips with torch and tells no
+        norm."""
+        return self.stage == 0 and not self._deepspeed.bfloat16_enabled()
+
+    def grad_norm(self) -> float:
+        """Norm of the global gradient before clipping in the last optimizer step."""
+        return float("nan") if self._grad_norm is None else float(self._grad_norm)
+
+    def lr(self) -> float:
+        """Learning rate of the coming optimizer step."""
+        return float(self._deepspeed.get_lr()[0])
+
+    def whole_weights(self) -> dict[str, Tensor] | None:
+        """The tensors that are saved (`rcpo.models.adapters.exported_tensors`) on the CPU of rank 0, None on
+        other ranks. Collective."""
+        is_first = self._deepspeed.global_rank == 0
+        weights: dict[str, Tensor] = {}
+        for name, parameters, read in exported_tensors(self.policy.model):
+            gather: Any = contextlib.nullcontext()
+            if self.stage == 3:
+                gather = deepspeed.zero.GatheredParameters(parameters)
+            with gather:
+                if is_first:
+                    weights[name] = read().to("cpu", copy=True)
+        if not is_first:
+            return None
+        saved = self.policy.model.state_dict(keep_vars=False)
+        for name, buffer in self.policy.model.named_buffers():
+            if name in saved:  # persistent ones only
+                weights[name] = buffer.detach().to("cpu", copy=True)
+        return weights
+
+    def save(self, folder: Path) -> None:
+        """Write engine, optimizer and schedule under `folder`. Collective.
+
+        Raises OSError or RuntimeError where this rank could not write, after all ranks are through:
+        DeepSpeed's own save has barriers, at which the others would wait for one that has failed.
+        """
+        writer = _Writer(self._deepspeed.checkpoint_engine)
+        self._deepspeed.checkpoint_engine = writer
+        try:
+            self._deepspeed.save_checkpoint(str(folder), tag=ENGINE_TAG, save_latest=False)
+        finally:
+            self._deepspeed.checkpoint_engine = writer.inner
+        if writer.fault is not None:
+            raise writer.fault
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote, on the same number of ranks and the same stage. Collective."""
+        self._deepspeed.load_checkpoint(str(folder), tag=ENGINE_TAG)
+        self._link_moments()
+
+    def _link_moments(self) -> None:
+        """Let `second_moments` find what a checkpoint held: DeepSpeed would do so in its first step only.
+        Private, hence the pinned version in pyproject.toml."""
+        self._has_moments = self._is_adam
+        link = getattr(self._deepspeed.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+        if self._is_adam and link is not None:
+            link()
+
+    def load_converted(self, folder: Path) -> None:
+        """Read what `save` wrote on another number of ranks or at another stage; that it can be,
+        `rcpo.training.checkpoint` has checked. Collective.
+
+        At stage 0 every rank holds everything; from 1 to 3 DeepSpeed's universal format spreads it anew.
+        """
+        if self.stage == 0:
+            self.load(folder)
+            return
+        universal = folder.parent / ".universal"
+        if self._deepspeed.global_rank == 0:
+            _convert_to_universal(folder / ENGINE_TAG, universal / ENGINE_TAG)
+        barrier()
+        self._deepspeed._config.load_universal_checkpoint = True
+        self._deepspeed.load_checkpoint(str(universal), tag=ENGINE_TAG)
+        self._deepspeed._config.load_universal_checkpoint = False
+        self._link_moments()
+        barrier()
+        if self._deepspeed.global_rank == 0:
+            shutil.rmtree(universal, ignore_errors=True)
+
+
+def _convert_to_universal(source: Path, target: Path) -> None:
+    """By DeepSpeed's own converter, in a process of its own: it forks workers."""
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(source), "--output_folder", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"DS_ACCELERATOR": "cpu"})
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no word"])[-1]
+        raise UserError(f"{source}: DeepSpeed's converter to its universal format failed ({last[:300]})")
+
+
+class _Writer:
+    """DeepSpeed's checkpoint engine, whose `save` remembers a fault in place of raising it."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.fault: Exception | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def save(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self.inner.save(*args, **kwargs)
+        except (OSError, RuntimeError) as error:
+            self.fault = self.fault or error
+
+
+def _head_shape(model: PreTrainedModel) -> tuple[int, int]:
+    """(V, H) of the output projection, also where ZeRO-3 has already sharded it."""
+    weight = model.get_output_embeddings().weight
+    vocabulary, hidden = getattr(weight, "ds_shape", weight.shape)
+    return int(vocabulary), int(hidden)

@@ -1,0 +1,192 @@
+"""Loading a Hugging Face causal language model and its tokenizer: a folder, a hub id or the model that ships
+with rcpo.
+
+Owns what transformers is asked for and how its faults are told. Does not own the forward pass
+(`rcpo.models.policy`), the checks of what was loaded (`rcpo.models.checks`) or training
+(`rcpo.models.engine`)."""
+
+import contextlib
+import io
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+import rcpo.builtin
+from rcpo.common.errors import UserError
+from rcpo.config.resolve import TINY
+from rcpo.config.schema import ModelConfig
+from rcpo.data.render import apply_chat_template_choice
+from rcpo.models.adapters import (
+    add_adapters,
+    count_parameters,
+    quantization_options,
+    save_adapter,
+    saves_adapter,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def model_source(path: str, allow_pickle: bool = False) -> str:
+    """What transformers is asked to load: the packaged folder for builtin:tiny, else `path` itself.
+
+    Raises UserError where a local folder lacks what a model needs; pickled weights count with `allow_pickle`.
+    """
+    if path == TINY:
+        return str(Path(rcpo.builtin.__file__).parent / "tiny")
+    folder = Path(path)
+    if not os.path.isdir(folder):
+        if os.path.exists(folder):
+            raise UserError(f"model.path={path}: is a file; it must be a folder with config.json and weights")
+        if path.startswith((".", "/", "~")) or path.count("/") != 1:
+            raise UserError(
+                f"model.path={path[:200]}: no such folder; give a model folder, a hub id or builtin:tiny"
+            )
+        return path
+    _check_config_file(folder, path)
+    if any(folder.glob("*.safetensors")):
+        return path
+    if not any(folder.glob("*.bin")):
+        raise UserError(f"model.path={path}: has no *.safetensors weights; give the folder of a whole model")
+    if not allow_pickle:
+        raise UserError(
+            f"model.path={path}: has no *.safetensors weights, only pickled ones; convert them, or type "
+            "model.allow_pickle=true to load tensors, and nothing but tensors, from them"
+        )
+    return path
+
+
+def _check_config_file(folder: Path, path: str) -> None:
+    """Raise UserError where config.json is missing or no JSON object."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(f"model.path={path}: has no config.json, so it is no model folder; give another")
+    try:
+        is_object = isinstance(json.loads(file.read_bytes()), dict)
+    except (ValueError, RecursionError):
+        is_object = False
+    if not is_object:
+        raise UserError(f"model.path={path}: its config.json is not a JSON object; copy the model again")
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer with the chat template that `config` asks for."""
+    source = model_source(config.path, config.allow_pickle)
+    with one_line_errors(config.path, "tokenizer"), quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+    apply_chat_template_choice(tokenizer, config.chat_template)
+    return tokenizer
+
+
+def load_model(config: ModelConfig) -> PreTrainedModel:
+    """The causal language model in its training dtype, without dropout.
+
+    Dropout is off, so that the policy equals its reference at step 0 and a step has no randomness of its own
+    (`model.lora.dropout` is the exception that a user asks for; it acts in training passes alone). With
+    `model.lora` everything but the new adapter is frozen. Collective at ZeRO 3.
+    """
+    source = model_source(config.path, config.allow_pickle)
+    with one_line_errors(config.path, "model"):
+        model = from_pretrained(source, config, **quantization_options(config))
+    add_adapters(model, config, source)
+    trainable, total = count_parameters(model)
+    logger.info("trainable parameters: %d of %d (%.2f %%)", trainable, total, 100 * trainable / total)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def load_frozen_model(config: ModelConfig) -> PreTrainedModel:
+    """A model that gives log-probabilities and never trains. Collective at ZeRO 3."""
+    with one_line_errors(config.path, "model"):
+        source = model_source(config.path, config.allow_pickle)
+        model: PreTrainedModel = from_pretrained(source, config)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def from_pretrained(source: str, config: ModelConfig, **options: Any) -> Any:
+    """What transformers makes of the weights, without dropout; `options` are further ones of its own."""
+    transformers_logging.disable_progress_bar()
+    hf_config = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+    for key in vars(hf_config):
+        if key.endswith(("dropout", "_pdrop")) and isinstance(getattr(hf_config, key), float):
+            setattr(hf_config, key, 0.0)
+    if config.attention is not None:
+        options["attn_implementation"] = config.attention
+    use_safetensors: bool | None = True
+    if config.allow_pickle:  # a folder that has both is read as safetensors; of a hub id it is not known
+        use_safetensors = any(Path(source).glob("*.safetensors")) if Path(source).is_dir() else None
+    return AutoModelForCausalLM.from_pretrained(
+        source,
+        config=hf_config,
+        dtype=getattr(torch, config.dtype),
+        use_safetensors=use_safetensors,
+        trust_remote_code=config.trust_remote_code,
+        **options,
+    )
+
+
+def read_config(config: ModelConfig) -> PretrainedConfig:
+    with one_line_errors(config.path, "config"), quiet_transformers():
+        return AutoConfig.from_pretrained(
+            model_source(config.path, config.allow_pickle), trust_remote_code=config.trust_remote_code
+        )
+
+
+def save_model(
+    model: PreTrainedModel, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """Write a Hugging Face model folder: safetensors (tied weights once), config, tokenizer with its
+    template; for `model.lora.save=adapter` peft's adapter instead, which `from_pretrained` loads likewise."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        if saves_adapter(model):
+            save_adapter(model, weights, folder)
+        else:
+            model.save_pretrained(folder, state_dict=weights)
+    tokenizer.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' tables of what was loaded, which rcpo says in its own words."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+@contextlib.contextmanager
+def one_line_errors(path: str, what: str) -> Iterator[None]:
+    """Turn whatever transformers raises for a bad folder or an unreachable hub into a UserError; keep its
+    chatter quiet. Running out of memory is no fault of the folder."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        try:
+            yield
+        except (UserError, MemoryError, torch.OutOfMemoryError):
+            raise
+        # Of a broken folder each library in turn raises a class of its own.
+        except Exception as error:
+            lines = (line.strip().rstrip(":") for line in str(error).splitlines())
+            first = next((line for line in lines if line), type(error).__name__)
+            raise UserError(
+                f"model.path={path}: the {what} cannot be loaded: {first[:300]}; give the folder or hub id "
+                "of a whole model, with config.json, weights and tokenizer"
+            ) from error

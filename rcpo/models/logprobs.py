@@ -1,0 +1,167 @@
+"""Token log-probabilities from hidden states, in chunks, and their sums per response.
+
+Owns the output head's forward and backward: the (tokens x vocabulary) logits never exist as a whole. Does not
+know objectives or sides' incentives; while it holds each chunk's error term it hands that to
+`rcpo.method.scores`, when asked. Called through `rcpo.models.policy.Policy`.
+
+Shape legend: N response tokens of a batch, T padded tokens a row, V vocabulary, H hidden.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rcpo.data.batch import PairBatch
+from rcpo.method.scores import HeadScores, matmul_fp32
+
+CHUNK_ELEMENTS = 2**24
+"""Logits held at once (fp32 elements, 64 MiB): the chunk is as many tokens as fit, at least 16."""
+KEPT_ELEMENTS = 2**25
+"""Softmax values kept from the forward to the backward pass of a micro-batch (fp32 elements, 128 MiB): their
+tokens need no second product with the vocabulary, and memory still does not grow with T x V."""
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """log softmax(h W^T + b)[target] per token (N,). Chunks that fit into `KEPT_ELEMENTS` keep their softmax
+    for the backward pass; the others' logits are computed again there.
+
+    With e_t = onehot(target_t) - softmax(logits_t): d logp_t / d logits_t = e_t, hence
+    grad h_t = g_t W^T e_t, grad W = sum_t g_t e_t h_t^T, grad b = sum_t g_t e_t.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
+        num_chosen: int, scores: HeadScores | None,
+    ) -> Tensor:  # fmt: skip
+        logps = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+        log_norms = torch.empty_like(logps)
+        kept: dict[int, tuple[Tensor, Tensor]] = {}
+        num_kept = 0
+        for part in _chunks(hidden.shape[0], num_chosen, weight.shape[0]):
+            exps = _logits(hidden[part], weight, bias)
+            target, largest = exps.gather(1, targets[part, None]).squeeze(1), exps.amax(1)
+            sums = exps.sub_(largest[:, None]).exp_().sum(1)
+            log_norms[part] = largest + sums.log()
+            logps[part] = target - log_norms[part]
+            num_kept += exps.numel()
+            if num_kept <= KEPT_ELEMENTS and any(ctx.needs_input_grad):
+                kept[part.start] = exps, sums
+        ctx.save_for_backward(hidden, targets, log_norms)
+        # The parameters, not saved tensors: ZeRO-3 swaps their storage between forward and backward.
+        ctx.weight, ctx.bias, ctx.num_chosen, ctx.scores, ctx.kept = weight, bias, num_chosen, scores, kept
+        return logps
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_logps,) = grad_outputs
+        hidden, targets, log_norms = ctx.saved_tensors
+        weight, bias, scores = ctx.weight, ctx.bias, ctx.scores
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight: Tensor | None = None
+        grad_bias = _zeros_fp32(bias) if bias is not None and ctx.needs_input_grad[2] else None
+        for part in _chunks(hidden.shape[0], ctx.num_chosen, weight.shape[0]):
+            is_chosen, own = part.start < ctx.num_chosen, grad_logps[part]
+            exps, sums = ctx.kept.pop(part.start, (None, None))
+            if exps is None:
+                exps = _logits(hidden[part], weight, bias).sub_(log_norms[part, None]).exp_()
+                sums = torch.ones_like(own)
+            # The vocabulary-sized error stays as it is; what multiplies it multiplies small factors.
+            error = exps.mul_((-1 / sums)[:, None])
+            error.scatter_add_(1, targets[part, None], torch.ones_like(own)[:, None])
+            rounded = error.to(weight.dtype)  # itself, in fp32
+            if scores is not None and not scores.weighted:
+                importance = None if scores.importance is None else scores.importance[part]
+                scores.add(is_chosen, rounded, hidden[part], importance)
+            if grad_hidden is not None:
+                grad_hidden[part] = own[:, None] * (rounded @ weight)
+            if ctx.needs_input_grad[1]:
+                product = matmul_fp32(rounded.T, (own[:, None] * hidden[part]).to(weight.dtype))
+                if scores is not None and scores.weighted:
+                    scores.add_product(is_chosen, product, None if bias is None else error.T @ own)
+                grad_weight = product if grad_weight is None else grad_weight.add_(product)
+            elif scores is not None and scores.weighted:
+                scores.add(is_chosen, rounded, hidden[part], own)
+            if grad_bias is not None:
+                grad_bias += error.T @ own
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None, None, None,
+        )  # fmt: skip
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    logits = matmul_fp32(hidden, weight.T)
+    return logits if bias is None else logits.add_(bias.float())
+
+
+def _zeros_fp32(like: Tensor) -> Tensor:
+    return torch.zeros(like.shape, dtype=torch.float32, device=like.device)
+
+
+def _chunks(num_tokens: int, num_chosen: int, vocabulary: int) -> list[slice]:
+    """Slices of at most `CHUNK_ELEMENTS / V` tokens that cover all tokens and never straddle the two
+    sides."""
+    size = max(16, CHUNK_ELEMENTS // vocabulary)
+    starts = [*range(0, num_chosen, size), *range(num_chosen, num_tokens, size)]
+    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], num_tokens], strict=True)]
+
+
+class TokenLogProbHead(nn.Module):
+    """The model's output projection, read as "log-probability of this token here". Shares the projection's
+    parameters.
+
+    A module of its own, so that ZeRO-3 gathers the (possibly tied) weight around its forward and backward.
+    """
+
+    def __init__(self, projection: nn.Linear) -> None:
+        super().__init__()
+        self.weight = projection.weight
+        self.bias = projection.bias
+        self.scores: HeadScores | None = None
+        """Where the next backward passes add their score statistics; None costs nothing."""
+
+    def forward(self, hidden: Tensor, batch: PairBatch) -> Tensor:
+        """Token log-probs (N,) fp32 for `batch`'s response tokens from hidden states (R, T, H)."""
+        picked = hidden.flatten(0, 1).index_select(0, batch.token_positions)
+        logps: Tensor = _TokenLogProbs.apply(
+            picked, self.weight, self.bias, batch.targets, batch.num_chosen_tokens, self.scores
+        )
+        return logps
+
+
+def sum_per_side(token_logps: Tensor, batch: PairBatch) -> Tensor:
+    """z: (2B,) fp32, token log-probs (N,) summed over each side's response.
+
+    Written through a padded grid, a row a side, because `index_add` on a GPU adds in no fixed order.
+    """
+    num_tokens, width = len(token_logps), batch.input_ids.shape[1]
+    side = side_of_token(batch)
+    starts = batch.lengths.cumsum(0) - batch.lengths
+    offset = torch.arange(num_tokens, device=side.device) - starts[side]
+    grid = torch.zeros(len(batch.lengths), width, dtype=token_logps.dtype, device=token_logps.device)
+    return grid.index_put((side, offset), token_logps).sum(1)
+
+
+def side_of_token(batch: PairBatch) -> Tensor:
+    """(N,) int64: which of the 2B sides each response token belongs to."""
+    return torch.repeat_interleave(batch.lengths, output_size=len(batch.targets))
+
+
+LEAST_IMPORTANCE = 1e-6
+"""Added to 1 - p, so that a response all of whose tokens are certain has equal weights."""
+
+
+def importance_weighted(token_logps: Tensor, ref_logps: Tensor, batch: PairBatch) -> tuple[Tensor, Tensor]:
+    """z (2B,) fp32 = sum_t ref_t + sum_t omega_t (logp_t - ref_t), and omega (N,), detached.
+
+    omega_t = (1 - p_t) / mean of 1 - p over the response. So z - ref is the importance-weighted log-ratio,
+    and grad z = sum_t omega_t grad logp_t: incentives, scores and calibration apply to it as to any z.
+    """
+    importance = 1 - token_logps.detach().exp() + LEAST_IMPORTANCE
+    means = sum_per_side(importance, batch) / batch.lengths
+    omega = importance / means[side_of_token(batch)]
+    return sum_per_side(ref_logps + omega * (token_logps - ref_logps), batch), omega

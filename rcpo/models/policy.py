@@ -1,0 +1,113 @@
+"""The policy: a causal language model read as a function from pairs to summed log-probabilities, without full
+logits.
+
+Does not own loading (`rcpo.models.load`) or training: `rcpo.models.engine` wraps it."""
+
+import inspect
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedModel,
+)
+
+from rcpo.common.errors import UserError
+from rcpo.data.batch import PairBatch
+from rcpo.models.logprobs import TokenLogProbHead, importance_weighted, sum_per_side
+
+SCALED_LOGITS = {
+    "final_logit_softcapping": None,
+    "logit_scale": 1.0,
+    "logits_scaling": 1.0,
+    "output_multiplier": 1.0,
+}
+"""Config entries that transform logits after the output projection, with the value that means "no"."""
+
+
+class Policy(nn.Module):
+    """A causal language model and its log-prob head: `policy(batch)` is z, summed log-probs (2B,) fp32."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.head = TokenLogProbHead(_output_projection(model))
+
+    def forward(self, batch: PairBatch, tokens: bool = False) -> Tensor:
+        """z (2B,) fp32: 0..B-1 chosen, B..2B-1 rejected; with `tokens` the token log-probs (N,). Where the
+        batch has the reference's, z is weighted by importance.
+
+        Rows are padded on the right, so causal attention keeps padding out of every real position without a
+        mask; a joint layout needs one.
+        """
+        body = self.model.get_decoder()
+        joint: dict[str, Tensor | None] = {}
+        if batch.segments is not None:
+            mask = self._attention_mask(batch.segments)
+            joint = {"attention_mask": mask, "position_ids": batch.position_ids}
+        hidden = body(input_ids=batch.input_ids, use_cache=False, **joint).last_hidden_state
+        logps: Tensor = self.head(hidden, batch)
+        if tokens:
+            return logps
+        if batch.ref_logps is None:
+            return sum_per_side(logps, batch)
+        z, omega = importance_weighted(logps, batch.ref_logps, batch)
+        if self.head.scores is not None:
+            self.head.scores.importance = omega
+        return z
+
+    def _attention_mask(self, segments: Tensor) -> Tensor | None:
+        """(R, 1, T, T): who sees whom, as bool for sdpa and as what is added to the scores for eager. flash
+        attention takes none: it reads off the positions where a packed sequence begins."""
+        kernel = self.model.config._attn_implementation
+        if kernel == "flash_attention_2":
+            return None
+        key, query = segments[:, None, :], segments[:, :, None]
+        seen = (key == query) | ((key % 3 == 0) & (key // 3 == query // 3))
+        seen = seen.tril().unsqueeze(1)
+        if kernel == "sdpa":
+            return seen
+        dtype = self.model.dtype
+        return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+def refuse_joint_layout(model: PreTrainedModel, share_prefix: bool) -> None:
+    """Raise UserError where a prompt cannot be computed once for both responses, or sequences cannot share a
+    row: attention without masks, positions that are not given, or windows that a mask of one's own would do
+    away with."""
+    name = type(model).__name__
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    takes = inspect.signature(model.get_decoder().forward).parameters
+    kernel = model.config._attn_implementation
+    why = None
+    if kernel not in ("sdpa", "eager") and (share_prefix or kernel != "flash_attention_2"):
+        why = f"{kernel} takes no mask; type model.attention=sdpa"
+    elif kinds != {"full_attention"} or getattr(config, "sliding_window", None) is not None:
+        why = "it attends within windows"
+    elif not {"position_ids", "attention_mask"} <= set(takes):
+        why = "it takes no position_ids"
+    if why is not None:
+        key, what = (
+            ("share_prefix", "compute a prompt once for both responses")
+            if share_prefix
+            else ("packing", "have several sequences on a row")
+        )
+        raise UserError(f"train.{key}=true: {name} cannot {what}: {why}; or type train.{key}=false")
+
+
+def _output_projection(model: PreTrainedModel) -> nn.Linear:
+    """The linear output head; UserError where logits are not a plain affine map of the last hidden state."""
+    name = type(model).__name__
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise UserError(
+            f"model.path: {name} has {type(head).__name__} as its output head; give a model with a linear one"
+        )
+    for key, neutral in SCALED_LOGITS.items():
+        value = getattr(model.config, key, neutral)
+        if value is not None and value != neutral:
+            raise UserError(
+                f"model.path: {name} transforms its logits ({key}={value}), which rcpo does not do; "
+                "give another model"
+            )
+    return head

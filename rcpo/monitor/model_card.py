@@ -1,0 +1,139 @@
+"""RUN/final/README.md: the model card, with the objective's formula, alpha and displacement."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import rcpo
+from rcpo.common.console import percent
+from rcpo.config.resolve import data_label, model_label
+from rcpo.config.schema import Config
+from rcpo.monitor.summary import TABLE_HEADER, _nats, sentence, table_rows
+from rcpo.objectives import Objective, composition_of, objective_of
+
+
+def model_card(config: Config, summary: dict[str, Any]) -> str:
+    """README.md of final/: YAML front matter, objective, calibration, displacement, how to load."""
+    objective = objective_of(config.objective)
+    composed = composition_of(config.objective).describe()
+    settings = ", ".join(f"{key} = {value}" for key, value in objective.params().items()) or "no parameters"
+    rows = "\n".join(f"| {' | '.join(row)} |" for row in [TABLE_HEADER, ("---",) * 5, *table_rows(summary)])
+    return f"""{_front_matter(config)}
+# {config.name}
+
+{model_label(config)} after {summary["steps"]} optimizer steps of preference optimisation on
+{data_label(config)} with [rcpo](https://arxiv.org/abs/2604.18239) {rcpo.__version__},
+{config.train.pairs_per_step} pairs a step.{_adapter_text(config)}
+
+## Objective
+
+**{objective.name}**, {settings}:
+
+    {formula(objective)}
+
+{LOGPROBS_NOTE[averages(objective)]}{f" Composed: {composed}." if composed else ""}
+
+## Calibration
+
+{_calibration_text(config, summary)}
+
+## What happened to the log-probabilities
+
+{rows}
+
+{sentence(summary, config.calibration.name)}
+{_worst_text(summary)}
+
+Changes are means over held-out pairs of log pi(y|x), summed over response tokens, against the model before
+training. Accuracy is the share of pairs whose chosen response gained more than the rejected one; a tie counts
+half.
+
+## How to load
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained("PATH")
+    model = AutoModelForCausalLM.from_pretrained("PATH")
+"""
+
+
+def _adapter_text(config: Config) -> str:
+    lora = config.model.lora
+    if lora.rank is None:
+        return ""
+    saved = "merged into these weights" if lora.save == "merged" else "in this folder, to be put on its base"
+    return f" Trained as a low-rank adapter of rank {lora.rank}, {saved}."
+
+
+LOGPROBS_NOTE = {
+    True: "z and r = z - ref are summed over response tokens; this objective divides by the response length "
+    "|y| where the formula says so.",
+    False: "z and r = z - ref are summed over response tokens: this objective does not average them.",
+}
+
+
+def formula(objective: Objective) -> str:
+    """First sentence of the objective's docstring: its loss per pair."""
+    text = " ".join((objective.loss.__doc__ or objective.name).split("\n\n")[0].split())
+    return text.split(". ")[0].replace(", per pair (B,)", "").rstrip(".")
+
+
+def averages(objective: Objective) -> bool:
+    """Whether the formula divides log-probs by |y|."""
+    return "/|y" in formula(objective).replace(" ", "")
+
+
+def _calibration_text(config: Config, summary: dict[str, Any]) -> str:
+    calibration = config.calibration
+    if calibration.name == "off":
+        text = "off: the gradient of the loss as it is."
+    else:
+        text = calibration.name
+        if calibration.name in ("on", "exact"):
+            text += (
+                f": scope {calibration.scope}, estimator {calibration.estimator}, "
+                f"ema_beta {calibration.ema_beta}"
+            )
+        text += (
+            f". The last step's alpha was {_alpha(summary['alpha'])}: the pull on the chosen side was "
+            "multiplied by it, the push on the rejected side divided."
+        )
+    if summary["in_band_share"] is not None:
+        share = percent(summary["in_band_share"])
+        text += f" {share} of the measured steps lay inside the disentanglement band."
+    return text
+
+
+def _alpha(alpha: float | None) -> str:
+    return "not finite" if alpha is None else f"{alpha:.4f}"
+
+
+def _worst_text(summary: dict[str, Any]) -> str:
+    if summary["worst_chosen"] is None:
+        return ""
+    return f"The lowest chosen value was {_nats(summary['worst_chosen'])}, at step {summary['worst_step']}."
+
+
+def _front_matter(config: Config) -> str:
+    """YAML that model hubs read; base_model only where the path is a hub id, never a folder of this
+    machine."""
+    tags = [
+        "rcpo",
+        "preference-optimization",
+        str(config.objective["name"]),
+        f"calibration-{config.calibration.name}",
+    ]
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    if is_hub_id(config.model.path):
+        lines.append(f"base_model: {config.model.path}")
+    if config.data.path is not None and is_hub_id(config.data.path):
+        lines.append(f"datasets: [{config.data.path}]")
+    return "\n".join([*lines, f"tags: {json.dumps(tags)}", "---"])
+
+
+def is_hub_id(path: str) -> bool:
+    """OWNER/NAME that is not something on this disk."""
+    return (
+        re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", path) is not None and not Path(path).exists()
+    )

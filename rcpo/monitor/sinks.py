@@ -1,0 +1,59 @@
+"""Where a run's numbers go while it runs: metrics.jsonl and eval.jsonl always, the console, and W&B.
+
+Owns which sinks a run has, and the files. Does not own what rows hold (`rcpo.method.metrics`), how they are
+shown (`rcpo.common.console`) or sent (`rcpo.monitor.tracking`). Built and called by `rcpo.training.loop` on
+rank 0 alone. The files are the truth: a console that has gone away or a W&B that fails never stops training.
+"""
+
+from typing import Any, Protocol
+
+from rcpo.common.console import RunConsole
+from rcpo.config.schema import Config
+from rcpo.monitor.step_line import ConsoleSink
+from rcpo.monitor.tracking import WandbSink, wandb_mode
+from rcpo.runs.folder import RunFolder
+from rcpo.runs.rows import encode_row
+
+
+class Sink(Protocol):
+    """Takes rows as they are made."""
+
+    def log_step(self, row: dict[str, float]) -> None:
+        """One optimizer step; `step` counts optimizer steps done, from 1."""
+
+    def log_eval(self, row: dict[str, float]) -> None:
+        """One evaluation on the held-out pairs: `step` and `displacement/*`, `logps/*` without a prefix."""
+
+    def close(self, summary: dict[str, Any], exit_code: int) -> None:
+        """The last call; `summary` is `rcpo.monitor.summary.summarize`'s, empty when the run did not get that
+        far."""
+
+
+def build_sinks(config: Config, run: RunFolder, num_steps: int, start_step: int) -> list[Sink]:
+    """The sinks of a run that goes on from `start_step` optimizer steps done to `num_steps`."""
+    sinks: list[Sink] = [JsonlSink(run)]
+    mode = wandb_mode(config.tracking)
+    if mode != "disabled":
+        sinks.append(WandbSink(config, run, mode))
+    return [*sinks, ConsoleSink(RunConsole(), num_steps, start_step, config.train.log_every)]
+
+
+class JsonlSink:
+    """RUN/metrics.jsonl and RUN/eval.jsonl: appends one line a row, flushed at once. `RunFolder.rows` reads
+    them."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self._metrics = run.metrics.open("a", encoding="utf-8")
+        self._eval = run.eval.open("a", encoding="utf-8")
+
+    def log_step(self, row: dict[str, float]) -> None:
+        self._metrics.write(encode_row(row) + "\n")
+        self._metrics.flush()
+
+    def log_eval(self, row: dict[str, float]) -> None:
+        self._eval.write(encode_row(row) + "\n")
+        self._eval.flush()
+
+    def close(self, summary: dict[str, Any], exit_code: int) -> None:
+        self._metrics.close()
+        self._eval.close()

@@ -1,0 +1,179 @@
+"""Ranks: who this process is, how it joins the others, and the two collectives that rcpo itself uses.
+
+Ranks are started by `rcpo.launch.start`, by torchrun or by srun; either way each process ends up with RANK,
+WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which is all that DeepSpeed needs (with one missing it
+would look for MPI).
+"""
+
+import os
+import socket
+import subprocess
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+COLLECTIVE_TIMEOUT_MINUTES = 30
+_made_here: set[str] = set()
+"""Variables that `initialize` has set for a world of one."""
+
+
+def joined_world_size() -> int | None:
+    """Number of ranks when torchrun or srun has started this process among others, else None."""
+    if all(name in os.environ for name in RANK_VARIABLES):
+        return int(os.environ["WORLD_SIZE"])
+    if "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return int(os.environ["SLURM_STEP_NUM_TASKS"])
+    return None
+
+
+def _adopt_srun_variables() -> None:
+    """Give an srun task the names that torch reads. The port is the first of eight that belong to this job
+    among 1500 consecutive ones; slurm/array.sbatch looks for a free one of them and sets it."""
+    env = os.environ
+    env["RANK"] = env["SLURM_PROCID"]
+    env["WORLD_SIZE"] = env["SLURM_STEP_NUM_TASKS"]
+    env["LOCAL_RANK"] = env["SLURM_LOCALID"]
+    if "MASTER_ADDR" not in env:
+        env["MASTER_ADDR"] = _address_of(
+            _said_by_scontrol("show", "hostnames", env["SLURM_STEP_NODELIST"]).split()[0]
+        )
+    env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 1500 * 8))
+
+
+def _address_of(node: str) -> str:
+    """The node's name where it resolves, else the address that SLURM itself reaches it by."""
+    try:
+        socket.gethostbyname(node)
+        return node
+    except OSError:
+        fields = _said_by_scontrol("--oneliner", "show", "node", node).split()
+        addresses = [field.removeprefix("NodeAddr=") for field in fields if field.startswith("NodeAddr=")]
+        return addresses[0] if addresses else node
+
+
+def _said_by_scontrol(*words: str) -> str:
+    done = subprocess.run(["scontrol", *words], check=True, capture_output=True, text=True)
+    return done.stdout
+
+
+def free_port() -> int:
+    """A TCP port that was free on this host a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def single_rank_environment() -> dict[str, str]:
+    """The five variables for a world of one."""
+    return dict(zip(RANK_VARIABLES, ("0", "1", "0", "127.0.0.1", str(free_port())), strict=True))
+
+
+def initialize(device: str) -> torch.device:
+    """Join the process group (gloo on CPU, NCCL on GPUs) and return this rank's device.
+
+    Marks DeepSpeed's shared-memory collective as absent: it would be compiled here (a compiler, minutes) and
+    gloo serves as well. The attribute is private, hence the pinned version in pyproject.toml.
+    """
+    if "RANK" not in os.environ:
+        if joined_world_size() is None:
+            os.environ.update(single_rank_environment())
+            _made_here.update(RANK_VARIABLES)
+        else:
+            _adopt_srun_variables()
+    if device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+    from deepspeed.utils import logger as deepspeed_logger
+
+    if device == "cpu":
+        _use_cpu_accelerator()
+    deepspeed_logger.setLevel("ERROR")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    local = torch.device(device)
+    if device == "cuda":
+        local = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(local)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device == "cuda" else "gloo",
+        timeout=timedelta(minutes=COLLECTIVE_TIMEOUT_MINUTES),
+        verbose=False,
+    )
+    return local
+
+
+def _use_cpu_accelerator() -> None:
+    """Where DeepSpeed was imported before this run's device was known, it has chosen a GPU by itself."""
+    from deepspeed import accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    if accelerator.get_accelerator().device_name() != "cpu":
+        accelerator.set_accelerator(CPU_Accelerator())
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Sum in place over all ranks; the same bits on every rank."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def from_rank_zero(value: Any) -> Any:
+    """The picklable `value` of rank 0, on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather(value: Any) -> list[Any]:
+    """The picklable `value` of every rank, in order of rank, on every rank. Collective."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def shut_down() -> None:
+    """Leave the process group, so that this process may join another one later."""
+    if dist.is_initialized():
+        import deepspeed
+
+        deepspeed.comm.destroy_process_group()
+    for name in _made_here:
+        os.environ.pop(name, None)
+    _made_here.clear()
+
+
+def reduce_scatter(values: Tensor) -> Tensor:
+    """This rank's share along dimension 0 of the sum of `values` over all ranks; `values` itself with one
+    rank.
+
+    Dimension 0 must be a multiple of the number of ranks.
+    """
+    if world_size() == 1:
+        return values
+    share = values.new_empty(values.shape[0] // world_size(), *values.shape[1:])
+    # torch 2.13 renamed it.
+    collective = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    collective(share, values.contiguous())
+    return share

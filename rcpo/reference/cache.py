@@ -1,0 +1,214 @@
+"""Reference log-probabilities: computed once from the initial weights, kept, and shared between runs.
+
+A row's key is its token ids and response mask; a file's key is the weights and the dtype, and nothing else:
+not the learning rate, not the seed, not the output folder, so that every cell of a grid finds what the first
+one computed. The run folder holds a copy, so that a resumed run never asks trained weights for their
+reference.
+"""
+
+import fcntl
+import hashlib
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
+
+from rcpo.common.files import cache_dir
+from rcpo.config.schema import ModelConfig
+from rcpo.data.pairs import SideLogProbs
+from rcpo.data.tokenize import TokenizedPair, TokenizedSide
+from rcpo.models.adapter_files import below_fingerprint
+from rcpo.models.load import model_source
+from rcpo.ranks.distributed import from_rank_zero
+
+logger = logging.getLogger(__name__)
+
+KEY_BYTES = 16
+"""Length of a row key (BLAKE2b): a collision among 10^9 rows has a chance below 10^-20."""
+USED_ONCE = "once-"
+"""How a fingerprint begins that says nothing of the weights."""
+SECONDS_BETWEEN_SIGNS = 20.0
+"""How often a rank 0 that waits for its turn tells the others: far below a collective's time limit."""
+
+
+def weights_fingerprint(config: ModelConfig) -> str:
+    """Hash of the model's weight and config files (with its code, where that is trusted) and its dtype; for a
+    hub model, of its id and commit. A hub model whose commit is unknown has a fingerprint used only once.
+    An adapter below the trained one counts; the trained one does not, since it starts without effect."""
+    digest = hashlib.blake2b(config.dtype.encode(), digest_size=KEY_BYTES)
+    digest.update(below_fingerprint(config))
+    source = Path(model_source(config.path, config.allow_pickle))
+    if not source.is_dir():
+        from transformers import AutoConfig
+
+        hf_config = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+        commit = getattr(hf_config, "_commit_hash", None)
+        if commit is None:
+            logger.warning(
+                "%s: its commit on the hub is unknown, so other runs cannot share its reference log-probs",
+                config.path,
+            )
+            return USED_ONCE + os.urandom(KEY_BYTES).hex()
+        digest.update(f"{config.path}@{commit}".encode())
+        return digest.hexdigest()
+    code = source.glob("*.py") if config.trust_remote_code else ()
+    pickled = source.glob("*.bin") if config.allow_pickle else ()
+    for file in sorted([source / "config.json", *source.glob("*.safetensors"), *pickled, *code]):
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def side_key(side: TokenizedSide) -> bytes:
+    """Key of one tokenised side: its ids and where the response begins."""
+    content = np.empty(1 + side.num_tokens, dtype=np.int64)
+    content[0], content[1:] = side.num_prompt, side.ids
+    return hashlib.blake2b(content.data, digest_size=KEY_BYTES).digest()
+
+
+class ReferenceCache:
+    """z of rows under one set of weights: a safetensors file of keys (n, 16) uint8 and values (n,) fp32."""
+
+    def __init__(self, fingerprint: str) -> None:
+        self.path = cache_dir() / "reference" / f"{fingerprint}.safetensors"
+
+    def read(self) -> dict[bytes, float]:
+        """Everything known so far; empty when the file is absent, or with a warning when it is unreadable: it
+        can always be computed again."""
+        if not self.path.is_file():
+            return {}
+        try:
+            # One read of one file: load_file opens the path twice, and a merge may come between.
+            tensors = load(self.path.read_bytes())
+            keys = tensors["keys"].numpy().tobytes()
+            starts = range(0, len(keys), KEY_BYTES)
+            return dict(zip((keys[i : i + KEY_BYTES] for i in starts), tensors["z"].tolist(), strict=True))
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            logger.warning("%s cannot be read (%s): it is computed again and replaced", self.path, error)
+            return {}
+
+    def merge(self, rows: dict[bytes, float]) -> None:
+        """Add rows; atomic. Call with the lock held: another run's rows could be lost otherwise."""
+        if not rows:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        merged = self.read() | rows
+        keys = torch.frombuffer(bytearray(b"".join(merged)), dtype=torch.uint8).view(-1, KEY_BYTES)
+        beside = self.path.with_suffix(f".{os.getpid()}.tmp")
+        save_file({"keys": keys, "z": torch.tensor(list(merged.values()), dtype=torch.float32)}, beside)
+        os.replace(beside, self.path)
+
+    @contextmanager
+    def lock(self) -> Iterator[Callable[[float], bool]]:
+        """A function that waits at most so many seconds for the lock and returns whether it is held; it is
+        given back at the end, or by the system when the process dies. OSError where there can be no lock."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.with_suffix(".lock").open("w") as stream:
+            yield lambda seconds: _lock_within(stream, seconds)
+
+
+def _lock_within(stream: TextIO, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.1)
+
+
+def shared_reference(
+    cache: ReferenceCache | None,
+    pairs: Sequence[TokenizedPair],
+    compute: Callable[[Sequence[TokenizedPair]], SideLogProbs],
+) -> tuple[SideLogProbs, int]:
+    """(ref_w, ref_l) of `pairs` from the cache, and how many sides had to be computed. Collective.
+
+    `cache` is rank 0's; the other ranks give None. One lock is held from reading through computing to
+    merging, so that the cells of a grid that start together compute each pair once: the first does, the
+    others wait.
+    A cache that cannot be written is a warning: the run computes for itself alone.
+    """
+    keys = {key for pair in pairs for key in (side_key(pair.chosen), side_key(pair.rejected))}
+
+    def read() -> dict[bytes, float]:
+        known = {} if cache is None else cache.read()
+        wanted: dict[bytes, float] = from_rank_zero({key: known[key] for key in keys if key in known})
+        return wanted
+
+    known = read()
+    if len(known) == len(keys):
+        return reference_logprobs(pairs, known, compute)[0], 0
+    with ExitStack() as stack:
+        _wait_for_turn(cache, stack)
+        values, fresh = reference_logprobs(pairs, read(), compute)
+        if cache is not None and fresh:
+            try:
+                cache.merge(fresh)
+            except (OSError, SafetensorError) as error:
+                logger.warning(
+                    "%s cannot be written (%s): other runs will compute it again", cache.path, error
+                )
+    return values, len(fresh)
+
+
+def _wait_for_turn(cache: ReferenceCache | None, stack: ExitStack) -> None:
+    """Take the cache's lock into `stack` on rank 0. Collective: the others hear from rank 0 all along,
+    because a silent wait would outlast the time limit of a collective."""
+    lock_within: Callable[[float], bool] | None = None
+    num_waits = 0
+    while True:
+        has_turn = True
+        if cache is not None:
+            try:
+                if lock_within is None:
+                    lock_within = stack.enter_context(cache.lock())
+                has_turn = lock_within(SECONDS_BETWEEN_SIGNS)
+            except OSError as error:  # no such folder can be made, or a file system without locks
+                logger.warning("%s cannot be locked (%s): other runs may compute the same", cache.path, error)
+        if from_rank_zero(has_turn):
+            return
+        if num_waits == 0:
+            logger.info("another run computes reference log-probs of this model; waiting for it")
+        num_waits += 1
+
+
+def reference_logprobs(
+    pairs: Sequence[TokenizedPair],
+    known: dict[bytes, float],
+    compute: Callable[[Sequence[TokenizedPair]], SideLogProbs],
+) -> tuple[SideLogProbs, dict[bytes, float]]:
+    """(ref_w, ref_l) of `pairs`, from `known` rows where both sides are there, else from one `compute` of the
+    rest.
+
+    Returns the newly computed rows too. `known` must be the same on every rank.
+    """
+    keys = [(side_key(pair.chosen), side_key(pair.rejected)) for pair in pairs]
+    missing = [idx for idx, sides in enumerate(keys) if not all(key in known for key in sides)]
+    fresh: dict[bytes, float] = {}
+    if missing:
+        computed = compute([pairs[idx] for idx in missing])
+        for idx, z_w, z_l in zip(missing, computed.z_w.tolist(), computed.z_l.tolist(), strict=True):
+            if not (math.isfinite(z_w) and math.isfinite(z_l)):
+                raise RuntimeError(
+                    f"data row {pairs[idx].row}: reference log-probs are {z_w} and {z_l}, "
+                    "which must be finite"
+                )
+            fresh[keys[idx][0]], fresh[keys[idx][1]] = z_w, z_l
+    table = known | fresh
+    ref_w = torch.tensor([table[chosen] for chosen, _ in keys], dtype=torch.float32)
+    ref_l = torch.tensor([table[rejected] for _, rejected in keys], dtype=torch.float32)
+    return SideLogProbs(ref_w, ref_l), fresh

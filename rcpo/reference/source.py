@@ -1,0 +1,200 @@
+"""Where a run's reference log-probs come from: a table made before its first step, or a live model.
+
+Owns the order of things: which weights score which pairs, when, and what the run folder keeps. Two references
+must not be mixed up. The objective's is that of `reference.path`, else the initial policy; displacement of
+held-out pairs is measured against the initial policy always, and so is that of training pairs where the
+objective needs no reference. Called by `rcpo.training.loop` on every rank.
+"""
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from rcpo.common.console import RunConsole, passes_shown
+from rcpo.common.errors import UserError
+from rcpo.config.schema import Config
+from rcpo.data.batch import PairBatch, collate
+from rcpo.data.inputs import Inputs
+from rcpo.data.pairs import SideLogProbs
+from rcpo.data.tokenize import TokenizedPair
+from rcpo.models.engine import Engine
+from rcpo.models.evaluation import Scorer, eval_batch, measure_logprobs, measure_token_logprobs
+from rcpo.models.logprobs import sum_per_side
+from rcpo.ranks.distributed import barrier, from_rank_zero, rank
+from rcpo.reference.cache import USED_ONCE, ReferenceCache, shared_reference, weights_fingerprint
+from rcpo.reference.live import AdapterOff, FrozenModel, loaded_when_asked
+from rcpo.reference.table import Reference, ReferenceRows, ReferenceTable
+from rcpo.reference.weights import has_own_weights, reference_model
+from rcpo.runs.folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+
+class LiveReference:
+    """A model that is asked for each micro-batch; reads and keeps nothing."""
+
+    def __init__(
+        self,
+        model: FrozenModel | AdapterOff,
+        pairs: Sequence[TokenizedPair],
+        pad_id: int,
+        pairs_per_device: int | None,
+        tokens: bool,
+    ) -> None:
+        self._model, self._pairs, self._pad_id = model, pairs, pad_id
+        self._pairs_per_device, self._tokens = pairs_per_device, tokens
+        self.num_bytes = model.num_bytes
+
+    def rows(self, indices: Sequence[int], batch: PairBatch) -> ReferenceRows:
+        """As `Reference` says; on the device. With fewer pairs at a time than `batch` has, they are laid out
+        anew."""
+        size = self._pairs_per_device
+        parts = [batch]
+        if size is not None and size < len(indices):
+            pairs = [self._pairs[idx] for idx in indices]
+            parts = [collate(pairs[at : at + size], self._pad_id) for at in range(0, len(pairs), size)]
+        sides: tuple[list[torch.Tensor], ...] = ([], [], [], [])
+        for part in parts:
+            part = part.to(self._model.device)
+            logps = self._model.logprobs_without_grad(part, tokens=True)
+            num_chosen = part.num_chosen_tokens
+            found = (*sum_per_side(logps, part).chunk(2), logps[:num_chosen], logps[num_chosen:])
+            for side, values in zip(sides, found, strict=True):
+                side.append(values)
+        ref_w, ref_l, chosen, rejected = (torch.cat(side) for side in sides)
+        return ReferenceRows(ref_w, ref_l, torch.cat([chosen, rejected]) if self._tokens else None)
+
+
+class ReferenceSource:
+    """Makes the reference of one run; its methods are collective."""
+
+    def __init__(
+        self,
+        config: Config,
+        run: RunFolder,
+        inputs: Inputs,
+        visited: list[int],
+        tokens: bool,
+        is_resumed: bool,
+    ) -> None:
+        """`visited` are the training pairs that the run visits; with `tokens` they are scored token by token
+        too. A resumed run finds what its folder keeps; raises UserError where that is damaged or is of other
+        weights than the reference's are now."""
+        self._config, self._run, self._inputs = config, run, inputs
+        self._visited, self._tokens = visited, tokens
+        self._trained = inputs.train.take(visited)
+        self._batch = config.reference.pairs_per_device or eval_batch(config)
+        self._is_live = config.reference.name == "live"
+        self._adapter_off = config.model.lora.rank is not None and not has_own_weights(config)
+        self._fingerprint = ""
+        self._kept = ReferenceTable.load(run.reference) if is_resumed else None
+        self._is_complete = self._kept is not None and (self._is_live or self._kept.has(visited, tokens))
+        self._own: ReferenceTable | None = None
+        if not self._is_complete or (self._is_live and not self._adapter_off):
+            self._take_fingerprint()
+        if config.reference.path is not None and not has_own_weights(config):
+            logger.warning(
+                "reference.path=%s: objective=%s needs no reference, so it is not read, and displacement is "
+                "measured against the initial policy",
+                config.reference.path, config.objective["name"],
+            )  # fmt: skip
+
+    def _take_fingerprint(self) -> None:
+        """By rank 0; raises UserError on every rank where it is not that of the run's first start."""
+        model = reference_model(self._config)
+        ours = weights_fingerprint(model) if rank() == 0 else ""
+        self._fingerprint = ours = from_rank_zero(ours)
+        theirs = "" if self._kept is None else self._kept.fingerprint
+        is_known = theirs and not any(each.startswith(USED_ONCE) for each in (ours, theirs))
+        if is_known and ours != theirs:
+            raise UserError(
+                f"reference: the weights in {model.path} are not those that the run was started with; put "
+                "them back, or start a new run"
+            )
+
+    def run_own_model(self, device: torch.device) -> None:
+        """The pass of the model that `reference.path` names, where there is one and the reference is cached:
+        before there is a policy, which then finds that model's memory free again."""
+        if self._is_live or self._is_complete or not has_own_weights(self._config):
+            return
+        with loaded_when_asked(self._config, device) as model:
+            values = self._scored(self._fingerprint, self._trained, model)
+            self._own = self._table(values, SideLogProbs(torch.empty(0), torch.empty(0)))
+            self._add_tokens(self._own, model)
+
+    def open(self, engine: Engine) -> tuple[Reference, SideLogProbs]:
+        """The reference, and the held-out pairs' z at step 0; `engine` has its initial weights."""
+        if self._kept is not None and self._is_complete:
+            table = self._kept
+        else:
+            table = self._started_live(engine) if self._is_live else self._computed(engine)
+            if rank() == 0:
+                table.save(self._run.reference)
+            barrier()
+        return (self._live(engine) if self._is_live else table), table.held_out
+
+    def _live(self, engine: Engine) -> LiveReference:
+        model = AdapterOff(engine) if self._adapter_off else FrozenModel(self._config, engine.device)
+        per_device, pad_id = self._config.reference.pairs_per_device, self._inputs.pad_id
+        return LiveReference(model, self._inputs.train, pad_id, per_device, self._tokens)
+
+    def _started_live(self, engine: Engine) -> ReferenceTable:
+        """A table without training pairs."""
+        start = measure_logprobs(engine, self._inputs.held_out, self._inputs.pad_id, self._batch)
+        nothing = SideLogProbs(torch.empty(0), torch.empty(0))
+        return ReferenceTable(nothing, start, fingerprint=self._fingerprint)
+
+    def _computed(self, engine: Engine) -> ReferenceTable:
+        """The table, from the cache where it has the rows."""
+        if self._own is not None:
+            self._own.held_out = self._start(engine) if self._kept is None else self._kept.held_out
+            return self._own
+        pairs, num_trained = [*self._trained, *self._inputs.held_out], len(self._trained)
+        values = self._scored(self._fingerprint, pairs, lambda: engine)
+        held_out = SideLogProbs(values.z_w[num_trained:], values.z_l[num_trained:])
+        table = self._table(SideLogProbs(values.z_w[:num_trained], values.z_l[:num_trained]), held_out)
+        self._add_tokens(table, lambda: engine)
+        return table
+
+    def _start(self, engine: Engine) -> SideLogProbs:
+        """The held-out pairs under the policy's initial weights, whose cache is not the reference's."""
+        fingerprint = weights_fingerprint(self._config.model) if rank() == 0 else ""
+        return self._scored(fingerprint, self._inputs.held_out, lambda: engine)
+
+    def _table(self, trained: SideLogProbs, held_out: SideLogProbs) -> ReferenceTable:
+        """From values of the visited training pairs."""
+        sides = []
+        for values in trained:
+            side = torch.full((len(self._inputs.train),), math.nan)
+            side[self._visited] = values
+            sides.append(side)
+        return ReferenceTable(SideLogProbs(*sides), held_out, fingerprint=self._fingerprint)
+
+    def _add_tokens(self, table: ReferenceTable, scorer: Callable[[], Scorer]) -> None:
+        """The training pairs token by token, by a pass of their own, which no cache saves."""
+        if self._tokens:
+            logps = measure_token_logprobs(scorer(), self._trained, self._inputs.pad_id, self._batch)
+            table.tokens = dict(zip(self._visited, logps, strict=True))
+
+    def _scored(
+        self, fingerprint: str, pairs: Sequence[TokenizedPair], scorer: Callable[[], Scorer]
+    ) -> SideLogProbs:
+        """Log-probs of `pairs` from the cache of these weights; what it lacks, `scorer` computes for it."""
+        cache = ReferenceCache(fingerprint) if rank() == 0 else None
+        started = time.perf_counter()
+
+        def compute(missing: Sequence[TokenizedPair]) -> SideLogProbs:
+            shown = passes_shown(RunConsole(), "reference log-probs", len(missing))
+            with shown if rank() == 0 else contextlib.nullcontext(lambda num_done: None) as on_batch:
+                return measure_logprobs(scorer(), missing, self._inputs.pad_id, self._batch, on_batch)
+
+        values, num_computed = shared_reference(cache, pairs, compute)
+        logger.info(
+            "reference log-probs of %d pairs: %d sides computed in %.1f s, the rest from the cache",
+            len(pairs), num_computed, time.perf_counter() - started,
+        )  # fmt: skip
+        return values

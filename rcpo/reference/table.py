@@ -1,0 +1,127 @@
+"""Reference log-probs by pair index: what a micro-batch is given. Does not compute them."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rcpo.common.errors import UserError
+from rcpo.data.batch import PairBatch
+from rcpo.data.pairs import SideLogProbs
+
+
+class ReferenceRows(NamedTuple):
+    """What a micro-batch gets of the reference."""
+
+    ref_w: Tensor
+    """(B,) fp32, and likewise `ref_l`."""
+    ref_l: Tensor
+    ref_logps: Tensor | None
+    """(N,) fp32, all chosen tokens and then all rejected ones, where the objective weighs tokens."""
+
+
+class Reference(Protocol):
+    """Where reference log-probs of training pairs come from: `ReferenceTable`, or
+    `rcpo.reference.source.LiveReference`."""
+
+    num_bytes: int
+    """Memory of a rank that it holds on the device."""
+
+    def rows(self, indices: Sequence[int], batch: PairBatch) -> ReferenceRows:
+        """Of these training pairs, which `batch` has laid out. Collective at ZeRO 3."""
+
+
+TOKENS = "tokens."
+
+
+class ReferenceTable:
+    """Reference log-probs by pair index, for the training pairs a run visits and for all held-out pairs.
+
+    Pairs the run never visits are nan, and looking one up is an error. `held_out` is under the policy's
+    initial weights, whatever the reference is: displacement is measured against it. `train` is empty where
+    the reference is live. `fingerprint` is of the weights of `train`.
+    """
+
+    num_bytes = 0
+
+    def __init__(
+        self,
+        train: SideLogProbs,
+        held_out: SideLogProbs,
+        tokens: dict[int, Tensor] | None = None,
+        fingerprint: str = "",
+    ) -> None:
+        self.train, self.held_out, self.fingerprint = train, held_out, fingerprint
+        self.tokens = tokens or {}
+        """By training pair the log-probs of its chosen and then its rejected tokens; empty but for objectives
+        that weigh tokens."""
+
+    def has(self, indices: Sequence[int], tokens: bool) -> bool:
+        """Whether all these training pairs are in the table, with `tokens` token by token too."""
+        rows = list(indices)
+        if tokens and not all(idx in self.tokens for idx in rows):
+            return False
+        return not bool(torch.isnan(self.train.z_w[rows]).any() or torch.isnan(self.train.z_l[rows]).any())
+
+    def rows(self, indices: Sequence[int], batch: PairBatch) -> ReferenceRows:
+        """As `Reference` says; on the CPU."""
+        ref_w, ref_l = self.train_rows(indices)
+        num_chosen = batch.lengths[: len(indices)].tolist()
+        return ReferenceRows(ref_w, ref_l, self.token_rows(indices, num_chosen))
+
+    def train_rows(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(ref_w, ref_l) of training pairs, each (B,) fp32."""
+        rows = list(indices)
+        ref_w, ref_l = self.train.z_w[rows], self.train.z_l[rows]
+        if torch.isnan(ref_w).any() or torch.isnan(ref_l).any():
+            raise RuntimeError(
+                f"pairs {rows} have no reference log-probs; the run's plan and its table disagree"
+            )
+        return ref_w, ref_l
+
+    def token_rows(self, indices: Sequence[int], num_chosen: Sequence[int]) -> Tensor | None:
+        """(N,) fp32, all chosen tokens of these pairs and then all rejected ones; None where the table has no
+        tokens. `num_chosen` is |y_w| of each pair."""
+        if not self.tokens:
+            return None
+        parts = [self.tokens[idx] for idx in indices]
+        both = list(zip(parts, num_chosen, strict=True))
+        return torch.cat([part[:num] for part, num in both] + [part[num:] for part, num in both])
+
+    def save(self, path: Path) -> None:
+        beside = path.with_name(f".{path.name}.tmp")
+        tensors = {
+            "train_w": self.train.z_w, "train_l": self.train.z_l,
+            "held_out_w": self.held_out.z_w, "held_out_l": self.held_out.z_l,
+        } | {f"{TOKENS}{idx}": logps for idx, logps in self.tokens.items()}  # fmt: skip
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, beside, metadata={"fingerprint": self.fingerprint})
+        os.replace(beside, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "ReferenceTable":
+        """What `save` wrote; UserError when it is missing or damaged."""
+        try:
+            tensors = load_file(path)
+            with safe_open(path, "pt") as file:
+                fingerprint = (file.metadata() or {}).get("fingerprint", "")
+            return cls(
+                SideLogProbs(tensors["train_w"], tensors["train_l"]),
+                SideLogProbs(tensors["held_out_w"], tensors["held_out_l"]),
+                {
+                    int(name.removeprefix(TOKENS)): logps
+                    for name, logps in tensors.items()
+                    if name.startswith(TOKENS)
+                },
+                fingerprint,
+            )
+        except (OSError, SafetensorError, KeyError):
+            raise UserError(
+                f"{path}: is missing or damaged, and displacement is measured against it; remove the run's "
+                "checkpoints to start it again from its first step"
+            ) from None

@@ -1,0 +1,56 @@
+"""Which weights the reference has: the policy's initial ones, or those that `reference.path` names.
+
+Reads config and files alone and loads no model. Called by `rcpo.training.read_inputs` for the checks and by
+`rcpo.reference.source`.
+"""
+
+import dataclasses
+
+from transformers import PreTrainedTokenizerBase
+
+from rcpo.common.errors import UserError
+from rcpo.config.schema import Config, LoraConfig, ModelConfig
+from rcpo.models.checks import check_model, check_positions, check_vocabulary
+from rcpo.models.load import load_tokenizer
+from rcpo.objectives import objective_of
+
+
+def has_own_weights(config: Config) -> bool:
+    """Whether the objective is given another reference than the initial policy."""
+    return config.reference.path is not None and objective_of(config.objective).needs_reference
+
+
+def reference_model(config: Config) -> ModelConfig:
+    """The model whose log-probabilities the objective is given."""
+    if not has_own_weights(config):
+        return config.model
+    assert config.reference.path is not None
+    return without_adapter(dataclasses.replace(config.model, path=config.reference.path))
+
+
+def without_adapter(model: ModelConfig) -> ModelConfig:
+    """The plain model, which never trains."""
+    return dataclasses.replace(model, lora=LoraConfig(), gradient_checkpointing=False)
+
+
+def check_reference(config: Config, tokenizer: PreTrainedTokenizerBase, longest: int) -> None:
+    """Raise UserError where the weights that `reference.path` names cannot be the reference of a policy with
+    this tokenizer, for rows of up to `longest` tokens; loads no weights."""
+    if not has_own_weights(config):
+        return
+    model, path = reference_model(config), config.reference.path
+    try:
+        check_model(model)
+        check_vocabulary(model, tokenizer)
+        check_positions(model, longest)
+        theirs = load_tokenizer(dataclasses.replace(model, chat_template=None)).get_vocab()
+    except UserError as error:
+        raise UserError(str(error).replace("model.path=", "reference.path=")) from None
+    others = sorted((idx, word) for word, idx in tokenizer.get_vocab().items() if theirs.get(word) != idx)
+    if others:
+        idx, word = others[0]
+        raise UserError(
+            f"reference.path={path}: has another tokenizer than model.path={config.model.path} ({word!r} is "
+            f"{theirs.get(word, 'unknown')} there and {idx} here), so it would read other words; give a "
+            "reference of the same family, or type reference.path=null"
+        )

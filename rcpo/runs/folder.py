@@ -1,0 +1,175 @@
+"""The run folder on disk: names, small files, and what a resumed run finds. Written by rank 0 alone.
+
+config.yaml  run.json  metrics.jsonl  eval.jsonl  reference.safetensors  eval/  logs/  checkpoints/  final/
+wandb/"""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+import rcpo
+from rcpo.config.schema import Config
+from rcpo.config.validate import validate
+from rcpo.common.errors import UserError
+from rcpo.data.pairs import SideLogProbs
+from rcpo.common.source import git_commit, source_hash
+from rcpo.common.files import write_atomically
+from rcpo.runs.rows import encode_row
+from rcpo.runs.rows import decode_row
+
+LIBRARIES = ("torch", "transformers", "deepspeed", "datasets", "hydra-core", "omegaconf", "wandb", "peft")
+
+
+class RunFolder:
+    """Paths and small files of one run."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.run_json = self.path / "run.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.eval = self.path / "eval.jsonl"
+        self.reference = self.path / "reference.safetensors"
+        self.pair_results = self.path / "eval"
+        self.logs = self.path / "logs"
+        self.checkpoints = self.path / "checkpoints"
+        self.final = self.path / "final"
+        self.plot = self.path / "displacement.png"
+
+    def refuse_existing(self) -> None:
+        """Raise UserError when there is something at the path: a run never overwrites another."""
+        if os.path.lexists(self.path) and not self.path.is_dir():
+            raise UserError(f"run_dir={self.path}: is no folder; choose another name=... or run_dir=...")
+        if self.path.is_dir() and any(self.path.iterdir()):
+            raise UserError(
+                f"run_dir={self.path}: exists and is not empty; choose another name=... or run_dir=..., "
+                f"continue it with `rcpo resume {self.path}`, or replace it with --overwrite"
+            )
+
+    def create(self, config: Config, tree: dict[str, Any], status: str = "running") -> None:
+        """Make the folder with its frozen config and run.json; `status` pending: to be started later, by
+        `reopen`. Raises UserError when it cannot be made."""
+        self.refuse_existing()
+        try:
+            for folder in (self.path, self.logs, self.checkpoints, self.pair_results):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"run_dir={self.path}: cannot be made ({error.strerror}); type run_dir=FOLDER"
+            ) from None
+        write_atomically(self.config, yaml.safe_dump(tree, sort_keys=False))
+        self.update_run(
+            name=config.name,
+            config=tree,
+            status=status,
+            created=now(),
+            git_commit=git_commit(),
+            source_hash=source_hash(),
+            world_size=config.world_size(),
+            wandb_id=os.urandom(6).hex(),
+            **(_start_facts() if status == "running" else {}),
+        )
+
+    def reopen(self) -> None:
+        """Say in run.json that the run goes on, or that a pending one starts, and warn where that happens
+        under other code than before. Raises UserError when run.json is damaged."""
+        known = self.read_run()
+        is_start = known.get("status") == "pending"
+        self.update_run(
+            status="running",
+            exit_reason=None,
+            num_resumed=known.get("num_resumed", 0) + (not is_start),
+            wandb_id=known.get("wandb_id") or os.urandom(6).hex(),
+            **(_start_facts() if is_start else {"host": platform.node()}),
+            **_code_change(known),
+        )
+
+    def read_run(self) -> dict[str, Any]:
+        """What run.json says; empty where there is none. UserError when it is damaged."""
+        if not self.run_json.is_file():
+            return {}
+        try:
+            run = json.loads(self.run_json.read_text(encoding="utf-8"))
+        except ValueError:
+            run = None
+        if not isinstance(run, dict):
+            raise UserError(f"{self.run_json}: is damaged; remove it to go on (the W&B id is lost with it)")
+        return run
+
+    def update_run(self, **changes: Any) -> None:
+        """Merge `changes` into run.json."""
+        write_atomically(self.run_json, json.dumps(self.read_run() | changes, indent=2) + "\n")
+
+    def rows(self, path: Path) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl or eval.jsonl; a last line cut short by a crash is left out.
+
+        Raises UserError for any other line that is no row.
+        """
+        if not path.is_file():
+            return []
+        rows = []
+        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+            try:
+                rows.append(decode_row(line.decode("utf-8")))
+            except (ValueError, TypeError, KeyError, AttributeError):
+                raise UserError(f"{path}: line {number} is damaged; mend it or remove it") from None
+        return rows
+
+    def rewind(self, step: int) -> None:
+        """Drop rows after `step`, so that a resumed run writes each of them once."""
+        for path in (self.metrics, self.eval):
+            kept = [row for row in self.rows(path) if row["step"] <= step]
+            write_atomically(path, "".join(encode_row(row) + "\n" for row in kept))
+
+    def save_pair_results(self, step: int, result: SideLogProbs) -> None:
+        """Per-pair held-out log-probs of one evaluation, in the order of the held-out set."""
+        path = self.pair_results / f"step-{step:06d}.safetensors"
+        beside = path.with_name(f".{path.name}.tmp")
+        save_file({"z_w": result.z_w.contiguous(), "z_l": result.z_l.contiguous()}, beside)
+        os.replace(beside, path)
+
+    def load_pair_results(self, step: int) -> SideLogProbs:
+        tensors: dict[str, torch.Tensor] = load_file(self.pair_results / f"step-{step:06d}.safetensors")
+        return SideLogProbs(tensors["z_w"], tensors["z_l"])
+
+
+def now() -> str:
+    """UTC, ISO 8601, seconds."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _start_facts() -> dict[str, Any]:
+    """When, where and with what a run starts."""
+    return {
+        "started": now(),
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in LIBRARIES} | {"rcpo": rcpo.__version__},
+    }
+
+
+def _code_change(known: dict[str, Any]) -> dict[str, Any]:
+    """What run.json gets, and a warning, when a run goes on under other code than it last had."""
+    changes = known.get("code_changes", [])
+    last = changes[-1] if changes else known
+    if last.get("source_hash") in (None, source_hash()):
+        return {}
+    print(
+        f"rcpo: warning: rcpo's code has changed since this run was made (source {last['source_hash']}, "
+        f"commit {last.get('git_commit')}; now {source_hash()}, commit {git_commit()})",
+        file=sys.stderr,
+        flush=True,
+    )
+    change = {"time": now(), "git_commit": git_commit(), "source_hash": source_hash()}
+    return {"code_changes": [*changes, change]}

@@ -1,0 +1,155 @@
+"""The batch script of a sweep: slurm/array.sbatch with its @PLACES@ filled in.
+
+Owns quoting: what comes from the user stands in the script as one quoted word, or is a line that the user's
+profile gives as shell. Submits nothing: `rcpo.sweep.slurm.submit` does.
+"""
+
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import rcpo
+from rcpo.common.errors import UserError
+from rcpo.sweep.folder import SweepFolder
+from rcpo.sweep.slurm.profile import Profile
+
+COMMENT = "rcpo"
+"""First part of the comment that marks a sweep's jobs: rcpo:SWEEP_ID:INDEX_OF_FIRST_CELL."""
+
+
+def template_path() -> Path:
+    """slurm/array.sbatch: inside the package (a wheel), else beside it (a source tree)."""
+    package = Path(rcpo.__file__).resolve().parent
+    for folder in (package / "slurm", package.parent / "slurm"):
+        if (folder / "array.sbatch").is_file():
+            return folder / "array.sbatch"
+    raise UserError(f"no slurm/array.sbatch beside or inside {package}; install rcpo again")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Cells of one array: all of whose indices count from `first`."""
+
+    first: int
+    indices: list[int]
+    """Of cells, in the order of the manifest."""
+
+    def array(self, max_parallel: int | None) -> str:
+        """As --array takes it: 0-3,7%2."""
+        parts = []
+        for start, end in _ranges([index - self.first for index in self.indices]):
+            parts.append(str(start) if start == end else f"{start}-{end}")
+        return ",".join(parts) + ("" if max_parallel is None else f"%{max_parallel}")
+
+
+def _ranges(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """Runs of consecutive numbers, each as its first and last."""
+    ranges: list[tuple[int, int]] = []
+    for number in sorted(numbers):
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1] = (ranges[-1][0], number)
+        else:
+            ranges.append((number, number))
+    return ranges
+
+
+def chunks_of(indices: Sequence[int], max_array_size: int) -> list[Chunk]:
+    """Arrays that hold these cells; an array's indices lie below `max_array_size`."""
+    firsts = sorted({index // max_array_size * max_array_size for index in indices})
+    return [
+        Chunk(first, [index for index in sorted(indices) if first <= index < first + max_array_size])
+        for first in firsts
+    ]
+
+
+def sbatch_words(sweep: SweepFolder, sweep_id: str, chunk: Chunk, max_parallel: int | None) -> list[str]:
+    """The command that submits a chunk, without what makes its output machine-readable."""
+    return [
+        "sbatch",
+        f"--array={chunk.array(max_parallel)}",
+        f"--comment={COMMENT}:{sweep_id}:{chunk.first}",
+        str(sweep.submit),
+        str(chunk.first),
+    ]
+
+
+@dataclass(frozen=True)
+class Script:
+    """What a batch script is made of."""
+
+    sweep: SweepFolder
+    sweep_id: str
+    profile: Profile
+    num_cells: int
+    max_parallel: int | None
+    max_array_size: int
+    folder: Path
+    """Where `rcpo sweep` was called."""
+
+    def text(self) -> str:
+        """The script. Raises UserError when a path cannot stand in it."""
+        for path in (self.sweep.path, self.folder):
+            if re.search(r"[\x00-\x1f\x7f]", str(path)):
+                raise UserError(
+                    f"{str(path)!r}: a path with control characters cannot be used on SLURM; type "
+                    "--out FOLDER"
+                )
+        profile = self.profile
+        chunks = chunks_of(range(self.num_cells), self.max_array_size)
+        python = profile.python or ("python" if profile.container else sys.executable)
+        container = shlex.split(profile.container or "")
+        places = {
+            "NAME": _safe(self.sweep.path.name),
+            "RANKS": str(profile.ranks),
+            "BY_HAND": "\n".join(f"#     {line}" for line in self._by_hand(chunks)),
+            "SBATCH": "\n".join(f"#SBATCH {option}" for option in self._options(chunks[0])),
+            "SWEEP": shlex.quote(str(self.sweep.path)),
+            "FOLDER": shlex.quote(str(self.folder)),
+            "PYTHON": shlex.quote(python),
+            "REQUEUE_LIMIT": str(profile.requeue_limit),
+            "SETUP": "\n".join(self._setup()),
+            "SRUN": shlex.join(["srun", "--kill-on-bad-exit=1", *profile.srun, *container]),
+        }
+        template = template_path().read_text(encoding="utf-8")
+        return re.sub(r"@([A-Z_]+)@", lambda match: places[match[1]], template)
+
+    def _by_hand(self, chunks: Sequence[Chunk]) -> Iterator[str]:
+        if len(chunks) == 1:
+            yield shlex.join(["sbatch", str(self.sweep.submit)])
+        else:
+            for chunk in chunks:
+                yield shlex.join(sbatch_words(self.sweep, self.sweep_id, chunk, self.max_parallel))
+
+    def _options(self, first: Chunk) -> Iterator[str]:
+        """Options of sbatch; of two of a kind the later one counts."""
+        profile = self.profile
+        yield from profile.sbatch
+        yield f"--job-name=rcpo-{_safe(self.sweep.path.name)}"
+        yield f"--array={first.array(self.max_parallel)}"
+        yield f"--comment={COMMENT}:{self.sweep_id}:{first.first}"
+        for key in ("partition", "account", "qos", "constraint", "time", "mem"):
+            if (value := getattr(profile, key)) is not None:
+                yield f"--{key}={value}"
+        yield f"--nodes={profile.nodes}"
+        yield f"--ntasks-per-node={profile.ranks_per_node}"
+        yield f"--cpus-per-task={profile.cpus_per_task}"
+        if profile.gpus_per_node is not None and profile.gpu_request != "none":
+            gpus = ":".join(filter(None, [profile.gpu_type, str(profile.gpus_per_node)]))
+            yield f"--gres=gpu:{gpus}" if profile.gpu_request == "gres" else f"--gpus-per-node={gpus}"
+        yield "--requeue"
+        yield f"--signal=B:USR2@{profile.signal_seconds}"
+
+    def _setup(self) -> Iterator[str]:
+        if self.profile.gpus_per_node is None:
+            yield "export CUDA_VISIBLE_DEVICES=  # the ranks use CPUs, whatever the node has"
+        if self.profile.modules:
+            yield shlex.join(["module", "load", *self.profile.modules])
+        yield from self.profile.setup
+
+
+def _safe(name: str) -> str:
+    """A folder's name as it may stand in a comment or in an option."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:60]

@@ -1,0 +1,173 @@
+"""A sweep on SLURM: submit its cells as job arrays, ask for their states, submit again, cancel.
+
+Owns what is submitted, and that nothing is there twice. SWEEP/slurm.json remembers how and what was
+submitted, SWEEP/array.txt which cell an index means, SWEEP/submit.sbatch is all that a cell needs. Called by
+the commands of the same names, with the sweep's lock held where something is submitted.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rcpo.common.errors import UserError
+from rcpo.common.files import write_atomically
+from rcpo.runs.folder import now
+from rcpo.sweep.folder import Cell, SweepFolder
+from rcpo.sweep.slurm.profile import SlurmTarget, read_profile
+from rcpo.sweep.slurm.queue import (
+    DEFAULT_MAX_ARRAY_SIZE,
+    Job,
+    jobs_of,
+    live_jobs,
+    max_array_size,
+    said_by,
+)
+from rcpo.sweep.slurm.script import Script, chunks_of, sbatch_words
+from rcpo.sweep.slurm.states import with_job
+from rcpo.sweep.states import CellStatus, State, read_status
+
+CANCEL_PATIENCE_SECONDS = 120.0
+"""How long `cancel` waits for jobs to end: they write checkpoints."""
+NUM_IDS_AT_ONCE = 500
+
+
+def load_target(profile: str) -> SlurmTarget:
+    """Where the cells of a sweep with this profile will run. UserError when it is wrong."""
+    return SlurmTarget(read_profile(profile))
+
+
+def submit(sweep: SweepFolder, profile: str, max_parallel: int | None, print_only: bool) -> int:
+    """Write the batch script and submit all cells that are neither done nor queued; returns the exit code.
+
+    With `print_only` the script is shown and nothing is submitted.
+    """
+    checked = read_profile(profile)
+    size = checked.max_array_size
+    if size is None:
+        offline = print_only and shutil.which("scontrol") is None
+        size = DEFAULT_MAX_ARRAY_SIZE if offline else max_array_size()
+    cells = sweep.read_cells()
+    script = Script(
+        sweep, sweep_id(sweep), checked, len(cells), max_parallel, size, Path.cwd()
+    ).text()  # before anything is written
+    sweep.logs.mkdir(exist_ok=True)
+    write_atomically(sweep.path / "array.txt", "".join(f"{cell.name}\n" for cell in cells))
+    write_atomically(sweep.submit, script)
+    record = _read_record(sweep) | {
+        "profile": profile,
+        "max_parallel": max_parallel,
+        "max_array_size": size,
+    }
+    _write_record(sweep, record)
+    if print_only:
+        print(script, end="")
+        return 0
+    return _submit_missing(sweep)
+
+
+def resubmit(sweep: SweepFolder) -> int:
+    """Submit the cells that are neither done nor queued once more, with the script that is there."""
+    if not sweep.submit.is_file():
+        raise UserError(f"{sweep.submit}: is gone; type `rcpo sweep FILE --slurm PROFILE` again to write it")
+    return _submit_missing(sweep)
+
+
+def _submit_missing(sweep: SweepFolder) -> int:
+    record = _read_record(sweep)
+    statuses = read_statuses(sweep)
+    missing = [
+        idx for idx, status in enumerate(statuses) if not status.queued and status.state is not State.DONE
+    ]
+    previous = None
+    for chunk in chunks_of(missing, record["max_array_size"]):
+        words = sbatch_words(sweep, sweep_id(sweep), chunk, record["max_parallel"])
+        words.insert(1, "--parsable")
+        if previous is not None and record["max_parallel"] is not None:
+            words.insert(1, f"--dependency=afterany:{previous}")  # a throttle is of one array
+        previous = said_by(words).strip().split(";")[0]
+        submission = {"job": previous, "first": chunk.first, "array": chunk.array(None), "time": now()}
+        record["submissions"] = [*record["submissions"], submission]
+        _write_record(sweep, record)
+        print(f"submitted {_cells(len(chunk.indices))} as job {previous}", flush=True)
+    left = Counter(
+        "done" if status.state is State.DONE else "queued or running"
+        for idx, status in enumerate(statuses)
+        if idx not in set(missing)
+    )
+    if left:
+        print(f"left alone: {', '.join(f'{count} {what}' for what, count in left.items())}")
+    print(f"`rcpo status {sweep.path}` says how far they are")
+    return 0
+
+
+def cancel(sweep: SweepFolder) -> int:
+    """Cancel this sweep's jobs, and no others; they have KillWait (30 s by default) for a checkpoint."""
+    jobs = _live_jobs(sweep)
+    for start in range(0, len(jobs), NUM_IDS_AT_ONCE):
+        said_by(["scancel", *(job.id for job in jobs[start : start + NUM_IDS_AT_ONCE])])
+    deadline = time.monotonic() + CANCEL_PATIENCE_SECONDS
+    while left := _live_jobs(sweep):
+        if time.monotonic() > deadline:
+            print(f"{_cells(len(left))} still end: {', '.join(job.id for job in left[:10])}")
+            return 1
+        time.sleep(0.5)
+    print(f"cancelled {len(jobs)} jobs" if jobs else "nothing of this sweep is queued or runs")
+    return 0
+
+
+def read_statuses(sweep: SweepFolder) -> list[CellStatus]:
+    """All cells now, in the order of the manifest."""
+    jobs = jobs_of_sweep(sweep)
+    return [_read_status(sweep, cell, jobs.get(idx)) for idx, cell in enumerate(sweep.read_cells())]
+
+
+def jobs_of_sweep(sweep: SweepFolder) -> dict[int, Job]:
+    """The newest job of each cell, by the cell's index in the manifest."""
+    return jobs_of(sweep_id(sweep), _arrays(sweep))
+
+
+def _read_status(sweep: SweepFolder, cell: Cell, job: Job | None) -> CellStatus:
+    queue = {} if job is None or not job.is_live else {cell.name: job.entry()}
+    return with_job(sweep, read_status(sweep, cell, queue), job)
+
+
+def _live_jobs(sweep: SweepFolder) -> Sequence[Job]:
+    return live_jobs(sweep_id(sweep), _arrays(sweep))
+
+
+def sweep_id(sweep: SweepFolder) -> str:
+    """What this sweep's jobs are known by: where it is and which cells it has."""
+    digest = hashlib.sha256(os.fsencode(sweep.path.resolve()) + b"\0" + sweep.manifest.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _arrays(sweep: SweepFolder) -> dict[str, int]:
+    """Job id of each array that was submitted, and the index of its first cell."""
+    return {item["job"]: item["first"] for item in _read_record(sweep)["submissions"]}
+
+
+def _read_record(sweep: SweepFolder) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "profile": None, "max_parallel": None, "max_array_size": DEFAULT_MAX_ARRAY_SIZE, "submissions": [],
+    }  # fmt: skip
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            record |= json.loads(sweep.slurm.read_text(encoding="utf-8"))
+        except (ValueError, TypeError):
+            raise UserError(f"{sweep.slurm}: is damaged; remove it (SLURM still knows the jobs)") from None
+    return record
+
+
+def _write_record(sweep: SweepFolder, record: dict[str, Any]) -> None:
+    write_atomically(sweep.slurm, json.dumps(record, indent=2) + "\n")
+
+
+def _cells(count: int) -> str:
+    return f"{count} cell{'' if count == 1 else 's'}"

@@ -1,0 +1,241 @@
+"""The training loop: one function, top to bottom. Called by `rcpo.launch.worker` on every rank.
+
+Owns the order of things (reference, step, evaluation, checkpoint, final model) and what a restart needs. The
+method is in `rcpo.training.step`, what users see in `rcpo.monitor.sinks` and `rcpo.monitor.summary`.
+"""
+
+import contextlib
+import shutil
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from rcpo.config.schema import Config
+from rcpo.data.inputs import Inputs
+from rcpo.data.joint import lay_out
+from rcpo.data.pairs import SideLogProbs
+from rcpo.data.sampler import PairSampler
+from rcpo.method.calibrators import build_calibrator
+from rcpo.method.metrics import displacement_row
+from rcpo.models.engine import Engine
+from rcpo.models.evaluation import eval_batch, measure_logprobs, peak_memory_gb
+from rcpo.models.load import save_model
+from rcpo.monitor.model_card import model_card
+from rcpo.monitor.plot import plot_run
+from rcpo.monitor.sinks import Sink, build_sinks
+from rcpo.monitor.summary import summarize
+from rcpo.objectives import Objective, composition_of, objective_of
+from rcpo.ranks import stopping
+from rcpo.ranks.distributed import rank, world_size
+from rcpo.reference.source import ReferenceSource
+from rcpo.runs.folder import RunFolder
+from rcpo.training.aggregate import aggregate_of
+from rcpo.training.checkpoint import checkpoint_to_resume, load_checkpoint
+from rcpo.training.measurement import Measurements
+from rcpo.training.rehearsal import rehearse
+from rcpo.training.setbacks import save_or_go_on, skip_or_stop, stop_with_checkpoint
+from rcpo.training.state import Training, TrainState
+from rcpo.training.step import NonFiniteStepError, train_step
+from rcpo.training.surrogate import MicroBatch
+
+
+def train(
+    config: Config, run: RunFolder, inputs: Inputs, device: torch.device, resume: bool
+) -> dict[str, Any]:
+    """Train a resolved config in its run folder; returns the summary. Collective.
+
+    Raises UserError when the model cannot be used or no checkpoint can be loaded, and its kinds in
+    `rcpo.common.errors` when the run stops before its end.
+    """
+    torch.manual_seed(config.seed)
+    objective = objective_of(config.objective)
+    sampler = inputs.sampler(config)
+    num_steps = inputs.num_steps(config)
+    checkpoint = checkpoint_to_resume(run) if resume else None
+    visited = sampler.visited(num_steps)
+    source = ReferenceSource(config, run, inputs, visited, objective.weighs_tokens, checkpoint is not None)
+    source.run_own_model(device)
+    engine = Engine(config, num_steps, device)
+    measurements = Measurements(config, engine)
+    calibrator = build_calibrator(config.calibration, sampler.num_fresh_steps)
+    state = TrainState(0, calibrator, _initial_state(objective, inputs, sampler))
+    reference, start = source.open(engine)
+    rehearse(config, inputs, engine, sampler, num_steps, reference)
+    if checkpoint is not None:
+        values, scores = load_checkpoint(checkpoint, engine)
+        state.load_state_dict(values)
+        measurements.load_state(scores)
+    sinks = _start_sinks(config, run, num_steps, state.step)
+    training = Training(
+        config,
+        run,
+        inputs,
+        engine,
+        objective,
+        sampler,
+        num_steps,
+        state,
+        measurements,
+        reference,
+        start,
+        sinks,
+    )
+    with stopping.deferred(), _closed_on_failure(sinks):
+        if checkpoint is None:
+            _record_evaluation(training, start)
+        _train_steps(training)
+        return _finish(config, run, inputs, engine, sinks)
+
+
+def _train_steps(training: Training) -> None:
+    """Optimizer steps up to the run's end, with their rows, evaluations and checkpoints. Collective."""
+    config, state, engine = training.config, training.state, training.engine
+    aggregate = aggregate_of(composition_of(config.objective))
+    while state.step < training.num_steps:
+        started = time.perf_counter()
+        measurement = training.measurements.at(state.step, state.calibrator)
+        micro_batches = _micro_batches(training, measurement.takes_joint_layouts)
+        num_tokens = _num_tokens(training.inputs, training.sampler.global_batch(state.step))
+        lr = engine.lr()
+        probe_r_w = _measure_probe(training) if state.calibrator.probes_at(state.step) else None
+        stop = False
+        try:
+            row, stop = train_step(
+                engine,
+                training.objective,
+                state,
+                micro_batches,
+                config.train.pairs_per_step,
+                measurement,
+                aggregate,
+                probe_r_w,
+                stopping.asked(),
+            )
+        except NonFiniteStepError as error:
+            row = skip_or_stop(training, error)
+        seconds = time.perf_counter() - started
+        row |= {
+            "step": state.step,
+            "train/lr": lr,
+            "train/grad_norm": engine.grad_norm(),
+            "train/epoch": training.sampler.epoch(state.step),
+            "train/nonfinite_steps": state.num_nonfinite_steps,
+            "speed/step_seconds": seconds,
+            "speed/pairs_per_second": config.train.pairs_per_step / seconds,
+            "speed/tokens_per_second": num_tokens / seconds,
+            "speed/peak_memory_gb": peak_memory_gb(engine.device),
+        }
+        for sink in training.sinks:
+            sink.log_step(row)
+        if state.step == training.num_steps or _due(state.step, config.train.eval_every):
+            pairs, pad_id = training.inputs.held_out, training.inputs.pad_id
+            result = measure_logprobs(engine, pairs, pad_id, eval_batch(config))
+            _record_evaluation(training, result)
+        is_saved = _due(state.step, config.train.save_every) and save_or_go_on(training)
+        if stop and state.step < training.num_steps:
+            stop_with_checkpoint(training, is_saved)
+
+
+@contextlib.contextmanager
+def _closed_on_failure(sinks: list[Sink]) -> Iterator[None]:
+    """Close the sinks as failed when what happens inside raises."""
+    try:
+        yield
+    except BaseException:
+        for sink in sinks:
+            sink.close({}, 1)
+        raise
+
+
+def _due(step: int, every: int | None) -> bool:
+    """Whether something happens after optimizer step `step` (counted from 1); never with every = 0."""
+    return every is not None and every > 0 and step % every == 0
+
+
+def _measure_probe(training: Training) -> float:
+    """Mean r_w of the probe pairs, the first of the held-out ones. Collective."""
+    pairs = training.inputs.held_out[: training.config.calibration.feedback.pairs]
+    result = measure_logprobs(training.engine, pairs, training.inputs.pad_id, eval_batch(training.config))
+    return float((result.z_w - training.start.z_w[: len(pairs)]).double().mean())
+
+
+def _initial_state(objective: Objective, inputs: Inputs, sampler: PairSampler) -> tuple[float, ...]:
+    """The objective's batch statistics before the first step; the first global batch's lengths are known
+    already."""
+    sides = [
+        side
+        for idx in sampler.global_batch(0)
+        for side in (inputs.train[idx].chosen, inputs.train[idx].rejected)
+    ]
+    total = sum(side.num_tokens - side.num_prompt for side in sides)
+    return objective.initial_state(2 * total / len(sides))
+
+
+def _num_tokens(inputs: Inputs, indices: list[int]) -> int:
+    """Tokens of these training pairs, both sides, prompt and response, without padding."""
+    return sum(
+        side.num_tokens for idx in indices for side in (inputs.train[idx].chosen, inputs.train[idx].rejected)
+    )
+
+
+def _micro_batches(training: Training, may_join: bool) -> list[MicroBatch]:
+    """This rank's micro-batches of the coming step, on the device."""
+    config, device = training.config, training.engine.device
+    assert config.train.pairs_per_device is not None
+    cut = training.sampler.micro_batches(
+        training.state.step, rank(), world_size(), config.train.pairs_per_device
+    )
+    micro_batches = []
+    for indices in cut:
+        pairs = [training.inputs.train[idx] for idx in indices]
+        batch = lay_out(config.train, pairs, training.inputs.pad_id, may_join)
+        ref_w, ref_l, ref_logps = training.reference.rows(indices, batch)
+        batch = batch._replace(ref_logps=ref_logps)
+        weight = torch.tensor([pair.weight for pair in pairs])
+        micro_batches.append(
+            MicroBatch(batch.to(device), ref_w.to(device), ref_l.to(device), weight.to(device))
+        )
+    return micro_batches
+
+
+def _start_sinks(config: Config, run: RunFolder, num_steps: int, start_step: int) -> list[Sink]:
+    """The sinks, on rank 0 alone; rows that a crash left after the checkpoint are dropped, to be written
+    again."""
+    if rank() != 0:
+        return []
+    run.rewind(start_step if start_step > 0 else -1)
+    return build_sinks(config, run, num_steps, start_step)
+
+
+def _record_evaluation(training: Training, result: SideLogProbs) -> None:
+    """Displacement of the held-out pairs against step 0, to every sink; per-pair results to the run
+    folder."""
+    if rank() != 0:
+        return
+    step, start = training.state.step, training.start
+    row = displacement_row(result.z_w, result.z_l, start.z_w, start.z_l)
+    training.run.save_pair_results(step, result)
+    for sink in training.sinks:
+        sink.log_eval({"step": step} | row)
+
+
+def _finish(
+    config: Config, run: RunFolder, inputs: Inputs, engine: Engine, sinks: list[Sink]
+) -> dict[str, Any]:
+    """Write final/, the plot and the summary. Collective."""
+    weights = engine.whole_weights()
+    if weights is None:
+        return {}
+    beside = run.path / ".final.tmp"
+    shutil.rmtree(beside, ignore_errors=True)
+    save_model(engine.policy.model, weights, inputs.tokenizer, beside)
+    summary = summarize(run.rows(run.metrics), run.rows(run.eval))
+    (beside / "README.md").write_text(model_card(config, summary), encoding="utf-8")
+    shutil.rmtree(run.final, ignore_errors=True)
+    beside.rename(run.final)
+    plot_run(run, run.plot)
+    for sink in sinks:
+        sink.close(summary, 0)
+    return summary

@@ -1,0 +1,319 @@
+"""How one optimizer step's backward passes are run so that score geometry can be read off them.
+
+A step is `Unmeasured`, or a measurement fills `rcpo.method.scores` on the way:
+
+    HeadMeasurement    scope head: the ordinary backward pass, whose head adds up both sides
+    ApartMeasurement   the calibrator wants the two halves of the real gradient over parameters: the sides go
+                       backward one after the other. At ZeRO 3 one forward pass of one side more, about a
+                       sixth of a step.
+    ProbeMeasurement   geometry of parameters that must not touch the training (metrics.geometry_every), or of
+                       unweighted scores: two backward passes beside the ordinary one, whose gradients are
+                       captured and withheld from the engine. The training is bit-identical; the step takes
+                       twice its time.
+
+Called by `rcpo.training.loop` (which one) and `rcpo.training.step` (run it).
+"""
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from rcpo.config.schema import Config
+from rcpo.data.batch import PairBatch
+from rcpo.method.calibrators import Calibrator
+from rcpo.method.scores import (
+    CHOSEN,
+    REJECTED,
+    HeadScores,
+    ParameterScores,
+    ScoreGeometry,
+    Sides,
+    partial_dot,
+)
+from rcpo.models.adapters import last_block_parameters
+from rcpo.models.engine import Engine
+from rcpo.ranks.distributed import world_size
+from rcpo.training.step import Measured, Measurement
+from rcpo.training.surrogate import Price, Priced, joint_backward, surrogate_sides
+
+
+class Unmeasured:
+    """No geometry: the ordinary step."""
+
+    takes_joint_layouts = True
+
+    def begin(self, alpha: float) -> None:
+        pass
+
+    def backward(self, engine: Engine, batch: PairBatch, price: Price, alpha: float) -> Priced:
+        return joint_backward(engine, batch, price, alpha)
+
+    def partials(self, engine: Engine) -> Tensor:
+        return torch.zeros(0, dtype=torch.float64, device=engine.device)
+
+    def read(self, totals: list[float]) -> Measured:
+        return Measured()
+
+
+class Reader:
+    """From sides to numbers: the batch's products, and with `population` those with the measurement before.
+
+    One batch's |v|^2 is mostly its own noise; products between different batches estimate those of the
+    population's mean vectors without it: <v_w(t), v_w(t')>, <v_l(t), v_l(t')> and the mean of both mixed
+    products.
+    """
+
+    def __init__(self, weighted: bool, population: bool) -> None:
+        self.weighted, self.population = weighted, population
+        self._previous: Sides | None = None
+        self._kinds: list[str] = []
+
+    def partials(self, sides: Sides, metric: list[Tensor] | None) -> Tensor:
+        """This rank's share of three products per kind of geometry; `metric` is 1/sqrt(v) of Adam, by
+        parts."""
+        products = [sides.partial_products()]
+        self._kinds = ["batch"]
+        if self.population:
+            if self._previous is not None:
+                products.append(_cross_products(sides, self._previous, []))
+                self._kinds.append("population")
+                if metric is not None:
+                    products.append(_cross_products(sides, self._previous, metric))
+                    self._kinds.append("adam")
+            self._previous = sides._replace(
+                chosen=[part.clone() for part in sides.chosen],
+                rejected=[part.clone() for part in sides.rejected],
+            )
+        return torch.cat(products)
+
+    def state(self) -> dict[str, Tensor]:
+        """The measurement before, this rank's shards: what a resumed run needs for its first row of
+        `population/*`."""
+        if self._previous is None:
+            return {}
+        named = {"scales": torch.tensor(self._previous[2:], dtype=torch.float64)}
+        for name, parts in zip(("chosen", "rejected"), self._previous[:2], strict=True):
+            named |= {f"{name}.{idx}": part for idx, part in enumerate(parts)}
+        return named
+
+    def load_state(self, state: dict[str, Tensor], device: torch.device) -> None:
+        """Take `state` back."""
+        if not state:
+            return
+        num_parts = (len(state) - 1) // 2
+        chosen, rejected = (
+            [state[f"{name}.{idx}"].to(device) for idx in range(num_parts)] for name in ("chosen", "rejected")
+        )
+        self._previous = Sides(chosen, rejected, *state["scales"].tolist())
+
+    def read(self, totals: list[float]) -> Measured:
+        """The geometries from the sums over ranks."""
+        found = {
+            kind: ScoreGeometry(totals[3 * idx], totals[3 * idx + 1], totals[3 * idx + 2], self.weighted)
+            for idx, kind in enumerate(self._kinds)
+        }
+        return Measured(found.pop("batch"), found)
+
+
+def _cross_products(now: Sides, before: Sides, metric: list[Tensor]) -> Tensor:
+    chosen = now.chosen_scale * before.chosen_scale * partial_dot(now.chosen, before.chosen, metric)
+    rejected = now.rejected_scale * before.rejected_scale * partial_dot(now.rejected, before.rejected, metric)
+    mixed = now.chosen_scale * before.rejected_scale * partial_dot(now.chosen, before.rejected, metric)
+    mixed += now.rejected_scale * before.chosen_scale * partial_dot(now.rejected, before.chosen, metric)
+    return torch.stack([chosen, rejected, mixed / 2])
+
+
+ADAM_EPS = 1e-12
+"""Keeps 1/sqrt(v) finite where a parameter has had no gradient."""
+
+
+class HeadMeasurement:
+    """Geometry of the output projection, from the ordinary backward pass."""
+
+    takes_joint_layouts = True
+
+    def __init__(self, engine: Engine, reader: Reader, num_pairs: int) -> None:
+        has_bias = engine.policy.head.bias is not None
+        self._scores = HeadScores(
+            engine.vocabulary, engine.hidden_size, has_bias, engine.device, reader.weighted
+        )
+        self._reader = reader
+        self._num_pairs = num_pairs
+        self._alpha = 1.0
+
+    def begin(self, alpha: float) -> None:
+        self._alpha = alpha
+        self._scores.reset()
+
+    def backward(self, engine: Engine, batch: PairBatch, price: Price, alpha: float) -> Priced:
+        engine.policy.head.scores = self._scores
+        try:
+            return joint_backward(engine, batch, price, alpha)
+        finally:
+            engine.policy.head.scores = None
+
+    def partials(self, engine: Engine) -> Tensor:
+        if self._scores.weighted:
+            scales = _calibrated_scales(self._alpha)
+        else:
+            scales = (1 / self._num_pairs, 1 / self._num_pairs)
+        return self._reader.partials(self._scores.sides(*scales), self._metric(engine))
+
+    def _metric(self, engine: Engine) -> list[Tensor] | None:
+        head = engine.policy.head
+        parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
+        moments = engine.second_moments(parameters) if self._reader.population and parameters else None
+        return None if moments is None else _inverse_roots(self._scores.shares_of(list(moments)))
+
+    def read(self, totals: list[float]) -> Measured:
+        return self._reader.read(totals)
+
+
+def _calibrated_scales(alpha: float) -> tuple[float, float]:
+    """What turns the sum over ranks of the calibrated surrogate's two gradients, -alpha G_w and G_l / alpha
+    (the engine takes the mean over micro-batches before autograd), into G_w and G_l."""
+    return -1 / (alpha * world_size()), alpha / world_size()
+
+
+def _inverse_roots(moments: list[Tensor]) -> list[Tensor]:
+    return [moment.sqrt().add_(ADAM_EPS).reciprocal_() for moment in moments]
+
+
+class ApartMeasurement:
+    """The two halves of the real gradient over a set of parameters: the sides go backward one after the
+    other."""
+
+    takes_joint_layouts = False
+
+    def __init__(self, scores: ParameterScores, reader: "ParameterReader") -> None:
+        self._scores, self._reader = scores, reader
+        self._alpha = 1.0
+
+    def begin(self, alpha: float) -> None:
+        self._alpha = alpha
+        self._scores.reset()
+
+    def backward(self, engine: Engine, batch: PairBatch, price: Price, alpha: float) -> Priced:
+        chosen, rejected = batch.side(chosen=True), batch.side(chosen=False)
+        # ZeRO 3 wants each backward pass right after its own forward pass, so one side goes forward twice.
+        is_again = engine.stage == 3
+        with torch.no_grad() if is_again else nullcontext():
+            z_l = engine.logprobs(rejected)
+        z_w = engine.logprobs(chosen)
+        priced = price(z_w.detach(), z_l.detach())
+        surrogate_w, surrogate_l = surrogate_sides(priced, alpha)
+        with self._scores.capture(CHOSEN, keep_gradient=True):
+            engine.backward((surrogate_w * z_w).mean(), is_last=False)
+        if is_again:
+            z_l = engine.logprobs(rejected)
+        with self._scores.capture(REJECTED, keep_gradient=True):
+            engine.backward((surrogate_l * z_l).mean())
+        return priced
+
+    def partials(self, engine: Engine) -> Tensor:
+        return self._reader.partials(engine, self._scores.sides(*_calibrated_scales(self._alpha)))
+
+    def read(self, totals: list[float]) -> Measured:
+        return self._reader.read(totals)
+
+
+class ProbeMeasurement:
+    """Geometry of a set of parameters beside an ordinary step, which it leaves as it is, bit for bit."""
+
+    takes_joint_layouts = False
+
+    def __init__(self, scores: ParameterScores, reader: "ParameterReader", weighted: bool) -> None:
+        self._scores, self._reader, self._weighted = scores, reader, weighted
+
+    def begin(self, alpha: float) -> None:
+        self._scores.reset()
+
+    def backward(self, engine: Engine, batch: PairBatch, price: Price, alpha: float) -> Priced:
+        priced = joint_backward(engine, batch, price, alpha, is_last=False)
+        weights = priced.incentives if self._weighted else [torch.ones_like(priced.loss)] * 2
+        for side, is_last in ((CHOSEN, False), (REJECTED, True)):
+            z = engine.logprobs(batch.side(chosen=side == CHOSEN))
+            with self._scores.capture(side, keep_gradient=False):
+                engine.backward((weights[side] * z).mean(), is_last)
+        return priced
+
+    def partials(self, engine: Engine) -> Tensor:
+        return self._reader.partials(engine, self._scores.sides(1 / world_size(), 1 / world_size()))
+
+    def read(self, totals: list[float]) -> Measured:
+        return self._reader.read(totals)
+
+
+class ParameterReader:
+    """`Reader` for sides over parameters; shared by both measurements, so that either follows the other."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter], scores: ParameterScores, reader: Reader) -> None:
+        self._parameters, self._scores, self._reader = parameters, scores, reader
+
+    def partials(self, engine: Engine, sides: Sides) -> Tensor:
+        moments = engine.second_moments(self._parameters) if self._reader.population else None
+        metric = None if moments is None else _inverse_roots(self._scores.shares_of(moments))
+        return self._reader.partials(sides, metric)
+
+    def read(self, totals: list[float]) -> Measured:
+        return self._reader.read(totals)
+
+
+class Measurements:
+    """The measurements of a run; buffers are made when the first one is due, and never where none is."""
+
+    def __init__(self, config: Config, engine: Engine) -> None:
+        self._config, self._engine = config, engine
+        self._unmeasured = Unmeasured()
+        self._head: HeadMeasurement | None = None
+        self._apart: ApartMeasurement | None = None
+        self._probe: ProbeMeasurement | None = None
+        self._reader: Reader | None = None
+        self._loaded: dict[str, Tensor] = {}
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of measurements, this rank's share; empty without metrics.population."""
+        return self._loaded if self._reader is None else self._reader.state()
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take `state` back, before the first measurement."""
+        self._loaded = state
+
+    def _make_reader(self) -> Reader:
+        self._reader = Reader(self._weighted, self._config.metrics.population)
+        self._reader.load_state(self._loaded, self._engine.device)
+        return self._reader
+
+    def at(self, step: int, calibrator: Calibrator) -> Measurement:
+        """How optimizer step `step` (counted from 0) is measured."""
+        every = self._config.metrics.geometry_every
+        wanted = calibrator.measures_at(step)
+        if not wanted and (every == 0 or step % every):
+            return self._unmeasured
+        if self._config.calibration.scope == "head":
+            return self._of_head()
+        apart, probe = self._of_parameters()
+        return apart if wanted and self._weighted else probe
+
+    @property
+    def _weighted(self) -> bool:
+        return self._config.calibration.estimator == "weighted"
+
+    def _of_head(self) -> HeadMeasurement:
+        if self._head is None:
+            pairs_per_step = self._config.train.pairs_per_step
+            self._head = HeadMeasurement(self._engine, self._make_reader(), pairs_per_step)
+        return self._head
+
+    def _of_parameters(self) -> tuple[ApartMeasurement, ProbeMeasurement]:
+        if self._apart is None or self._probe is None:
+            if self._config.calibration.scope == "lora_last":
+                parameters = last_block_parameters(self._engine.policy.model)
+            else:
+                parameters = self._engine.trainable_parameters()
+            scores = ParameterScores(parameters, self._engine.device)
+            reader = ParameterReader(parameters, scores, self._make_reader())
+            self._apart = ApartMeasurement(scores, reader)
+            self._probe = ProbeMeasurement(scores, reader, self._weighted)
+        return self._apart, self._probe

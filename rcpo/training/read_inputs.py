@@ -1,0 +1,161 @@
+"""Everything a run reads, checked and tokenised: what can be wrong with it is found before a run folder
+exists.
+
+Called by `rcpo.launch.start` in the process that the user started, and by `rcpo.launch.worker` in ranks
+started from it. The same config gives the same inputs on every rank."""
+
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from rcpo.common.errors import UserError
+from rcpo.config.schema import Config
+from rcpo.data.filter import filter_pairs
+from rcpo.data.inputs import Inputs
+from rcpo.data.load import PreferenceData, load_records
+from rcpo.data.pairs import PackedPairs
+from rcpo.data.token_key import content_of, token_key
+from rcpo.data.token_store import Tokens, TokenStore
+from rcpo.data.tokenize import TokenizedData, describe_example, tokenize_records
+from rcpo.data.weights import weighing_of
+from rcpo.models.adapters import check_adapters
+from rcpo.models.checks import check_model, check_positions, check_vocabulary
+from rcpo.models.load import load_tokenizer
+from rcpo.objectives import composition_of
+from rcpo.reference.weights import check_reference
+
+DECIDED_ELSEWHERE = {
+    "train_batch_size": "train.pairs_per_step",
+    "train_micro_batch_size_per_gpu": "train.pairs_per_device",
+    "gradient_accumulation_steps": "train.pairs_per_device",
+    "gradient_clipping": "train.grad_clip",
+    "optimizer": "optim",
+    "scheduler": "optim.schedule",
+    "fp16": "model.dtype",
+}
+"""DeepSpeed's entries that would contradict what rcpo counts on, and the key that decides each."""
+
+
+def check_deepspeed(config: Config) -> None:
+    """Raise UserError where DeepSpeed would refuse `deepspeed.extra`, or rcpo decides an entry itself."""
+    extra = config.deepspeed.extra
+    for name, key in DECIDED_ELSEWHERE.items():
+        if name in extra:
+            raise UserError(f"deepspeed.extra.{name}: is decided by another key; type {key}=...")
+    zero = extra.get("zero_optimization", {})
+    if isinstance(zero, dict) and "stage" in zero:
+        raise UserError(
+            "deepspeed.extra.zero_optimization.stage: is decided by another key; type deepspeed.stage=..."
+        )
+    if not extra:
+        return
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    from rcpo.models.engine import deepspeed_config
+
+    try:
+        DeepSpeedConfig(deepspeed_config(config))
+    # A wrong type or a wrong name can end in nearly any class there.
+    except Exception as error:
+        raise UserError(
+            f"deepspeed.extra: DeepSpeed refuses it ({' '.join(str(error).split())[:200]}); mend that entry "
+            "or leave it out"
+        ) from None
+
+
+class PairsRead(NamedTuple):
+    """The data of a config as records and as the model's tokens, nothing filtered."""
+
+    tokenizer: PreTrainedTokenizerBase
+    records: PreferenceData
+    train: TokenizedData
+    held_out: TokenizedData
+
+    @property
+    def report(self) -> list[str]:
+        return [
+            *self.records.report,
+            *(f"training pairs: {line}" for line in self.train.report),
+            *(f"held-out pairs: {line}" for line in self.held_out.report),
+        ]
+
+
+def read_pairs(config: Config) -> PairsRead:
+    """Check the model's files, read and tokenise the data. Raises UserError with one line for whatever is
+    wrong with them."""
+    read = _tokenise(config, _checked_tokenizer(config))
+    _check_lengths(config, read.train.pairs, read.held_out.pairs)
+    return read
+
+
+def _checked_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    check_adapters(config.model, config.train.device)
+    tokenizer = load_tokenizer(config.model)
+    check_vocabulary(config.model, tokenizer)
+    check_model(config.model)
+    return tokenizer
+
+
+def _tokenise(config: Config, tokenizer: PreTrainedTokenizerBase) -> PairsRead:
+    records = load_records(config.data, weighing_of(composition_of(config.objective)))
+    limits = (config.train.max_length, config.train.max_prompt_length, config.data.on_bad_row)
+    train = tokenize_records(records.train, tokenizer, *limits)
+    held_out = tokenize_records(records.held_out, tokenizer, *limits)
+    for pairs, what in ((train.pairs, "training"), (held_out.pairs, "held-out")):
+        if not len(pairs):
+            raise UserError(
+                f"data: no {what} pair is left after the checks; look at data.path and data.on_bad_row"
+            )
+    return PairsRead(tokenizer, records, train, held_out)
+
+
+def _check_lengths(config: Config, train: PackedPairs, held_out: PackedPairs) -> None:
+    check_positions(config.model, _longest(train, held_out))
+
+
+def _longest(train: PackedPairs, held_out: PackedPairs) -> int:
+    return max(int(pairs.arrays.lengths.max()) for pairs in (train, held_out))
+
+
+def _kept_tokens(config: Config, tokenizer: PreTrainedTokenizerBase) -> Tokens:
+    """The tokenised data, from the cache where they are there; made, and kept, where they are not."""
+
+    def make() -> Tokens:
+        read = _tokenise(config, tokenizer)
+        return Tokens(read.train.pairs, read.held_out.pairs, read.report)
+
+    content = content_of(config.data)
+    key = None
+    if content is not None:
+        weighing = weighing_of(composition_of(config.objective))
+        limits = (config.train.max_length, config.train.max_prompt_length)
+        key = token_key(content, config.data, weighing, limits, tokenizer)
+    if key is None:
+        return make()
+    from rcpo.common.files import cache_dir
+
+    store = TokenStore(cache_dir() / "tokens", key)
+    return store.read_or_make(make, lambda: content_of(config.data) == content)
+
+
+def read_inputs(config: Config) -> Inputs:
+    """Read, tokenise and filter the data of a resolved config. Raises UserError with one line for whatever
+    cannot train."""
+    check_deepspeed(config)
+    tokenizer = _checked_tokenizer(config)
+    tokens = _kept_tokens(config, tokenizer)
+    _check_lengths(config, tokens.train, tokens.held_out)
+    check_reference(config, tokenizer, _longest(tokens.train, tokens.held_out))
+    train, filtered = filter_pairs(tokens.train, config)
+    if len(train) < config.train.pairs_per_step:
+        raise UserError(
+            f"train.pairs_per_step={config.train.pairs_per_step}: there are only {len(train)} training "
+            f"pairs; type train.pairs_per_step={len(train)} or less"
+        )
+    report = [
+        *tokens.report,
+        *filtered,
+        f"{len(train)} training pairs, {len(tokens.held_out)} held-out pairs",
+        "one training pair as the model sees it:\n" + describe_example(train[0], tokenizer),
+    ]
+    return Inputs(tokenizer, train, list(tokens.held_out), report)

@@ -1,0 +1,78 @@
+"""What a run carries from step to step (`TrainState`) and what its loop works with (`Training`).
+
+Made by `rcpo.training.loop`, which passes them on to whoever acts for it; the method sees `TrainState` alone.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from rcpo.config.schema import Config
+from rcpo.data.inputs import Inputs
+from rcpo.data.pairs import SideLogProbs
+from rcpo.data.sampler import PairSampler
+from rcpo.method.calibrators import Calibrator
+from rcpo.models.engine import Engine
+from rcpo.monitor.sinks import Sink
+from rcpo.objectives import Objective
+from rcpo.reference.table import Reference
+from rcpo.runs.folder import RunFolder
+from rcpo.training.checkpoint import save_checkpoint
+from rcpo.training.measurement import Measurements
+
+
+@dataclass
+class TrainState:
+    """What the method carries from step to step. With the engine it is all that a restart needs: data order
+    and reference are functions of the config."""
+
+    step: int
+    """Optimizer steps done."""
+    calibrator: Calibrator
+    objective_state: tuple[float, ...]
+    """The objective's batch statistics of the step before."""
+    num_nonfinite_steps: int = 0
+    """Steps skipped because their numbers were not finite."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "calibrator": self.calibrator.state_dict(),
+            "objective_state": list(self.objective_state),
+            "num_nonfinite_steps": self.num_nonfinite_steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.calibrator.load_state_dict(state["calibrator"])
+        self.objective_state = tuple(state["objective_state"])
+        self.num_nonfinite_steps = state["num_nonfinite_steps"]
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the training loop works with."""
+
+    config: Config
+    run: RunFolder
+    inputs: Inputs
+    engine: Engine
+    objective: Objective
+    sampler: PairSampler
+    num_steps: int
+    state: TrainState
+    measurements: Measurements
+    reference: Reference
+    start: SideLogProbs
+    """Held-out z at step 0: what displacement is measured against."""
+    sinks: list[Sink]
+
+    def save(self) -> None:
+        """Write a checkpoint. Raises SaveError on every rank when it cannot be written. Collective."""
+        save_checkpoint(
+            self.run,
+            self.engine,
+            self.state.state_dict(),
+            self.measurements.state(),
+            self.inputs.tokenizer,
+            self.config.train.keep_last,
+        )
