@@ -4,7 +4,7 @@ Made by `rcpo.training.loop`, which passes them on to whoever acts for it; the m
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rcpo.config.schema import Config
 from rcpo.data.inputs import Inputs
@@ -17,7 +17,9 @@ from rcpo.objectives import Objective
 from rcpo.reference.table import Reference
 from rcpo.runs.folder import RunFolder
 from rcpo.training.checkpoint import save_checkpoint
-from rcpo.training.measurement import Measurements
+
+if TYPE_CHECKING:
+    from rcpo.training.measurement import Measurements
 
 
 @dataclass
@@ -60,7 +62,7 @@ class Training:
     sampler: PairSampler
     num_steps: int
     state: TrainState
-    measurements: Measurements
+    measurements: "Measurements"
     reference: Reference
     start: SideLogProbs
     """Held-out z at step 0: what displacement is measured against."""
