@@ -1,0 +1,47 @@
+"""RUN/config.yaml: the frozen config, as plain containers and back."""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+import rcpo
+from rcpo.config.schema import Config
+from rcpo.config.validate import validate
+from rcpo.common.errors import UserError
+from rcpo.data.pairs import SideLogProbs
+from rcpo.common.source import git_commit, source_hash
+from rcpo.runs.folder import RunFolder
+
+
+def config_tree(config: Config) -> dict[str, Any]:
+    """The config as plain containers, ready for YAML and for W&B."""
+    return dataclasses.asdict(config)
+
+
+def open_run(path: str) -> tuple[RunFolder, Config]:
+    """An existing run and its frozen config; UserError when `path` is none."""
+    folder = RunFolder(path)
+    if not folder.config.is_file():
+        raise UserError(
+            f"{path}: is not a run folder (it has no config.yaml); give the folder that `rcpo train` printed"
+        )
+    try:
+        tree = yaml.safe_load(folder.config.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"{folder.config}: is not YAML ({' '.join(str(error).split())[:200]}); mend it"
+        ) from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{folder.config}: is not a config; give another run")
+    return RunFolder(folder.path.absolute()), validate(tree)
