@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from tiny_models import MODELS
 from transformers import PreTrainedModel
+
+from helpers.tiny_models import MODELS
 
 
 @pytest.fixture(params=sorted(MODELS))

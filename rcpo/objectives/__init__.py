@@ -3,7 +3,8 @@
 Owns the formulas, their parameters (a frozen config beside each function) and the registry. Does not own
 gradients: `rcpo.method.incentives` takes them from these functions by autograd, so a new objective is
 calibrated at once. To add one, write a function in the family file where it belongs, with `@objective(...)`,
-and a `conf/objective/NAME.yaml` of the same name; `tests/objective_cases.py` wants two hand-worked values.
+and a `conf/objective/NAME.yaml` of the same name; `tests/helpers/objective_cases.py` wants two hand-worked
+values.
 
     registry.py        PairLogProbs, Objective, @objective, load_objective
     parameters.py      kinds and ranges of parameters

@@ -3,9 +3,7 @@
 config.yaml  run.json  metrics.jsonl  eval.jsonl  reference.safetensors  eval/  logs/  checkpoints/  final/
 wandb/"""
 
-import dataclasses
 import json
-import math
 import os
 import platform
 import sys
@@ -19,14 +17,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import rcpo
-from rcpo.config.schema import Config
-from rcpo.config.validate import validate
 from rcpo.common.errors import UserError
-from rcpo.data.pairs import SideLogProbs
-from rcpo.common.source import git_commit, source_hash
 from rcpo.common.files import write_atomically
-from rcpo.runs.rows import encode_row
-from rcpo.runs.rows import decode_row
+from rcpo.common.source import git_commit, source_hash
+from rcpo.config.schema import Config
+from rcpo.data.pairs import SideLogProbs
+from rcpo.runs.rows import decode_row, encode_row
 
 LIBRARIES = ("torch", "transformers", "deepspeed", "datasets", "hydra-core", "omegaconf", "wandb", "peft")
 

@@ -1,26 +1,13 @@
 """RUN/config.yaml: the frozen config, as plain containers and back."""
 
 import dataclasses
-import json
-import math
-import os
-import platform
-import sys
-from datetime import UTC, datetime
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from safetensors.torch import load_file, save_file
 
-import rcpo
+from rcpo.common.errors import UserError
 from rcpo.config.schema import Config
 from rcpo.config.validate import validate
-from rcpo.common.errors import UserError
-from rcpo.data.pairs import SideLogProbs
-from rcpo.common.source import git_commit, source_hash
 from rcpo.runs.folder import RunFolder
 
 

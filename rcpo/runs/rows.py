@@ -1,27 +1,8 @@
 """Rows of metrics.jsonl and eval.jsonl as text: how they are written, and the one reader."""
 
-import dataclasses
 import json
 import math
-import os
-import platform
-import sys
-from datetime import UTC, datetime
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
-
-import torch
-import yaml
-from safetensors.torch import load_file, save_file
-
-import rcpo
-from rcpo.config.schema import Config
-from rcpo.config.validate import validate
-from rcpo.common.errors import UserError
-from rcpo.data.pairs import SideLogProbs
-from rcpo.common.source import git_commit, source_hash
-
 
 NON_FINITE: dict[str | None, float] = {None: math.nan, "inf": math.inf, "-inf": -math.inf}
 """How rows write what JSON has no number for; `band/lower` and `band/upper` are infinite where rho <= 0."""

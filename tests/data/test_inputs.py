@@ -1,0 +1,289 @@
+"""What a run reads: the embedded default and files, the report of it, and bad data that ends in one line and
+exit code 2 before there is a run folder."""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import rcpo.builtin
+import rcpo.data.token_key
+import rcpo.training.read_inputs
+from helpers.inputs import config_of, fault, row
+from rcpo.config.resolve import resolve
+from rcpo.config.schema import Config
+from rcpo.config.validate import validate
+from rcpo.data.inputs import Inputs
+from rcpo.data.tokenize import TokenizedPair
+from rcpo.runs.frozen import config_tree
+from rcpo.training.read_inputs import read_inputs
+
+
+def file_config(path: Path, rows: list[dict[str, Any]], **groups: dict[str, Any]) -> Config:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {
+        "source": "file",
+        "path": str(path),
+        "train_pairs": None,
+        "eval_pairs": 1,
+        **groups.pop("data", {}),
+    }
+    return config_of(data=data, **groups)
+
+
+ROWS = [row(name, "seven", "eight") for name in ("alice", "bob", "carol", "david")]
+
+
+def scored(inputs: Inputs, pair: TokenizedPair) -> list[str]:
+    """The tokens of both responses."""
+    tokens = inputs.tokenizer.convert_ids_to_tokens
+    return [" ".join(tokens(side.input_ids[side.num_prompt :])) for side in (pair.chosen, pair.rejected)]
+
+
+def test_the_embedded_default_is_read_and_described() -> None:
+    """30 and 10 word problems; the last entry of the report shows one pair and what of it is scored."""
+    inputs = read_inputs(config_of())
+    assert (len(inputs.train), len(inputs.held_out)) == (30, 10)
+    assert inputs.report[0] == "arithmetic: 30 training and 10 held-out pairs"
+    assert inputs.report[-2] == "30 training pairs, 10 held-out pairs"
+    title, prompt, chosen, rejected = inputs.report[-1].splitlines()
+    assert title == "one training pair as the model sees it:"
+    assert prompt.startswith("prompt   (")
+    assert "⟦<s>⟧⟦<|user|>⟧" in prompt
+    right, wrong = scored(inputs, inputs.train[0])
+    assert right.endswith("</s>")
+    assert chosen.endswith("scored): «" + right.replace(" </s>", "⟦</s>⟧") + "»")
+    assert rejected.endswith("scored): «" + wrong.replace(" </s>", "⟦</s>⟧") + "»")
+
+
+def test_every_rank_reads_the_same() -> None:
+    first, second = read_inputs(config_of()), read_inputs(config_of())
+    assert (first.train, first.held_out, first.report) == (second.train, second.held_out, second.report)
+    assert first.sampler(config_of()).global_batch(9) == second.sampler(config_of()).global_batch(9)
+
+
+def test_the_runs_seed_shuffles_and_the_datas_seed_draws() -> None:
+    """seed=1 changes the order of training alone, data.seed=1 the pairs."""
+    config = config_of()
+    other_order = resolve(validate(config_tree(config) | {"seed": 1}), None)
+    inputs = read_inputs(config)
+    assert read_inputs(other_order).train == inputs.train
+    assert inputs.sampler(other_order).global_batch(0) != inputs.sampler(config).global_batch(0)
+    data = {"source": "arithmetic", "train_pairs": 30, "eval_pairs": 10, "seed": 1}
+    assert read_inputs(config_of(data=data)).train != inputs.train
+
+
+@pytest.mark.parametrize(
+    ("train", "num_steps"), [({"steps": 7}, 7), ({"epochs": 2}, 15), ({"epochs": 0.1}, 1), ({}, 150)]
+)
+def test_steps_of_a_run(train: dict[str, Any], num_steps: int) -> None:
+    """30 pairs, 4 a step: 2 epochs are 15 steps, 0.1 epochs 0.75; without either, 150."""
+    config = config_of(train={"pairs_per_step": 4, "device": "cpu", **train})
+    assert read_inputs(config).num_steps(config) == num_steps
+
+
+def test_padding_needs_no_pad_token() -> None:
+    for pad, expected in ((None, 0), (5, 5)):
+        tokenizer: Any = SimpleNamespace(pad_token_id=pad)
+        assert Inputs(tokenizer, [], [], []).pad_id == expected
+
+
+def test_pairs_of_a_file_are_scored_on_the_answer_alone(tmp_path: Path) -> None:
+    inputs = read_inputs(file_config(tmp_path / "a.jsonl", ROWS, train={"pairs_per_step": 3}))
+    assert [scored(inputs, pair) for pair in inputs.train] == [["seven </s>", "eight </s>"]] * 3
+    assert inputs.report[:2] == [
+        f"{tmp_path}/a.jsonl: 4 rows read, 0 dropped",
+        "1 held-out pairs drawn from the 4 pairs by data.seed=0",
+    ]
+
+
+def test_the_report_says_what_the_limits_cut(tmp_path: Path) -> None:
+    """Prompts of 15 tokens in 8."""
+    train = {"pairs_per_step": 3, "max_length": 8}
+    report = read_inputs(file_config(tmp_path / "a.jsonl", ROWS, train=train)).report
+    assert "training pairs: 3 prompts cut from the left (train.max_length=8)" in report
+    assert "held-out pairs: 1 prompts cut from the left (train.max_length=8)" in report
+
+
+def test_fewer_pairs_than_a_step_takes_are_refused(tmp_path: Path) -> None:
+    assert fault(file_config(tmp_path / "a.jsonl", ROWS, train={"pairs_per_step": 4})) == (
+        "train.pairs_per_step=4: there are only 3 training pairs; type train.pairs_per_step=3 or less"
+    )
+
+
+def test_rows_beyond_the_models_positions_are_refused(tmp_path: Path) -> None:
+    """The embedded model goes to 1024 positions: with a longer limit, longer rows are refused; cut, they
+    train."""
+    long = " ".join(["seven"] * 1100)
+    rows = [row("alice", f"{long} six", f"{long} two")] * 2
+    rows += [row("bob", f"six {long}", f"two {long}")] * 2
+    groups = {"data": {"eval_pairs": 1}, "train": {"pairs_per_step": 1, "max_length": 2048}}
+    said = fault(file_config(tmp_path / "a.jsonl", rows, **groups))
+    assert said.startswith("train.max_length: the longest row has 11")
+    assert said.endswith("takes 1024; type train.max_length=1024")
+    groups = {"data": {"eval_pairs": 1}, "train": {"pairs_per_step": 1, "max_length": 1024}}
+    assert read_inputs(file_config(tmp_path / "b.jsonl", rows[2:] + ROWS[:1], **groups)).train
+
+
+def test_pairs_that_the_model_cannot_tell_apart_stop_or_are_dropped(tmp_path: Path) -> None:
+    """Both answers are unknown words. Where every training pair is such, nothing is left."""
+    alike = [row(name, "Paris", "London") for name in ("alice", "bob", "carol", "david")]
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text(json.dumps(ROWS[0]) + "\n")
+    data = {"eval_path": str(held_out)}
+    assert fault(file_config(tmp_path / "a.jsonl", alike, data={**data, "on_bad_row": "error"})) == (
+        "data: row 0 (counted from 0) cannot train: the sides are identical once tokenised; mend it or type "
+        "data.on_bad_row=drop"
+    )
+    assert fault(file_config(tmp_path / "a.jsonl", alike, data={**data, "on_bad_row": "drop"})) == (
+        "data: no training pair is left after the checks; look at data.path and data.on_bad_row"
+    )
+    mixed = file_config(
+        tmp_path / "a.jsonl", [alike[0], *ROWS[1:]], data={**data, "on_bad_row": "drop"},
+        train={"pairs_per_step": 3},
+    )  # fmt: skip
+    inputs = read_inputs(mixed)
+    assert [pair.row for pair in inputs.train] == [1, 2, 3]
+    assert "training pairs: 1 pairs dropped because the sides are identical once tokenised" in inputs.report
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "expected"),
+    [
+        (None, [], "no such file or folder; give a file ("),
+        ('{"chosen": "a"}\n{"chosen": a}\n', [], "line 2 is not JSON (Expecting value); "),
+        (
+            '{"chosen": [{"role": "human", "content": "a"}], "rejected": [{"role": "gpt", "content": "b"}]}',
+            ["data.on_bad_row=error"],
+            "row 0 (counted from 0) cannot train: chosen has the role 'human'; roles are ",
+        ),
+    ],
+    ids=["missing", "not JSON", "wrong roles"],
+)
+def test_bad_data_is_one_line_exit_code_2_and_no_run_folder(
+    tmp_path: Path, content: str | None, words: list[str], expected: str
+) -> None:
+    if content is not None:
+        (tmp_path / "pairs.jsonl").write_text(content)
+    done = subprocess.run(
+        [sys.executable, "-m", "rcpo.cli", "train", "data=file", "data.path=pairs.jsonl", *words],
+        cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2
+    shown = "pairs.jsonl" if content is None else tmp_path / "pairs.jsonl"
+    assert done.stderr.startswith(f"rcpo: data.path={shown}: {expected}")
+    assert done.stderr.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} <= {"pairs.jsonl"}
+
+
+# Tokenised data that are kept
+
+
+@pytest.fixture
+def all_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny files too."""
+    monkeypatch.setattr(rcpo.data.token_key, "SMALLEST_BYTES", 1)
+
+
+@contextlib.contextmanager
+def nothing_is_tokenised() -> Iterator[None]:
+    def refuse(*args: Any) -> Any:
+        raise AssertionError("tokenised again")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("load_records", "tokenize_records"):
+            patch.setattr(rcpo.training.read_inputs, name, refuse)
+        yield
+
+
+def kept_files() -> list[Path]:
+    return sorted(Path(os.environ["RCPO_CACHE"]).glob("tokens/*.safetensors"))
+
+
+def test_the_second_start_reads_the_same_without_tokenising(tmp_path: Path, all_are_kept: None) -> None:
+    """Pairs, order, batches, steps and the whole report, with rows dropped, prompts cut and weights read."""
+    rows = [{**each, "weight": 0.1 * number} for number, each in enumerate(ROWS)]
+    rows.insert(1, {"chosen": "a", "rejected": None, "weight": 1})
+    config = file_config(
+        tmp_path / "a.jsonl", rows, objective={"sample_weight": "weight"}, data={"on_bad_row": "drop"},
+        train={"pairs_per_step": 2, "max_length": 12, "epochs": 2},
+    )  # fmt: skip
+    fresh = read_inputs(config)
+    with nothing_is_tokenised():
+        again = read_inputs(config)
+    assert (again.train, again.held_out, again.report) == (fresh.train, fresh.held_out, fresh.report)
+    for part in (
+        "1 dropped: 1 because",
+        "prompts cut from the left",
+        "weights: mean",
+        "as the model sees it",
+    ):
+        assert sum(part in line for line in again.report) >= 1
+    assert [again.sampler(config).global_batch(step) for step in range(9)] == [
+        fresh.sampler(config).global_batch(step) for step in range(9)
+    ]
+    assert again.num_steps(config) == fresh.num_steps(config) == 3
+    for file in kept_files():
+        file.unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rcpo.data.token_key, "SMALLEST_BYTES", 10**9)
+        unkept = read_inputs(config)
+    assert kept_files() == []
+    assert (unkept.train, unkept.held_out, unkept.report) == (fresh.train, fresh.held_out, fresh.report)
+
+
+@pytest.mark.parametrize("change", ["data", "template", "max_length", "tokenizer"])
+def test_other_inputs_are_tokenised_again(tmp_path: Path, all_are_kept: None, change: str) -> None:
+    """And give what they would have given without a cache."""
+    config = file_config(tmp_path / "a.jsonl", ROWS, train={"pairs_per_step": 3})
+    before = read_inputs(config)
+    rows, groups = ROWS, {}
+    if change == "data":
+        rows = [row(name, "seven", "nines") for name in ("alice", "bob", "carol", "david")]
+    elif change == "template":
+        groups = {"model": {"chat_template": "plain"}}
+    elif change == "max_length":
+        groups = {"train": {"pairs_per_step": 3, "max_length": 9}}
+    else:
+        folder = tmp_path / "model"
+        shutil.copytree(Path(rcpo.builtin.__file__).parent / "tiny", folder)
+        text = (folder / "tokenizer.json").read_text()
+        (folder / "tokenizer.json").write_text(text.replace('"seven"', '"other"'))
+        groups = {"model": {"path": str(folder)}}
+    groups.setdefault("train", {"pairs_per_step": 3})
+    config = file_config(tmp_path / "a.jsonl", rows, **groups)
+    after = read_inputs(config)
+    assert after.train != before.train
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rcpo.data.token_key, "SMALLEST_BYTES", 10**9)
+        assert read_inputs(config).train == after.train
+    assert len(kept_files()) == 2
+
+
+def test_kept_pairs_are_checked_against_the_model_and_the_batch(tmp_path: Path, all_are_kept: None) -> None:
+    """The same tokens under a model with fewer positions, and more pairs a step than there are."""
+    folder = tmp_path / "model"
+    shutil.copytree(Path(rcpo.builtin.__file__).parent / "tiny", folder)
+    groups: dict[str, Any] = {"model": {"path": str(folder)}, "train": {"pairs_per_step": 3}}
+    read_inputs(file_config(tmp_path / "a.jsonl", ROWS, **groups))
+    told = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 16}
+    (folder / "config.json").write_text(json.dumps(told))
+    with nothing_is_tokenised():
+        said = fault(file_config(tmp_path / "a.jsonl", ROWS, **groups))
+        assert said.startswith("train.max_length: the longest row has ")
+        groups = {"train": {"pairs_per_step": 4}}
+        assert fault(file_config(tmp_path / "a.jsonl", ROWS, **groups)).startswith("train.pairs_per_step=4: ")
+
+
+def test_generated_and_small_data_are_not_kept(tmp_path: Path) -> None:
+    read_inputs(config_of())
+    read_inputs(file_config(tmp_path / "a.jsonl", ROWS, train={"pairs_per_step": 3}))
+    assert kept_files() == []

@@ -1,0 +1,274 @@
+"""Training and held-out pairs from a data config: columns, bad rows, duplicates, draws, and the two named
+hub data sets read from local folders of their shape."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import yaml
+
+from helpers import ROOT
+from rcpo.common.errors import UserError
+from rcpo.config.schema import DataConfig
+from rcpo.data.load import load_records
+from rcpo.data.records import PreferenceRecord
+
+CONF = ROOT / "conf" / "data"
+
+
+def rows_of(numbers: Sequence[int]) -> list[dict[str, Any]]:
+    return [{"prompt": f"q{n}", "chosen": f" yes{n}", "rejected": f" no{n}"} for n in numbers]
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def config_of(path: str, **keys: Any) -> DataConfig:
+    return DataConfig(**{"source": "file", "path": path, "eval_pairs": 1, **keys})
+
+
+def prompts(records: list[PreferenceRecord]) -> list[Any]:
+    return [record.prompt for record in records]
+
+
+def fault(config: DataConfig) -> str:
+    with pytest.raises(UserError) as caught:
+        load_records(config)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_held_out_pairs_are_drawn_by_data_seed_and_not_trained_on(tmp_path: Path) -> None:
+    """10 rows, 3 held out: every row is in one of the two sets, both in the source's order."""
+    path = write_rows(tmp_path / "a.jsonl", rows_of(range(10)))
+    data = load_records(config_of(path, eval_pairs=3))
+    assert (len(data.train), len(data.held_out)) == (7, 3)
+    assert sorted([*data.train, *data.held_out], key=lambda record: record.row) == [
+        PreferenceRecord(f"q{n}", f" yes{n}", f" no{n}", n) for n in range(10)
+    ]
+    for records in (data.train, data.held_out):
+        assert [record.row for record in records] == sorted(record.row for record in records)
+    assert load_records(config_of(path, eval_pairs=3)) == data
+    draws = {tuple(prompts(load_records(config_of(path, eval_pairs=3, seed=n)).held_out)) for n in range(5)}
+    assert len(draws) > 1
+    assert data.report == [
+        f"{path}: 10 rows read, 0 dropped",
+        "3 held-out pairs drawn from the 10 pairs by data.seed=0",
+    ]
+
+
+def test_train_pairs_draws_from_the_whole_file_and_leaves_the_held_out_set(tmp_path: Path) -> None:
+    """Sorted files: the 20 of 400 rows are not the first 20."""
+    path = write_rows(tmp_path / "a.jsonl", rows_of(range(400)))
+    everything = load_records(config_of(path, eval_pairs=5))
+    some = load_records(config_of(path, eval_pairs=5, train_pairs=20))
+    assert some.held_out == everything.held_out
+    assert len(some.train) == 20
+    assert max(record.row for record in some.train) > 100
+    assert some.report[-1] == "20 of 395 training pairs drawn by data.seed=0"
+
+
+def test_held_out_pairs_of_their_own_file(tmp_path: Path) -> None:
+    """At most eval_pairs of them; a training pair that is held out too is dropped, one that shares only its
+    prompt is counted."""
+    shared_prompt = {"prompt": "q21", "chosen": " other", "rejected": " no"}
+    train = write_rows(tmp_path / "a.jsonl", [*rows_of([0, 20, 1]), shared_prompt])
+    held_out = write_rows(tmp_path / "b.jsonl", rows_of([20, 21]))
+    data = load_records(config_of(train, eval_path=held_out, eval_pairs=2))
+    assert prompts(data.train) == ["q0", "q1", "q21"]
+    assert prompts(data.held_out) == ["q20", "q21"]
+    assert data.report == [
+        f"{train}: 4 rows read, 0 dropped",
+        f"{held_out}: 2 rows read, 0 dropped",
+        "1 training pairs dropped because they are held-out pairs too",
+        "1 training pairs share their prompt with a held-out pair (kept)",
+    ]
+    fewer = load_records(config_of(train, eval_path=held_out, eval_pairs=1))
+    assert len(fewer.held_out) == 1
+    assert "1 of 2 held-out pairs drawn by data.seed=0" in fewer.report
+
+
+def test_bad_rows_stop_the_run_with_row_and_reason(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [*rows_of([0]), {"prompt": "q", "chosen": None, "rejected": "x"}])
+    assert fault(config_of(path, on_bad_row="error")) == (
+        f"data.path={path}: row 1 (counted from 0) cannot train: chosen is null; mend it or type "
+        "data.on_bad_row=drop"
+    )
+
+
+def test_bad_rows_are_dropped_and_counted_by_reason(tmp_path: Path) -> None:
+    """Rows keep the numbers that they have in the source. A row without the prompt that others have is bad,
+    not one with an implicit prompt."""
+    bad = [
+        {"prompt": "q", "chosen": "x", "rejected": "x"},
+        {"prompt": "q", "chosen": "y", "rejected": "y"},
+        {"prompt": None, "chosen": "The sky is blue", "rejected": "The sky is red"},
+        {"chosen": "The sky is blue", "rejected": "The sky is red"},
+        {"prompt": "q", "chosen": "a", "rejected": ""},
+    ]
+    path = write_rows(tmp_path / "a.jsonl", [*bad, *rows_of([5, 6])])
+    data = load_records(config_of(path, on_bad_row="drop"))
+    assert sorted(record.row for record in (*data.train, *data.held_out)) == [5, 6]
+    assert data.report[0] == (
+        f"{path}: 7 rows read, 5 dropped: 2 because the sides are identical, 2 because prompt is null, "
+        "1 because rejected is empty"
+    )
+
+
+def test_repeated_rows_are_counted_and_never_on_both_sides(tmp_path: Path) -> None:
+    """One pair three times and another once: where a copy of the first is held out, its copies are not
+    trained on."""
+    path = write_rows(tmp_path / "a.jsonl", rows_of([0, 0, 0, 1]))
+    for seed in range(8):
+        data = load_records(config_of(path, seed=seed))
+        assert data.report[1] == f"{path}: 2 rows repeat an earlier row (kept)"
+        assert not set(prompts(data.train)) & set(prompts(data.held_out))
+
+
+@pytest.mark.parametrize("on_bad_row", ["error", "drop"])
+def test_wrong_columns_are_named_before_any_row(tmp_path: Path, on_bad_row: str) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [{"question": "q", "good": "a", "bad": "b"}])
+    assert fault(config_of(path, on_bad_row=on_bad_row)) == (
+        f"data.path={path}: has no column chosen and no column rejected, but question, good, bad; "
+        "type data.columns='{chosen: NAME, rejected: NAME}'"
+    )
+    assert fault(config_of(path, columns={"chosen": "good", "prompt": "ask"}, on_bad_row=on_bad_row)) == (
+        f"data.path={path}: has no column ask and no column rejected, but question, good, bad; "
+        "type data.columns='{prompt: NAME, rejected: NAME}'"
+    )
+
+
+def test_columns_are_read_by_their_own_names(tmp_path: Path) -> None:
+    """`prompt` is what the user says it is, also beside a column of that name."""
+    rows = [{"question": f"q{n}", "good": " a", "bad": " b", "prompt": None} for n in range(2)]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    names = {"prompt": "question", "chosen": "good", "rejected": "bad"}
+    data = load_records(config_of(path, columns=names))
+    assert sorted(prompts(data.train) + prompts(data.held_out)) == ["q0", "q1"]
+    assert fault(config_of(path, columns={"answer": "good"})) == (
+        "data.columns.answer: no such part; the parts are prompt, chosen, rejected, weight, probability; "
+        "type data.columns='{prompt: NAME, chosen: NAME, rejected: NAME}'"
+    )
+
+
+def test_wrong_roles_throughout_are_one_line(tmp_path: Path) -> None:
+    rows = [
+        {"chosen": [{"role": "human", "content": "a"}], "rejected": [{"role": "gpt", "content": "b"}]}
+    ] * 2
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    assert fault(config_of(path, on_bad_row="drop")) == (
+        f"data.path={path}: none of its 2 rows can train (chosen has the role 'human'; roles are system, "
+        "developer, user, assistant, tool); give pairs of another form"
+    )
+
+
+def test_too_few_pairs_are_refused(tmp_path: Path) -> None:
+    one, three = (write_rows(tmp_path / f"{n}.jsonl", rows_of(range(n))) for n in (1, 3))
+    assert fault(config_of(one)) == (f"data.path={one}: has 1 usable pair; give at least 2, one to hold out")
+    assert fault(config_of(three, eval_pairs=128)) == (
+        f"data.eval_pairs=128: {three} has 3 usable pairs, and at least 1 must be left to train on; "
+        "type data.eval_pairs=1"
+    )
+    assert "data.eval_pairs=3: " in fault(config_of(three, eval_pairs=3))
+    assert len(load_records(config_of(three, eval_pairs=1)).train) == 2
+    assert fault(config_of(three, eval_path=three, eval_pairs=3)) == (
+        f"data.path={three}: no training pair is left beside 3 held-out pairs; "
+        "give more rows, or type a smaller data.eval_pairs=N"
+    )
+
+
+def test_arithmetic_needs_a_number_and_no_file() -> None:
+    data = load_records(DataConfig(source="arithmetic", train_pairs=6, eval_pairs=2))
+    assert (len(data.train), len(data.held_out)) == (6, 2)
+    assert data.report == ["arithmetic: 6 training and 2 held-out pairs"]
+    assert fault(DataConfig(source="arithmetic", path="x.jsonl")) == (
+        "data.path=x.jsonl: data=arithmetic reads no file; type data=file"
+    )
+    assert fault(DataConfig(source="arithmetic")) == (
+        "data.train_pairs=null: data=arithmetic needs a number; type data.train_pairs=2048"
+    )
+
+
+def named_config(name: str, path: Path) -> DataConfig:
+    """conf/data/NAME.yaml as it ships, but for the place."""
+    return DataConfig(**{**yaml.safe_load((CONF / f"{name}.yaml").read_text()), "path": str(path)})
+
+
+def save(path: Path, splits: dict[str, list[dict[str, Any]]]) -> None:
+    """As `save_to_disk` writes a data set with splits."""
+    sets = {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
+    datasets.DatasetDict(sets).save_to_disk(path)
+
+
+def save_clone(path: Path, splits: dict[str, list[dict[str, Any]]]) -> None:
+    """As a clone of the hub's repository looks."""
+    (path / "data").mkdir(parents=True)
+    (path / "README.md").write_text("# pairs")
+    for split, rows in splits.items():
+        datasets.Dataset.from_list(rows).to_parquet(path / "data" / f"{split}-00000-of-00001.parquet")
+
+
+@pytest.mark.parametrize("save", [save, save_clone])
+def test_ultrafeedback_is_read_from_a_folder_of_its_shape(
+    tmp_path: Path, save: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All its columns and all its splits; an empty answer, as it really has, is dropped and counted."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def row(n: int, chosen: str) -> dict[str, Any]:
+        sides = [
+            [{"content": f"q{n}", "role": "user"}, {"content": text, "role": "assistant"}]
+            for text in (chosen, f"no{n}")
+        ]
+        return {
+            "prompt": f"q{n}", "prompt_id": f"id{n}", "chosen": sides[0], "rejected": sides[1],
+            "messages": sides[0], "score_chosen": 8.0, "score_rejected": 5.5,
+        }  # fmt: skip
+
+    train, test = [row(0, "yes"), row(1, ""), row(2, "yes")], [row(3, "yes")]
+    save(
+        tmp_path / "uf",
+        {"train_sft": test, "test_sft": test, "train_prefs": train, "test_prefs": test, "test_gen": test},
+    )
+    data = load_records(named_config("ultrafeedback", tmp_path / "uf"))
+    assert [record.row for record in data.train] == [0, 2]
+    assert data.held_out == [
+        PreferenceRecord(
+            [{"role": "user", "content": "q3"}],
+            [{"role": "assistant", "content": "yes"}],
+            [{"role": "assistant", "content": "no3"}],
+            0,
+        )
+    ]
+    assert data.report[0] == (
+        f"{tmp_path}/uf [train_prefs]: 3 rows read, 1 dropped: 1 because chosen is empty"
+    )
+
+
+def test_hh_rlhf_is_read_from_a_folder_of_its_shape(tmp_path: Path) -> None:
+    """Raw strings, split at the last assistant turn of each side."""
+
+    def row(n: int) -> dict[str, str]:
+        start = f"\n\nHuman: q{n}\n\nAssistant: a\n\nHuman: more\n\nAssistant:"
+        return {"chosen": f"{start} yes", "rejected": f"{start} no"}
+
+    save(tmp_path / "hh", {"train": [row(0), row(1)], "test": [row(2)]})
+    data = load_records(named_config("hh_rlhf", tmp_path / "hh"))
+    assert len(data.train) == 2
+    assert data.held_out == [
+        PreferenceRecord(
+            [
+                {"role": "user", "content": "q2"},
+                {"role": "assistant", "content": "a"},
+                {"role": "user", "content": "more"},
+            ],
+            [{"role": "assistant", "content": "yes"}],
+            [{"role": "assistant", "content": "no"}],
+            0,
+        )
+    ]

@@ -1,0 +1,348 @@
+"""What composes with every objective: weights of pairs and KL-DRO, by hand, against differences of the whole
+batch's loss, and in training runs against the plain loop, however the batch is split."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from helpers.objective_cases import PAIR_A, PAIR_B, s
+from helpers.rank_runs import (
+    Case,
+    Layout,
+    assert_equal_rows,
+    assert_equals_plain,
+    make_config,
+    make_run,
+    metrics,
+    plain_run,
+    train_all,
+    write_inputs,
+)
+from rcpo.common.errors import UserError
+from rcpo.config.compose import compose, conf_dir
+from rcpo.config.schema import Config
+from rcpo.config.validate import validate
+from rcpo.data.batch import PairBatch, collate
+from rcpo.data.tokenize import TokenizedPair, TokenizedSide
+from rcpo.objectives import REGISTRY, Composition, PairLogProbs, composition_of, load_objective, objective_of
+from rcpo.objectives.composition import DEFAULTS
+from rcpo.runs.folder import RunFolder
+from rcpo.training.aggregate import KlDro, Mean, aggregate_of, tilt
+from rcpo.training.read_inputs import read_inputs
+from rcpo.training.step import Aggregate
+from rcpo.training.surrogate import MicroBatch, price
+
+NAMES = sorted(REGISTRY)
+
+# Prices of a batch whose log-probs are given
+
+
+PAIRS = PairLogProbs(
+    z_w=torch.tensor([-4.0, -9.0, -9.0, -0.2], dtype=torch.float64),
+    z_l=torch.tensor([-6.0, -8.0, -8.0, -0.5], dtype=torch.float64),
+    ref_w=torch.tensor([-5.0, -7.0, -7.0, -3.2], dtype=torch.float64),
+    ref_l=torch.tensor([-5.0, -9.0, -7.0, -2.5], dtype=torch.float64),
+    len_w=torch.tensor([2.0, 3.0, 3.0, 2.0], dtype=torch.float64),
+    len_l=torch.tensor([3.0, 4.0, 4.0, 5.0], dtype=torch.float64),
+)
+WEIGHTS = (1.0, 2.0, 0.5, 0.0)
+
+
+class KnownLogProbs:
+    """In the engine's place where an aggregate wants z: what `PAIRS` says, by micro-batch."""
+
+    def __init__(self, batches: Sequence[MicroBatch], z: Sequence[Tensor]) -> None:
+        self._z = {id(batch.batch): both for batch, both in zip(batches, z, strict=True)}
+
+    def logprobs_without_grad(self, batch: PairBatch) -> Tensor:
+        return self._z[id(batch)]
+
+
+class Prices(NamedTuple):
+    loss: Tensor
+    d_w: Tensor
+    d_l: Tensor
+
+
+def micro_batches(pairs: PairLogProbs, weights: Sequence[float], sizes: Sequence[int]) -> list[MicroBatch]:
+    def side(length: Tensor, token: int) -> TokenizedSide:
+        return TokenizedSide([1, *[token] * int(length)], 1)
+
+    tokenized = [
+        TokenizedPair(side(w, 3), side(loser, 4), row)
+        for row, (w, loser) in enumerate(zip(pairs.len_w, pairs.len_l, strict=True))
+    ]
+    made, start = [], 0
+    for size in sizes:
+        part = slice(start, start + size)
+        weight = torch.tensor(weights[part], dtype=torch.float64)
+        made.append(MicroBatch(collate(tokenized[part], 0), pairs.ref_w[part], pairs.ref_l[part], weight))
+        start += size
+    return made
+
+
+def prices(
+    aggregate: Aggregate,
+    name: str,
+    pairs: PairLogProbs = PAIRS,
+    weights: Sequence[float] = WEIGHTS,
+    sizes: Sequence[int] = (4,),
+) -> Prices:
+    """Loss and incentives that an aggregate gives the pairs, in micro-batches of `sizes`."""
+    objective = load_objective(name)
+    batches = micro_batches(pairs, weights, sizes)
+    z = [torch.cat(both) for both in zip(pairs.z_w.split(sizes), pairs.z_l.split(sizes), strict=True)]
+    seen = []
+    priced = aggregate.prices(
+        KnownLogProbs(batches, z),  # type: ignore[arg-type]
+        objective,
+        objective.initial_state(6.0),
+        batches,
+    )
+    for (_, price_of), both in zip(priced, z, strict=True):
+        loss, (d_w, d_l) = price_of(*both.chunk(2))[1:]
+        seen.append(Prices(loss, d_w, d_l))
+    return Prices(*(torch.cat(columns) for columns in zip(*seen, strict=True)))
+
+
+def kl_dro_loss(name: str, pairs: PairLogProbs, dro_lambda: float) -> Tensor:
+    """lambda log mean exp(w loss / lambda), from the formula."""
+    objective = load_objective(name)
+    losses = objective(pairs._replace(state=objective.initial_state(6.0)))
+    powers = torch.exp(torch.tensor(WEIGHTS, dtype=torch.float64) * losses / dro_lambda)
+    return dro_lambda * powers.mean().log()
+
+
+def test_a_weight_multiplies_loss_and_incentives_by_hand() -> None:
+    """dpo, pairs A and B: beta mt = 0.2 and -0.3; d = 0.1 s(-0.2) and 0.1 s(0.3). Weights 3 and 0."""
+    pairs = PairLogProbs(*(torch.cat(both) for both in zip(PAIR_A[:6], PAIR_B[:6], strict=True)))
+    batch = micro_batches(pairs, (3.0, 0.0), (2,))[0]
+    _, loss, (d_w, d_l) = price(load_objective("dpo"), (), batch, pairs.z_w, pairs.z_l)
+    single = load_objective("dpo")(pairs)
+    assert loss.tolist() == [pytest.approx(3 * single[0].item()), 0.0]
+    assert d_w.tolist() == d_l.tolist() == [pytest.approx(0.3 * s(-0.2)), 0.0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_weight_of_two_is_the_pair_twice_and_of_zero_the_pair_left_out(name: str) -> None:
+    """Sums over the batch, which the mean divides by B."""
+
+    def rows(*numbers: int) -> PairLogProbs:
+        return PairLogProbs(*(field[list(numbers)] for field in PAIRS[:6]))
+
+    weighted = prices(Mean(), name, rows(0, 1, 2), (2.0, 0.0, 1.0), (3,))
+    repeated = prices(Mean(), name, rows(0, 0, 2), (1.0, 1.0, 1.0), (3,))
+    for one, other in zip(weighted, repeated, strict=True):
+        assert torch.allclose(one.sum(), other.sum(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_kl_dro_incentives_match_central_differences_of_the_whole_batch(name: str) -> None:
+    """B dL/dz of L = lambda log mean exp(w loss/lambda), by (L(z + h) - L(z - h))/2h, fp64, h = 1e-5, for
+    every z of the batch; and every split of the batch gives the same prices."""
+    h = 1e-5
+    scale = prices(Mean(), name).loss.abs().max().item()
+    dro_lambda = 0.5 * max(1.0, scale)
+    whole = prices(KlDro(dro_lambda), name)
+    for field, sign, column in (("z_w", -1, whole.d_w), ("z_l", 1, whole.d_l)):
+        for idx in range(4):
+            moved = torch.zeros(4, dtype=torch.float64)
+            moved[idx] = h
+            z = getattr(PAIRS, field)
+            up = kl_dro_loss(name, PAIRS._replace(**{field: z + moved}), dro_lambda)
+            down = kl_dro_loss(name, PAIRS._replace(**{field: z - moved}), dro_lambda)
+            slope = sign * 4 * (up - down).item() / (2 * h)
+            assert column[idx].item() == pytest.approx(slope, rel=2e-6, abs=1e-7 * max(1.0, scale))
+    assert whole.loss.mean().item() == pytest.approx(kl_dro_loss(name, PAIRS, dro_lambda).item(), rel=1e-12)
+    for sizes in ((1, 1, 1, 1), (3, 1)):
+        for one, other in zip(whole, prices(KlDro(dro_lambda), name, sizes=sizes), strict=True):
+            assert torch.allclose(one, other, rtol=1e-12)
+
+
+def test_tilt_by_hand() -> None:
+    """Losses 0 and log 3, lambda 1: mean exp = 2, L = log 2, p = (1/2, 3/2). lambda 1/2: mean 5, p = (1/5,
+    9/5), L = log(5)/2. Towards infinity: the mean."""
+    losses = torch.log(torch.tensor([1.0, 3.0], dtype=torch.float64))
+    for dro_lambda, expected_p, expected in (
+        (1.0, [0.5, 1.5], torch.log(torch.tensor(2.0)).item()),
+        (0.5, [0.2, 1.8], torch.log(torch.tensor(5.0)).item() / 2),
+        (1e9, [1.0, 1.0], losses.mean().item()),
+    ):
+        p, total = tilt(losses, dro_lambda)
+        assert p.tolist() == pytest.approx(expected_p)
+        assert total.item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("dro_lambda", [1.0, 0.01, 1e-4])
+def test_tilt_is_finite_at_losses_of_ten_thousand_lambda(dro_lambda: float) -> None:
+    """fp32. The worst pair has all the weight, B; the loss is its loss less lambda log B."""
+    largest = 1e4 * dro_lambda
+    p, total = tilt(torch.tensor([-largest, 0.0, largest]), dro_lambda)
+    assert p.tolist() == pytest.approx([0.0, 0.0, 3.0])
+    assert total.item() == pytest.approx(largest - dro_lambda * torch.log(torch.tensor(3.0)).item(), rel=1e-6)
+
+
+# The section `objective`
+
+
+def test_the_shipped_keys_are_the_composition() -> None:
+    text = (conf_dir() / "every_objective.yaml").read_text(encoding="utf-8")
+    assert yaml.safe_load(text) == DEFAULTS
+    assert composition_of({"name": "dpo"}) == composition_of({"name": "dpo", **DEFAULTS}) == Composition()
+    assert isinstance(aggregate_of(Composition()), Mean)
+    assert isinstance(aggregate_of(Composition(aggregate="kl_dro")), KlDro)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_objective_has_a_parameter_of_these_names(name: str) -> None:
+    params = load_objective(name).params()
+    assert not set(params) & set(DEFAULTS)
+    assert objective_of({**DEFAULTS, "name": name, **params}) == load_objective(name)
+
+
+def test_a_users_own_option_may_set_them_and_the_command_line_wins(tmp_path: Path) -> None:
+    (tmp_path / "objective").mkdir()
+    (tmp_path / "objective/robust.yaml").write_text("name: dpo\naggregate: kl_dro\ndro_lambda: 0.2\n")
+    words = ["--config-dir", str(tmp_path), "objective=robust"]
+    for more, expected in (([], 0.2), (["objective.dro_lambda=0.3"], 0.3)):
+        tree = compose([*words, *more])
+        assert tree is not None
+        composition = composition_of(validate(tree).objective)
+        assert (composition.aggregate, composition.dro_lambda) == ("kl_dro", expected)
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        (
+            {"aggregate": "max"},
+            "objective.aggregate=max: must be mean or kl_dro; type ",
+        ),
+        ({"sample_weight": True}, "objective.sample_weight=True: must be null, weight or dora; type "),
+        ({"aggregate": "kl_dro", "dro_lambda": 0}, "objective.dro_lambda=0: must be greater than 0; type "),
+        (
+            {"aggregate": "kl_dro", "dro_lambda": "x"},
+            "objective.dro_lambda=x: must be a finite number; type ",
+        ),
+        ({"sample_weight": "dora", "dora_a": -1.0}, "objective.dora_a=-1.0: must be greater than 0; type "),
+        ({"sample_weight": "dora", "dora_a_i": -1}, "objective.dora_a_i=-1: must be 0 or greater; type "),
+        (
+            {"dro_lambda": 0.1},
+            "objective.dro_lambda=0.1: has no effect without kl_dro; type objective.aggregate=kl_dro, or "
+            "objective.dro_lambda=1.0",
+        ),
+        (
+            {"sample_weight": "weight", "dora_a": 0.1},
+            "objective.dora_a=0.1: has no effect without dora; type objective.sample_weight=dora, or ",
+        ),
+    ],
+)
+def test_bad_keys_are_one_line(section: dict[str, object], expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        composition_of({"name": "dpo", **section})
+    assert str(caught.value).startswith(expected)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_misspelt_key_is_told_the_right_one() -> None:
+    with pytest.raises(UserError, match=r"dpo has no such parameter; did you mean objective\.aggregate\?"):
+        objective_of({"name": "dpo", "agregate": "kl_dro"})
+
+
+# Training runs
+
+
+class Run(NamedTuple):
+    case: Case
+    words: tuple[str, ...]
+    layout: Layout
+
+    def __str__(self) -> str:
+        told = "-".join(word.split(".")[-1].replace("=", "_") for word in self.words)
+        return f"{self.case}-{told}-{self.layout}"
+
+
+DRO = ("objective.aggregate=kl_dro", "objective.dro_lambda=0.1", "objective.sample_weight=weight")
+DORA = ("objective.sample_weight=dora", "objective.dora_a=0.25")
+EXACT = ("calibration.every=2", "calibration.warmup_steps=0")
+SPLITS = (Layout(1, 8), Layout(1, 1), Layout(2, 4), Layout(2, 1))
+GROUPS = [
+    [Run(Case("dpo", "off", "llama-tied", "adamw"), DRO, layout) for layout in SPLITS],
+    [Run(Case("simpo", "exact", "neox", "adamw"), (*DRO, *EXACT), layout) for layout in SPLITS],
+    [Run(Case("dpo", "off", "llama", "sgd"), DORA, layout) for layout in SPLITS],
+    [
+        Run(Case("simpo", "exact", "llama-tied", "adamw"), (*DORA, *EXACT), layout)
+        for layout in (*SPLITS, Layout(2, 2, 3))
+    ],
+    [Run(Case("dpo", "on", "neox-tied", "adamw"), DRO, layout) for layout in (Layout(1, 4), Layout(2, 2, 3))],
+]
+"""Each group is one training, split in several ways."""
+MIX = [Run(Case("mix", "off", "llama", "adamw"), DRO, layout) for layout in (Layout(1, 8), Layout(2, 1))]
+
+
+def column(number: int) -> dict[str, float]:
+    """Weights 0, 0.7, 1.4, 2.1 and probabilities 0.1 to 0.9 in turn."""
+    return {"trust": round(0.7 * (number % 4), 1), "probability": round(0.1 + 0.2 * (number % 5), 1)}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Run, tuple[Config, RunFolder]]:
+    """All of them, by one launch of one rank and one of two."""
+    inputs = tmp_path_factory.mktemp("inputs")
+    write_inputs(inputs)
+    lines = (inputs / "train.jsonl").read_text().splitlines()
+    rows = [json.loads(line) | column(number) for number, line in enumerate(lines)]
+    (inputs / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = tmp_path_factory.mktemp("runs")
+    made = {}
+    for run in [*(run for group in GROUPS for run in group), *MIX]:
+        columns = ["data.columns={weight: trust}"] if DRO[0] in run.words else []
+        config = make_config(inputs, folder / str(run), run.case, run.layout, *run.words, *columns)
+        made[run] = config, make_run(config)
+    for num_ranks in (1, 2):
+        mine = [folder for run, (_, folder) in made.items() if run.layout.ranks == num_ranks]
+        train_all(mine, num_ranks, timeout_seconds=300)
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(700)
+@pytest.mark.parametrize("group", GROUPS, ids=lambda group: str(group[0]))
+def test_every_split_trains_as_the_plain_loop(
+    group: list[Run], runs: dict[Run, tuple[Config, RunFolder]]
+) -> None:
+    """Weights to 1e-5 and every number to fp32 tolerance, also the loss, which is the aggregated one."""
+    config, first = runs[group[0]]
+    plain = plain_run(config)
+    for run in group:
+        assert_equals_plain(runs[run][1], plain, 1e-5)
+        assert_equal_rows(metrics(runs[run][1]), metrics(first))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(700)
+def test_a_mix_is_the_same_on_one_rank_and_on_two(runs: dict[Run, tuple[Config, RunFolder]]) -> None:
+    one, two = (metrics(runs[run][1]) for run in MIX)
+    assert_equal_rows(one, two)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(700)
+def test_the_weights_of_a_run_are_those_of_the_file(runs: dict[Run, tuple[Config, RunFolder]]) -> None:
+    """The plain loop takes them from the tokenised pairs, so they need a look of their own. With a = 1/4 and
+    a_i = 1/2, p = 0.1 gives 1/(1/4 + 9/2) = 4/19."""
+    config, run = runs[GROUPS[0][0]]
+    assert {pair.row: pair.weight for pair in read_inputs(config).train} == {
+        number: column(number)["trust"] for number in range(20)
+    }
+    dora = {pair.row: pair.weight for pair in read_inputs(runs[GROUPS[2][0]][0]).train}
+    assert dora[0] == pytest.approx(4 / 19)
+    assert dora[4] == pytest.approx(1 / (1 / 4 + 1 / 18))
+    card = (run.final / "README.md").read_text()
+    assert "Composed: each pair's loss times its weight in the data; 0.1 log mean exp(loss/0.1) in" in card

@@ -1,0 +1,183 @@
+"""`rcpo resume --allow-change`: what may differ from the config a run was started with, and what comes of
+it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from helpers.rank_runs import (
+    Case,
+    Job,
+    Layout,
+    assert_equal_rows,
+    do_jobs,
+    final_weights,
+    make_config,
+    make_run,
+    write_inputs,
+)
+from helpers.rank_runs import metrics as rows_of
+from rcpo.common.errors import UserError
+from rcpo.launch.changes import changed_config
+from rcpo.runs.folder import RunFolder
+from rcpo.runs.frozen import open_run
+
+CASE = Case("dpo", "on", "llama-tied", "adamw")
+SPREADINGS = [
+    (Layout(2, 2, 2), ("launch.processes=1",)),
+    (Layout(1, 2, 1), ("launch.processes=2", "deepspeed.stage=2")),
+    (Layout(2, 2, 3), ("launch.processes=1", "train.pairs_per_device=4")),
+    (Layout(1, 2, 3), ("launch.processes=2",)),
+    (Layout(2, 2, 0), ("launch.processes=1",)),
+]
+"""Layout of the run that is killed after step 5, and how it is resumed from step 4."""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    write_inputs(tmp_path)
+    return make_run(make_config(tmp_path, tmp_path / "run", CASE, Layout(1, 8)))
+
+
+def edit(run: RunFolder, key: str, value: object) -> None:
+    """As a user does in an editor."""
+    tree = yaml.safe_load(run.config.read_text())
+    *groups, last = key.split(".")
+    place = tree
+    for group in groups:
+        place = place[group]
+    place[last] = value
+    run.config.write_text(yaml.safe_dump(tree))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_other_ranks_and_stages_resume_to_rounding(tmp_path: Path) -> None:
+    """Rows, alpha and weights equal those of the run that was never killed, to fp32 tolerance; the schedule
+    goes on where it was."""
+    write_inputs(tmp_path)
+    pairs, jobs, resumed = [], {1: [], 2: []}, {1: [], 2: []}
+    for layout, allowed in SPREADINGS:
+        whole, cut = (
+            make_run(
+                make_config(
+                    tmp_path, tmp_path / f"{layout}-{name}", CASE, layout, "train.save_every=2",
+                    "optim.schedule=cosine",
+                )
+            )
+            for name in ("whole", "cut")
+        )  # fmt: skip
+        pairs.append((whole, cut, allowed))
+        jobs[layout.ranks] += [Job(str(whole.path)), Job(str(cut.path), killed_at=("row", 5))]
+    for num_ranks in (1, 2):
+        do_jobs(jobs[num_ranks], num_ranks, 300)
+    for _, cut, allowed in pairs:
+        config = changed_config(cut, allowed, None)
+        resumed[config.world_size()].append(Job(str(cut.path), resume=True))
+    for num_ranks in (1, 2):
+        do_jobs(resumed[num_ranks], num_ranks, 300)
+    for whole, cut, allowed in pairs:
+        assert_equal_rows(rows_of(whole), rows_of(cut))
+        expected = final_weights(whole)
+        for name, weight in final_weights(cut).items():
+            assert float((weight - expected[name]).abs().max()) < 1e-6, (allowed, name)
+        assert {change["key"] for change in cut.read_run()["changes"]} == {
+            word.partition("=")[0] for word in allowed
+        }
+
+
+def test_an_edited_config_is_refused_with_what_differs(run: RunFolder) -> None:
+    """optim.lr decides what is trained: put back or start anew, also when named; nothing is written."""
+    edit(run, "optim.lr", 0.5)
+    before = run.config.read_bytes()
+    with pytest.raises(UserError) as caught:
+        changed_config(run, [], None)
+    assert str(caught.value) == (
+        f"optim.lr: the run was started with 0.003, not 0.5, and it decides what is trained; put it back in "
+        f"{run.config}, or start a new run"
+    )
+    with pytest.raises(UserError, match=r"optim\.lr decides what is trained, so it cannot change"):
+        changed_config(run, ["optim.lr"], None)
+    assert run.config.read_bytes() == before
+
+
+def test_a_safe_edit_wants_to_be_named(run: RunFolder) -> None:
+    """train.save_every: refused with the words to type, then taken, remembered, and no change any more."""
+    edit(run, "train.save_every", 7)
+    with pytest.raises(UserError) as caught:
+        changed_config(run, [], None)
+    assert str(caught.value) == (
+        f"train.save_every: the run was started with 0, and {run.config} says 7; put it back, or type "
+        f"rcpo resume {run.path} --allow-change train.save_every"
+    )
+    assert changed_config(run, ["train.save_every"], None).train.save_every == 7
+    (change,) = run.read_run()["changes"]
+    assert (change["key"], change["from"], change["to"]) == ("train.save_every", 0, 7)
+    assert changed_config(run, [], None).train.save_every == 7
+
+
+def test_a_value_on_the_command_line_is_written_to_the_config(run: RunFolder) -> None:
+    """KEY=VALUE, for several keys at once; a null too."""
+    allowed = ["train.steps=9", "tracking.project=elsewhere", "train.keep_last=null"]
+    changed_config(run, allowed, None)
+    _, config = open_run(str(run.path))
+    assert (config.train.steps, config.tracking.project, config.train.keep_last) == (9, "elsewhere", None)
+    assert {change["key"] for change in run.read_run()["changes"]} == {"train.steps", "tracking.project"}
+
+
+@pytest.mark.parametrize(
+    ("allowed", "said"),
+    [
+        ("train.stepz=9", "train.stepz is no key of the run's config"),
+        ("train=9", "train is no key of the run's config"),
+        ("train.steps=-1", "train.steps=-1: must be greater than 0"),
+        ("train.steps=[", "[ is no value; type train.steps=VALUE"),
+        ("objective.beta=1", "objective.beta decides what is trained, so it cannot change"),
+        ("train.pairs_per_device=3", "pairs_per_device=3"),
+        ("launch.processes=3", "3"),
+    ],
+)
+def test_a_change_that_cannot_be_is_one_line(run: RunFolder, allowed: str, said: str) -> None:
+    before = run.config.read_bytes(), run.run_json.read_bytes()
+    with pytest.raises(UserError) as caught:
+        changed_config(run, [allowed], None)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert (run.config.read_bytes(), run.run_json.read_bytes()) == before
+
+
+def test_steps_cannot_change_under_a_schedule_that_they_decide(tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    run = make_run(make_config(tmp_path, tmp_path / "run", CASE, Layout(1, 8), "optim.schedule=linear"))
+    with pytest.raises(UserError, match=r"with optim\.schedule=linear it decides the learning rate"):
+        changed_config(run, ["train.steps=9"], None)
+
+
+@pytest.mark.parametrize(
+    ("state", "allowed", "said"),
+    [
+        (
+            (1, 2),
+            "deepspeed.stage=3",
+            "DeepSpeed cannot turn that into 1 at ZeRO 3; resume with deepspeed.stage=2",
+        ),
+        ((1, 0), "deepspeed.stage=1", "cannot turn that into 1 at ZeRO 1; resume with deepspeed.stage=0"),
+        ((1, 1), "train.steps=3", "train.steps=3: the newest checkpoint is of step 4 already"),
+    ],
+)
+def test_what_the_newest_checkpoint_cannot_do_is_refused_before_anything_is_written(
+    tmp_path: Path, state: tuple[int, int], allowed: str, said: str
+) -> None:
+    write_inputs(tmp_path)
+    run = make_run(make_config(tmp_path, tmp_path / "run", CASE, Layout(1, 8, state[1])))
+    newest = run.checkpoints / "step-000004"
+    newest.mkdir()
+    (newest / "state.json").write_text(json.dumps({"world_size": state[0], "stage": state[1]}))
+    (newest / "manifest.json").write_text("{}")
+    before = run.config.read_bytes()
+    with pytest.raises(UserError) as caught:
+        changed_config(run, [allowed], None)
+    assert said in str(caught.value)
+    assert run.config.read_bytes() == before

@@ -1,0 +1,191 @@
+"""Frozen cells: what a sweep folder holds before anything runs, and that it never changes afterwards."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+import rcpo.runs.folder
+from helpers import ROOT
+from rcpo.common.errors import UserError
+from rcpo.common.source import source_hash
+from rcpo.runs.folder import RunFolder
+from rcpo.runs.frozen import open_run
+from rcpo.sweep.definition import Definition, read_definition
+from rcpo.sweep.expand import expand
+from rcpo.sweep.folder import SweepFolder
+from rcpo.sweep.freeze import FrozenCell, Here, freeze_cell, freeze_cells, write_sweep
+
+GRID = """
+name: small
+overrides: [tracking=none, train.steps=3, "tracking.tags=[mine]"]
+axes: {objective: [dpo], calibration: [off, on]}
+"""
+
+
+def make(folder: Path, text: str = GRID, *more: str) -> tuple[SweepFolder, list[FrozenCell]]:
+    """Freeze and write the sweep of this file."""
+    (folder / "grid.yaml").write_text(text)
+    definition = read_definition(str(folder / "grid.yaml"), more)
+    sweep = SweepFolder(folder / "out")
+    sweep.path.mkdir(exist_ok=True)
+    cells = freeze_cells(definition, sweep, Here())
+    write_sweep(sweep, definition, cells)
+    return sweep, cells
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_frozen_cell_is_a_run_that_is_pending(tmp_path: Path) -> None:
+    sweep, cells = make(tmp_path)
+    assert sweep.read_cells() == [frozen.cell for frozen in cells]
+    assert [cell.name for cell in sweep.read_cells()] == ["dpo-off", "dpo-on"]
+    for frozen in cells:
+        run, config = open_run(str(sweep.run(frozen.cell).path))
+        assert config == frozen.config
+        assert (config.name, config.run_dir) == (frozen.cell.name, str(run.path))
+        known = run.read_run()
+        assert (known["status"], known["source_hash"]) == ("pending", source_hash())
+        assert len(known["wandb_id"]) == 12
+        assert "started" not in known
+    assert len({sweep.run(frozen.cell).read_run()["wandb_id"] for frozen in cells}) == 2
+    assert yaml.safe_load(sweep.sweep_yaml.read_text())["axes"]["calibration"] == ["off", "on"]
+
+
+def test_wandb_gets_the_sweep_as_group_and_a_tag_for_each_axis(tmp_path: Path) -> None:
+    """Beside the tags of every run and the user's own."""
+    _, cells = make(tmp_path)
+    tracking = cells[1].config.tracking
+    assert tracking.group == "small"
+    assert {"mine", "objective=dpo", "calibration=on", "dpo", "tiny"} <= set(tracking.tags)
+    (tmp_path / "named").mkdir()
+    _, named = make(tmp_path / "named", GRID + "group: 'a, [b]'\n")
+    assert named[0].config.tracking.group == "a, [b]"
+
+
+def test_the_same_sweep_again_changes_nothing(tmp_path: Path) -> None:
+    sweep, _ = make(tmp_path)
+    before = contents(sweep.path)
+    make(tmp_path)
+    assert contents(sweep.path) == before
+
+
+def test_a_changed_definition_is_refused_with_the_difference(tmp_path: Path) -> None:
+    sweep, _ = make(tmp_path)
+    before = contents(sweep.path)
+    with pytest.raises(UserError, match=r"another definition \(train.steps: 3 -> 4 in 2 cells\); type --out"):
+        make(tmp_path, GRID.replace("steps=3", "steps=4"))
+    with pytest.raises(UserError, match=r"kto-off is new; kto-on is new; dpo-off is gone"):
+        make(tmp_path, GRID.replace("[dpo]", "[kto]"))
+    with pytest.raises(UserError, match=r"optim.lr: 0.0003 -> 0.01 in 2 cells"):
+        make(tmp_path, GRID, "optim.lr=0.01")
+    assert contents(sweep.path) == before
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match="exists, is not empty and is no sweep folder"):
+        make(tmp_path)
+    assert list(contents(tmp_path / "out")) == ["thesis.tex"]
+
+
+def test_freezing_that_was_cut_short_is_done_again(tmp_path: Path) -> None:
+    sweep, cells = make(tmp_path)
+    sweep.manifest.unlink()
+    sweep.run(cells[1].cell).run_json.unlink()
+    make(tmp_path)
+    assert sweep.run(cells[1].cell).read_run()["status"] == "pending"
+
+
+def test_a_manifest_that_is_lost_does_not_cost_what_has_run(tmp_path: Path) -> None:
+    sweep, cells = make(tmp_path)
+    sweep.run(cells[0].cell).metrics.write_text('{"step": 1}\n')
+    sweep.manifest.unlink()
+    with pytest.raises(UserError, match=r"has lost its manifest.jsonl, and dpo-off has run"):
+        make(tmp_path)
+    assert sweep.run(cells[0].cell).metrics.is_file()
+
+
+def test_what_is_wrong_with_a_cell_names_the_cell_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^cell dpo-off: objective.betta: .*did you mean objective.beta\?"):
+        make(
+            tmp_path,
+            GRID.replace("[dpo]", "[{label: dpo, overrides: [objective=dpo, objective.betta=1]}]"),
+        )
+    assert contents(tmp_path / "out") == {}
+
+
+def test_a_damaged_manifest_names_its_line(tmp_path: Path) -> None:
+    sweep, _ = make(tmp_path)
+    sweep.manifest.write_text(sweep.manifest.read_text() + '{"name": "x"}\n')
+    with pytest.raises(UserError, match=r"manifest.jsonl: line 3 is damaged"):
+        sweep.read_cells()
+
+
+def test_a_cell_that_starts_under_other_code_says_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep, cells = make(tmp_path)
+    run = sweep.run(cells[0].cell)
+    run.reopen()
+    assert capsys.readouterr().err == ""
+    assert (run.read_run()["status"], run.read_run()["num_resumed"]) == ("running", 0)
+    monkeypatch.setattr(rcpo.runs.folder, "source_hash", lambda: "0123456789abcdef")
+    run.reopen()
+    assert "rcpo's code has changed since this run was made" in capsys.readouterr().err
+    run.reopen()
+    assert capsys.readouterr().err == ""
+    (change,) = run.read_run()["code_changes"]
+    assert change["source_hash"] == "0123456789abcdef"
+    assert run.read_run()["source_hash"] == source_hash()
+    assert run.read_run()["num_resumed"] == 2
+
+
+def some_of(name: str, folder: Path, step: int) -> tuple[Definition, list[FrozenCell]]:
+    """A shipped sweep, and every step-th of its cells: composing one takes a tenth of a second."""
+    definition = read_definition(str(ROOT / "sweeps" / name))
+    sweep = SweepFolder(folder)
+    return definition, [freeze_cell(point, definition, sweep, Here()) for point in expand(definition)[::step]]
+
+
+@pytest.mark.parametrize("model", ["pythia", "mistral", "qwen"])
+def test_the_papers_grids_compose_with_the_published_settings(tmp_path: Path, model: str) -> None:
+    """32 pairs a step, constant rate, one epoch, 1024 tokens of which 512 of prompt, seed 42, EMA 0.98."""
+    definition, averaged = some_of(f"paper_{model}.yaml", tmp_path, 3)
+    own, summed = some_of(f"paper_{model}_summed.yaml", tmp_path, 3)
+    for frozen in averaged + summed:
+        train = frozen.config.train
+        assert (train.pairs_per_step, train.epochs, train.max_length, train.max_prompt_length) == (
+            32, 1.0, 1024, 512,
+        )  # fmt: skip
+        assert (frozen.config.optim.schedule, frozen.config.optim.warmup_steps) == ("constant", 0)
+        assert (frozen.config.seed, frozen.config.calibration.ema_beta) == (42, 0.98)
+        assert frozen.config.data.path in definition.estimate.train_pairs
+    betas = {
+        frozen.config.objective["beta"]
+        for frozen in averaged
+        if frozen.config.objective["name"] == "dpo_norm"
+    }
+    assert betas == {1.0 if model == "pythia" else 2.0}
+    rates = {(frozen.config.model.lora.rank, frozen.config.optim.lr) for frozen in averaged + summed}
+    wanted = {"pythia": {(None, 6e-7), (16, 1e-4)}, "mistral": {(8, 3e-7)}, "qwen": {(8, 5e-7)}}
+    assert rates == wanted[model]
+    assert [value.label for value in own.axes["objective"]] == ["dpo", "ipo", "simpo", "cpo", "slic"]
+
+
+def test_the_demo_is_the_grid_of_the_readme(tmp_path: Path) -> None:
+    definition, frozen = some_of("demo.yaml", tmp_path, 25)
+    assert [len(values) for values in definition.axes.values()] == [6, 4, 3]
+    assert [cell.cell.name for cell in frozen] == ["dpo-off-seed0", "ipo-off-seed1", "dil_bce-off-seed2"]
+
+
+def test_the_manifest_is_one_json_object_a_line(tmp_path: Path) -> None:
+    sweep, _ = make(tmp_path)
+    first = json.loads(sweep.manifest.read_text().splitlines()[0])
+    assert first["axes"] == {"objective": "dpo", "calibration": "off"}
+    assert first["words"][-2:] == ["objective=dpo", "calibration=off"]
+    assert RunFolder(sweep.cells / first["name"]).config.is_file()

@@ -1,0 +1,86 @@
+"""SIGKILL at random moments, then resume: the run that was never killed, bit for bit.
+
+RCPO_KILLS=60 makes a long run of it, RCPO_KILLS_SEED other moments; `pytest -s` prints where they fell.
+"""
+
+import math
+import os
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers.rank_runs import (
+    Case,
+    Job,
+    Layout,
+    do_jobs,
+    final_weights,
+    make_config,
+    make_run,
+    metrics,
+    seconds_file,
+    write_inputs,
+)
+from rcpo.runs.folder import RunFolder
+
+NUM_KILLS = int(os.environ.get("RCPO_KILLS", "12"))
+SEED = int(os.environ.get("RCPO_KILLS_SEED", "0"))
+CASES = [
+    (Case("dpo", "on", "llama-tied", "adamw"), Layout(1, 4, 1)),
+    (Case("simpo", "exact", "llama", "adamw"), Layout(1, 4, 3)),
+    (Case("bco", "feedback", "neox", "adamw"), Layout(1, 4, 0)),
+    (Case("ipo", "on", "llama", "adamw"), Layout(2, 2, 2)),
+]
+WORDS = ("train.save_every=1", "train.eval_every=1", "metrics.population=true")
+"""Mostly evaluations and checkpoints, so that kills fall into them."""
+
+
+def where(run: RunFolder) -> str:
+    """What a run was doing when it was killed, from what it left."""
+    if (run.path / ".final.tmp").exists():
+        return "export"
+    if run.final.exists():
+        return "end"
+    if any(run.checkpoints.glob(".step-*")):
+        return "checkpoint write"
+    if not run.metrics.exists():
+        return "start"
+    steps = {name: len(run.rows(path)) for name, path in (("metrics", run.metrics), ("eval", run.eval))}
+    return "evaluation" if steps["metrics"] == steps["eval"] and steps["metrics"] > 0 else "step"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(max(600, 60 * NUM_KILLS))
+def test_killed_at_random_moments_and_resumed_equals_never_killed(tmp_path: Path) -> None:
+    """The moments are drawn evenly over the length of a run but for its first quarter, which reads inputs and
+    loads the model; spread over four kinds of run."""
+    write_inputs(tmp_path)
+    draw = random.Random(SEED)
+    found: Counter[str] = Counter()
+    for number, (case, layout) in enumerate(CASES):
+        share = len(range(number, NUM_KILLS, len(CASES)))
+        whole, *killed = (
+            make_run(make_config(tmp_path, tmp_path / f"{number}-{idx}", case, layout, *WORDS))
+            for idx in range(share + 1)
+        )
+        job = Job(str(whole.path), killed_after_seconds=math.inf)
+        do_jobs([job], layout.ranks, 200)
+        length = float(seconds_file(job).read_text())
+        at = [length * (0.25 + 0.75 * (idx + draw.random()) / share) for idx in range(share)]
+        jobs = [
+            Job(str(run.path), killed_after_seconds=moment) for run, moment in zip(killed, at, strict=True)
+        ]
+        do_jobs(jobs, layout.ranks, 60 + 40 * share)
+        found.update(map(where, killed))
+        do_jobs([Job(str(run.path), resume=True) for run in killed], layout.ranks, 60 + 40 * share)
+        expected = final_weights(whole)
+        for run in killed:
+            assert repr(metrics(run)) == repr(metrics(whole)), run.path
+            assert run.eval.read_bytes() == whole.eval.read_bytes(), run.path
+            for name, weight in final_weights(run).items():
+                assert torch.equal(weight, expected[name]), (run.path, name)
+    print(f"\n{NUM_KILLS} kills: {dict(found)}")
+    assert sum(found.values()) == NUM_KILLS
