@@ -6,14 +6,13 @@ Started by `rcpo.bench.plan`; under several ranks once for each.
 """
 
 import json
-import logging
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,10 +24,12 @@ from rcpo.models.evaluation import eval_batch, measure_logprobs
 from rcpo.ranks.allocator import keep_freed_memory
 from rcpo.ranks.distributed import initialize, rank, shut_down
 from rcpo.ranks.logs import log_to_file
-from rcpo.training import loop as trainer
-from rcpo.training.step import TrainedStep
+from rcpo.training.loop import StepWatch, train
+from rcpo.training.state import Training
+from rcpo.training.step import MicroBatch, TrainedStep
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from rcpo.bench.shares import Timers
 
 
 def run_block(block: Block) -> dict[str, Any]:
@@ -55,6 +56,29 @@ def run_block(block: Block) -> dict[str, Any]:
     return recorder.result() | found
 
 
+class _Watch(StepWatch):
+    """Records every step of rcpo's own loop."""
+
+    def __init__(self, recorder: Recorder, timers: "Timers | None") -> None:
+        self._recorder, self._timers = recorder, timers
+        self._take: Callable[[], dict[str, Tensor]] | None = None
+        self._num_computed = 0
+        self._num_done = 0
+
+    def before(self, training: Training, micro_batches: Sequence[MicroBatch]) -> None:
+        self._take = _collect_gradient(training.engine) if self._recorder.wants_gradient else None
+        self._num_computed = sum(each.batch.input_ids.numel() for each in micro_batches)
+
+    def after(self, trained: TrainedStep) -> None:
+        if self._take is not None:
+            self._recorder.take_gradient(self._take())
+        self._num_done += 1
+        if self._timers is not None and self._num_done == self._recorder.block.num_warmup:
+            self._timers.restart()
+        is_measured = "score/cosine" in trained.row
+        self._recorder.end_step(trained.row["train/loss"], self._num_computed, is_measured)
+
+
 def run_rcpo(work: Work, recorder: Recorder) -> dict[str, Any]:
     """rcpo's own loop, with a look at every step."""
     if recorder.device.type == "cpu":
@@ -65,29 +89,11 @@ def run_rcpo(work: Work, recorder: Recorder) -> dict[str, Any]:
 
         timers = Timers(recorder.device)
         timers.install()
-    original = trainer.train_step
-    num_done = 0
-
-    def watched(engine: Any, objective: Any, state: Any, micro_batches: Any, *args: Any) -> TrainedStep:
-        nonlocal num_done
-        take = _collect_gradient(engine) if recorder.wants_gradient else None
-        trained = original(engine, objective, state, micro_batches, *args)
-        if take is not None:
-            recorder.take_gradient(take())
-        computed = sum(each.batch.input_ids.numel() for each in micro_batches)
-        num_done += 1
-        if timers is not None and num_done == recorder.block.num_warmup:
-            timers.restart()
-        recorder.end_step(trained.row["train/loss"], computed, "score/cosine" in trained.row)
-        return trained
-
-    trainer.train_step = watched  # type: ignore[assignment]
+    watch = _Watch(recorder, timers)
     try:
-        trainer.train(work.config, work.run, work.inputs, recorder.device, resume=False)
+        train(work.config, work.run, work.inputs, recorder.device, resume=False, watch=watch)
     except BenchDone:
         return {} if timers is None else {"shares": timers.shares()}
-    finally:
-        trainer.train_step = original
     raise AssertionError("the loop has ended before its last step")
 
 

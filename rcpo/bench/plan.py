@@ -21,7 +21,7 @@ from rcpo.bench.work import PAIRS, Block, Mode, random_pairs, save_pairs, write_
 from rcpo.common.errors import UserError
 from rcpo.config.compose import compose
 from rcpo.config.resolve import resolve
-from rcpo.config.schema import Config
+from rcpo.config.resolved import ResolvedConfig
 from rcpo.config.validate import validate
 from rcpo.data.tokenize import TokenizedPair
 from rcpo.models.checks import check_positions, check_vocabulary
@@ -65,7 +65,7 @@ class Contender:
     name: str
     program: str
     """rcpo, plain, response or trl."""
-    config: Config
+    config: ResolvedConfig
     every: int = 1
     """One of so many of the run's steps is measured."""
 
@@ -191,7 +191,7 @@ def compare_first_steps(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[st
     return {"loss": abs(ours["losses"][0] - theirs["losses"][0]), "gradient": worst}
 
 
-def _resolved(words: list[str]) -> Config:
+def _resolved(words: list[str]) -> ResolvedConfig:
     tree = compose(words)
     assert tree is not None
     return resolve(validate(tree), None)
@@ -224,7 +224,7 @@ def _contenders(options: Options, words: list[str]) -> list[Contender]:
     return contenders
 
 
-def _batches(config: Config, pairs: list[TokenizedPair], options: Options) -> list[list[int]]:
+def _batches(config: ResolvedConfig, pairs: list[TokenizedPair], options: Options) -> list[list[int]]:
     from rcpo.data.sampler import PairSampler
 
     sampler = PairSampler(len(pairs), config.train.pairs_per_step, config.seed)

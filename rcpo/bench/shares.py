@@ -20,7 +20,7 @@ import torch
 from rcpo.method import scores
 from rcpo.models import logprobs
 from rcpo.models.engine import Engine
-from rcpo.training import loop as trainer
+from rcpo.training import loop
 
 PARTS: list[tuple[str, Any, tuple[str, ...]]] = [
     ("head", logprobs.TokenLogProbHead, ("forward",)),
@@ -29,7 +29,7 @@ PARTS: list[tuple[str, Any, tuple[str, ...]]] = [
     ("calibration", scores.ParameterScores, ("_take", "_deliver", "sides", "reset")),
     ("communication", torch.distributed, ("all_reduce", "reduce", "broadcast", "barrier")),
     ("communication", torch.distributed, ("all_gather_into_tensor", "reduce_scatter_tensor")),
-    ("input", trainer, ("_micro_batches", "_num_tokens")),
+    ("input", loop, ("_micro_batches", "_num_tokens")),
     ("optimizer", Engine, ("step",)),
     ("body", Engine, ("logprobs", "backward")),
 ]

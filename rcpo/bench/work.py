@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rcpo.config.schema import Config
+from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.inputs import Inputs
 from rcpo.data.pairs import SideLogProbs, TokenizedPair, TokenizedSide, pack
 from rcpo.models.load import load_tokenizer
@@ -59,7 +59,7 @@ class Block:
 class Work:
     """What a block works with."""
 
-    config: Config
+    config: ResolvedConfig
     run: RunFolder
     inputs: Inputs
     batches: list[list[int]]
@@ -82,7 +82,6 @@ class Work:
     def micro_batches(self, step: int) -> list[list[int]]:
         """Of a baseline: in the order of the batch, as drawn."""
         size, batch = self.config.train.pairs_per_device, self.batches[step]
-        assert size is not None
         return [batch[start : start + size] for start in range(0, len(batch), size)]
 
 
@@ -155,7 +154,7 @@ def rows_of(values: SideLogProbs, indices: list[int], device: torch.device) -> t
     return values.z_w[indices].to(device), values.z_l[indices].to(device)
 
 
-def write_model(shape: dict[str, int], source: Config, folder: Path) -> None:
+def write_model(shape: dict[str, int], source: ResolvedConfig, folder: Path) -> None:
     """A random Llama of `shape` in fp32, with the tokenizer of `source`'s model."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging as transformers_logging

@@ -10,7 +10,7 @@ from rcpo.common.errors import UserError
 from rcpo.config.compose import compose
 
 if TYPE_CHECKING:
-    from rcpo.config.schema import Config
+    from rcpo.config.resolved import ResolvedConfig
     from rcpo.training.read_inputs import PairsRead
 
 HELP = """usage: rcpo score [GROUP=OPTION ...] [KEY=VALUE ...] [--out FILE.parquet] [--overwrite]
@@ -79,7 +79,7 @@ def _check_out(out: Path, overwrite: bool) -> Path:
     return page
 
 
-def _to_score(config: "Config") -> "Config":
+def _to_score(config: "ResolvedConfig") -> "ResolvedConfig":
     """Rows that cannot train are counted, and nothing is filtered."""
     from rcpo.config.schema import FilterConfig
 
@@ -87,7 +87,7 @@ def _to_score(config: "Config") -> "Config":
     return dataclasses.replace(config, data=data)
 
 
-def made_with(config: "Config") -> dict[str, Any]:
+def made_with(config: "ResolvedConfig") -> dict[str, Any]:
     """What the scores depend on, for the file."""
     import rcpo
 
@@ -101,12 +101,13 @@ def made_with(config: "Config") -> dict[str, Any]:
     }
 
 
-def _score(config: "Config", read: "PairsRead", console: Any) -> Any:
+def _score(config: "ResolvedConfig", read: "PairsRead", console: Any) -> Any:
     """The table of scores of all training and held-out pairs."""
     import torch
 
     from rcpo.common.console import passes_shown
     from rcpo.data.score_file import HELD_OUT, TRAIN
+    from rcpo.models.evaluation import eval_batch
     from rcpo.models.load import load_model
     from rcpo.models.policy import Policy
     from rcpo.quality.ches import ModelScores, score_pairs
@@ -114,8 +115,7 @@ def _score(config: "Config", read: "PairsRead", console: Any) -> Any:
     from rcpo.quality.score_table import make_table
 
     policy = Policy(load_model(config.model)).to(torch.device(config.train.device))
-    assert config.train.pairs_per_device is not None
-    size = max(4, 4 * config.train.pairs_per_device)
+    size = eval_batch(config)
     pad_id = read.tokenizer.pad_token_id or 0
     num_pairs = len(read.train.pairs) + len(read.held_out.pairs)
     parts: dict[str, tuple[Sequence[PairFacts], Sequence[ModelScores]]] = {}

@@ -6,7 +6,7 @@ import rcpo
 from rcpo.config.compose import compose, only_prints
 
 if TYPE_CHECKING:
-    from rcpo.config.schema import Config
+    from rcpo.config.resolved import ResolvedConfig
 
 OVERWRITE = "--overwrite"
 """The one flag of rcpo's own; Hydra does not see it."""
@@ -26,7 +26,7 @@ def run(words: list[str]) -> int:
     return start(lambda: prepare(composed), overwrite=OVERWRITE in words)
 
 
-def prepare(words: list[str]) -> "Config | None":
+def prepare(words: list[str]) -> "ResolvedConfig | None":
     """The resolved config of these words, or None when Hydra only printed something."""
     from rcpo.config.resolve import resolve
     from rcpo.config.validate import validate

@@ -14,13 +14,16 @@ from typing import Any, Literal
 import torch
 
 from rcpo.common.errors import UserError, shortened
+from rcpo.config.resolved import ResolvedConfig, as_resolved
 from rcpo.config.schema import Config, LaunchConfig, ModelConfig, TrackingConfig
 
 TINY = "builtin:tiny"
 """`model.path` of the model that ships with rcpo."""
 
 
-def resolve(config: Config, joined_world_size: int | None, device_is_elsewhere: bool = False) -> Config:
+def resolve(
+    config: Config, joined_world_size: int | None, device_is_elsewhere: bool = False
+) -> ResolvedConfig:
     """Return `config` without nulls that later code would have to interpret.
 
     `joined_world_size` is the number of ranks that torchrun or srun has already started, or None. With
@@ -45,24 +48,26 @@ def resolve(config: Config, joined_world_size: int | None, device_is_elsewhere: 
         dtype = "bfloat16" if device == "cuda" else "float32"
     name = default_name(config) if config.name is None else config.name
     check_name(name)
-    return dataclasses.replace(
-        config,
-        name=name,
-        run_dir=_run_dir(config.run_dir or f"runs/{name}"),
-        train=train,
-        model=_model(config.model, dtype),
-        data=dataclasses.replace(
-            config.data,
-            path=_absolute(config.data.path),
-            eval_path=_absolute(config.data.eval_path),
-            filter=dataclasses.replace(config.data.filter, scores=_absolute(config.data.filter.scores)),
-        ),
-        optim=dataclasses.replace(config.optim, lr=config.optim.lr or _default_lr(config)),
-        reference=dataclasses.replace(config.reference, path=_absolute(config.reference.path)),
-        deepspeed=dataclasses.replace(
-            config.deepspeed, stage=1 if config.deepspeed.stage is None else config.deepspeed.stage
-        ),
-        tracking=_tracking(config),
+    return as_resolved(
+        dataclasses.replace(
+            config,
+            name=name,
+            run_dir=_run_dir(config.run_dir or f"runs/{name}"),
+            train=train,
+            model=_model(config.model, dtype),
+            data=dataclasses.replace(
+                config.data,
+                path=_absolute(config.data.path),
+                eval_path=_absolute(config.data.eval_path),
+                filter=dataclasses.replace(config.data.filter, scores=_absolute(config.data.filter.scores)),
+            ),
+            optim=dataclasses.replace(config.optim, lr=config.optim.lr or _default_lr(config)),
+            reference=dataclasses.replace(config.reference, path=_absolute(config.reference.path)),
+            deepspeed=dataclasses.replace(
+                config.deepspeed, stage=1 if config.deepspeed.stage is None else config.deepspeed.stage
+            ),
+            tracking=_tracking(config),
+        )
     )
 
 

@@ -1,10 +1,9 @@
 """The typed config: frozen dataclasses, their meaning field by field, and the one validation of a composed
 tree.
 
-`conf/*.yaml` hold the defaults that users see; this file holds types and ranges. After `validate` the rest of
-rcpo sees only `Config`. Null means "rcpo decides": `rcpo.config.resolve` fills those in, before the config is
-frozen.
-"""
+`conf/*.yaml` hold the defaults that users see; this file holds types and ranges. After `rcpo.config.validate`
+the rest of rcpo sees only `Config`. Null means "rcpo decides": `rcpo.config.resolve` fills those in, before
+the config is frozen."""
 
 from typing import Annotated, Any, Literal
 
@@ -28,6 +27,7 @@ Text = Annotated[str, BeforeValidator(_text), AfterValidator(_one_printable_line
 """A string; the command line reads name=123 as a number, which is meant as text here."""
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
+Stage = Annotated[int, Field(ge=0, le=3)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 """torch takes no larger ones."""
 
@@ -208,7 +208,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class DeepSpeedConfig:
-    stage: Annotated[int, Field(ge=0, le=3)] | None = None
+    stage: Stage | None = None
     """ZeRO stage: 0 nothing sharded, 1 optimizer state, 2 and gradients, 3 and weights; null: 1."""
     offload: Literal["none", "optimizer"] = "none"
     """optimizer: its state lives in CPU memory (stages 1 to 3)."""

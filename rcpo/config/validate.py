@@ -2,30 +2,33 @@
 wrong."""
 
 import json
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from rcpo.common.errors import UserError, shortened
+from rcpo.config.rules import check_combinations
 from rcpo.config.schema import Config
+
+Kind = TypeVar("Kind", bound=Config)
 
 
 def validate(tree: dict[str, Any]) -> Config:
     """Turn a composed, interpolated tree into a `Config`; raises UserError with one line for the first
     fault."""
+    return validate_as(Config, tree)
+
+
+def validate_as(kind: type[Kind], tree: dict[str, Any]) -> Kind:
+    """The same for a config with narrower types (`rcpo.config.resolved`)."""
     try:
         # As JSON, because in Python mode strict dataclasses take instances only, no dicts.
-        config = _ADAPTER.validate_json(json.dumps(tree, default=str))
+        config: Kind = TypeAdapter(kind).validate_json(json.dumps(tree, default=str))
     except ValidationError as error:
         raise UserError(_one_line(error)) from None
-    from rcpo.config.rules import check_combinations  # which needs the types of this file
-
     check_combinations(config)
     return config
-
-
-_ADAPTER = TypeAdapter(Config)
 
 
 def _one_line(error: ValidationError) -> str:

@@ -15,6 +15,28 @@ from torch import Tensor
 
 from rcpo.data.tokenize import TokenizedPair
 
+PREFIX, OF_CHOSEN, OF_REJECTED = 0, 1, 2
+PADDING = -1
+
+
+class Segments(NamedTuple):
+    """Which pair and which part of it each token of a joint layout belongs to. A token sees those before it
+    of its own part, and of its pair's shared prefix."""
+
+    pair: Tensor
+    """(R, T) int64: the pair's number in the batch, `PADDING` where there is none."""
+    part: Tensor
+    """(R, T) int64: `PREFIX`, `OF_CHOSEN` or `OF_REJECTED`; `PADDING` where there is none."""
+
+    def to(self, device: torch.device) -> "Segments":
+        return Segments(*(each.to(device, non_blocking=True) for each in self))
+
+    def seen(self) -> Tensor:
+        """(R, T, T) bool: whether the token of a row may see the token of a column."""
+        same_pair = self.pair[:, :, None] == self.pair[:, None, :]
+        same_part = self.part[:, :, None] == self.part[:, None, :]
+        return (same_pair & (same_part | (self.part[:, None, :] == PREFIX))).tril()
+
 
 class PairBatch(NamedTuple):
     """B pairs as tensors. Rows are padded on the right, so that no attention mask is needed under causal
@@ -33,10 +55,8 @@ class PairBatch(NamedTuple):
     """How many of the N tokens belong to chosen sides."""
     position_ids: Tensor | None = None
     """(R, T) int64 in a joint layout: each side counts from its own start."""
-    segments: Tensor | None = None
-    """(R, T) int64 in a joint layout: 3 k for the k-th pair's shared prefix, 3 k + 1 for its chosen and
-    3 k + 2 for its rejected side, -1 for padding. A token sees those before it that are of its own segment or
-    of its pair's prefix."""
+    segments: Segments | None = None
+    """Who may see whom in a joint layout."""
     ref_logps: Tensor | None = None
     """(N,) fp32: the reference's log-probability of each target, where the objective weighs tokens."""
 
@@ -48,7 +68,7 @@ class PairBatch(NamedTuple):
             lengths=self.lengths.to(device, non_blocking=True),
             num_chosen_tokens=self.num_chosen_tokens,
             position_ids=_moved(self.position_ids, device),
-            segments=_moved(self.segments, device),
+            segments=None if self.segments is None else self.segments.to(device),
             ref_logps=_moved(self.ref_logps, device),
         )
 

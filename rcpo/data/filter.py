@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from rcpo.common.errors import UserError
-from rcpo.config.schema import Config, FilterConfig
+from rcpo.config.resolved import ResolvedConfig
+from rcpo.config.schema import FilterConfig
 from rcpo.data.pairs import PackedPairs, TokenizedPair, pair_digest
 from rcpo.data.score_file import ADVICE, TRAIN, ScoreFile, read_scores
 
@@ -37,7 +38,7 @@ def limits_of(config: FilterConfig) -> list[Limit]:
     return [Limit(name, column, value, *kind) for name, value, column, *kind in values if value is not None]
 
 
-def filter_pairs(pairs: PackedPairs, config: Config) -> tuple[PackedPairs, list[str]]:
+def filter_pairs(pairs: PackedPairs, config: ResolvedConfig) -> tuple[PackedPairs, list[str]]:
     """The pairs within all limits, in their order, and lines for the log with how many each limit leaves out.
 
     Percentiles are of the scores of `pairs`; a pair with a score equal to a limit stays. Raises UserError

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from rcpo.config.schema import Config
+from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.pairs import PackedPairs, TokenizedPair
 from rcpo.data.sampler import PairSampler
 
@@ -23,12 +23,9 @@ class Inputs:
         pad = self.tokenizer.pad_token_id
         return 0 if pad is None else int(pad)
 
-    def sampler(self, config: Config) -> PairSampler:
+    def sampler(self, config: ResolvedConfig) -> PairSampler:
         return PairSampler(len(self.train), config.train.pairs_per_step, config.seed, self.train.widths())
 
-    def num_steps(self, config: Config) -> int:
+    def num_steps(self, config: ResolvedConfig) -> int:
         """Optimizer steps of the whole run."""
-        if config.train.steps is not None:
-            return config.train.steps
-        assert config.train.epochs is not None
-        return self.sampler(config).steps_of(config.train.epochs)
+        return config.train.num_steps(self.sampler(config).steps_of)

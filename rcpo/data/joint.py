@@ -10,10 +10,8 @@ from typing import NamedTuple
 import torch
 
 from rcpo.config.schema import TrainConfig
-from rcpo.data.batch import PairBatch, collate
+from rcpo.data.batch import OF_CHOSEN, OF_REJECTED, PADDING, PREFIX, PairBatch, Segments, collate
 from rcpo.data.tokenize import TokenizedPair
-
-PADDING = -1
 
 
 def lay_out(config: TrainConfig, pairs: Sequence[TokenizedPair], pad_id: int, may_join: bool) -> PairBatch:
@@ -29,7 +27,7 @@ def collate_joint(
 ) -> PairBatch:
     """One row a pair, or with `packing` one row in all, without padding. With `share_prefix` what a pair's
     prompts have in common is there once."""
-    strips = [_strip(pair, number, share_prefix) for number, pair in enumerate(pairs)]
+    strips = [_strip(pair, share_prefix) for pair in pairs]
     lengths = [len(strip.input_ids) for strip in strips]
     if packing:
         num_rows, width = 1, sum(lengths)
@@ -37,14 +35,15 @@ def collate_joint(
     else:
         num_rows, width = len(pairs), max(lengths)
         starts = [number * width for number in range(len(pairs))]
-    input_ids, position_ids, segments = (
-        torch.full((num_rows * width,), fill, dtype=torch.int64) for fill in (pad_id, 0, PADDING)
+    input_ids, position_ids, pair_of, part_of = (
+        torch.full((num_rows * width,), fill, dtype=torch.int64) for fill in (pad_id, 0, PADDING, PADDING)
     )
-    for start, length, strip in zip(starts, lengths, strips, strict=True):
+    for number, (start, length, strip) in enumerate(zip(starts, lengths, strips, strict=True)):
         place = slice(start, start + length)
         input_ids[place] = torch.tensor(strip.input_ids)
         position_ids[place] = torch.tensor(strip.position_ids)
-        segments[place] = torch.tensor(strip.segments)
+        pair_of[place] = number
+        part_of[place] = torch.tensor(strip.parts)
     positions = [
         torch.tensor(strip.predicted_at[which]) + start
         for which in (0, 1)
@@ -60,7 +59,7 @@ def collate_joint(
         lengths=num_targets,
         num_chosen_tokens=int(num_targets[: len(pairs)].sum()),
         position_ids=position_ids.view(num_rows, width),
-        segments=segments.view(num_rows, width),
+        segments=Segments(pair_of.view(num_rows, width), part_of.view(num_rows, width)),
     )
 
 
@@ -69,26 +68,27 @@ class _Strip(NamedTuple):
 
     input_ids: list[int]
     position_ids: list[int]
-    segments: list[int]
+    parts: list[int]
+    """Of each token: `PREFIX`, `OF_CHOSEN` or `OF_REJECTED`."""
     predicted_at: tuple[list[int], list[int]]
     """Per side, the place in the strip that predicts each response token."""
 
 
-def _strip(pair: TokenizedPair, number: int, share_prefix: bool) -> _Strip:
+def _strip(pair: TokenizedPair, share_prefix: bool) -> _Strip:
     num_shared = shared_prefix(pair) if share_prefix else 0
     ids = list(pair.chosen.input_ids[:num_shared])
-    position_ids, segments = list(range(num_shared)), [3 * number] * num_shared
+    position_ids, parts = list(range(num_shared)), [PREFIX] * num_shared
     predicted_at: tuple[list[int], list[int]] = ([], [])
     for which, side in enumerate((pair.chosen, pair.rejected)):
         start = len(ids) - num_shared  # of a token behind the prefix: its own index plus this
         length = len(side.input_ids)
         ids += side.input_ids[num_shared:]
         position_ids += range(num_shared, length)
-        segments += [3 * number + which + 1] * (length - num_shared)
+        parts += [(OF_CHOSEN, OF_REJECTED)[which]] * (length - num_shared)
         predicted_at[which].extend(
             idx if idx < num_shared else idx + start for idx in range(side.num_prompt - 1, length - 1)
         )
-    return _Strip(ids, position_ids, segments, predicted_at)
+    return _Strip(ids, position_ids, parts, predicted_at)
 
 
 def shared_prefix(pair: TokenizedPair) -> int:

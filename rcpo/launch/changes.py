@@ -13,8 +13,7 @@ import yaml
 from rcpo.common.errors import UserError
 from rcpo.common.files import write_atomically
 from rcpo.config.resolve import resolve
-from rcpo.config.schema import Config
-from rcpo.config.validate import validate
+from rcpo.config.resolved import ResolvedConfig, resolved_of
 from rcpo.runs.folder import RunFolder, now
 from rcpo.runs.frozen import config_tree
 from rcpo.training.checkpoint import newest_checkpoint, refuse_unloadable, step_of
@@ -30,7 +29,7 @@ SAFE_TO_ROUNDING = (
 """Keys that spread the same computation otherwise: equal but for the order of sums."""
 
 
-def changed_config(run: RunFolder, allowed: Sequence[str], joined: int | None) -> Config:
+def changed_config(run: RunFolder, allowed: Sequence[str], joined: int | None) -> ResolvedConfig:
     """The config to resume `run` with. `allowed` are KEY, for a difference that stands in RUN/config.yaml, or
     KEY=VALUE, which sets it; what has changed is written to config.yaml and run.json.
 
@@ -40,7 +39,7 @@ def changed_config(run: RunFolder, allowed: Sequence[str], joined: int | None) -
     tree = yaml.safe_load(run.config.read_text(encoding="utf-8"))
     before = started if isinstance(started, dict) else yaml.safe_load(run.config.read_text(encoding="utf-8"))
     named = {_set(tree, word) for word in allowed}
-    config = validate(tree)
+    config = resolved_of(tree)
     differences = _differences(before, tree)
     if not differences:
         return config
@@ -74,12 +73,11 @@ def changed_config(run: RunFolder, allowed: Sequence[str], joined: int | None) -
     return config
 
 
-def _check_newest(run: RunFolder, config: Config) -> None:
+def _check_newest(run: RunFolder, config: ResolvedConfig) -> None:
     """Refuse a change with which the newest checkpoint could not go on."""
     newest = newest_checkpoint(run)
     if newest is None:
         return
-    assert config.deepspeed.stage is not None
     refuse_unloadable(newest, config.world_size(), config.deepspeed.stage, str(config.model.dtype))
     done = step_of(newest)
     if config.train.steps is not None and config.train.steps < done:

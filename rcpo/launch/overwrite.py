@@ -12,15 +12,14 @@ from pathlib import Path
 
 from rcpo.common.errors import UserError
 from rcpo.common.locks import HeldError, hold, is_held, read_holder, run_lock
-from rcpo.config.schema import Config
+from rcpo.config.resolved import ResolvedConfig
 
 INSTEAD = "type another name=... or run_dir=..."
 
 
-def refuse_irreplaceable(config: Config) -> None:
+def refuse_irreplaceable(config: ResolvedConfig) -> None:
     """Raise UserError when what is at the run folder's place is no run folder, is being trained, or is what
     the new run reads. An empty folder, or none, is fine."""
-    assert config.run_dir is not None
     path = Path(config.run_dir)
     if not os.path.lexists(path):
         return

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rcpo.common.errors import UserError
-from rcpo.config.schema import Config
+from rcpo.config.resolved import ResolvedConfig
 from rcpo.launch.changes import changed_config
 from rcpo.launch.overwrite import old_set_aside, refuse_irreplaceable, training
 from rcpo.launch.processes import run_ranks
@@ -22,7 +22,7 @@ from rcpo.runs.frozen import config_tree, open_run
 from rcpo.training.read_inputs import read_inputs
 
 
-def start(prepare: Callable[[], Config | None], overwrite: bool = False) -> int:
+def start(prepare: Callable[[], ResolvedConfig | None], overwrite: bool = False) -> int:
     """Prepare a config, check its inputs, make its run folder and train; returns the exit code.
 
     `prepare` composes and resolves; it runs in one process only and returns None when there is nothing to
@@ -52,13 +52,12 @@ def resume(path: str, allowed: Sequence[str] = ()) -> int:
 
 
 def _make_run(
-    prepare: Callable[[], Config | None], overwrite: bool = False
-) -> tuple[RunFolder, Config] | None:
+    prepare: Callable[[], ResolvedConfig | None], overwrite: bool = False
+) -> tuple[RunFolder, ResolvedConfig] | None:
     """Everything that can be wrong with config and data is found before the folder exists."""
     config = prepare()
     if config is None:
         return None
-    assert config.run_dir is not None
     run = RunFolder(config.run_dir)
     if overwrite:
         refuse_irreplaceable(config)
@@ -70,7 +69,7 @@ def _make_run(
     return run, config
 
 
-def _reopen(path: str, allowed: Sequence[str]) -> tuple[RunFolder, Config]:
+def _reopen(path: str, allowed: Sequence[str]) -> tuple[RunFolder, ResolvedConfig]:
     """A run to continue; whatever of its files is damaged is found before anything starts."""
     run, _ = open_run(path)
     config = changed_config(run, allowed, joined_world_size())
@@ -80,7 +79,7 @@ def _reopen(path: str, allowed: Sequence[str]) -> tuple[RunFolder, Config]:
     return run, config
 
 
-def _run_here(run: RunFolder, config: Config, resume: bool) -> int:
+def _run_here(run: RunFolder, config: ResolvedConfig, resume: bool) -> int:
     num_ranks = config.world_size()
     code = run_worker(run, config, resume) if num_ranks == 1 else run_ranks(run, num_ranks, resume)
     _discard_if_empty(run, code, resume)
@@ -93,7 +92,7 @@ def _discard_if_empty(run: RunFolder, code: int, resume: bool) -> None:
         shutil.rmtree(run.path, ignore_errors=True)
 
 
-def _joined(open_or_make: Callable[[], tuple[RunFolder, Config] | None], resume: bool) -> int:
+def _joined(open_or_make: Callable[[], tuple[RunFolder, ResolvedConfig] | None], resume: bool) -> int:
     """One of the ranks that torchrun or srun started: rank 0 prepares, the others read the frozen config."""
     import torch
 
@@ -128,7 +127,7 @@ def _joined(open_or_make: Callable[[], tuple[RunFolder, Config] | None], resume:
     return code
 
 
-def _misfit(config: Config, device: str) -> str | None:
+def _misfit(config: ResolvedConfig, device: str) -> str | None:
     """What a run wants that the ranks that torchrun or srun started are not, in one line."""
     if config.train.device != device:
         return (

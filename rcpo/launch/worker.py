@@ -22,13 +22,13 @@ from rcpo.common.errors import UserError
 if TYPE_CHECKING:  # imported where they are used: a rank must hear Ctrl-C quietly while torch is loading
     import torch
 
-    from rcpo.config.schema import Config
+    from rcpo.config.resolved import ResolvedConfig
     from rcpo.runs.folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
 
-def run_worker(run: "RunFolder", config: "Config", resume: bool) -> int:
+def run_worker(run: "RunFolder", config: "ResolvedConfig", resume: bool) -> int:
     """Train as this process's rank; returns the exit code: 0, that of a UserError (`rcpo.common.errors`), or
     130 after Ctrl-C. A fault is raised, after it has been recorded."""
     import torch
@@ -66,7 +66,7 @@ def run_worker(run: "RunFolder", config: "Config", resume: bool) -> int:
         shut_down()
 
 
-def _train(run: "RunFolder", config: "Config", device: "torch.device", resume: bool) -> None:
+def _train(run: "RunFolder", config: "ResolvedConfig", device: "torch.device", resume: bool) -> None:
     from rcpo.common.console import RunConsole
     from rcpo.monitor.summary import print_report, print_start
     from rcpo.ranks.distributed import rank

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, get_scheduler
 from transformers.integrations import HfDeepSpeedConfig
 
 from rcpo.common.errors import UserError
-from rcpo.config.schema import Config, OptimConfig
+from rcpo.config.resolved import ResolvedConfig, ResolvedOptim
 from rcpo.data.batch import PairBatch
 from rcpo.models.adapters import exported_tensors
 from rcpo.models.load import load_model
@@ -33,12 +33,10 @@ ENGINE_TAG = "engine"
 """DeepSpeed's name for the one checkpoint inside a folder that rcpo names and completes by itself."""
 
 
-def deepspeed_config(config: Config) -> dict[str, Any]:
+def deepspeed_config(config: ResolvedConfig) -> dict[str, Any]:
     """The DeepSpeed config of a resolved run; `deepspeed.extra` wins."""
     stage = config.deepspeed.stage
     train = config.train
-    assert stage is not None
-    assert train.pairs_per_device is not None
     bf16 = config.model.dtype == "bfloat16"
     zero: dict[str, Any] = {"stage": stage}
     if config.deepspeed.offload == "optimizer":
@@ -68,15 +66,13 @@ def _merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def accumulation_steps(config: Config) -> int:
+def accumulation_steps(config: ResolvedConfig) -> int:
     """Micro-batches per rank and optimizer step; `rcpo.config.resolve` has checked that they divide."""
-    assert config.train.pairs_per_device is not None
     return config.train.pairs_per_step // (config.world_size() * config.train.pairs_per_device)
 
 
-def build_optimizer(config: OptimConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+def build_optimizer(config: ResolvedOptim, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
     """torch's own AdamW or SGD over the trainable parameters."""
-    assert config.lr is not None
     if config.name == "sgd":
         return torch.optim.SGD(
             parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
@@ -90,7 +86,7 @@ def build_optimizer(config: OptimConfig, parameters: list[torch.nn.Parameter]) -
 class Engine:
     """A policy under training. Every method that says "collective" must be called by all ranks together."""
 
-    def __init__(self, config: Config, num_steps: int, device: torch.device) -> None:
+    def __init__(self, config: ResolvedConfig, num_steps: int, device: torch.device) -> None:
         """Load the model and wrap it; `num_steps` fixes the schedule's end. Collective."""
         settings = deepspeed_config(config)
         self.stage: int = settings["zero_optimization"]["stage"]
@@ -104,7 +100,7 @@ class Engine:
             model.to(device)
         self.policy = Policy(model)
         self.device = device
-        self.dtype = str(config.model.dtype)
+        self.dtype = config.model.dtype
         self._accumulation_steps = accumulation_steps(config)
         self._num_micro_batches = 0
         self._is_adam = config.optim.name == "adamw"

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rcpo.config.schema import Config
+from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.batch import PairBatch, collate, width
 from rcpo.data.pairs import SideLogProbs
 from rcpo.data.tokenize import TokenizedPair
@@ -29,10 +29,9 @@ class Scorer(Protocol):
         """z (2B,) fp32; with `tokens` the token log-probs (N,). Collective at ZeRO 3."""
 
 
-def eval_batch(config: Config) -> int:
+def eval_batch(config: ResolvedConfig) -> int:
     """Pairs of one forward pass without gradients: four micro-batches' worth take less memory than one step
     does."""
-    assert config.train.pairs_per_device is not None
     return max(4, 4 * config.train.pairs_per_device)
 
 

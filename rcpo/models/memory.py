@@ -8,14 +8,14 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from rcpo.config.schema import Config
+from rcpo.config.resolved import ResolvedConfig
 from rcpo.models.logprobs import CHUNK_ELEMENTS, KEPT_ELEMENTS
 
 FP32 = 4
 
 
 def memory_budget(
-    config: Config, model: PreTrainedModel, num_rows: int, width: int, reference: int = 0
+    config: ResolvedConfig, model: PreTrainedModel, num_rows: int, width: int, reference: int = 0
 ) -> dict[str, int]:
     """Bytes by what they are for, on one rank, for micro-batches of `num_rows` rows (two a pair) of `width`
     tokens.
@@ -46,7 +46,7 @@ def memory_budget(
     }
 
 
-def activation_bytes(config: Config, shape: Any, num_rows: int, width: int, size: int) -> int:
+def activation_bytes(config: ResolvedConfig, shape: Any, num_rows: int, width: int, size: int) -> int:
     """What autograd keeps of a forward pass, about.
 
     Per token and block: nine hidden vectors and four of the MLP's width in the dtype of the weights, two
@@ -64,7 +64,7 @@ def activation_bytes(config: Config, shape: Any, num_rows: int, width: int, size
     return num_rows * width * blocks
 
 
-def _calibration_bytes(config: Config, model: PreTrainedModel, trained: int) -> int:
+def _calibration_bytes(config: ResolvedConfig, model: PreTrainedModel, trained: int) -> int:
     if config.calibration.name not in ("on", "exact") and config.metrics.geometry_every == 0:
         return 0
     if config.calibration.scope == "head":

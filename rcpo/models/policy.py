@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from rcpo.common.errors import UserError
-from rcpo.data.batch import PairBatch
+from rcpo.data.batch import PairBatch, Segments
 from rcpo.models.logprobs import TokenLogProbHead, importance_weighted, sum_per_side
 
 SCALED_LOGITS = {
@@ -55,15 +55,13 @@ class Policy(nn.Module):
             self.head.scores.importance = omega
         return z
 
-    def _attention_mask(self, segments: Tensor) -> Tensor | None:
+    def _attention_mask(self, segments: Segments) -> Tensor | None:
         """(R, 1, T, T): who sees whom, as bool for sdpa and as what is added to the scores for eager. flash
         attention takes none: it reads off the positions where a packed sequence begins."""
         kernel = self.model.config._attn_implementation
         if kernel == "flash_attention_2":
             return None
-        key, query = segments[:, None, :], segments[:, :, None]
-        seen = (key == query) | ((key % 3 == 0) & (key // 3 == query // 3))
-        seen = seen.tril().unsqueeze(1)
+        seen = segments.seen().unsqueeze(1)
         if kernel == "sdpa":
             return seen
         dtype = self.model.dtype

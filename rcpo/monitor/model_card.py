@@ -8,15 +8,15 @@ from typing import Any
 import rcpo
 from rcpo.common.console import percent
 from rcpo.config.resolve import data_label, model_label
-from rcpo.config.schema import Config
+from rcpo.config.resolved import ResolvedConfig
 from rcpo.monitor.summary import TABLE_HEADER, _nats, sentence, table_rows
-from rcpo.objectives import Objective, composition_of, objective_of
+from rcpo.objectives import Objective
 
 
-def model_card(config: Config, summary: dict[str, Any]) -> str:
+def model_card(config: ResolvedConfig, summary: dict[str, Any]) -> str:
     """README.md of final/: YAML front matter, objective, calibration, displacement, how to load."""
-    objective = objective_of(config.objective)
-    composed = composition_of(config.objective).describe()
+    objective = config.objective_function
+    composed = config.composition.describe()
     settings = ", ".join(f"{key} = {value}" for key, value in objective.params().items()) or "no parameters"
     rows = "\n".join(f"| {' | '.join(row)} |" for row in [TABLE_HEADER, ("---",) * 5, *table_rows(summary)])
     return f"""{_front_matter(config)}
@@ -58,7 +58,7 @@ half.
 """
 
 
-def _adapter_text(config: Config) -> str:
+def _adapter_text(config: ResolvedConfig) -> str:
     lora = config.model.lora
     if lora.rank is None:
         return ""
@@ -84,7 +84,7 @@ def averages(objective: Objective) -> bool:
     return "/|y" in formula(objective).replace(" ", "")
 
 
-def _calibration_text(config: Config, summary: dict[str, Any]) -> str:
+def _calibration_text(config: ResolvedConfig, summary: dict[str, Any]) -> str:
     calibration = config.calibration
     if calibration.name == "off":
         text = "off: the gradient of the loss as it is."
@@ -115,7 +115,7 @@ def _worst_text(summary: dict[str, Any]) -> str:
     return f"The lowest chosen value was {_nats(summary['worst_chosen'])}, at step {summary['worst_step']}."
 
 
-def _front_matter(config: Config) -> str:
+def _front_matter(config: ResolvedConfig) -> str:
     """YAML that model hubs read; base_model only where the path is a hub id, never a folder of this
     machine."""
     tags = [

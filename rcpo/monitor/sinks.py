@@ -8,7 +8,7 @@ rank 0 alone. The files are the truth: a console that has gone away or a W&B tha
 from typing import Any, Protocol
 
 from rcpo.common.console import RunConsole
-from rcpo.config.schema import Config
+from rcpo.config.resolved import ResolvedConfig
 from rcpo.monitor.step_line import ConsoleSink
 from rcpo.monitor.tracking import WandbSink, wandb_mode
 from rcpo.runs.folder import RunFolder
@@ -29,7 +29,7 @@ class Sink(Protocol):
         far."""
 
 
-def build_sinks(config: Config, run: RunFolder, num_steps: int, start_step: int) -> list[Sink]:
+def build_sinks(config: ResolvedConfig, run: RunFolder, num_steps: int, start_step: int) -> list[Sink]:
     """The sinks of a run that goes on from `start_step` optimizer steps done to `num_steps`."""
     sinks: list[Sink] = [JsonlSink(run)]
     mode = wandb_mode(config.tracking)

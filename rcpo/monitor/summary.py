@@ -13,7 +13,7 @@ from rich.text import Text
 
 from rcpo.common.console import KEPT_NATS, nats, percent
 from rcpo.config.resolve import data_label, model_label
-from rcpo.config.schema import Config
+from rcpo.config.resolved import ResolvedConfig
 from rcpo.runs.folder import RunFolder
 
 HELD_OUT = ("chosen", "rejected", "margin", "accuracy", "chosen_down", "both_down")
@@ -108,7 +108,7 @@ def _nats(value: float) -> str:
     return f"{nats(value)} nats"
 
 
-def print_start(console: Console, config: Config, num_train: int, num_held_out: int) -> None:
+def print_start(console: Console, config: ResolvedConfig, num_train: int, num_held_out: int) -> None:
     """One line before anything takes time: what is trained on what."""
     console.print(
         Text.assemble(
@@ -120,7 +120,7 @@ def print_start(console: Console, config: Config, num_train: int, num_held_out: 
     )
 
 
-def print_report(console: Console, run: RunFolder, config: Config, summary: dict[str, Any]) -> None:
+def print_report(console: Console, run: RunFolder, config: ResolvedConfig, summary: dict[str, Any]) -> None:
     """Print the table, the sentence, and where things are. Paths stay on one line each, to be copied; ASCII
     where the console is no terminal."""
     plain = not console.is_interactive
@@ -157,7 +157,7 @@ def places(run: RunFolder) -> dict[str, str]:
     return found
 
 
-def title(config: Config) -> str:
+def title(config: ResolvedConfig) -> str:
     """objective and calibration as on the command line."""
     return f"objective={config.objective['name']} calibration={config.calibration.name}"
 

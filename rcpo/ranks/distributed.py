@@ -5,6 +5,7 @@ WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which is all that DeepSpeed
 would look for MPI).
 """
 
+import itertools
 import os
 import socket
 import subprocess
@@ -128,6 +129,16 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(values)
     return values
+
+
+def sum_parts_over_ranks(**parts: Tensor) -> dict[str, list[float]]:
+    """Each named part summed over all ranks, entry by entry in fp64: one reduction, and one wait for the
+    device. Collective; every rank gives the same names and shapes."""
+    flat = {name: part.double().flatten() for name, part in parts.items()}
+    totals = sum_over_ranks(torch.cat(list(flat.values()))).tolist()
+    starts = itertools.accumulate((len(part) for part in flat.values()), initial=0)
+    places = zip(flat.items(), starts, strict=False)
+    return {name: totals[start : start + len(part)] for (name, part), start in places}
 
 
 def from_rank_zero(value: Any) -> Any:

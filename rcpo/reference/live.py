@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.integrations import HfDeepSpeedConfig
 
-from rcpo.config.schema import Config
+from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.batch import PairBatch
 from rcpo.models.adapters import new_adapter_off
 from rcpo.models.engine import Engine, deepspeed_config
@@ -29,7 +29,7 @@ from rcpo.reference.weights import reference_model, without_adapter
 class FrozenModel:
     """The reference's weights in memory: whole on every rank, or at ZeRO 3 a shard of them."""
 
-    def __init__(self, config: Config, device: torch.device) -> None:
+    def __init__(self, config: ResolvedConfig, device: torch.device) -> None:
         """Load them; no random number is drawn. Collective."""
         settings = deepspeed_config(config)
         zero = settings["zero_optimization"]
@@ -73,7 +73,7 @@ class FrozenModel:
 
 
 @contextlib.contextmanager
-def loaded_when_asked(config: Config, device: torch.device) -> Iterator[Callable[[], FrozenModel]]:
+def loaded_when_asked(config: ResolvedConfig, device: torch.device) -> Iterator[Callable[[], FrozenModel]]:
     """A function that loads the frozen model when it is first called; at the end the model is gone."""
     loaded: list[FrozenModel] = []
 

@@ -16,7 +16,7 @@ import torch
 
 from rcpo.common.console import RunConsole, passes_shown
 from rcpo.common.errors import UserError
-from rcpo.config.schema import Config
+from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.batch import PairBatch, collate
 from rcpo.data.inputs import Inputs
 from rcpo.data.pairs import SideLogProbs
@@ -74,7 +74,7 @@ class ReferenceSource:
 
     def __init__(
         self,
-        config: Config,
+        config: ResolvedConfig,
         run: RunFolder,
         inputs: Inputs,
         visited: list[int],

@@ -9,23 +9,29 @@ import dataclasses
 from transformers import PreTrainedTokenizerBase
 
 from rcpo.common.errors import UserError
-from rcpo.config.schema import Config, LoraConfig, ModelConfig
+from rcpo.config.resolved import ResolvedConfig
+from rcpo.config.schema import LoraConfig, ModelConfig
 from rcpo.models.checks import check_model, check_positions, check_vocabulary
 from rcpo.models.load import load_tokenizer
-from rcpo.objectives import objective_of
 
 
-def has_own_weights(config: Config) -> bool:
-    """Whether the objective is given another reference than the initial policy."""
-    return config.reference.path is not None and objective_of(config.objective).needs_reference
+def own_weights(config: ResolvedConfig) -> str | None:
+    """The path of the reference's weights, where the objective is given another one than the initial
+    policy."""
+    return config.reference.path if config.objective_function.needs_reference else None
 
 
-def reference_model(config: Config) -> ModelConfig:
+def has_own_weights(config: ResolvedConfig) -> bool:
+    """Whether there is such a path."""
+    return own_weights(config) is not None
+
+
+def reference_model(config: ResolvedConfig) -> ModelConfig:
     """The model whose log-probabilities the objective is given."""
-    if not has_own_weights(config):
+    path = own_weights(config)
+    if path is None:
         return config.model
-    assert config.reference.path is not None
-    return without_adapter(dataclasses.replace(config.model, path=config.reference.path))
+    return without_adapter(dataclasses.replace(config.model, path=path))
 
 
 def without_adapter(model: ModelConfig) -> ModelConfig:
@@ -33,7 +39,7 @@ def without_adapter(model: ModelConfig) -> ModelConfig:
     return dataclasses.replace(model, lora=LoraConfig(), gradient_checkpointing=False)
 
 
-def check_reference(config: Config, tokenizer: PreTrainedTokenizerBase, longest: int) -> None:
+def check_reference(config: ResolvedConfig, tokenizer: PreTrainedTokenizerBase, longest: int) -> None:
     """Raise UserError where the weights that `reference.path` names cannot be the reference of a policy with
     this tokenizer, for rows of up to `longest` tokens; loads no weights."""
     if not has_own_weights(config):

@@ -10,7 +10,7 @@ import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -20,9 +20,11 @@ import rcpo
 from rcpo.common.errors import UserError
 from rcpo.common.files import write_atomically
 from rcpo.common.source import git_commit, source_hash
-from rcpo.config.schema import Config
 from rcpo.data.pairs import SideLogProbs
 from rcpo.runs.rows import decode_row, encode_row
+
+if TYPE_CHECKING:
+    from rcpo.config.resolved import ResolvedConfig
 
 LIBRARIES = ("torch", "transformers", "deepspeed", "datasets", "hydra-core", "omegaconf", "wandb", "peft")
 
@@ -53,7 +55,7 @@ class RunFolder:
                 f"continue it with `rcpo resume {self.path}`, or replace it with --overwrite"
             )
 
-    def create(self, config: Config, tree: dict[str, Any], status: str = "running") -> None:
+    def create(self, config: "ResolvedConfig", tree: dict[str, Any], status: str = "running") -> None:
         """Make the folder with its frozen config and run.json; `status` pending: to be started later, by
         `reopen`. Raises UserError when it cannot be made."""
         self.refuse_existing()

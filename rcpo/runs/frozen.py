@@ -6,17 +6,16 @@ from typing import Any
 import yaml
 
 from rcpo.common.errors import UserError
-from rcpo.config.schema import Config
-from rcpo.config.validate import validate
+from rcpo.config.resolved import ResolvedConfig, resolved_of
 from rcpo.runs.folder import RunFolder
 
 
-def config_tree(config: Config) -> dict[str, Any]:
+def config_tree(config: ResolvedConfig) -> dict[str, Any]:
     """The config as plain containers, ready for YAML and for W&B."""
     return dataclasses.asdict(config)
 
 
-def open_run(path: str) -> tuple[RunFolder, Config]:
+def open_run(path: str) -> tuple[RunFolder, ResolvedConfig]:
     """An existing run and its frozen config; UserError when `path` is none."""
     folder = RunFolder(path)
     if not folder.config.is_file():
@@ -31,4 +30,4 @@ def open_run(path: str) -> tuple[RunFolder, Config]:
         ) from None
     if not isinstance(tree, dict):
         raise UserError(f"{folder.config}: is not a config; give another run")
-    return RunFolder(folder.path.absolute()), validate(tree)
+    return RunFolder(folder.path.absolute()), resolved_of(tree)

@@ -13,8 +13,7 @@ from pathlib import Path
 
 from rcpo.common.errors import UserError
 from rcpo.config.resolve import TINY
-from rcpo.config.schema import Config
-from rcpo.objectives import composition_of
+from rcpo.config.resolved import ResolvedConfig
 from rcpo.sweep.freeze import FrozenCell
 
 
@@ -48,9 +47,9 @@ def check_inputs(cells: Iterable[FrozenCell], fetch: bool) -> dict[str, Checked]
     return checked
 
 
-def _key(config: Config) -> str:
+def _key(config: ResolvedConfig) -> str:
     """What of a config decides what is read and whether it can train."""
-    train, composition = config.train, composition_of(config.objective)
+    train, composition = config.train, config.composition
     return json.dumps(
         [
             asdict(config.data),
@@ -61,7 +60,7 @@ def _key(config: Config) -> str:
     )
 
 
-def _check(config: Config, fetch: bool) -> Checked:
+def _check(config: ResolvedConfig, fetch: bool) -> Checked:
     from rcpo.training.read_inputs import read_inputs
 
     note = None
@@ -79,15 +78,15 @@ def _check(config: Config, fetch: bool) -> Checked:
     return Checked(_count_pairs(config) if has_data else None, tuple(on_hub), note)
 
 
-def _count_pairs(config: Config) -> int:
+def _count_pairs(config: ResolvedConfig) -> int:
     """Training pairs before tokenising: what can be said without the model's tokenizer."""
     from rcpo.data.load import load_records
     from rcpo.data.weights import weighing_of
 
-    return len(load_records(config.data, weighing_of(composition_of(config.objective))).train)
+    return len(load_records(config.data, weighing_of(config.composition)).train)
 
 
-def hub_ids(config: Config) -> list[str]:
+def hub_ids(config: ResolvedConfig) -> list[str]:
     """What of model, adapter and data is an id on the hub."""
     data = [config.data.path, config.data.eval_path] if config.data.source == "file" else []
     named = dict.fromkeys([config.model.path, config.model.lora.adapter, *data])

@@ -19,6 +19,7 @@ from rcpo.common.errors import UserError
 from rcpo.common.files import write_atomically
 from rcpo.config.compose import compose
 from rcpo.config.resolve import resolve
+from rcpo.config.resolved import ResolvedConfig
 from rcpo.config.schema import Config
 from rcpo.config.validate import validate
 from rcpo.runs.frozen import config_tree
@@ -35,7 +36,7 @@ class Target(Protocol):
     words: Sequence[str]
     """Overrides of every cell, after the sweep's own."""
 
-    def resolve(self, config: Config) -> Config:
+    def resolve(self, config: Config) -> ResolvedConfig:
         """`config` without nulls, for the machines that will run it."""
 
 
@@ -44,7 +45,7 @@ class Here:
 
     words: Sequence[str] = ()
 
-    def resolve(self, config: Config) -> Config:
+    def resolve(self, config: Config) -> ResolvedConfig:
         return resolve(config, None)
 
 
@@ -53,7 +54,7 @@ class FrozenCell:
     """A cell and the config that it will run with."""
 
     cell: Cell
-    config: Config
+    config: ResolvedConfig
 
 
 def freeze_cells(definition: Definition, sweep: SweepFolder, target: Target) -> list[FrozenCell]:
@@ -82,7 +83,7 @@ def freeze_cell(point: Point, definition: Definition, sweep: SweepFolder, target
     return FrozenCell(Cell(point.name, point.axes, words, digest_of(config)), config)
 
 
-def digest_of(config: Config) -> str:
+def digest_of(config: ResolvedConfig) -> str:
     """Hash of a config but for its run folder, so that a sweep folder may be moved."""
     text = json.dumps(config_tree(config) | {"run_dir": None}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from rcpo.common.console import duration, number
-from rcpo.config.schema import Config
+from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.sampler import PairSampler
 from rcpo.sweep.checks import Checked
 from rcpo.sweep.definition import Definition
@@ -59,7 +59,7 @@ def measured_rates(sweep: SweepFolder) -> dict[str, float]:
     return {kind: statistics.median(values) for kind, values in rates.items()}
 
 
-def kind_of(config: Config) -> str:
+def kind_of(config: ResolvedConfig) -> str:
     """What mostly decides how fast a cell is: its model, its adapter, its ranks."""
     return f"{config.model.path} {config.model.lora.rank} {config.model.quantization} {config.world_size()}"
 

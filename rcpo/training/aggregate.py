@@ -1,33 +1,37 @@
 """From the losses of a global batch's pairs to its one loss: the mean, or what a run puts in its place.
 
-An aggregate gives `rcpo.training.step` each micro-batch with its price: loss and incentives of the aggregated
-loss, scaled so that their means over the global batch are the aggregated loss and its derivatives. Everything
-behind it (surrogate, calibration, geometry, metrics) is as with the mean. Called by `rcpo.training.loop`
-(which one) and `rcpo.training.step` (use it)."""
+An aggregate gives `rcpo.training.step` a `Tilt` for each micro-batch, by which loss and incentives are scaled
+so that their means over the global batch are the aggregated loss and its derivatives. Everything behind it
+(surrogate, calibration, geometry, metrics) is as with the mean. It sees losses alone: no model, no objective.
+"""
 
 import math
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from rcpo.method.incentives import Incentives
-from rcpo.models.engine import Engine
-from rcpo.objectives import Composition, Objective
+from rcpo.objectives import Composition
 from rcpo.ranks.distributed import rank, sum_over_ranks, world_size
-from rcpo.training.step import Aggregate
-from rcpo.training.surrogate import MicroBatch, Price, Priced, price
+
+
+class Tilt(NamedTuple):
+    """What an aggregate makes of the pairs of one micro-batch."""
+
+    p: Tensor
+    """(B,): what multiplies a pair's incentives; its mean over the global batch is 1."""
+    total: Tensor
+    """(): the aggregated loss, which every pair gets."""
 
 
 class Mean:
-    """(1/B) sum_i loss_i: every pair at its own price."""
+    """(1/B) sum_i loss_i: no tilt."""
 
-    def prices(
-        self, engine: Engine, objective: Objective, state: tuple[float, ...], batches: Sequence[MicroBatch]
-    ) -> Iterator[tuple[MicroBatch, Price]]:
-        for batch in batches:
-            yield batch, partial(price, objective, state, batch)
+    needs_losses = False
+
+    def tilts(self, losses: Sequence[Tensor]) -> list[Tilt]:
+        raise NotImplementedError("the mean tilts nothing")
 
 
 class KlDro:
@@ -46,19 +50,19 @@ class KlDro:
     overflows; it has the losses' fp32 rounding, so at loss/lambda = 1e4 p is right to about 1e-3.
     """
 
+    needs_losses = True
+
     def __init__(self, dro_lambda: float) -> None:
         self._lambda = dro_lambda
 
-    def prices(
-        self, engine: Engine, objective: Objective, state: tuple[float, ...], batches: Sequence[MicroBatch]
-    ) -> Iterator[tuple[MicroBatch, Price]]:
-        losses = []
-        for batch in batches:
-            z_w, z_l = engine.logprobs_without_grad(batch.batch).chunk(2)
-            losses.append(price(objective, state, batch, z_w, z_l).loss)
-        p, total = tilt(torch.cat(losses), self._lambda)
-        for batch, share in zip(batches, p.split([len(loss) for loss in losses]), strict=True):
-            yield batch, partial(_tilted, partial(price, objective, state, batch), share, total)
+    def tilts(self, losses: Sequence[Tensor]) -> list[Tilt]:
+        """One tilt a micro-batch, from the losses (B,) of this rank's micro-batches, as many pairs on every
+        rank. Collective: one reduction."""
+        p, total = tilt(torch.cat(list(losses)), self._lambda)
+        return [Tilt(share, total) for share in p.split([len(loss) for loss in losses])]
+
+
+Aggregate: TypeAlias = Mean | KlDro
 
 
 def tilt(losses: Tensor, dro_lambda: float) -> tuple[Tensor, Tensor]:
@@ -69,12 +73,6 @@ def tilt(losses: Tensor, dro_lambda: float) -> tuple[Tensor, Tensor]:
     of_ranks[rank()] = exponents.logsumexp(0)
     log_mean = sum_over_ranks(of_ranks).logsumexp(0) - math.log(len(losses) * world_size())
     return (exponents - log_mean).exp().to(losses.dtype), (dro_lambda * log_mean).to(losses.dtype)
-
-
-def _tilted(inner: Price, p: Tensor, total: Tensor, z_w: Tensor, z_l: Tensor) -> Priced:
-    priced = inner(z_w, z_l)
-    d_w, d_l = priced.incentives
-    return Priced(priced.pair, total.expand_as(priced.loss), Incentives(p * d_w, p * d_l))
 
 
 def aggregate_of(composition: Composition) -> Aggregate:

@@ -7,12 +7,12 @@ method is in `rcpo.training.step`, what users see in `rcpo.monitor.sinks` and `r
 import contextlib
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-from rcpo.config.schema import Config
+from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.inputs import Inputs
 from rcpo.data.joint import lay_out
 from rcpo.data.pairs import SideLogProbs
@@ -26,7 +26,7 @@ from rcpo.monitor.model_card import model_card
 from rcpo.monitor.plot import plot_run
 from rcpo.monitor.sinks import Sink, build_sinks
 from rcpo.monitor.summary import summarize
-from rcpo.objectives import Objective, composition_of, objective_of
+from rcpo.objectives import Objective
 from rcpo.ranks import stopping
 from rcpo.ranks.distributed import rank, world_size
 from rcpo.reference.source import ReferenceSource
@@ -36,13 +36,27 @@ from rcpo.training.checkpoint import checkpoint_to_resume, load_checkpoint
 from rcpo.training.measurement import Measurements
 from rcpo.training.rehearsal import rehearse
 from rcpo.training.setbacks import save_or_go_on, skip_or_stop, stop_with_checkpoint
-from rcpo.training.state import Training, TrainState
-from rcpo.training.step import NonFiniteStepError, train_step
-from rcpo.training.surrogate import MicroBatch
+from rcpo.training.state import Method, Training, TrainState
+from rcpo.training.step import MicroBatch, NonFiniteStepError, TrainedStep, train_step
+
+
+class StepWatch:
+    """Looks at every step from outside, and changes nothing; `rcpo.bench` has one of its own."""
+
+    def before(self, training: Training, micro_batches: Sequence[MicroBatch]) -> None:
+        """The step is about to run on this rank's micro-batches."""
+
+    def after(self, trained: TrainedStep) -> None:
+        """It has run."""
 
 
 def train(
-    config: Config, run: RunFolder, inputs: Inputs, device: torch.device, resume: bool
+    config: ResolvedConfig,
+    run: RunFolder,
+    inputs: Inputs,
+    device: torch.device,
+    resume: bool,
+    watch: StepWatch | None = None,
 ) -> dict[str, Any]:
     """Train a resolved config in its run folder; returns the summary. Collective.
 
@@ -50,7 +64,7 @@ def train(
     `rcpo.common.errors` when the run stops before its end.
     """
     torch.manual_seed(config.seed)
-    objective = objective_of(config.objective)
+    objective = config.objective_function
     sampler = inputs.sampler(config)
     num_steps = inputs.num_steps(config)
     checkpoint = checkpoint_to_resume(run) if resume else None
@@ -69,30 +83,28 @@ def train(
         measurements.load_state(scores)
     sinks = _start_sinks(config, run, num_steps, state.step)
     training = Training(
-        config,
-        run,
-        inputs,
-        engine,
-        objective,
-        sampler,
-        num_steps,
-        state,
-        measurements,
-        reference,
-        start,
-        sinks,
+        config=config,
+        run=run,
+        inputs=inputs,
+        method=Method(engine, objective, aggregate_of(config.composition), config.train.pairs_per_step),
+        sampler=sampler,
+        num_steps=num_steps,
+        state=state,
+        measurements=measurements,
+        reference=reference,
+        start=start,
+        sinks=sinks,
     )
     with stopping.deferred(), _closed_on_failure(sinks):
         if checkpoint is None:
             _record_evaluation(training, start)
-        _train_steps(training)
-        return _finish(config, run, inputs, engine, sinks)
+        _train_steps(training, watch or StepWatch())
+        return _finish(training)
 
 
-def _train_steps(training: Training) -> None:
+def _train_steps(training: Training, watch: StepWatch) -> None:
     """Optimizer steps up to the run's end, with their rows, evaluations and checkpoints. Collective."""
     config, state, engine = training.config, training.state, training.engine
-    aggregate = aggregate_of(composition_of(config.objective))
     while state.step < training.num_steps:
         started = time.perf_counter()
         measurement = training.measurements.at(state.step, state.calibrator)
@@ -100,23 +112,17 @@ def _train_steps(training: Training) -> None:
         num_tokens = _num_tokens(training.inputs, training.sampler.global_batch(state.step))
         lr = engine.lr()
         probe_r_w = _measure_probe(training) if state.calibrator.probes_at(state.step) else None
-        stop = False
+        watch.before(training, micro_batches)
         try:
-            row, stop = train_step(
-                engine,
-                training.objective,
-                state,
-                micro_batches,
-                config.train.pairs_per_step,
-                measurement,
-                aggregate,
-                probe_r_w,
-                stopping.asked(),
+            trained = train_step(
+                training.method, state, micro_batches, measurement, probe_r_w, stopping.asked()
             )
         except NonFiniteStepError as error:
-            row = skip_or_stop(training, error)
+            trained = TrainedStep(skip_or_stop(training, error), stop=False)
+        else:
+            watch.after(trained)
         seconds = time.perf_counter() - started
-        row |= {
+        row = trained.row | {
             "step": state.step,
             "train/lr": lr,
             "train/grad_norm": engine.grad_norm(),
@@ -134,7 +140,7 @@ def _train_steps(training: Training) -> None:
             result = measure_logprobs(engine, pairs, pad_id, eval_batch(config))
             _record_evaluation(training, result)
         is_saved = _due(state.step, config.train.save_every) and save_or_go_on(training)
-        if stop and state.step < training.num_steps:
+        if trained.stop and state.step < training.num_steps:
             stop_with_checkpoint(training, is_saved)
 
 
@@ -149,9 +155,9 @@ def _closed_on_failure(sinks: list[Sink]) -> Iterator[None]:
         raise
 
 
-def _due(step: int, every: int | None) -> bool:
+def _due(step: int, every: int) -> bool:
     """Whether something happens after optimizer step `step` (counted from 1); never with every = 0."""
-    return every is not None and every > 0 and step % every == 0
+    return every > 0 and step % every == 0
 
 
 def _measure_probe(training: Training) -> float:
@@ -183,7 +189,6 @@ def _num_tokens(inputs: Inputs, indices: list[int]) -> int:
 def _micro_batches(training: Training, may_join: bool) -> list[MicroBatch]:
     """This rank's micro-batches of the coming step, on the device."""
     config, device = training.config, training.engine.device
-    assert config.train.pairs_per_device is not None
     cut = training.sampler.micro_batches(
         training.state.step, rank(), world_size(), config.train.pairs_per_device
     )
@@ -200,7 +205,7 @@ def _micro_batches(training: Training, may_join: bool) -> list[MicroBatch]:
     return micro_batches
 
 
-def _start_sinks(config: Config, run: RunFolder, num_steps: int, start_step: int) -> list[Sink]:
+def _start_sinks(config: ResolvedConfig, run: RunFolder, num_steps: int, start_step: int) -> list[Sink]:
     """The sinks, on rank 0 alone; rows that a crash left after the checkpoint are dropped, to be written
     again."""
     if rank() != 0:
@@ -221,21 +226,20 @@ def _record_evaluation(training: Training, result: SideLogProbs) -> None:
         sink.log_eval({"step": step} | row)
 
 
-def _finish(
-    config: Config, run: RunFolder, inputs: Inputs, engine: Engine, sinks: list[Sink]
-) -> dict[str, Any]:
+def _finish(training: Training) -> dict[str, Any]:
     """Write final/, the plot and the summary. Collective."""
+    run, engine = training.run, training.engine
     weights = engine.whole_weights()
     if weights is None:
         return {}
     beside = run.path / ".final.tmp"
     shutil.rmtree(beside, ignore_errors=True)
-    save_model(engine.policy.model, weights, inputs.tokenizer, beside)
+    save_model(engine.policy.model, weights, training.inputs.tokenizer, beside)
     summary = summarize(run.rows(run.metrics), run.rows(run.eval))
-    (beside / "README.md").write_text(model_card(config, summary), encoding="utf-8")
+    (beside / "README.md").write_text(model_card(training.config, summary), encoding="utf-8")
     shutil.rmtree(run.final, ignore_errors=True)
     beside.rename(run.final)
     plot_run(run, run.plot)
-    for sink in sinks:
+    for sink in training.sinks:
         sink.close(summary, 0)
     return summary

@@ -1,7 +1,8 @@
-"""How one optimizer step's backward passes are run so that score geometry can be read off them.
+"""Which score vectors one optimizer step catches on its way, and what is read off them.
 
-A step is `Unmeasured`, or a measurement fills `rcpo.method.scores` on the way:
+`rcpo.training.step` runs the passes; a measurement opens the places where gradients are caught:
 
+    Measurement        nothing is measured: the ordinary step
     HeadMeasurement    scope head: the ordinary backward pass, whose head adds up both sides
     ApartMeasurement   the calibrator wants the two halves of the real gradient over parameters: the sides go
                        backward one after the other. At ZeRO 3 one forward pass of one side more, about a
@@ -11,17 +12,20 @@ A step is `Unmeasured`, or a measurement fills `rcpo.method.scores` on the way:
                        captured and withheld from the engine. The training is bit-identical; the step takes
                        twice its time.
 
-Called by `rcpo.training.loop` (which one) and `rcpo.training.step` (run it).
+`Measurements` says which one is due; made by `rcpo.training.loop`.
 """
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from rcpo.config.schema import Config
+from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.batch import PairBatch
 from rcpo.method.calibrators import Calibrator
+from rcpo.method.incentives import Incentives
 from rcpo.method.scores import (
     CHOSEN,
     REJECTED,
@@ -34,25 +38,49 @@ from rcpo.method.scores import (
 from rcpo.models.adapters import last_block_parameters
 from rcpo.models.engine import Engine
 from rcpo.ranks.distributed import world_size
-from rcpo.training.step import Measured, Measurement
-from rcpo.training.surrogate import Price, Priced, joint_backward, surrogate_sides
 
 
-class Unmeasured:
-    """No geometry: the ordinary step."""
+@dataclass(frozen=True)
+class Measured:
+    """Score geometry of one optimizer step's global batch."""
 
+    geometry: ScoreGeometry | None = None
+    """None where the step was not measured."""
+    population: dict[str, ScoreGeometry] = field(default_factory=dict)
+    """"population" and, in Adam's metric, "adam": from products with the measurement before."""
+
+
+class Measurement:
+    """Nothing is measured; the kinds below override what they need."""
+
+    takes_sides_apart = False
+    """Whether each side goes through the model by itself."""
     takes_joint_layouts = True
+    """Whether the sides of a pair may share rows (`rcpo.data.joint`): not where one goes alone."""
+    has_passes_beside = False
+    """Whether `passes_beside` runs backward passes of its own."""
 
-    def begin(self, alpha: float) -> None:
-        pass
+    def begin(self) -> None:
+        """Start an optimizer step."""
 
-    def backward(self, engine: Engine, batch: PairBatch, price: Price, alpha: float) -> Priced:
-        return joint_backward(engine, batch, price, alpha)
+    def watching(self, engine: Engine) -> AbstractContextManager[None]:
+        """Open around the pass of both sides together."""
+        return nullcontext()
 
-    def partials(self, engine: Engine) -> Tensor:
+    def catching(self, side: int) -> AbstractContextManager[None]:
+        """Open around the backward pass of one side, `CHOSEN` or `REJECTED`, where the sides are apart."""
+        return nullcontext()
+
+    def passes_beside(self, engine: Engine, batch: PairBatch, incentives: Incentives) -> None:
+        """Backward passes that the engine's gradient sees nothing of. Collective at ZeRO 3."""
+
+    def products(self, engine: Engine, alpha: float) -> Tensor:
+        """This rank's share of what `read` wants of a step that was calibrated with `alpha`, to be summed
+        over ranks: fp64, on the device. Collective."""
         return torch.zeros(0, dtype=torch.float64, device=engine.device)
 
-    def read(self, totals: list[float]) -> Measured:
+    def read(self, products: list[float]) -> Measured:
+        """The geometry from the sums over ranks."""
         return Measured()
 
 
@@ -69,7 +97,7 @@ class Reader:
         self._previous: Sides | None = None
         self._kinds: list[str] = []
 
-    def partials(self, sides: Sides, metric: list[Tensor] | None) -> Tensor:
+    def products(self, sides: Sides, metric: list[Tensor] | None) -> Tensor:
         """This rank's share of three products per kind of geometry; `metric` is 1/sqrt(v) of Adam, by
         parts."""
         products = [sides.partial_products()]
@@ -107,10 +135,12 @@ class Reader:
         )
         self._previous = Sides(chosen, rejected, *state["scales"].tolist())
 
-    def read(self, totals: list[float]) -> Measured:
+    def read(self, products: list[float]) -> Measured:
         """The geometries from the sums over ranks."""
         found = {
-            kind: ScoreGeometry(totals[3 * idx], totals[3 * idx + 1], totals[3 * idx + 2], self.weighted)
+            kind: ScoreGeometry(
+                products[3 * idx], products[3 * idx + 1], products[3 * idx + 2], self.weighted
+            )
             for idx, kind in enumerate(self._kinds)
         }
         return Measured(found.pop("batch"), found)
@@ -128,10 +158,8 @@ ADAM_EPS = 1e-12
 """Keeps 1/sqrt(v) finite where a parameter has had no gradient."""
 
 
-class HeadMeasurement:
+class HeadMeasurement(Measurement):
     """Geometry of the output projection, from the ordinary backward pass."""
-
-    takes_joint_layouts = True
 
     def __init__(self, engine: Engine, reader: Reader, num_pairs: int) -> None:
         has_bias = engine.policy.head.bias is not None
@@ -140,25 +168,24 @@ class HeadMeasurement:
         )
         self._reader = reader
         self._num_pairs = num_pairs
-        self._alpha = 1.0
 
-    def begin(self, alpha: float) -> None:
-        self._alpha = alpha
+    def begin(self) -> None:
         self._scores.reset()
 
-    def backward(self, engine: Engine, batch: PairBatch, price: Price, alpha: float) -> Priced:
+    @contextmanager
+    def watching(self, engine: Engine) -> Iterator[None]:
         engine.policy.head.scores = self._scores
         try:
-            return joint_backward(engine, batch, price, alpha)
+            yield
         finally:
             engine.policy.head.scores = None
 
-    def partials(self, engine: Engine) -> Tensor:
+    def products(self, engine: Engine, alpha: float) -> Tensor:
         if self._scores.weighted:
-            scales = _calibrated_scales(self._alpha)
+            scales = _calibrated_scales(alpha)
         else:
             scales = (1 / self._num_pairs, 1 / self._num_pairs)
-        return self._reader.partials(self._scores.sides(*scales), self._metric(engine))
+        return self._reader.products(self._scores.sides(*scales), self._metric(engine))
 
     def _metric(self, engine: Engine) -> list[Tensor] | None:
         head = engine.policy.head
@@ -166,8 +193,8 @@ class HeadMeasurement:
         moments = engine.second_moments(parameters) if self._reader.population and parameters else None
         return None if moments is None else _inverse_roots(self._scores.shares_of(list(moments)))
 
-    def read(self, totals: list[float]) -> Measured:
-        return self._reader.read(totals)
+    def read(self, products: list[float]) -> Measured:
+        return self._reader.read(products)
 
 
 def _calibrated_scales(alpha: float) -> tuple[float, float]:
@@ -180,69 +207,53 @@ def _inverse_roots(moments: list[Tensor]) -> list[Tensor]:
     return [moment.sqrt().add_(ADAM_EPS).reciprocal_() for moment in moments]
 
 
-class ApartMeasurement:
+class ApartMeasurement(Measurement):
     """The two halves of the real gradient over a set of parameters: the sides go backward one after the
     other."""
 
+    takes_sides_apart = True
     takes_joint_layouts = False
 
     def __init__(self, scores: ParameterScores, reader: "ParameterReader") -> None:
         self._scores, self._reader = scores, reader
-        self._alpha = 1.0
 
-    def begin(self, alpha: float) -> None:
-        self._alpha = alpha
+    def begin(self) -> None:
         self._scores.reset()
 
-    def backward(self, engine: Engine, batch: PairBatch, price: Price, alpha: float) -> Priced:
-        chosen, rejected = batch.side(chosen=True), batch.side(chosen=False)
-        # ZeRO 3 wants each backward pass right after its own forward pass, so one side goes forward twice.
-        is_again = engine.stage == 3
-        with torch.no_grad() if is_again else nullcontext():
-            z_l = engine.logprobs(rejected)
-        z_w = engine.logprobs(chosen)
-        priced = price(z_w.detach(), z_l.detach())
-        surrogate_w, surrogate_l = surrogate_sides(priced, alpha)
-        with self._scores.capture(CHOSEN, keep_gradient=True):
-            engine.backward((surrogate_w * z_w).mean(), is_last=False)
-        if is_again:
-            z_l = engine.logprobs(rejected)
-        with self._scores.capture(REJECTED, keep_gradient=True):
-            engine.backward((surrogate_l * z_l).mean())
-        return priced
+    def catching(self, side: int) -> AbstractContextManager[None]:
+        return self._scores.capture(side, keep_gradient=True)
 
-    def partials(self, engine: Engine) -> Tensor:
-        return self._reader.partials(engine, self._scores.sides(*_calibrated_scales(self._alpha)))
+    def products(self, engine: Engine, alpha: float) -> Tensor:
+        return self._reader.products(engine, self._scores.sides(*_calibrated_scales(alpha)))
 
-    def read(self, totals: list[float]) -> Measured:
-        return self._reader.read(totals)
+    def read(self, products: list[float]) -> Measured:
+        return self._reader.read(products)
 
 
-class ProbeMeasurement:
+class ProbeMeasurement(Measurement):
     """Geometry of a set of parameters beside an ordinary step, which it leaves as it is, bit for bit."""
 
     takes_joint_layouts = False
+    has_passes_beside = True
 
     def __init__(self, scores: ParameterScores, reader: "ParameterReader", weighted: bool) -> None:
         self._scores, self._reader, self._weighted = scores, reader, weighted
 
-    def begin(self, alpha: float) -> None:
+    def begin(self) -> None:
         self._scores.reset()
 
-    def backward(self, engine: Engine, batch: PairBatch, price: Price, alpha: float) -> Priced:
-        priced = joint_backward(engine, batch, price, alpha, is_last=False)
-        weights = priced.incentives if self._weighted else [torch.ones_like(priced.loss)] * 2
+    def passes_beside(self, engine: Engine, batch: PairBatch, incentives: Incentives) -> None:
+        weights = incentives if self._weighted else [torch.ones_like(incentives.d_w)] * 2
         for side, is_last in ((CHOSEN, False), (REJECTED, True)):
             z = engine.logprobs(batch.side(chosen=side == CHOSEN))
             with self._scores.capture(side, keep_gradient=False):
                 engine.backward((weights[side] * z).mean(), is_last)
-        return priced
 
-    def partials(self, engine: Engine) -> Tensor:
-        return self._reader.partials(engine, self._scores.sides(1 / world_size(), 1 / world_size()))
+    def products(self, engine: Engine, alpha: float) -> Tensor:
+        return self._reader.products(engine, self._scores.sides(1 / world_size(), 1 / world_size()))
 
-    def read(self, totals: list[float]) -> Measured:
-        return self._reader.read(totals)
+    def read(self, products: list[float]) -> Measured:
+        return self._reader.read(products)
 
 
 class ParameterReader:
@@ -251,21 +262,21 @@ class ParameterReader:
     def __init__(self, parameters: list[torch.nn.Parameter], scores: ParameterScores, reader: Reader) -> None:
         self._parameters, self._scores, self._reader = parameters, scores, reader
 
-    def partials(self, engine: Engine, sides: Sides) -> Tensor:
+    def products(self, engine: Engine, sides: Sides) -> Tensor:
         moments = engine.second_moments(self._parameters) if self._reader.population else None
         metric = None if moments is None else _inverse_roots(self._scores.shares_of(moments))
-        return self._reader.partials(sides, metric)
+        return self._reader.products(sides, metric)
 
-    def read(self, totals: list[float]) -> Measured:
-        return self._reader.read(totals)
+    def read(self, products: list[float]) -> Measured:
+        return self._reader.read(products)
 
 
 class Measurements:
     """The measurements of a run; buffers are made when the first one is due, and never where none is."""
 
-    def __init__(self, config: Config, engine: Engine) -> None:
+    def __init__(self, config: ResolvedConfig, engine: Engine) -> None:
         self._config, self._engine = config, engine
-        self._unmeasured = Unmeasured()
+        self._unmeasured = Measurement()
         self._head: HeadMeasurement | None = None
         self._apart: ApartMeasurement | None = None
         self._probe: ProbeMeasurement | None = None

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from rcpo.common.errors import UserError
-from rcpo.config.schema import Config
+from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.filter import filter_pairs
 from rcpo.data.inputs import Inputs
 from rcpo.data.load import PreferenceData, load_records
@@ -21,7 +21,6 @@ from rcpo.data.weights import weighing_of
 from rcpo.models.adapters import check_adapters
 from rcpo.models.checks import check_model, check_positions, check_vocabulary
 from rcpo.models.load import load_tokenizer
-from rcpo.objectives import composition_of
 from rcpo.reference.weights import check_reference
 
 DECIDED_ELSEWHERE = {
@@ -36,7 +35,7 @@ DECIDED_ELSEWHERE = {
 """DeepSpeed's entries that would contradict what rcpo counts on, and the key that decides each."""
 
 
-def check_deepspeed(config: Config) -> None:
+def check_deepspeed(config: ResolvedConfig) -> None:
     """Raise UserError where DeepSpeed would refuse `deepspeed.extra`, or rcpo decides an entry itself."""
     extra = config.deepspeed.extra
     for name, key in DECIDED_ELSEWHERE.items():
@@ -80,7 +79,7 @@ class PairsRead(NamedTuple):
         ]
 
 
-def read_pairs(config: Config) -> PairsRead:
+def read_pairs(config: ResolvedConfig) -> PairsRead:
     """Check the model's files, read and tokenise the data. Raises UserError with one line for whatever is
     wrong with them."""
     read = _tokenise(config, _checked_tokenizer(config))
@@ -88,7 +87,7 @@ def read_pairs(config: Config) -> PairsRead:
     return read
 
 
-def _checked_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+def _checked_tokenizer(config: ResolvedConfig) -> PreTrainedTokenizerBase:
     check_adapters(config.model, config.train.device)
     tokenizer = load_tokenizer(config.model)
     check_vocabulary(config.model, tokenizer)
@@ -96,8 +95,8 @@ def _checked_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _tokenise(config: Config, tokenizer: PreTrainedTokenizerBase) -> PairsRead:
-    records = load_records(config.data, weighing_of(composition_of(config.objective)))
+def _tokenise(config: ResolvedConfig, tokenizer: PreTrainedTokenizerBase) -> PairsRead:
+    records = load_records(config.data, weighing_of(config.composition))
     limits = (config.train.max_length, config.train.max_prompt_length, config.data.on_bad_row)
     train = tokenize_records(records.train, tokenizer, *limits)
     held_out = tokenize_records(records.held_out, tokenizer, *limits)
@@ -109,7 +108,7 @@ def _tokenise(config: Config, tokenizer: PreTrainedTokenizerBase) -> PairsRead:
     return PairsRead(tokenizer, records, train, held_out)
 
 
-def _check_lengths(config: Config, train: PackedPairs, held_out: PackedPairs) -> None:
+def _check_lengths(config: ResolvedConfig, train: PackedPairs, held_out: PackedPairs) -> None:
     check_positions(config.model, _longest(train, held_out))
 
 
@@ -117,7 +116,7 @@ def _longest(train: PackedPairs, held_out: PackedPairs) -> int:
     return max(int(pairs.arrays.lengths.max()) for pairs in (train, held_out))
 
 
-def _kept_tokens(config: Config, tokenizer: PreTrainedTokenizerBase) -> Tokens:
+def _kept_tokens(config: ResolvedConfig, tokenizer: PreTrainedTokenizerBase) -> Tokens:
     """The tokenised data, from the cache where they are there; made, and kept, where they are not."""
 
     def make() -> Tokens:
@@ -127,7 +126,7 @@ def _kept_tokens(config: Config, tokenizer: PreTrainedTokenizerBase) -> Tokens:
     content = content_of(config.data)
     key = None
     if content is not None:
-        weighing = weighing_of(composition_of(config.objective))
+        weighing = weighing_of(config.composition)
         limits = (config.train.max_length, config.train.max_prompt_length)
         key = token_key(content, config.data, weighing, limits, tokenizer)
     if key is None:
@@ -138,7 +137,7 @@ def _kept_tokens(config: Config, tokenizer: PreTrainedTokenizerBase) -> Tokens:
     return store.read_or_make(make, lambda: content_of(config.data) == content)
 
 
-def read_inputs(config: Config) -> Inputs:
+def read_inputs(config: ResolvedConfig) -> Inputs:
     """Read, tokenise and filter the data of a resolved config. Raises UserError with one line for whatever
     cannot train."""
     check_deepspeed(config)

@@ -12,7 +12,7 @@ import torch
 
 from rcpo.common.console import RunConsole
 from rcpo.common.errors import UserError
-from rcpo.config.schema import Config
+from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.inputs import Inputs
 from rcpo.data.joint import lay_out
 from rcpo.data.sampler import PairSampler
@@ -30,7 +30,7 @@ START_TOLERANCE_NATS = 0.05
 
 
 def rehearse(
-    config: Config,
+    config: ResolvedConfig,
     inputs: Inputs,
     engine: Engine,
     sampler: PairSampler,
@@ -78,9 +78,10 @@ def rehearse(
     )  # fmt: skip
 
 
-def largest_micro_batch(config: Config, inputs: Inputs, sampler: PairSampler, num_steps: int) -> list[int]:
+def largest_micro_batch(
+    config: ResolvedConfig, inputs: Inputs, sampler: PairSampler, num_steps: int
+) -> list[int]:
     """Of this rank's micro-batches in the run, the one with most tokens, padding included."""
-    assert config.train.pairs_per_device is not None
     widths = inputs.train.widths()
     return max(
         (
@@ -92,7 +93,7 @@ def largest_micro_batch(config: Config, inputs: Inputs, sampler: PairSampler, nu
     )
 
 
-def _warn_of_difference(config: Config, largest: float) -> None:
+def _warn_of_difference(config: ResolvedConfig, largest: float) -> None:
     tolerance = START_TOLERANCE_NATS * (20 if config.model.dtype == "bfloat16" else 1)
     if not largest <= tolerance:  # a nan is no agreement either
         logger.warning(

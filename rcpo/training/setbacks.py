@@ -55,7 +55,6 @@ def skip_or_stop(training: "Training", error: NonFiniteStepError) -> dict[str, f
 def _rows_of(training: "Training", lost: list[int]) -> list[int]:
     """Row numbers in the source of the pairs in these micro-batches of the current step."""
     per_device = training.config.train.pairs_per_device
-    assert per_device is not None
     batches = list(training.sampler.micro_batches(training.state.step, rank(), world_size(), per_device))
     return [training.inputs.train[idx].row for number in lost for idx in batches[number]]
 

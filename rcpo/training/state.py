@@ -1,12 +1,13 @@
-"""What a run carries from step to step (`TrainState`) and what its loop works with (`Training`).
+"""What a step works with (`Method`), what a run carries from step to step (`TrainState`), and what its loop
+works with (`Training`).
 
 Made by `rcpo.training.loop`, which passes them on to whoever acts for it; the method sees `TrainState` alone.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from rcpo.config.schema import Config
+from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.inputs import Inputs
 from rcpo.data.pairs import SideLogProbs
 from rcpo.data.sampler import PairSampler
@@ -16,10 +17,20 @@ from rcpo.monitor.sinks import Sink
 from rcpo.objectives import Objective
 from rcpo.reference.table import Reference
 from rcpo.runs.folder import RunFolder
+from rcpo.training.aggregate import Aggregate
 from rcpo.training.checkpoint import save_checkpoint
+from rcpo.training.measurement import Measurements
 
-if TYPE_CHECKING:
-    from rcpo.training.measurement import Measurements
+
+@dataclass(frozen=True)
+class Method:
+    """What every step of a run works with."""
+
+    engine: Engine
+    objective: Objective
+    aggregate: Aggregate
+    pairs_per_step: int
+    """B of the global batch, over all ranks."""
 
 
 @dataclass
@@ -54,19 +65,22 @@ class TrainState:
 class Training:
     """What the training loop works with."""
 
-    config: Config
+    config: ResolvedConfig
     run: RunFolder
     inputs: Inputs
-    engine: Engine
-    objective: Objective
+    method: Method
     sampler: PairSampler
     num_steps: int
     state: TrainState
-    measurements: "Measurements"
+    measurements: Measurements
     reference: Reference
     start: SideLogProbs
     """Held-out z at step 0: what displacement is measured against."""
     sinks: list[Sink]
+
+    @property
+    def engine(self) -> Engine:
+        return self.method.engine
 
     def save(self) -> None:
         """Write a checkpoint. Raises SaveError on every rank when it cannot be written. Collective."""

@@ -3,7 +3,7 @@
     z           = log pi(y|x) of both sides                  models.policy, attached to the graph
     loss        = weight * objective(z, ref, |y|)            objectives, on detached leaves
     d_w, d_l    = -dL/dz_w, +dL/dz_l                         method.incentives, by autograd
-    aggregate   = the mean over the batch, or KL-DRO         training.aggregate, scales loss and incentives
+    tilt        = what the mean is not: KL-DRO               training.aggregate, scales loss and incentives
     surrogate   = mean(-alpha d_w z_w + (d_l/alpha) z_l)     its gradient is the loss's, calibrated
     guard       every loss, z and gradient is finite         or nothing is updated: NonFiniteStepError
     geometry    = products of the sides' score vectors       training.measurement, where this step is measured
@@ -11,35 +11,56 @@
     objective   its batch statistics advance likewise        kto's z0, bco's d, ...: the next step's numbers
 
 With alpha = 1 the surrogate's gradient is the loss's own, -d_w grad z_w + d_l grad z_l. There is no branch on
-the objective's name, and none on the kind of calibration or of aggregate. Called by `rcpo.training.loop`.
+the objective's name, and none on the kind of calibration. The door in is `train_step`, called by
+`rcpo.training.loop`; the door out is the `TrainedStep` that it returns.
+
+Shape legend: B pairs of a micro-batch.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rcpo.data.batch import PairBatch
 from rcpo.method.calibrators import StepStatistics
+from rcpo.method.incentives import Incentives, loss_and_incentives
 from rcpo.method.metrics import QUANTITIES, pair_sums, step_row
-from rcpo.method.scores import ScoreGeometry
-from rcpo.models.engine import Engine
-from rcpo.objectives import Objective
-from rcpo.ranks.distributed import sum_over_ranks
-from rcpo.training.state import TrainState
-from rcpo.training.surrogate import MicroBatch, Price, Priced
+from rcpo.method.scores import CHOSEN, REJECTED
+from rcpo.objectives import Objective, PairLogProbs
+from rcpo.ranks.distributed import sum_parts_over_ranks
+from rcpo.training.aggregate import Tilt
+from rcpo.training.measurement import Measurement
+from rcpo.training.state import Method, TrainState
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Score geometry of one optimizer step's global batch."""
+class MicroBatch(NamedTuple):
+    """Pairs on the device with their reference log-probs and weights (B,) fp32."""
 
-    geometry: ScoreGeometry | None = None
-    """None where the step was not measured."""
-    population: dict[str, ScoreGeometry] = field(default_factory=dict)
-    """"population" and, in Adam's metric, "adam": from products with the measurement before."""
+    batch: PairBatch
+    ref_w: Tensor
+    ref_l: Tensor
+    weight: Tensor
+    """What multiplies a pair's loss; 1 where a run has no sample weights."""
+    tilt: Tilt | None = None
+    """What the aggregate makes of the losses; None: their mean."""
+
+
+class Priced(NamedTuple):
+    """A micro-batch after the objective has seen it; every tensor (B,), detached."""
+
+    pair: PairLogProbs
+    loss: Tensor
+    incentives: Incentives
+
+
+class TrainedStep(NamedTuple):
+    row: dict[str, float]
+    """The metrics row, the same on every rank."""
+    stop: bool
+    """Whether a rank was asked to stop."""
 
 
 class NonFiniteStepError(Exception):
@@ -54,97 +75,146 @@ class NonFiniteStepError(Exception):
         """Which of this rank's micro-batches hold such numbers; empty where all are on other ranks."""
 
 
-class TrainedStep(NamedTuple):
-    row: dict[str, float]
-    """The metrics row, the same on every rank."""
-    stop: bool
-    """Whether a rank was asked to stop."""
-
-
-class Measurement(Protocol):
-    """How a step's backward passes are run, and what is read off them; `rcpo.training.measurement` has the
-    kinds."""
-
-    takes_joint_layouts: bool
-    """Whether both sides go through the model together, so that they may share rows (`rcpo.data.joint`)."""
-
-    def begin(self, alpha: float) -> None:
-        """Start an optimizer step that is calibrated with `alpha`."""
-
-    def backward(self, engine: Engine, batch: PairBatch, price: Price, alpha: float) -> Priced:
-        """Forward and backward of one micro-batch. Collective at ZeRO 3."""
-
-    def partials(self, engine: Engine) -> Tensor:
-        """This rank's share of what `read` wants, to be summed over ranks: fp64, on the device.
-        Collective."""
-
-    def read(self, totals: list[float]) -> Measured:
-        """The geometry from the sums over ranks."""
-
-
-class Aggregate(Protocol):
-    """From the pairs' losses to the loss of the global batch; `rcpo.training.aggregate` has the kinds."""
-
-    def prices(
-        self, engine: Engine, objective: Objective, state: tuple[float, ...], batches: Sequence[MicroBatch]
-    ) -> Iterator[tuple[MicroBatch, Price]]:
-        """Each of this rank's micro-batches of one global batch with its price, in turn: loss and incentives
-        whose means over the global batch are the loss and its derivatives. Collective."""
-
-
 def train_step(
-    engine: Engine,
-    objective: Objective,
+    method: Method,
     state: TrainState,
     micro_batches: Sequence[MicroBatch],
-    pairs_per_step: int,
     measurement: Measurement,
-    aggregate: Aggregate,
     probe_r_w: float | None = None,
     asked_to_stop: bool = False,
 ) -> TrainedStep:
     """Train on this rank's micro-batches of one global batch.
 
-    `measurement` says how the step is run and what geometry is read off it, `aggregate` what the pairs'
-    losses add up to; `probe_r_w` is the displacement of the held-out probe pairs, where the calibrator asked
-    for it. `state` advances by one step. The only wait for the device is the one reduction of the metrics; it
-    comes before the update, so that numbers that are not finite never reach the weights.
+    `measurement` says which score vectors are caught on the way; `probe_r_w` is the displacement of the
+    held-out probe pairs, where the calibrator asked for it. `state` advances by one step. The only wait for
+    the device is the one reduction over the ranks; it comes before the update, so that numbers that are not
+    finite never reach the weights.
 
     Raises NonFiniteStepError on every rank in that case, with `state` as it was.
     """
+    engine, objective = method.engine, method.objective
     alpha = state.calibrator.alpha()
-    measurement.begin(alpha)
-    sums = torch.zeros(len(QUANTITIES) + objective.num_statistics, dtype=torch.float64, device=engine.device)
+    measurement.begin()
+    quantities = torch.zeros(len(QUANTITIES), dtype=torch.float64, device=engine.device)
+    statistics = quantities.new_zeros(objective.num_statistics)
     finite = []
-    for micro_batch, price_of in aggregate.prices(engine, objective, state.objective_state, micro_batches):
-        priced = measurement.backward(engine, micro_batch.batch, price_of, alpha)
+    for micro_batch in tilted(method, state, micro_batches):
+        if measurement.takes_sides_apart:
+            priced = backward_apart(method, state, micro_batch, alpha, measurement)
+        else:
+            priced = backward_together(method, state, micro_batch, alpha, measurement)
         engine.end_micro_batch()
-        columns = objective.statistic_columns(priced.pair).double().sum(1)
-        sums += torch.cat([pair_sums(priced.loss, priced.pair, priced.incentives), columns])
+        quantities += pair_sums(priced.loss, priced.pair, priced.incentives)
+        statistics += objective.statistic_columns(priced.pair).double().sum(1)
         finite.append(is_finite(priced, engine.largest_gradient()))
 
     lost = ~torch.stack(finite)
-    votes = torch.stack([lost.any(), lost.new_tensor(asked_to_stop)]).double()
-    totals = sum_over_ranks(torch.cat([votes, sums, measurement.partials(engine)])).tolist()
-    (num_lost, num_asked), totals = totals[:2], totals[2:]
-    means = [total / pairs_per_step for total in totals[: len(sums)]]
-    quantities = dict(zip(QUANTITIES, means, strict=False))
-    measured = measurement.read(totals[len(sums) :])
-    statistics = StepStatistics(
-        mean_d_w=quantities["incentive/chosen"],
-        mean_d_l=quantities["incentive/rejected"],
+    totals = sum_parts_over_ranks(
+        lost=lost.any(),
+        asked_to_stop=lost.new_tensor(asked_to_stop),
+        quantities=quantities,
+        statistics=statistics,
+        products=measurement.products(engine, alpha),
+    )
+    means = {
+        name: total / method.pairs_per_step
+        for name, total in zip(QUANTITIES, totals["quantities"], strict=True)
+    }
+    measured = measurement.read(totals["products"])
+    seen = StepStatistics(
+        mean_d_w=means["incentive/chosen"],
+        mean_d_l=means["incentive/rejected"],
         geometry=measured.geometry,
-        mean_r_w=quantities["displacement/chosen"],
+        mean_r_w=means["displacement/chosen"],
         probe_r_w=probe_r_w,
     )
-    row = step_row(quantities, statistics, alpha, state.calibrator, measured.population)
-    if num_lost:
+    row = step_row(means, seen, alpha, state.calibrator, measured.population)
+    if any(totals["lost"]):
         raise NonFiniteStepError(row, lost.nonzero().flatten().tolist())
     engine.step()
-    state.calibrator.update(statistics)
-    state.objective_state = objective.advance(state.objective_state, means[len(QUANTITIES) :])
+    state.calibrator.update(seen)
+    state.objective_state = objective.advance(
+        state.objective_state, [total / method.pairs_per_step for total in totals["statistics"]]
+    )
     state.step += 1
-    return TrainedStep(row | state.calibrator.counts(), num_asked > 0)
+    return TrainedStep(row | state.calibrator.counts(), any(totals["asked_to_stop"]))
+
+
+def price(
+    objective: Objective,
+    objective_state: tuple[float, ...],
+    micro_batch: MicroBatch,
+    z_w: Tensor,
+    z_l: Tensor,
+) -> Priced:
+    """Loss and incentives of a micro-batch's pairs at detached z_w, z_l (B,) fp32: of the objective, times
+    the pairs' weights, as the aggregate tilts them."""
+    len_w, len_l = micro_batch.batch.lengths.to(z_w.dtype).chunk(2)
+    pair = PairLogProbs(z_w, z_l, micro_batch.ref_w, micro_batch.ref_l, len_w, len_l, objective_state)
+    loss, (d_w, d_l) = loss_and_incentives(objective, pair)
+    weight = micro_batch.weight
+    priced = Priced(pair, weight * loss, Incentives(weight * d_w, weight * d_l))
+    if micro_batch.tilt is None:
+        return priced
+    p, total = micro_batch.tilt
+    d_w, d_l = priced.incentives
+    return Priced(pair, total.expand_as(priced.loss), Incentives(p * d_w, p * d_l))
+
+
+def tilted(method: Method, state: TrainState, micro_batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
+    """The micro-batches as the aggregate wants them: untouched for the mean; for KL-DRO after a pass over all
+    of them without gradients, which gives the losses that the tilts are made of. Collective."""
+    if not method.aggregate.needs_losses:
+        return micro_batches
+    losses = []
+    for micro_batch in micro_batches:
+        z_w, z_l = method.engine.logprobs_without_grad(micro_batch.batch).chunk(2)
+        losses.append(price(method.objective, state.objective_state, micro_batch, z_w, z_l).loss)
+    tilts = method.aggregate.tilts(losses)
+    return [each._replace(tilt=tilt) for each, tilt in zip(micro_batches, tilts, strict=True)]
+
+
+def surrogate(priced: Priced, alpha: float) -> tuple[Tensor, Tensor]:
+    """Coefficients of z_w and z_l whose gradient is the calibrated loss's: -alpha d_w and d_l / alpha, each
+    (B,)."""
+    return -alpha * priced.incentives.d_w, priced.incentives.d_l / alpha
+
+
+def backward_together(
+    method: Method, state: TrainState, micro_batch: MicroBatch, alpha: float, measurement: Measurement
+) -> Priced:
+    """The ordinary micro-batch: both sides forward, and one pass back. Collective at ZeRO 3."""
+    engine = method.engine
+    with measurement.watching(engine):
+        z_w, z_l = engine.logprobs(micro_batch.batch).chunk(2)
+        priced = price(method.objective, state.objective_state, micro_batch, z_w.detach(), z_l.detach())
+        c_w, c_l = surrogate(priced, alpha)
+        engine.backward((c_w * z_w + c_l * z_l).mean(), is_last=not measurement.has_passes_beside)
+    measurement.passes_beside(engine, micro_batch.batch, priced.incentives)
+    return priced
+
+
+def backward_apart(
+    method: Method, state: TrainState, micro_batch: MicroBatch, alpha: float, measurement: Measurement
+) -> Priced:
+    """A micro-batch whose two halves of the gradient are caught one after the other: one pass back a side.
+    ZeRO 3 wants each backward pass right after its own forward pass, so there the rejected side goes forward
+    twice. Collective at ZeRO 3."""
+    engine = method.engine
+    chosen, rejected = micro_batch.batch.side(chosen=True), micro_batch.batch.side(chosen=False)
+    goes_again = engine.stage == 3
+    with torch.no_grad() if goes_again else nullcontext():
+        z_l = engine.logprobs(rejected)
+    z_w = engine.logprobs(chosen)
+    priced = price(method.objective, state.objective_state, micro_batch, z_w.detach(), z_l.detach())
+    c_w, c_l = surrogate(priced, alpha)
+    with measurement.catching(CHOSEN):
+        engine.backward((c_w * z_w).mean(), is_last=False)
+    if goes_again:
+        z_l = engine.logprobs(rejected)
+    with measurement.catching(REJECTED):
+        engine.backward((c_l * z_l).mean())
+    return priced
 
 
 def is_finite(priced: Priced, largest_gradient: Tensor) -> Tensor:

@@ -51,7 +51,8 @@ def test_layout_of_one_pair() -> None:
     assert batch.position_ids is not None
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2]]
     assert batch.segments is not None
-    assert batch.segments.tolist() == [[0, 0, 1, 1, 2]]
+    assert batch.segments.pair.tolist() == [[0, 0, 0, 0, 0]]
+    assert batch.segments.part.tolist() == [[0, 0, 1, 1, 2]]
     assert (batch.lengths.tolist(), batch.num_chosen_tokens, batch.num_pairs) == ([2, 1], 2, 1)
 
 
@@ -67,7 +68,8 @@ def test_a_packed_batch_has_no_padding() -> None:
     assert batch.position_ids is not None
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2, 0, 1, 2, 2]]
     assert batch.segments is not None
-    assert batch.segments.tolist() == [[0, 0, 1, 1, 2, 3, 3, 4, 5]]
+    assert batch.segments.pair.tolist() == [[0, 0, 0, 0, 0, 1, 1, 1, 1]]
+    assert batch.segments.part.tolist() == [[0, 0, 1, 1, 2, 0, 0, 1, 2]]
     assert batch.token_positions.tolist() == [1, 2, 6, 1, 6]
     assert batch.targets.tolist() == [6, 7, 4, 8, 3]
     unshared = collate_joint(pairs, 0, share_prefix=False, packing=True)

@@ -33,7 +33,7 @@ from helpers.plain_loop import PlainRun, Settings, Steering, train_plainly
 from helpers.tiny_models import MODELS, VOCABULARY
 from rcpo.config.compose import compose
 from rcpo.config.resolve import resolve
-from rcpo.config.schema import Config
+from rcpo.config.resolved import ResolvedConfig
 from rcpo.config.validate import validate
 from rcpo.monitor.sinks import JsonlSink
 from rcpo.ranks.distributed import RANK_VARIABLES, free_port, initialize, rank, shut_down, world_size
@@ -41,7 +41,8 @@ from rcpo.runs.folder import RunFolder
 from rcpo.runs.frozen import config_tree, open_run
 from rcpo.training.loop import train
 from rcpo.training.read_inputs import read_inputs
-from rcpo.training.surrogate import MicroBatch
+from rcpo.training.state import Training
+from rcpo.training.step import MicroBatch
 
 Moment: TypeAlias = Literal["row", "checkpoint", "export", "signal", "nan"]
 
@@ -108,7 +109,7 @@ def write_inputs(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def make_config(inputs: Path, run_dir: Path, case: Case, layout: Layout, *words: str) -> Config:
+def make_config(inputs: Path, run_dir: Path, case: Case, layout: Layout, *words: str) -> ResolvedConfig:
     """The config as the command line makes it; `words` are further overrides."""
     own = [
         f"objective={case.objective}", f"calibration={case.calibration}", f"optim={case.optimizer}",
@@ -126,7 +127,7 @@ def make_config(inputs: Path, run_dir: Path, case: Case, layout: Layout, *words:
     return resolve(validate(tree), None)
 
 
-def make_run(config: Config) -> RunFolder:
+def make_run(config: ResolvedConfig) -> RunFolder:
     assert config.run_dir is not None
     run = RunFolder(config.run_dir)
     run.create(config, config_tree(config))
@@ -201,10 +202,9 @@ def final_weights(run: RunFolder) -> dict[str, Tensor]:
     return load_file(run.final / "model.safetensors")
 
 
-def plain_run(config: Config) -> PlainRun:
+def plain_run(config: ResolvedConfig) -> PlainRun:
     """The same training by `plain_loop`, from the tokenised pairs and the data order of the config."""
     case = config.objective["name"], config.calibration.name, config.optim.name
-    assert config.optim.lr is not None
     band = config.calibration
     inputs = read_inputs(config)
     sampler = inputs.sampler(config)
@@ -220,7 +220,7 @@ def plain_run(config: Config) -> PlainRun:
     return train_plainly(model.float(), inputs.train, batches, settings, probe)
 
 
-def _steering(config: Config, num_fresh_steps: int) -> Steering | None:
+def _steering(config: ResolvedConfig, num_fresh_steps: int) -> Steering | None:
     loop = config.calibration.feedback
     if config.calibration.name != "feedback":
         return None
@@ -311,7 +311,7 @@ def lose_a_number_at(step: int) -> None:
     """Let the last rank's last pair have no reference in that step, as a damaged cache would."""
     micro_batches = rcpo.training.loop._micro_batches
 
-    def with_nan(training: rcpo.training.state.Training, may_join: bool) -> list[MicroBatch]:
+    def with_nan(training: Training, may_join: bool) -> list[MicroBatch]:
         batches = micro_batches(training, may_join)
         if training.state.step + 1 == step and rank() == world_size() - 1:
             ref_w = batches[-1].ref_w.clone()

@@ -30,13 +30,14 @@ from rcpo.config.schema import Config
 from rcpo.config.validate import validate
 from rcpo.data.batch import PairBatch, collate
 from rcpo.data.tokenize import TokenizedPair, TokenizedSide
+from rcpo.method.calibrators import FixedCalibration
 from rcpo.objectives import REGISTRY, Composition, PairLogProbs, composition_of, load_objective, objective_of
 from rcpo.objectives.composition import DEFAULTS
 from rcpo.runs.folder import RunFolder
-from rcpo.training.aggregate import KlDro, Mean, aggregate_of, tilt
+from rcpo.training.aggregate import Aggregate, KlDro, Mean, aggregate_of, tilt
 from rcpo.training.read_inputs import read_inputs
-from rcpo.training.step import Aggregate
-from rcpo.training.surrogate import MicroBatch, price
+from rcpo.training.state import Method, TrainState
+from rcpo.training.step import MicroBatch, price, tilted
 
 NAMES = sorted(REGISTRY)
 
@@ -99,14 +100,11 @@ def prices(
     batches = micro_batches(pairs, weights, sizes)
     z = [torch.cat(both) for both in zip(pairs.z_w.split(sizes), pairs.z_l.split(sizes), strict=True)]
     seen = []
-    priced = aggregate.prices(
-        KnownLogProbs(batches, z),  # type: ignore[arg-type]
-        objective,
-        objective.initial_state(6.0),
-        batches,
-    )
-    for (_, price_of), both in zip(priced, z, strict=True):
-        loss, (d_w, d_l) = price_of(*both.chunk(2))[1:]
+    engine = KnownLogProbs(batches, z)
+    method = Method(engine, objective, aggregate, sum(sizes))  # type: ignore[arg-type]
+    state = TrainState(0, FixedCalibration(), objective.initial_state(6.0))
+    for batch, both in zip(tilted(method, state, batches), z, strict=True):
+        loss, (d_w, d_l) = price(objective, state.objective_state, batch, *both.chunk(2))[1:]
         seen.append(Prices(loss, d_w, d_l))
     return Prices(*(torch.cat(columns) for columns in zip(*seen, strict=True)))
 

@@ -17,6 +17,7 @@ from pydantic.dataclasses import dataclass
 from rcpo.common.errors import UserError
 from rcpo.config.compose import conf_dir
 from rcpo.config.resolve import resolve
+from rcpo.config.resolved import ResolvedConfig
 from rcpo.config.schema import Config
 
 CHECKS = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -95,7 +96,7 @@ class SlurmTarget:
             f"launch.{per_node}={profile.ranks_per_node}",
         )
 
-    def resolve(self, config: Config) -> Config:
+    def resolve(self, config: Config) -> ResolvedConfig:
         """`config` without nulls, whatever GPUs this machine has."""
         return resolve(config, self._ranks, device_is_elsewhere=True)
 
