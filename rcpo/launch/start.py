@@ -8,18 +8,28 @@ Owns the order "check everything, make the run folder, start", and ending all ra
 import contextlib
 import shutil
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import NamedTuple
 
 from rcpo.common.errors import UserError
 from rcpo.config.resolved import ResolvedConfig
+from rcpo.data.inputs import Inputs
 from rcpo.launch.changes import changed_config
 from rcpo.launch.overwrite import old_set_aside, refuse_irreplaceable, training
 from rcpo.launch.processes import run_ranks
 from rcpo.launch.worker import run_worker
-from rcpo.ranks.distributed import from_rank_zero, initialize, joined_world_size, rank, world_size
+from rcpo.ranks.distributed import initialize, joined_world_size, rank, spoken_for, world_size
 from rcpo.runs.folder import RunFolder
 from rcpo.runs.frozen import config_tree, open_run
 from rcpo.training.read_inputs import read_inputs
+
+
+class Prepared(NamedTuple):
+    """A run that has been checked and is there to be trained."""
+
+    run: RunFolder
+    config: ResolvedConfig
+    inputs: Inputs | None = None
+    """What checking has read already; None: read them again."""
 
 
 def start(prepare: Callable[[], ResolvedConfig | None], overwrite: bool = False) -> int:
@@ -33,8 +43,8 @@ def start(prepare: Callable[[], ResolvedConfig | None], overwrite: bool = False)
     made = _make_run(prepare, overwrite)
     if made is None:
         return 0
-    with training(made[0].path):
-        return _run_here(*made, resume=False)
+    with training(made.run.path):
+        return _run_here(made, resume=False)
 
 
 def resume(path: str, allowed: Sequence[str] = ()) -> int:
@@ -42,18 +52,16 @@ def resume(path: str, allowed: Sequence[str] = ()) -> int:
     returns the exit code."""
     if joined_world_size() is not None:
         return _joined(lambda: _reopen(path, allowed), resume=True)
-    run, config = _reopen(path, allowed)
-    if config.launch.nodes > 1:
+    reopened = _reopen(path, allowed)
+    if reopened.config.launch.nodes > 1:
         raise UserError(
-            f"{path}: was trained on {config.launch.nodes} nodes; start `rcpo resume` on each with torchrun "
-            "or srun, one task per GPU"
+            f"{path}: was trained on {reopened.config.launch.nodes} nodes; start `rcpo resume` on each with "
+            "torchrun or srun, one task per GPU"
         )
-    return _run_here(run, config, resume=True)
+    return _run_here(reopened, resume=True)
 
 
-def _make_run(
-    prepare: Callable[[], ResolvedConfig | None], overwrite: bool = False
-) -> tuple[RunFolder, ResolvedConfig] | None:
+def _make_run(prepare: Callable[[], ResolvedConfig | None], overwrite: bool = False) -> Prepared | None:
     """Everything that can be wrong with config and data is found before the folder exists."""
     config = prepare()
     if config is None:
@@ -63,25 +71,26 @@ def _make_run(
         refuse_irreplaceable(config)
     else:
         run.refuse_existing()
-    read_inputs(config)
+    inputs = read_inputs(config)
     with old_set_aside(run.path):
         run.create(config, config_tree(config))
-    return run, config
+    return Prepared(run, config, inputs)
 
 
-def _reopen(path: str, allowed: Sequence[str]) -> tuple[RunFolder, ResolvedConfig]:
+def _reopen(path: str, allowed: Sequence[str]) -> Prepared:
     """A run to continue; whatever of its files is damaged is found before anything starts."""
     run, _ = open_run(path)
     config = changed_config(run, allowed, joined_world_size())
     for rows in (run.metrics, run.eval):
         run.rows(rows)
     run.reopen()
-    return run, config
+    return Prepared(run, config)
 
 
-def _run_here(run: RunFolder, config: ResolvedConfig, resume: bool) -> int:
+def _run_here(prepared: Prepared, resume: bool) -> int:
+    run, config, inputs = prepared
     num_ranks = config.world_size()
-    code = run_worker(run, config, resume) if num_ranks == 1 else run_ranks(run, num_ranks, resume)
+    code = run_worker(run, config, resume, inputs) if num_ranks == 1 else run_ranks(run, num_ranks, resume)
     _discard_if_empty(run, code, resume)
     return code
 
@@ -92,24 +101,27 @@ def _discard_if_empty(run: RunFolder, code: int, resume: bool) -> None:
         shutil.rmtree(run.path, ignore_errors=True)
 
 
-def _joined(open_or_make: Callable[[], tuple[RunFolder, ResolvedConfig] | None], resume: bool) -> int:
-    """One of the ranks that torchrun or srun started: rank 0 prepares, the others read the frozen config."""
+def _joined(open_or_make: Callable[[], Prepared | None], resume: bool) -> int:
+    """One of the ranks that torchrun or srun started: rank 0 prepares, the others read the frozen config.
+
+    Whatever rank 0 fails of, the others hear of it and end with it.
+    """
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     initialize(device)
-    answer: dict[str, Any] = {}
-    if rank() == 0:
-        try:
-            made = open_or_make()
-            answer = {"run": None if made is None else str(made[0].path)}
-        except UserError as error:
-            answer = {"error": str(error)}
-    answer = from_rank_zero(answer)
-    if "error" in answer:
+    prepared: Prepared | None = None
+    with spoken_for() as tell:  # preparing may take an hour, on a first download
         if rank() == 0:
-            raise UserError(answer["error"])
-        return 2
+            try:
+                prepared = open_or_make()
+                tell({"run": None if prepared is None else str(prepared.run.path)})
+            except BaseException as error:
+                tell({"exit_code": error.exit_code if isinstance(error, UserError) else 1})
+                raise
+    answer = tell.heard
+    if "exit_code" in answer:
+        return int(answer["exit_code"])
     if answer["run"] is None:
         return 0
     run, config = open_run(answer["run"])
@@ -121,7 +133,7 @@ def _joined(open_or_make: Callable[[], tuple[RunFolder, ResolvedConfig] | None],
         return 2
     is_new_here = rank() == 0 and not resume  # `rcpo resume` holds the lock already
     with training(run.path) if is_new_here else contextlib.nullcontext():
-        code = run_worker(run, config, resume)
+        code = run_worker(run, config, resume, None if prepared is None else prepared.inputs)
         if rank() == 0:
             _discard_if_empty(run, code, resume)
     return code

@@ -23,14 +23,18 @@ if TYPE_CHECKING:  # imported where they are used: a rank must hear Ctrl-C quiet
     import torch
 
     from rcpo.config.resolved import ResolvedConfig
+    from rcpo.data.inputs import Inputs
     from rcpo.runs.folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
 
-def run_worker(run: "RunFolder", config: "ResolvedConfig", resume: bool) -> int:
-    """Train as this process's rank; returns the exit code: 0, that of a UserError (`rcpo.common.errors`), or
-    130 after Ctrl-C. A fault is raised, after it has been recorded."""
+def run_worker(
+    run: "RunFolder", config: "ResolvedConfig", resume: bool, inputs: "Inputs | None" = None
+) -> int:
+    """Train as this process's rank, on `inputs` where they have been read already; returns the exit code: 0,
+    that of a UserError (`rcpo.common.errors`), or 130 after Ctrl-C. A fault is raised, after it has been
+    recorded."""
     import torch
 
     from rcpo.launch.processes import interrupted_line
@@ -50,7 +54,7 @@ def run_worker(run: "RunFolder", config: "ResolvedConfig", resume: bool) -> int:
     speaks = rank() == 0 and not _is_started_rank()
     try:
         with _outcome_recorded(run, rank()):
-            _train(run, config, device, resume)
+            _train(run, config, device, resume, inputs)
         return 0
     except UserError as error:
         logger.error("%s", error)
@@ -66,14 +70,20 @@ def run_worker(run: "RunFolder", config: "ResolvedConfig", resume: bool) -> int:
         shut_down()
 
 
-def _train(run: "RunFolder", config: "ResolvedConfig", device: "torch.device", resume: bool) -> None:
+def _train(
+    run: "RunFolder",
+    config: "ResolvedConfig",
+    device: "torch.device",
+    resume: bool,
+    inputs: "Inputs | None",
+) -> None:
     from rcpo.common.console import RunConsole
     from rcpo.monitor.summary import print_report, print_start
     from rcpo.ranks.distributed import rank
     from rcpo.training.loop import train
     from rcpo.training.read_inputs import read_inputs
 
-    inputs = read_inputs(config)
+    inputs = inputs or read_inputs(config)
     for line in inputs.report:
         logger.info("%s", line)
     if rank() == 0:

@@ -5,10 +5,13 @@ WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which is all that DeepSpeed
 would look for MPI).
 """
 
+import contextlib
 import itertools
 import os
 import socket
 import subprocess
+import threading
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -18,6 +21,8 @@ from torch import Tensor
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 COLLECTIVE_TIMEOUT_MINUTES = 30
+SECONDS_BETWEEN_SIGNS = 20.0
+"""How often a rank 0 that others wait for lets them know."""
 _made_here: set[str] = set()
 """Variables that `initialize` has set for a world of one."""
 
@@ -148,6 +153,56 @@ def from_rank_zero(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+class _Tell:
+    """Calling it on rank 0 gives `heard` to every rank; see `spoken_for`."""
+
+    def __init__(self) -> None:
+        self.heard: dict[str, Any] = {}
+        self._said = threading.Event()
+
+    def __call__(self, answer: dict[str, Any]) -> None:
+        self.heard = answer
+        self._said.set()
+
+    def speak(self, group: dist.ProcessGroup | None) -> None:
+        """Rank 0's side: a sign every SECONDS_BETWEEN_SIGNS until there is an answer, then the answer."""
+        while not self._said.wait(SECONDS_BETWEEN_SIGNS):
+            dist.broadcast_object_list([None], src=0, group=group)
+        dist.broadcast_object_list([self.heard], src=0, group=group)
+
+    def listen(self, group: dist.ProcessGroup | None) -> None:
+        """The others' side: wait for the answer, for as long as signs come."""
+        box: list[Any] = [None]
+        while box[0] is None:
+            dist.broadcast_object_list(box, src=0, group=group)
+        self.heard = box[0]
+
+
+@contextlib.contextmanager
+def spoken_for() -> Iterator[_Tell]:
+    """While open, rank 0 works for all and tells its answer in the end; the others wait when they leave. On
+    every rank the answer is `heard` afterwards.
+
+    A silent wait would end after COLLECTIVE_TIMEOUT_MINUTES, whatever rank 0 is doing; a thread of rank 0
+    gives signs meanwhile, over gloo, which needs no GPU. Collective.
+    """
+    tell = _Tell()
+    if world_size() == 1:
+        yield tell
+        return
+    group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    if rank() != 0:
+        yield tell
+        tell.listen(group)
+        return
+    speaker = threading.Thread(target=tell.speak, args=(group,), daemon=True)
+    speaker.start()
+    try:
+        yield tell
+    finally:
+        speaker.join()
 
 
 def gather(value: Any) -> list[Any]:

@@ -37,7 +37,7 @@ def rehearse(
     num_steps: int,
     reference: Reference,
 ) -> None:
-    """Print the memory budget, run this rank's largest micro-batch, and warn where z and ref differ.
+    """Print the memory budget, run the largest micro-batch on every rank, and warn where z and ref differ.
     Collective; `engine` has its initial weights.
 
     Raises UserError when the micro-batch does not fit.
@@ -81,15 +81,31 @@ def rehearse(
 def largest_micro_batch(
     config: ResolvedConfig, inputs: Inputs, sampler: PairSampler, num_steps: int
 ) -> list[int]:
-    """Of this rank's micro-batches in the run, the one with most tokens, padding included."""
+    """Of the first pass over the pairs, on any rank, the micro-batch that takes most token slots.
+
+    Padded rows: no micro-batch of the whole run is larger, since one with the widest pair is among them.
+    Where rows are joined (train.share_prefix, train.packing), a later pass may put longer pairs together.
+    Takes time in proportion to the pairs, however long the run is.
+    """
+    train = config.train
+    lengths = inputs.train.arrays.lengths
+    joined = lengths.sum(axis=1).tolist() if train.share_prefix or train.packing else []
     widths = inputs.train.widths()
+
+    def slots(indices: list[int]) -> int:
+        if train.packing:
+            return sum(joined[idx] for idx in indices)
+        of_pair = joined if train.share_prefix else widths
+        return len(indices) * max(of_pair[idx] for idx in indices)
+
     return max(
         (
             indices
-            for step in range(num_steps)
-            for indices in sampler.micro_batches(step, rank(), world_size(), config.train.pairs_per_device)
+            for step in range(min(num_steps, sampler.steps_of(1)))
+            for of_rank in range(world_size())
+            for indices in sampler.micro_batches(step, of_rank, world_size(), train.pairs_per_device)
         ),
-        key=lambda indices: max(widths[idx] for idx in indices),
+        key=slots,
     )
 
 

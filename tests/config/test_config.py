@@ -25,7 +25,7 @@ from rcpo.runs.frozen import config_tree, open_run
 COMPOSE = """
 import json, sys
 from rcpo.config.compose import compose
-from rcpo.config.schema import validate
+from rcpo.config.validate import validate
 from rcpo.common.errors import UserError
 for words in json.load(sys.stdin):
     try:

@@ -287,6 +287,23 @@ def test_the_largest_micro_batch_is_found_among_those_of_the_run(inputs: Path, t
     assert width(found) == max(map(width, everything))
 
 
+def test_no_micro_batch_of_later_passes_is_larger_and_a_long_run_takes_no_longer(
+    inputs: Path, tmp_path: Path
+) -> None:
+    """20 pairs, 8 a step: of 10^9 steps the first three are looked at."""
+    config = make_config(inputs, tmp_path / "run", CASE, Layout(1, 2))
+    read = read_inputs(config)
+    sampler = read.sampler(config)
+    found = largest_micro_batch(config, read, sampler, 10**9)
+    widths = read.train.widths()
+    largest = max(
+        max(widths[idx] for idx in batch)
+        for step in range(50)
+        for batch in sampler.micro_batches(step, 0, 1, 2)
+    )
+    assert max(widths[idx] for idx in found) == largest
+
+
 @pytest.mark.parametrize("model", ["llama", "neox"])
 def test_activations_are_estimated_to_a_factor_of_two(inputs: Path, tmp_path: Path, model: str) -> None:
     """Against what autograd really keeps of a forward pass with 8 rows of 64 tokens, weights left out."""

@@ -1,0 +1,100 @@
+"""Ranks that srun or torchrun started, while rank 0 prepares for all: two forked processes over gloo."""
+
+import os
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+import rcpo.ranks.distributed
+from rcpo.common.errors import UserError
+from rcpo.launch import start
+from rcpo.ranks.distributed import RANK_VARIABLES, free_port, spoken_for
+
+
+def in_two_ranks(work: Callable[[int], Any], tmp_path: Path, timeout_seconds: float = 60) -> list[str]:
+    """What `work(rank)` returned or raised on both ranks, as text; an AssertionError when one is not done in
+    time."""
+    port = free_port()
+    children = []
+    for number in range(2):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                os.environ |= dict(
+                    zip(RANK_VARIABLES, (str(number), "2", str(number), "127.0.0.1", str(port)), strict=True)
+                )
+                said = f"returned {work(number)}"
+            except BaseException as error:
+                said = f"raised {type(error).__name__}: {error}"
+            try:
+                (tmp_path / f"said-{number}").write_text(said)
+                code = 0
+            finally:
+                os._exit(code)
+        children.append(child)
+    deadline = time.monotonic() + timeout_seconds
+    waiting = set(children)
+    while waiting and time.monotonic() < deadline:
+        waiting -= {child for child in waiting if os.waitpid(child, os.WNOHANG) != (0, 0)}
+        time.sleep(0.02)
+    for child in waiting:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+    assert not waiting
+    return [(tmp_path / f"said-{number}").read_text() for number in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "said"),
+    [
+        (ZeroDivisionError("by accident"), 1, "raised ZeroDivisionError: by accident"),
+        (UserError("data.path=x: no such file"), 2, "raised UserError: data.path=x: no such file"),
+        (KeyboardInterrupt(), 1, "raised KeyboardInterrupt: "),
+    ],
+    ids=["fault", "bad-input", "ctrl-c"],
+)
+def test_the_other_ranks_end_with_rank_0_whatever_it_fails_of(
+    tmp_path: Path, fault: BaseException, code: int, said: str
+) -> None:
+    def prepare() -> None:
+        raise fault
+
+    assert in_two_ranks(lambda number: start.start(prepare), tmp_path) == [said, f"returned {code}"]
+
+
+def test_a_preparation_longer_than_a_collective_may_take_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Collectives that give up after 2 seconds, signs every half second, an answer after 5 seconds."""
+    monkeypatch.setattr(rcpo.ranks.distributed, "SECONDS_BETWEEN_SIGNS", 0.5)
+
+    def work(number: int) -> dict[str, Any]:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=2))
+        with spoken_for() as tell:
+            if number == 0:
+                time.sleep(5)
+                tell({"run": "here"})
+        return tell.heard
+
+    assert in_two_ranks(work, tmp_path) == ["returned {'run': 'here'}"] * 2
+
+
+def test_a_rank_0_that_dies_while_preparing_ends_the_others(tmp_path: Path) -> None:
+    def work(number: int) -> None:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+        with spoken_for():
+            if number == 0:
+                (tmp_path / "said-0").write_text("died")
+                os._exit(1)
+
+    started = time.monotonic()
+    died, other = in_two_ranks(work, tmp_path)
+    assert died == "died"
+    assert other.startswith("raised ")  # of gloo: the connection is gone
+    assert time.monotonic() - started < 20
