@@ -18,6 +18,7 @@ from rcpo.bench.work import Work, rows_of
 from rcpo.data.batch import PairBatch, collate
 from rcpo.models.engine import build_optimizer
 from rcpo.models.load import load_model
+from rcpo.models.logit_transform import body_of
 from rcpo.models.logprobs import sum_per_side
 from rcpo.objectives import PairLogProbs, objective_of
 
@@ -32,7 +33,7 @@ def plain_logps(model: PreTrainedModel, batch: PairBatch) -> Tensor:
 
 def response_logps(model: PreTrainedModel, batch: PairBatch) -> Tensor:
     """Token log-probs (N,) from the logits of response positions."""
-    hidden = model.get_decoder()(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    hidden = body_of(model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
     picked = hidden.flatten(0, 1)[batch.token_positions]
     logps = F.log_softmax(model.get_output_embeddings()(picked).float(), dim=-1)
     return logps.gather(1, batch.targets[:, None]).squeeze(1)

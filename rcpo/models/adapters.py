@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from rcpo.common.errors import UserError
 from rcpo.config.schema import LoraConfig, ModelConfig
 from rcpo.models.adapter_files import PREFIX, WEIGHTS_FILE, adapter_folder, read_adapter_config
+from rcpo.models.logit_transform import body_of
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +169,7 @@ def last_block_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
     num_blocks = model.config.get_text_config().num_hidden_layers
     blocks = [
         module
-        for module in model.get_decoder().modules()
+        for module in body_of(model).modules()
         if isinstance(module, nn.ModuleList) and len(module) == num_blocks
     ]
     found = [

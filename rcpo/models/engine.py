@@ -139,11 +139,20 @@ class Engine:
         return (safe_get_full_optimizer_state(parameter, "exp_avg_sq") for parameter in parameters)
 
     @torch.no_grad()
-    def logprobs_without_grad(self, batch: PairBatch, tokens: bool = False) -> Tensor:
-        """z (2B,) fp32 in evaluation mode; with `tokens` the token log-probs (N,). Collective at stage 3."""
+    def logprobs_without_grad(
+        self, batch: PairBatch, tokens: bool = False, own_logits: bool = False
+    ) -> Tensor:
+        """z (2B,) fp32 in evaluation mode; with `tokens` the token log-probs (N,), with `own_logits` by the
+        model's own forward method. Collective at stage 3."""
         self._deepspeed.eval()
-        z: Tensor = self._deepspeed(batch, tokens)
+        z: Tensor = self._deepspeed(batch, tokens, own_logits)
         self._deepspeed.train()
+        return z
+
+    @torch.no_grad()
+    def logprobs_as_trained(self, batch: PairBatch) -> Tensor:
+        """z (2B,) fp32 in training mode, dropout and all. Collective at stage 3."""
+        z: Tensor = self._deepspeed(batch)
         return z
 
     def backward(self, loss: Tensor, is_last: bool = True) -> None:

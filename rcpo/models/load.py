@@ -111,6 +111,20 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     return model
 
 
+RANDOM = ("dropout", "pdrop", "jitter_noise", "layerdrop", "drop_path")
+"""In the names of config entries that make a training pass random; 0 turns each of them off."""
+
+
+def _without_randomness(hf_config: PretrainedConfig) -> None:
+    """Turn off what a training pass draws, in nested configs too; that nothing is left,
+    `rcpo.training.agreement` checks."""
+    for key, value in vars(hf_config).items():
+        if isinstance(value, PretrainedConfig):
+            _without_randomness(value)
+        elif isinstance(value, float) and any(part in key for part in RANDOM):
+            setattr(hf_config, key, 0.0)
+
+
 def load_frozen_model(config: ModelConfig) -> PreTrainedModel:
     """A model that gives log-probabilities and never trains. Collective at ZeRO 3."""
     with one_line_errors(config.path, "model"):
@@ -124,9 +138,7 @@ def from_pretrained(source: str, config: ModelConfig, **options: Any) -> Any:
     """What transformers makes of the weights, without dropout; `options` are further ones of its own."""
     transformers_logging.disable_progress_bar()
     hf_config = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
-    for key in vars(hf_config):
-        if key.endswith(("dropout", "_pdrop")) and isinstance(getattr(hf_config, key), float):
-            setattr(hf_config, key, 0.0)
+    _without_randomness(hf_config)
     if config.attention is not None:
         options["attn_implementation"] = config.attention
     use_safetensors: bool | None = True

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rcpo.data.batch import PairBatch
 from rcpo.method.scores import HeadScores, matmul_fp32
+from rcpo.models.logit_transform import NOTHING, LogitTransform
 
 CHUNK_ELEMENTS = 2**24
 """Logits held at once (fp32 elements, 64 MiB): the chunk is as many tokens as fit, at least 16."""
@@ -23,56 +24,66 @@ tokens need no second product with the vocabulary, and memory still does not gro
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """log softmax(h W^T + b)[target] per token (N,). Chunks that fit into `KEPT_ELEMENTS` keep their softmax
-    for the backward pass; the others' logits are computed again there.
+    """log softmax(f(h W^T + b))[target] per token (N,), f the model's `LogitTransform`, mostly none. Chunks
+    that fit into `KEPT_ELEMENTS` keep their softmax for the backward pass; the others' logits are computed
+    again there, and so are all where f has a cap, whose slope needs them.
 
-    With e_t = onehot(target_t) - softmax(logits_t): d logp_t / d logits_t = e_t, hence
-    grad h_t = g_t W^T e_t, grad W = sum_t g_t e_t h_t^T, grad b = sum_t g_t e_t.
-    """
+    With e_t = (onehot(target_t) - softmax(logits_t)) f'(x_t), where f'(x) = scale (1 - (f(x)/cap)^2): d
+    logp_t / d x_t = e_t, hence grad h_t = g_t W^T e_t, grad W = sum_t g_t e_t h_t^T, grad b = sum_t g_t e_t.
+    The factor `scale` is taken out of e_t, and multiplies g_t and the tokens' scores."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
-        num_chosen: int, scores: HeadScores | None,
+        num_chosen: int, scores: HeadScores | None, transform: LogitTransform,
     ) -> Tensor:  # fmt: skip
         logps = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         log_norms = torch.empty_like(logps)
         kept: dict[int, tuple[Tensor, Tensor]] = {}
         num_kept = 0
         for part in _chunks(hidden.shape[0], num_chosen, weight.shape[0]):
-            exps = _logits(hidden[part], weight, bias)
+            exps = transform(_logits(hidden[part], weight, bias))
             target, largest = exps.gather(1, targets[part, None]).squeeze(1), exps.amax(1)
             sums = exps.sub_(largest[:, None]).exp_().sum(1)
             log_norms[part] = largest + sums.log()
             logps[part] = target - log_norms[part]
             num_kept += exps.numel()
-            if num_kept <= KEPT_ELEMENTS and any(ctx.needs_input_grad):
+            if num_kept <= KEPT_ELEMENTS and any(ctx.needs_input_grad) and transform.cap is None:
                 kept[part.start] = exps, sums
         ctx.save_for_backward(hidden, targets, log_norms)
         # The parameters, not saved tensors: ZeRO-3 swaps their storage between forward and backward.
         ctx.weight, ctx.bias, ctx.num_chosen, ctx.scores, ctx.kept = weight, bias, num_chosen, scores, kept
+        ctx.transform = transform
         return logps
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_logps,) = grad_outputs
         hidden, targets, log_norms = ctx.saved_tensors
-        weight, bias, scores = ctx.weight, ctx.bias, ctx.scores
+        weight, bias, scores, transform = ctx.weight, ctx.bias, ctx.scores, ctx.transform
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight: Tensor | None = None
         grad_bias = _zeros_fp32(bias) if bias is not None and ctx.needs_input_grad[2] else None
         for part in _chunks(hidden.shape[0], ctx.num_chosen, weight.shape[0]):
-            is_chosen, own = part.start < ctx.num_chosen, grad_logps[part]
+            is_chosen, own = part.start < ctx.num_chosen, transform.scale * grad_logps[part]
             exps, sums = ctx.kept.pop(part.start, (None, None))
+            slope = None
             if exps is None:
-                exps = _logits(hidden[part], weight, bias).sub_(log_norms[part, None]).exp_()
+                exps = transform(_logits(hidden[part], weight, bias))
+                slope = transform.slope(exps)
+                exps.sub_(log_norms[part, None]).exp_()
                 sums = torch.ones_like(own)
             # The vocabulary-sized error stays as it is; what multiplies it multiplies small factors.
             error = exps.mul_((-1 / sums)[:, None])
             error.scatter_add_(1, targets[part, None], torch.ones_like(own)[:, None])
+            if slope is not None:
+                error.mul_(slope)
             rounded = error.to(weight.dtype)  # itself, in fp32
             if scores is not None and not scores.weighted:
                 importance = None if scores.importance is None else scores.importance[part]
+                if transform.scale != 1.0:
+                    importance = torch.ones_like(own) if importance is None else importance
+                    importance = transform.scale * importance
                 scores.add(is_chosen, rounded, hidden[part], importance)
             if grad_hidden is not None:
                 grad_hidden[part] = own[:, None] * (rounded @ weight)
@@ -89,7 +100,7 @@ class _TokenLogProbs(torch.autograd.Function):
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
-            None, None, None,
+            None, None, None, None,
         )  # fmt: skip
 
 
@@ -117,8 +128,9 @@ class TokenLogProbHead(nn.Module):
     A module of its own, so that ZeRO-3 gathers the (possibly tied) weight around its forward and backward.
     """
 
-    def __init__(self, projection: nn.Linear) -> None:
+    def __init__(self, projection: nn.Linear, transform: LogitTransform = NOTHING) -> None:
         super().__init__()
+        self.transform = transform
         self.weight = projection.weight
         self.bias = projection.bias
         self.scores: HeadScores | None = None
@@ -128,7 +140,13 @@ class TokenLogProbHead(nn.Module):
         """Token log-probs (N,) fp32 for `batch`'s response tokens from hidden states (R, T, H)."""
         picked = hidden.flatten(0, 1).index_select(0, batch.token_positions)
         logps: Tensor = _TokenLogProbs.apply(
-            picked, self.weight, self.bias, batch.targets, batch.num_chosen_tokens, self.scores
+            picked,
+            self.weight,
+            self.bias,
+            batch.targets,
+            batch.num_chosen_tokens,
+            self.scores,
+            self.transform,
         )
         return logps
 

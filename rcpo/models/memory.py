@@ -32,6 +32,7 @@ def memory_budget(
     size = 2 if config.model.dtype == "bfloat16" else FP32
     total = sum(_numel(parameter) for parameter in parameters)
     trained = sum(_numel(parameter) for parameter in parameters if parameter.requires_grad)
+    shape = model.config.get_text_config()
     num_moments = 2 if config.optim.name == "adamw" else int(config.optim.momentum > 0)
     master = int(stage > 0)
     gradient_size = FP32 if stage > 0 else size
@@ -39,8 +40,8 @@ def memory_budget(
         "weights": total * size // (num_ranks if stage == 3 else 1),
         "gradients": trained * gradient_size // (num_ranks if stage >= 2 else 1),
         "optimizer": trained * FP32 * (num_moments + master) // (num_ranks if stage >= 1 else 1),
-        "activations": activation_bytes(config, model.config, num_rows, width, size),
-        "head": FP32 * min(KEPT_ELEMENTS + CHUNK_ELEMENTS, num_rows * width * model.config.vocab_size),
+        "activations": activation_bytes(config, shape, num_rows, width, size),
+        "head": FP32 * min(KEPT_ELEMENTS + CHUNK_ELEMENTS, num_rows * width * shape.vocab_size),
         "calibration": _calibration_bytes(config, model, trained),
         "reference": reference,
     }

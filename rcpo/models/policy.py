@@ -7,21 +7,12 @@ import inspect
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from rcpo.common.errors import UserError
 from rcpo.data.batch import PairBatch, Segments
+from rcpo.models.logit_transform import body_of, logit_transform
 from rcpo.models.logprobs import TokenLogProbHead, importance_weighted, sum_per_side
-
-SCALED_LOGITS = {
-    "final_logit_softcapping": None,
-    "logit_scale": 1.0,
-    "logits_scaling": 1.0,
-    "output_multiplier": 1.0,
-}
-"""Config entries that transform logits after the output projection, with the value that means "no"."""
 
 
 class Policy(nn.Module):
@@ -30,21 +21,30 @@ class Policy(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        self.head = TokenLogProbHead(_output_projection(model))
+        projection = _output_projection(model)
+        self.head = TokenLogProbHead(projection, logit_transform(model, projection))
+        self._body = [body_of(model)]  # in a list: it belongs to `model`
 
-    def forward(self, batch: PairBatch, tokens: bool = False) -> Tensor:
-        """z (2B,) fp32: 0..B-1 chosen, B..2B-1 rejected; with `tokens` the token log-probs (N,). Where the
-        batch has the reference's, z is weighted by importance.
+    @property
+    def body(self) -> nn.Module:
+        """From token ids to last hidden states."""
+        return self._body[0]
+
+    def forward(self, batch: PairBatch, tokens: bool = False, own_logits: bool = False) -> Tensor:
+        """z (2B,) fp32: 0..B-1 chosen, B..2B-1 rejected; with `tokens` the token log-probs (N,), with
+        `own_logits` by the model's own forward method, logits and all. Where the batch has the reference's,
+        z is weighted by importance.
 
         Rows are padded on the right, so causal attention keeps padding out of every real position without a
         mask; a joint layout needs one.
         """
-        body = self.model.get_decoder()
+        if own_logits:
+            return self._by_own_logits(batch)
         joint: dict[str, Tensor | None] = {}
         if batch.segments is not None:
             mask = self._attention_mask(batch.segments)
             joint = {"attention_mask": mask, "position_ids": batch.position_ids}
-        hidden = body(input_ids=batch.input_ids, use_cache=False, **joint).last_hidden_state
+        hidden = self.body(input_ids=batch.input_ids, use_cache=False, **joint).last_hidden_state
         logps: Tensor = self.head(hidden, batch)
         if tokens:
             return logps
@@ -54,6 +54,11 @@ class Policy(nn.Module):
         if self.head.scores is not None:
             self.head.scores.importance = omega
         return z
+
+    def _by_own_logits(self, batch: PairBatch) -> Tensor:
+        logits = self.model(input_ids=batch.input_ids, use_cache=False).logits
+        picked = logits.flatten(0, 1).index_select(0, batch.token_positions).float()
+        return picked.log_softmax(-1).gather(1, batch.targets[:, None]).squeeze(1)
 
     def _attention_mask(self, segments: Segments) -> Tensor | None:
         """(R, 1, T, T): who sees whom, as bool for sdpa and as what is added to the scores for eager. flash
@@ -75,7 +80,7 @@ def refuse_joint_layout(model: PreTrainedModel, share_prefix: bool) -> None:
     name = type(model).__name__
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    takes = inspect.signature(model.get_decoder().forward).parameters
+    takes = inspect.signature(body_of(model).forward).parameters
     kernel = model.config._attn_implementation
     why = None
     if kernel not in ("sdpa", "eager") and (share_prefix or kernel != "flash_attention_2"):
@@ -94,18 +99,11 @@ def refuse_joint_layout(model: PreTrainedModel, share_prefix: bool) -> None:
 
 
 def _output_projection(model: PreTrainedModel) -> nn.Linear:
-    """The linear output head; UserError where logits are not a plain affine map of the last hidden state."""
-    name = type(model).__name__
+    """The linear output head. Raises UserError where the model has another kind."""
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise UserError(
-            f"model.path: {name} has {type(head).__name__} as its output head; give a model with a linear one"
+            f"model.path: {type(model).__name__} has {type(head).__name__} as its output head; give a model "
+            "with a linear one"
         )
-    for key, neutral in SCALED_LOGITS.items():
-        value = getattr(model.config, key, neutral)
-        if value is not None and value != neutral:
-            raise UserError(
-                f"model.path: {name} transforms its logits ({key}={value}), which rcpo does not do; "
-                "give another model"
-            )
     return head

@@ -70,7 +70,7 @@ def score_pairs(
 def _score_batch(policy: Policy, pairs: Sequence[TokenizedPair], pad_id: int) -> Tensor:
     """(4, B) fp64 on the CPU: the fields of `ModelScores`."""
     batch = collate(pairs, pad_id).to(policy.head.weight.device)
-    hidden = policy.model.get_decoder()(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+    hidden = policy.body(input_ids=batch.input_ids, use_cache=False).last_hidden_state
     picked = hidden.flatten(0, 1).index_select(0, batch.token_positions)
     # In fp64, because CHES is the small difference of two large products.
     z, sums = (

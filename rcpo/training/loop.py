@@ -32,6 +32,7 @@ from rcpo.ranks.distributed import rank, world_size
 from rcpo.reference.source import ReferenceSource
 from rcpo.runs.folder import RunFolder
 from rcpo.training.aggregate import aggregate_of
+from rcpo.training.agreement import check_agreement
 from rcpo.training.checkpoint import checkpoint_to_resume, load_checkpoint
 from rcpo.training.measurement import Measurements
 from rcpo.training.rehearsal import rehearse
@@ -72,6 +73,7 @@ def train(
     source = ReferenceSource(config, run, inputs, visited, objective.weighs_tokens, checkpoint is not None)
     source.run_own_model(device)
     engine = Engine(config, num_steps, device)
+    check_agreement(config, inputs, engine)
     measurements = Measurements(config, engine)
     calibrator = build_calibrator(config.calibration, sampler.num_fresh_steps)
     state = TrainState(0, calibrator, _initial_state(objective, inputs, sampler))

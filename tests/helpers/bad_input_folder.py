@@ -201,7 +201,6 @@ MODELS: dict[str, Callable[[Path], None]] = {
     "more-layers": edited(num_hidden_layers=4),
     "small-vocabulary": edited(vocab_size=10),
     "short-positions": edited(max_position_embeddings=8),
-    "capped": edited(model_type="llama", final_logit_softcapping=30.0),
     "text-tokenizer": written("tokenizer.json", "{"),
     "truncated": truncate,
     "garbage": written("model.safetensors", "garbage" * 100),

@@ -12,13 +12,12 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, MistralConfig, PreTrainedConfig, Qwen2Config
 
-from helpers.tiny_models import VOCABULARY, make_llama, make_neox
+from helpers.tiny_models import VOCABULARY, make_neox
 from rcpo.common.errors import UserError
 from rcpo.config.compose import conf_dir
 from rcpo.config.schema import LoraConfig, ModelConfig
 from rcpo.config.validate import validate
 from rcpo.models.load import load_model, model_source
-from rcpo.models.policy import Policy
 
 PRESETS = sorted({path.stem for path in (conf_dir() / "model").glob("*.yaml")} - {"hf", "tiny"})
 COMPOSE = """
@@ -135,24 +134,6 @@ def test_folders_that_are_no_models_are_named(tmp_path: Path) -> None:
     )
     assert model_source(str(tmp_path), allow_pickle=True) == str(tmp_path)
     assert model_source("org/model") == "org/model"
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("final_logit_softcapping", 30.0),
-        ("logit_scale", 0.5),
-        ("logits_scaling", 8.0),
-        ("output_multiplier", 2.0),
-    ],
-)
-def test_models_that_transform_their_logits_are_refused(key: str, value: float) -> None:
-    model = make_llama()
-    setattr(model.config, key, value)
-    with pytest.raises(UserError, match=rf"LlamaForCausalLM transforms its logits \({key}={value}\)"):
-        Policy(model)
-    setattr(model.config, key, None if key == "final_logit_softcapping" else 1.0)
-    Policy(model)
 
 
 def test_the_policys_own_dropout_is_off(tmp_path: Path) -> None:
