@@ -6,7 +6,6 @@ always be made again. Called by `rcpo.training.read_inputs`.
 """
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
@@ -21,6 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from rcpo.common.locks import kernel_lock
 from rcpo.data.pairs import PackedPairs, PairArrays
 
 logger = logging.getLogger(__name__)
@@ -102,13 +102,12 @@ class TokenStore:
     def _wait_for_turn(self, stack: contextlib.ExitStack) -> None:
         """Hold the key's lock until `stack` ends, or the process does; where there can be no lock, go on."""
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            stream = stack.enter_context(self.path.with_suffix(".lock").open("w"))
+            lock = kernel_lock(self.path.with_suffix(".lock"))
             try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                stack.enter_context(lock.acquire(blocking=False))
+            except TimeoutError:
                 logger.info("another process tokenises the same data; waiting for it")
-                fcntl.flock(stream, fcntl.LOCK_EX)
+                stack.enter_context(lock.acquire())
             for left in self.path.parent.glob(f"{self.path.stem}.*.tmp"):  # of a process that was killed
                 left.unlink(missing_ok=True)
         except OSError as error:
