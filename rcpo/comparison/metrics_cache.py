@@ -4,9 +4,9 @@ The cache knows its source by size and time of change: it is never older than wh
 written atomically, and left out where the folder cannot be written.
 """
 
+import contextlib
 import json
 import math
-import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rcpo.common.errors import UserError
+from rcpo.common.files import replacing
 
 Columns = dict[str, np.ndarray]
 """Name to values, fp64, one for each row; nan where the row has none."""
@@ -93,9 +94,5 @@ def _read_cache(cache: Path, source: bytes, wanted: Collection[str]) -> Columns 
 
 
 def _write_cache(cache: Path, source: bytes, columns: Columns) -> None:
-    beside = cache.with_name(f".{cache.name}.{os.getpid()}.tmp")
-    try:
+    with contextlib.suppress(OSError), replacing(cache, by_many=True) as beside:
         pq.write_table(pa.table(columns).replace_schema_metadata({SOURCE: source}), beside)
-        os.replace(beside, cache)
-    except OSError:
-        beside.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ from filelock import UnixFileLock
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
-from rcpo.common.files import cache_dir
+from rcpo.common.files import cache_dir, replacing
 from rcpo.common.locks import kernel_lock
 from rcpo.config.schema import ModelConfig
 from rcpo.data.pairs import SideLogProbs
@@ -104,9 +104,9 @@ class ReferenceCache:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         merged = self.read() | rows
         keys = torch.frombuffer(bytearray(b"".join(merged)), dtype=torch.uint8).view(-1, KEY_BYTES)
-        beside = self.path.with_suffix(f".{os.getpid()}.tmp")
-        save_file({"keys": keys, "z": torch.tensor(list(merged.values()), dtype=torch.float32)}, beside)
-        os.replace(beside, self.path)
+        z = torch.tensor(list(merged.values()), dtype=torch.float32)
+        with replacing(self.path, by_many=True) as beside:
+            save_file({"keys": keys, "z": z}, beside)
 
     def lock(self) -> UnixFileLock:
         """Held from reading to merging; see `kernel_lock`."""

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import rcpo
 from rcpo.common.errors import UserError
-from rcpo.common.files import write_atomically
+from rcpo.common.files import replacing, write_atomically
 from rcpo.common.source import git_commit, source_hash
 from rcpo.data.pairs import SideLogProbs
 from rcpo.runs.rows import decode_row, encode_row
@@ -133,9 +133,8 @@ class RunFolder:
     def save_pair_results(self, step: int, result: SideLogProbs) -> None:
         """Per-pair held-out log-probs of one evaluation, in the order of the held-out set."""
         path = self.pair_results / f"step-{step:06d}.safetensors"
-        beside = path.with_name(f".{path.name}.tmp")
-        save_file({"z_w": result.z_w.contiguous(), "z_l": result.z_l.contiguous()}, beside)
-        os.replace(beside, path)
+        with replacing(path) as beside:
+            save_file({"z_w": result.z_w.contiguous(), "z_l": result.z_l.contiguous()}, beside)
 
     def load_pair_results(self, step: int) -> SideLogProbs:
         tensors: dict[str, torch.Tensor] = load_file(self.pair_results / f"step-{step:06d}.safetensors")
