@@ -9,10 +9,10 @@ from typing import Any
 import matplotlib.image
 import numpy as np
 import pytest
-import readme_pictures
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from helpers import readme_pictures
 from rcpo.monitor.plot import (
     band_limits,
     column,
