@@ -1,7 +1,7 @@
 """Draw the README's pictures of runs side by side; a script, not a test.
 
-python tests/helpers/readme_pictures.py displacement .readme/displacement.png "dpo, off=RUN" "dpo, on=RUN" ...
-python tests/helpers/readme_pictures.py band .readme/band.png "without calibration=RUN" "calibration=exact=RUN"
+python tests/helpers/readme_pictures.py displacement .readme/displacement.png "dpo, off=RUN" ...
+python tests/helpers/readme_pictures.py band .readme/band.png "calibration=exact=RUN" ...
 """
 
 import math
