@@ -22,12 +22,12 @@ def replacing(path: Path, by_many: bool = False) -> Iterator[Path]:
     """A path beside `path` to write a file or a folder at, which takes the place of `path` at the end; when
     what happens inside raises, nothing of it is left."""
     beside = path_beside(path, by_many)
-    _remove(beside)
+    remove(beside)
     try:
         yield beside
         put_in_place(beside, path)
     except BaseException:
-        _remove(beside)
+        remove(beside)
         raise
 
 
@@ -63,7 +63,8 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """A file or a folder, as far as that can be."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
