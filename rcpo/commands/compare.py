@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from rcpo.commands.flags import Flags, check_writable
 from rcpo.common.errors import UserError
+from rcpo.common.files import write_atomically
 
 if TYPE_CHECKING:
     from rcpo.comparison.cells import Comparison
@@ -123,14 +124,11 @@ def draw(comparison: "Comparison", folder: Path, suffix: str) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Beside, then renamed. Raises UserError where that cannot be."""
-    beside = path.with_name(f".{path.name}.tmp")
+    """Raises UserError where that cannot be."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
+        write_atomically(path, text)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error.strerror}); give another file") from None
     print(f"wrote {path}", file=sys.stderr)
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from rcpo.common.errors import UserError
+from rcpo.common.files import replacing
 
 HELP = """usage: rcpo export RUN OUT [step=N]
 
@@ -26,13 +27,10 @@ def run(words: list[str]) -> int:
     if out.exists():
         raise UserError(f"{out}: exists; export writes a new folder only, give another name")
     source = _source(words[0], words[2].removeprefix("step=") if len(words) == 3 else None)
-    beside = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
     try:
-        shutil.copytree(source, beside)
-        beside.rename(out)
+        with replacing(out) as beside:
+            shutil.copytree(source, beside)
     except OSError as error:
-        shutil.rmtree(beside, ignore_errors=True)
         raise UserError(f"{out}: cannot be written ({error.strerror})") from None
     print(f"wrote {out} from {source}")
     return 0

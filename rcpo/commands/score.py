@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rcpo.commands.flags import Flags, check_writable
 from rcpo.common.errors import UserError
+from rcpo.common.files import write_atomically
 from rcpo.config.compose import compose
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def run(words: list[str]) -> int:
     try:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         write_scores(options.out, *scores)
-        page.write_text(make_page(scores, read), encoding="utf-8")
+        write_atomically(page, make_page(scores, read))
     except OSError as error:
         raise UserError(f"--out {options.out}: cannot be written ({error.strerror})") from None
     print_summary(console, scores, read)

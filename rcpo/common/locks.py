@@ -1,22 +1,29 @@
-"""Who runs a run or a sweep: an flock on a file beside it, held for as long as the process lives.
+"""Kernel locks on files: who runs a run or a sweep, and whose turn it is to fill a cache.
 
 The system gives a lock back when its holder dies, however it dies, so a held lock means a live process. The
-file says which. Light to import: `rcpo resume` takes the lock before anything slow.
+library filelock takes the locks. `is_held` is ours: many may look at the same time, which takes a shared
+flock, and filelock has none. Light to import: `rcpo resume` takes the lock before anything slow.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import platform
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from filelock import UnixFileLock
 
 SECONDS_FOR_READERS = 2.0
 """How long taking a lock may be disturbed by those that only look whether it is held."""
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+"""What a file system without locks answers."""
 
 
 class HeldError(Exception):
@@ -35,26 +42,36 @@ def run_lock(run: Path) -> Path:
     return run / ".lock"
 
 
+def kernel_lock(path: Path, on_acquired: Callable[[int], None] | None = None) -> "UnixFileLock":
+    """The lock of a file, not taken yet, and never one that outlives its process. Taking it raises
+    TimeoutError where another has it for longer than `acquire(timeout=SECONDS)`, another OSError where there
+    can be none. `on_acquired` gets the file's descriptor."""
+    from filelock import UnixFileLock
+
+    return UnixFileLock(path, fallback_to_soft=False, on_acquired=on_acquired)
+
+
 @contextlib.contextmanager
 def hold(path: Path) -> Iterator[None]:
     """Hold the lock while open; HeldError when another process has it. On a file system without locks nothing
     is held. OSError where the file cannot be made."""
-    with path.open("a+") as stream:
-        deadline = time.monotonic() + SECONDS_FOR_READERS
-        while True:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise HeldError(read_holder(path)) from None
-                time.sleep(0.05)
-            except OSError:
-                break
-        stream.truncate(0)
-        stream.write(json.dumps({"pid": os.getpid(), "host": platform.node()}))
-        stream.flush()
+    lock = kernel_lock(path, _write_holder)
+    try:
+        lock.acquire(timeout=SECONDS_FOR_READERS)
+    except TimeoutError:
+        raise HeldError(read_holder(path)) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    try:
         yield
+    finally:
+        lock.release()
+
+
+def _write_holder(descriptor: int) -> None:
+    os.truncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": platform.node()}).encode(), 0)
 
 
 def is_held(path: Path) -> bool:

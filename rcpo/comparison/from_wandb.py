@@ -16,7 +16,7 @@ import numpy as np
 
 from rcpo.common.errors import UserError
 from rcpo.comparison.load import CURVES, Pairs, Run, flatten, one_line, problem_of_evals
-from rcpo.comparison.metrics_cache import Columns
+from rcpo.comparison.metrics_cache import Columns, columns_of
 from rcpo.monitor.wandb_media import PAIRS, PAIRS_COLUMNS
 
 TIMEOUT_SECONDS = 60
@@ -164,12 +164,6 @@ def _number(value: object) -> float | None:
     if isinstance(value, str):
         return NO_NUMBER.get(value)
     return float(value) if isinstance(value, int | float) else None
-
-
-def columns_of(rows: list[dict[str, float]]) -> Columns:
-    """Rows as columns; nan where a row has none."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: np.array([row.get(name, math.nan) for row in rows]) for name in names}
 
 
 def _pairs(table: dict[str, Any] | None) -> Pairs | None:

@@ -4,7 +4,6 @@ Reads only what has been added since it last looked, so that watching a long swe
 `rcpo.commands.watch`.
 """
 
-import json
 import math
 import time
 from collections import Counter
@@ -21,9 +20,9 @@ from rich.text import Text
 from rcpo.common.console import KEPT_NATS, duration, nats, number
 from rcpo.common.errors import UserError
 from rcpo.comparison.load import read_settings, read_status
-from rcpo.comparison.metrics_cache import as_number
 from rcpo.comparison.terminal import WIDE
 from rcpo.monitor.step_line import RECENT_STEPS
+from rcpo.runs.rows import GrowingRows
 
 BARS, ASCII_BARS = "▁▂▃▄▅▆▇█", "_.-~=*#@"
 SPARK_WIDTH = 14
@@ -68,7 +67,8 @@ class LiveRun:
         self.held_out: dict[str, float] = {}
         """The last row of eval.jsonl."""
         self.history: dict[str, list[float]] = {key: [] for key in KEPT}
-        self._read: dict[str, int] = {}
+        self._steps = GrowingRows(path / "metrics.jsonl")
+        self._evaluations = GrowingRows(path / "eval.jsonl")
 
     @property
     def has_ended(self) -> bool:
@@ -88,12 +88,15 @@ class LiveRun:
             self.num_steps = steps if isinstance(steps, int) else None
         except UserError as error:
             self.reason = str(error)
-        for row in self._new_rows("metrics.jsonl"):
+        come_again, rows = self._steps.read_new()
+        if come_again:
+            self.history = {key: [] for key in KEPT}
+        for row in rows:
             self.last |= row
             for key in KEPT:
                 if key in row:
                     self.history[key].append(row[key])
-        for row in self._new_rows("eval.jsonl"):
+        for row in self._evaluations.read_new()[1]:
             self.held_out = row
 
     def silent_seconds(self) -> float:
@@ -102,29 +105,6 @@ class LiveRun:
             return max(0.0, time.time() - (self.path / "metrics.jsonl").stat().st_mtime)
         except OSError:
             return 0.0
-
-    def _new_rows(self, name: str) -> list[dict[str, float]]:
-        path = self.path / name
-        try:
-            start = self._read.get(name, 0)
-            if path.stat().st_size < start:  # a resumed run has dropped rows
-                start = 0
-                self.history = {key: [] for key in KEPT} if name == "metrics.jsonl" else self.history
-            with path.open("rb") as stream:
-                stream.seek(start)
-                content = stream.read()
-        except OSError:
-            return []
-        whole = content[: content.rfind(b"\n") + 1]
-        self._read[name] = start + len(whole)
-        return [row for line in whole.splitlines() if (row := _row(line)) is not None]
-
-
-def _row(line: bytes) -> dict[str, float] | None:
-    try:
-        return {key: as_number(value) for key, value in json.loads(line).items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
 
 
 class Board:

@@ -4,9 +4,9 @@
 and RUN/ches.json, where scores that took their time are kept. Called by `rcpo.comparison.fallen`.
 """
 
+import contextlib
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ import numpy as np
 
 import rcpo
 from rcpo.common.errors import UserError
+from rcpo.common.files import write_atomically
 from rcpo.comparison.cells import same_logps
 from rcpo.comparison.held_out import Origin, model_folder, origin_of, tokenized
 from rcpo.comparison.load import Run, one_line
@@ -173,12 +174,7 @@ def _as_row(values: Sequence[float]) -> Row:
 
 
 def _write_cache(path: Path, source: dict[str, Any], scores: Scores) -> None:
-    """Beside, then renamed; left out where there is no run folder, or it cannot be written."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    if not path.with_name("config.yaml").is_file():
-        return
-    try:
-        beside.write_text(json.dumps({"source": source, "pairs": scores}), encoding="utf-8")
-        beside.replace(path)
-    except OSError:
-        beside.unlink(missing_ok=True)
+    """Left out where there is no run folder, or it cannot be written."""
+    if path.with_name("config.yaml").is_file():
+        with contextlib.suppress(OSError):
+            write_atomically(path, json.dumps({"source": source, "pairs": scores}), by_many=True)

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure as Picture
 from matplotlib.patches import Patch
 
 from rcpo.common.console import percent
+from rcpo.common.files import replacing
 from rcpo.comparison import figures
 from rcpo.comparison.cells import Cell, Comparison
 from rcpo.comparison.curves import (
@@ -73,9 +74,8 @@ def write_figures(comparison: Comparison, folder: Path, suffix: str) -> list[Pat
     with rc_context(STYLE):
         for name, caption, picture in _pictures(comparison):
             path = folder / f"{name}.{suffix}"
-            beside = folder / f".{name}.tmp.{suffix}"
-            picture.savefig(beside, dpi=DPI)
-            beside.replace(path)
+            with replacing(path) as beside:
+                picture.savefig(beside, dpi=DPI, format=suffix)
             written.append(path)
             captions.append(f"{path.name}: {caption}\n")
     (folder / "captions.txt").write_text("".join(captions), encoding="utf-8")

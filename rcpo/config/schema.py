@@ -1,9 +1,10 @@
 """The typed config: frozen dataclasses, their meaning field by field, and the one validation of a composed
 tree.
 
-`conf/*.yaml` hold the defaults that users see; this file holds types and ranges. After `rcpo.config.validate`
-the rest of rcpo sees only `Config`. Null means "rcpo decides": `rcpo.config.resolve` fills those in, before
-the config is frozen."""
+`conf/*.yaml` hold the values that users get; this file holds types and ranges. A default here is for a config
+that lacks the key: its option has no use for it, or an older rcpo froze it. A test holds it equal to conf/
+wherever conf/ has one value. After `rcpo.config.validate` the rest of rcpo sees only `Config`. Null means
+"rcpo decides": `rcpo.config.resolve` fills those in, before the config is frozen."""
 
 from typing import Annotated, Any, Literal
 

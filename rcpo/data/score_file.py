@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rcpo.common.errors import UserError
+from rcpo.common.files import replacing
 
 TRAIN, HELD_OUT = "train", "held_out"
 MADE_WITH = b"rcpo"
@@ -43,10 +44,9 @@ class ScoreFile(NamedTuple):
 
 
 def write_scores(path: Path, table: pa.Table, made_with: dict[str, Any]) -> None:
-    """Beside, then renamed. Raises OSError."""
-    beside = path.with_name(f".{path.name}.tmp")
-    pq.write_table(table.replace_schema_metadata({MADE_WITH: json.dumps(made_with).encode()}), beside)
-    beside.replace(path)
+    """Raises OSError."""
+    with replacing(path) as beside:
+        pq.write_table(table.replace_schema_metadata({MADE_WITH: json.dumps(made_with).encode()}), beside)
 
 
 def read_scores(path: str, key: str) -> ScoreFile:

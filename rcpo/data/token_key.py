@@ -27,8 +27,6 @@ from rcpo.data.readers import MOST_FILES, hub_fingerprint
 from rcpo.data.render import special_ids
 from rcpo.data.weights import Weighing
 
-FORMAT = 1
-"""Of the files of `rcpo.data.token_store`."""
 SMALLEST_BYTES = 100_000
 """Data smaller than this are read and tokenised in a fraction of a second; keeping them would not pay."""
 LIBRARIES = ("transformers", "tokenizers", "jinja2", "datasets", "pyarrow", "numpy")
@@ -79,7 +77,7 @@ def token_key(
     settings = asdict(config)
     del settings["filter"]  # is applied to the tokenised pairs
     weighed = [type(weighing).__qualname__, vars(weighing)]
-    parts = [FORMAT, _code_digest(), _versions(), content.digests, settings, weighed, limits, state]
+    parts = [_code_digest(), _versions(), content.digests, settings, weighed, limits, state]
     return _digest_of(json.dumps(parts, sort_keys=True).encode())
 
 
@@ -156,7 +154,7 @@ def _digest_of(content: bytes) -> str:
 
 @functools.cache
 def _code_digest() -> str:
-    """Of the modules beside this one, which read, render and tokenise."""
+    """Of the modules beside this one, which read, render, tokenise and keep."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     return _digest_of(b"\0".join(file.name.encode() + b"\0" + file.read_bytes() for file in files))
 

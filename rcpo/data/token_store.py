@@ -1,40 +1,34 @@
-"""Tokenised pairs, kept: made once for all ranks, cells and starts, then mapped from a file.
+"""Tokenised pairs, kept: made once for all ranks, cells and starts, then mapped from files.
 
-Owns the files RCPO_CACHE/tokens/KEY.safetensors: atomic, checked by digest, read-only once mapped. Does not
-know what a key depends on (`rcpo.data.token_key`). Whatever is wrong with the folder is a warning: pairs can
-always be made again. Called by `rcpo.training.read_inputs`.
+Owns the folders RCPO_CACHE/tokens/KEY: numpy's files and tokens.json, whole or absent, checked by digest,
+read-only once mapped. Does not know what a key depends on (`rcpo.data.token_key`). Whatever is wrong with the
+cache is a warning: pairs can always be made again. Called by `rcpo.training.read_inputs`.
 """
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
 import logging
-import math
-import mmap
 import os
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from rcpo.common.files import remove, replacing
+from rcpo.common.locks import kernel_lock
 from rcpo.data.pairs import PackedPairs, PairArrays
 
 logger = logging.getLogger(__name__)
 
-Array = NDArray[Any]
-
-SETS = ("train", "held_out")
-DTYPES: dict[str, np.dtype[Any]] = {
-    "I32": np.dtype("<i4"),
-    "I64": np.dtype("<i8"),
-    "F64": np.dtype("<f8"),
-}
-"""Those of `PairArrays`, by safetensors' names."""
-BLOCK_BYTES = 1 << 20
+FILES = {name: [f"{name}.{part}.npy" for part in PairArrays._fields] for name in ("train", "held_out")}
+ABOUT = "tokens.json"
+UNUSED_DAYS = 30
+"""What nobody has read for so long is removed. Far longer than a run may map it: over NFS, a file that
+another machine removes is gone for those that have mapped it too."""
 
 
 class Tokens(NamedTuple):
@@ -47,13 +41,13 @@ class Tokens(NamedTuple):
 
 
 class TokenStore:
-    """The file of one key."""
+    """The folder of one key."""
 
     def __init__(self, folder: Path, key: str) -> None:
-        self.path = folder / f"{key}.safetensors"
+        self.path = folder / key
 
     def read_or_make(self, make: Callable[[], Tokens], is_current: Callable[[], bool]) -> Tokens:
-        """The tokens of the file; else those that `make` gives, which are then kept where `is_current` says
+        """The tokens that are kept; else those that `make` gives, which are then kept where `is_current` says
         that they still belong to the key. Processes that come together wait for the first of them."""
         tokens = self.read()
         if tokens is not None:
@@ -66,51 +60,45 @@ class TokenStore:
             tokens = make()
             if is_current():
                 self.write(tokens)
-        # The file's pages are shared by all ranks, and the system may take them back.
+        # The files' pages are shared by all ranks, and the system may take them back.
         return self.read() or tokens
 
     def read(self) -> Tokens | None:
-        """What is in the file, as views of a read-only mapping; None where there is none, or with a warning
-        where it is damaged."""
-        try:
-            with self.path.open("rb") as stream:
-                return _read(stream)
-        except (FileNotFoundError, NotADirectoryError):
+        """What is kept, as views of read-only mappings; None where nothing is, or with a warning where it is
+        damaged."""
+        if not self.path.is_dir():
             return None
-        # Of a damaged header each step fails in a way of its own.
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        try:
+            tokens = _read(self.path)
+        # Damaged JSON fails in ways of its own.
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             _warn_once(
                 f"{self.path} cannot be read ({error}): the data are tokenised again, and it is replaced"
             )
             return None
+        with contextlib.suppress(OSError):
+            os.utime(self.path)  # for `_remove_unused`
+        return tokens
 
     def write(self, tokens: Tokens) -> None:
-        """Keep `tokens`: a whole file or none. A warning where that cannot be."""
-        beside = self.path.with_suffix(f".{os.getpid()}.tmp")
+        """Keep `tokens`: all or nothing. A warning where that cannot be."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with beside.open("wb") as stream:
-                _write(stream, tokens)
-                stream.flush()
-                os.fsync(stream.fileno())
-            beside.replace(self.path)
+            _remove_unused(self.path.parent)
+            with replacing(self.path) as beside:
+                _write(beside, tokens)
         except OSError as error:
             self._warn_unwritable(error)
-            with contextlib.suppress(OSError):
-                beside.unlink(missing_ok=True)
 
     def _wait_for_turn(self, stack: contextlib.ExitStack) -> None:
         """Hold the key's lock until `stack` ends, or the process does; where there can be no lock, go on."""
+        lock = kernel_lock(self.path.with_suffix(".lock"))
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            stream = stack.enter_context(self.path.with_suffix(".lock").open("w"))
             try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                stack.enter_context(lock.acquire(blocking=False))
+            except TimeoutError:
                 logger.info("another process tokenises the same data; waiting for it")
-                fcntl.flock(stream, fcntl.LOCK_EX)
-            for left in self.path.parent.glob(f"{self.path.stem}.*.tmp"):  # of a process that was killed
-                left.unlink(missing_ok=True)
+                stack.enter_context(lock.acquire())
         except OSError as error:
             self._warn_unwritable(error)
 
@@ -124,69 +112,42 @@ def _warn_once(message: str) -> None:
     logger.warning("%s", message)
 
 
-def _write(stream: BinaryIO, tokens: Tokens) -> None:
-    """As safetensors: the length of the header, the header as JSON, the arrays. Written here because that
-    library's files are for their owner alone, and many share a cache."""
-    arrays = {
-        f"{name}.{part}": np.ascontiguousarray(array)
-        for name, pairs in zip(SETS, (tokens.train, tokens.held_out), strict=True)
-        for part, array in pairs.arrays._asdict().items()
-    }
-    # Wider numbers first, so that every array is aligned.
-    names = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))
-    header: dict[str, Any] = {}
-    place = 0
-    for name in names:
-        array = arrays[name]
-        header[name] = {
-            "dtype": next(key for key, dtype in DTYPES.items() if dtype == array.dtype),
-            "shape": list(array.shape),
-            "data_offsets": [place, place + array.nbytes],
-        }
-        place += array.nbytes
-    report = json.dumps(tokens.report)
-    digest = _digest_of_head(header, report)
-    for name in names:
-        digest.update(arrays[name].data)
-    header["__metadata__"] = {"report": report, "digest": digest.hexdigest()}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    stream.write(len(text).to_bytes(8, "little") + text)
-    for name in names:
-        stream.write(arrays[name].data)
+def _write(folder: Path, tokens: Tokens) -> None:
+    folder.mkdir()
+    for files, pairs in zip(FILES.values(), (tokens.train, tokens.held_out), strict=True):
+        for file, array in zip(files, map(np.asarray, pairs.arrays), strict=True):
+            np.save(folder / file, array)
+    about = {"report": tokens.report, "digest": _digest(folder, tokens.report)}
+    (folder / ABOUT).write_text(json.dumps(about))
 
 
-def _read(stream: BinaryIO) -> Tokens:
-    """Raises ValueError and its like where the file is not what `_write` wrote."""
-    size = os.fstat(stream.fileno()).st_size
-    length = int.from_bytes(stream.read(8), "little")
-    if length > size:
-        raise ValueError("it is not whole")
-    entries = json.loads(stream.read(length))
-    metadata = entries.pop("__metadata__")
-    digest = _digest_of_head(entries, metadata["report"])
-    # By reading, not through the mapping, whose pages would count as this process's memory.
-    while block := stream.read(BLOCK_BYTES):
-        digest.update(block)
-    if digest.hexdigest() != metadata["digest"]:
+def _read(folder: Path) -> Tokens:
+    """Raises ValueError and its like where the folder is not what `_write` wrote."""
+    about = json.loads((folder / ABOUT).read_text())
+    if _digest(folder, about["report"]) != about["digest"]:
         raise ValueError("it is not what was written")
-    mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-    sets = [
-        PackedPairs(
-            PairArrays(
-                *(_array(mapped, 8 + length, entries[f"{name}.{part}"]) for part in PairArrays._fields)
-            )
-        )
-        for name in SETS
-    ]
-    return Tokens(sets[0], sets[1], json.loads(metadata["report"]))
+    train, held_out = (
+        # A plain array: a slice of numpy's class for mappings costs forty times as much.
+        PackedPairs(PairArrays(*(np.asarray(np.load(folder / file, mmap_mode="r")) for file in files)))
+        for files in FILES.values()
+    )
+    return Tokens(train, held_out, about["report"])
 
 
-def _digest_of_head(entries: Mapping[str, Any], report: str) -> hashlib.blake2b:
-    return hashlib.blake2b(json.dumps([entries, report]).encode())
+def _digest(folder: Path, report: list[str]) -> str:
+    """By reading, not through mappings, whose pages would count as this process's memory."""
+    digest = hashlib.blake2b(json.dumps(report).encode())
+    for file in (file for files in FILES.values() for file in files):
+        with (folder / file).open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "blake2b").digest())
+    return digest.hexdigest()
 
 
-def _array(mapped: mmap.mmap, start: int, entry: Mapping[str, Any]) -> Array:
-    shape: list[int] = entry["shape"]
-    first = start + entry["data_offsets"][0]
-    return np.frombuffer(mapped, DTYPES[entry["dtype"]], math.prod(shape), first).reshape(shape)
+def _remove_unused(folder: Path) -> None:
+    """What nobody has used for UNUSED_DAYS, and what killed processes and older versions left."""
+    oldest = time.time() - UNUSED_DAYS * 86400
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another process may be faster
+            if path.stat().st_mtime < oldest:
+                remove(path)
+                logger.info("%s: removed, because nobody has used it for %d days", path, UNUSED_DAYS)

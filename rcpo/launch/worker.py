@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rcpo.common.errors import UserError
+from rcpo.common.files import write_atomically
 
 if TYPE_CHECKING:  # imported where they are used: a rank must hear Ctrl-C quietly while torch is loading
     import torch
@@ -139,9 +140,8 @@ def _tell_fault(reason: str, exit_code: int = 1) -> None:
 
     path = os.environ.get(FAULT_FILE)
     if path and not Path(path).exists():  # what came first is the cause
-        beside = Path(f"{path}.tmp")
-        beside.write_text(json.dumps({"time": time.time(), "reason": reason, "exit_code": exit_code}))
-        beside.replace(path)
+        fault = {"time": time.time(), "reason": reason, "exit_code": exit_code}
+        write_atomically(Path(path), json.dumps(fault))
 
 
 def _end_with_parent() -> None:

@@ -1,4 +1,4 @@
-"""Pictures of runs: displacement over steps with the band below it, and several runs side by side.
+"""The picture of a run: displacement over steps, with the band and alpha below it where they were measured.
 
 Draws what metrics.jsonl and eval.jsonl hold, without a display and without pyplot's global state. Called by
 `rcpo.training.loop` at the end of a run. Colours are of Okabe and Ito's set, which colour-blind people can
@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from rcpo.common.console import nats, percent
+from rcpo.common.files import replacing
 from rcpo.runs.folder import RunFolder
 from rcpo.runs.frozen import open_run
 
@@ -68,70 +69,6 @@ def plot_run(run: RunFolder, path: Path) -> None:
         save(figure, path)
 
 
-def plot_comparison(runs: list[tuple[str, RunFolder]], path: Path) -> None:
-    """Write the displacement of several (label, run) side by side, on one scale, at most four in a row."""
-    columns = len(runs) if len(runs) <= 4 else 3 if len(runs) <= 6 else 4
-    lines = math.ceil(len(runs) / columns)
-    with rc_context(STYLE):
-        size = (max(6, 4.1 * columns), 3.4 * lines + 0.4)
-        figure = Figure(figsize=size, dpi=DPI, layout="constrained")
-        grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
-        for axis, (label, run) in zip(grid.flat, runs, strict=False):
-            draw_displacement(axis, run.rows(run.metrics), run.rows(run.eval), with_raw=False)
-            axis.set_title(label, fontweight="bold")
-            axis.set_xlabel("optimizer step")
-            axis.tick_params(labelbottom=True)
-            if axis not in grid[:, 0]:
-                axis.set_ylabel("")
-        for axis in grid.flat[len(runs) :]:
-            axis.remove()
-        figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper right", ncols=3)
-        save(figure, path)
-
-
-def plot_band_comparison(runs: list[tuple[str, RunFolder]], path: Path) -> None:
-    """Write how the band, alpha and the displacement of both sides went in several (label, run) that measured
-    the band, side by side on common scales; the band as running medians."""
-    heights = {"band": 2.5, "alpha": 1.1, "chosen": 1.8, "rejected": 1.8}
-    rows = [(run.rows(run.metrics), run.rows(run.eval)) for _, run in runs]
-    limits = [band_limits(*_band_columns(metrics)[1:]) for metrics, _ in rows]
-    shared = min(low for low, _ in limits), max(high for _, high in limits)
-    with rc_context(STYLE):
-        figure = Figure(
-            figsize=(16 / 3 * len(runs), sum(heights.values()) + 1.3), dpi=DPI, layout="constrained"
-        )
-        grid = figure.subplots(
-            len(heights), len(runs), sharex=True, sharey="row", squeeze=False,
-            height_ratios=list(heights.values()),
-        )  # fmt: skip
-        for column_axes, (label, _), (metrics, evals) in zip(grid.T, runs, rows, strict=True):
-            axes = dict(zip(heights, column_axes, strict=True))
-            draw_band(axes["band"], metrics, shared, with_raw=False)
-            axes["band"].get_legend().remove()
-            inside = percent(column(metrics, "band/inside")[1].mean())
-            axes["band"].set_title(f"{label}\n", fontweight="bold", fontsize=12)
-            _say(axes["band"], f"{inside} of the measured steps inside their band")
-            draw_alpha(axes["alpha"], metrics)
-            axes["alpha"].set_title("")
-            _say(axes["alpha"], f"alpha of the last step {column(metrics, 'calibration/alpha')[1][-1]:.2f}")
-            for side, colour in (("chosen", CHOSEN), ("rejected", REJECTED)):
-                draw_side(axes[side], side, colour, metrics, evals)
-            column_axes[-1].set_xlabel("optimizer step")
-        for axis in grid[:, 1:].flat:
-            axis.set_ylabel("")
-        entries: dict[str, Any] = {}
-        for axis in grid[0]:
-            handles, labels = axis.get_legend_handles_labels()
-            entries = dict(zip(labels, handles, strict=True)) | entries
-        figure.legend(entries.values(), entries.keys(), loc="outside upper right", ncols=len(entries))
-        save(figure, path)
-
-
-def _say(axis: Axes, text: str) -> None:
-    """A line over an axis."""
-    axis.annotate(text, (0, 1), (0, 5), xycoords="axes fraction", textcoords="offset points", fontsize=10)
-
-
 def run_title(run: RunFolder) -> tuple[str, str]:
     """Objective and calibration, and the name, from the frozen config; the folder's name where there is
     none."""
@@ -142,10 +79,9 @@ def run_title(run: RunFolder) -> tuple[str, str]:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """PNG or what the suffix says; beside, then renamed."""
-    beside = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    figure.savefig(beside)
-    beside.replace(path)
+    """PNG or what the suffix says."""
+    with replacing(path) as beside:
+        figure.savefig(beside, format=path.suffix[1:])
 
 
 def column(rows: Rows, key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -161,32 +97,6 @@ def smooth(values: np.ndarray) -> np.ndarray:
     windows = [values[max(0, idx - half) : idx + half + 1] for idx in range(len(values))]
     finite = [window[np.isfinite(window)] for window in windows]
     return np.array([window.mean() if len(window) else math.nan for window in finite])
-
-
-def running_median(values: np.ndarray) -> np.ndarray:
-    """Centred running median over up to SMOOTH_STEPS values that may be infinite, shorter at the ends; nan
-    where there is none but nan."""
-    half = SMOOTH_STEPS // 2
-    windows = [values[max(0, idx - half) : idx + half + 1] for idx in range(len(values))]
-    # The middle value itself: the mean of two middle ones may be inf - inf.
-    known = [np.sort(window[~np.isnan(window)]) for window in windows]
-    return np.array([window[len(window) // 2] if len(window) else math.nan for window in known])
-
-
-def draw_side(axis: Axes, side: str, colour: str, metrics: Rows, evals: Rows) -> None:
-    """Displacement of one side, "chosen" or "rejected": held-out pairs with markers, the batches as a running
-    mean and one by one behind."""
-    axis.axhline(0, color=FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-    steps, values = column(metrics, f"displacement/{side}")
-    axis.plot(steps, values, color=colour, linewidth=0.6, alpha=0.2, zorder=2)
-    axis.plot(steps, smooth(values), color=colour, linewidth=1.1, alpha=0.45, zorder=3)
-    steps, values = column(evals, f"displacement/{side}")
-    marker = "o" if side == "chosen" else "s"
-    axis.plot(steps, values, color=colour, linewidth=2.2, marker=marker, markersize=5, zorder=4)
-    axis.set_ylabel(f"{side} (nats)")
-    end = f" {nats(values[-1])} nats at the end" if len(values) and math.isfinite(values[-1]) else ""
-    _say(axis, f"held-out {side} responses{end}")
-    axis.margins(x=0.02)
 
 
 def draw_displacement(axis: Axes, metrics: Rows, evals: Rows, with_raw: bool = True) -> None:
@@ -242,18 +152,14 @@ def _band_columns(metrics: Rows) -> tuple[np.ndarray, ...]:
     return column(rows, "band/position")[0], *(column(rows, f"band/{name}")[1] for name in names)
 
 
-def draw_band(
-    axis: Axes, metrics: Rows, limits: tuple[float, float] | None = None, with_raw: bool = True
-) -> None:
+def draw_band(axis: Axes, metrics: Rows, limits: tuple[float, float] | None = None) -> None:
     """The disentanglement band, its centre, and where the steps stood; `limits` of the axis where not its
-    own. The edges step by step, or as running medians.
+    own.
 
     Edges beyond the panel are cut there; steps with rho <= 0, where every ratio is inside, are hatched.
     """
     steps, position, center, lower, upper = _band_columns(metrics)
     low, high = limits or band_limits(position, center, lower, upper)
-    if not with_raw:
-        lower, upper = running_median(lower), running_median(upper)
     span, below, above = _steps_as_spans(steps, np.clip(lower, low, high), np.clip(upper, low, high))
     axis.fill_between(span, below, above, color=BAND, alpha=0.2, linewidth=0, label="band")
     _, unbounded = _steps_as_spans(steps, np.isinf(lower) & np.isinf(upper))

@@ -6,23 +6,22 @@ one computed. The run folder holds a copy, so that a resumed run never asks trai
 reference.
 """
 
-import fcntl
 import hashlib
 import logging
 import math
 import os
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 import torch
+from filelock import UnixFileLock
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
-from rcpo.common.files import cache_dir
+from rcpo.common.files import cache_dir, replacing
+from rcpo.common.locks import kernel_lock
 from rcpo.config.schema import ModelConfig
 from rcpo.data.pairs import SideLogProbs
 from rcpo.data.tokenize import TokenizedPair, TokenizedSide
@@ -105,29 +104,13 @@ class ReferenceCache:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         merged = self.read() | rows
         keys = torch.frombuffer(bytearray(b"".join(merged)), dtype=torch.uint8).view(-1, KEY_BYTES)
-        beside = self.path.with_suffix(f".{os.getpid()}.tmp")
-        save_file({"keys": keys, "z": torch.tensor(list(merged.values()), dtype=torch.float32)}, beside)
-        os.replace(beside, self.path)
+        z = torch.tensor(list(merged.values()), dtype=torch.float32)
+        with replacing(self.path, by_many=True) as beside:
+            save_file({"keys": keys, "z": z}, beside)
 
-    @contextmanager
-    def lock(self) -> Iterator[Callable[[float], bool]]:
-        """A function that waits at most so many seconds for the lock and returns whether it is held; it is
-        given back at the end, or by the system when the process dies. OSError where there can be no lock."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.with_suffix(".lock").open("w") as stream:
-            yield lambda seconds: _lock_within(stream, seconds)
-
-
-def _lock_within(stream: TextIO, seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(0.1)
+    def lock(self) -> UnixFileLock:
+        """Held from reading to merging; see `kernel_lock`."""
+        return kernel_lock(self.path.with_suffix(".lock"))
 
 
 def shared_reference(
@@ -168,17 +151,19 @@ def shared_reference(
 def _wait_for_turn(cache: ReferenceCache | None, stack: ExitStack) -> None:
     """Take the cache's lock into `stack` on rank 0. Collective: the others hear from rank 0 all along,
     because a silent wait would outlast the time limit of a collective."""
-    lock_within: Callable[[float], bool] | None = None
+    lock = None if cache is None else cache.lock()
     num_waits = 0
     while True:
         has_turn = True
-        if cache is not None:
+        if lock is not None:
             try:
-                if lock_within is None:
-                    lock_within = stack.enter_context(cache.lock())
-                has_turn = lock_within(SECONDS_BETWEEN_SIGNS)
+                stack.enter_context(lock.acquire(timeout=SECONDS_BETWEEN_SIGNS))
+            except TimeoutError:
+                has_turn = False
             except OSError as error:  # no such folder can be made, or a file system without locks
-                logger.warning("%s cannot be locked (%s): other runs may compute the same", cache.path, error)
+                logger.warning(
+                    "%s cannot be locked (%s): other runs may compute the same", lock.lock_file, error
+                )
         if from_rank_zero(has_turn):
             return
         if num_waits == 0:

@@ -1,6 +1,5 @@
 """Reference log-probs by pair index: what a micro-batch is given. Does not compute them."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -11,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rcpo.common.errors import UserError
+from rcpo.common.files import replacing
 from rcpo.data.batch import PairBatch
 from rcpo.data.pairs import SideLogProbs
 
@@ -94,14 +94,13 @@ class ReferenceTable:
         return torch.cat([part[:num] for part, num in both] + [part[num:] for part, num in both])
 
     def save(self, path: Path) -> None:
-        beside = path.with_name(f".{path.name}.tmp")
         tensors = {
             "train_w": self.train.z_w, "train_l": self.train.z_l,
             "held_out_w": self.held_out.z_w, "held_out_l": self.held_out.z_l,
         } | {f"{TOKENS}{idx}": logps for idx, logps in self.tokens.items()}  # fmt: skip
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, beside, metadata={"fingerprint": self.fingerprint})
-        os.replace(beside, path)
+        with replacing(path) as beside:
+            save_file(contiguous, beside, metadata={"fingerprint": self.fingerprint})
 
     @classmethod
     def load(cls, path: Path) -> "ReferenceTable":

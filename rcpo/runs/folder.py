@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 
 import rcpo
 from rcpo.common.errors import UserError
-from rcpo.common.files import write_atomically
+from rcpo.common.files import replacing, write_atomically
 from rcpo.common.source import git_commit, source_hash
 from rcpo.data.pairs import SideLogProbs
-from rcpo.runs.rows import decode_row, encode_row
+from rcpo.runs.rows import encode_row, read_rows
 
 if TYPE_CHECKING:
     from rcpo.config.resolved import ResolvedConfig
@@ -110,19 +110,8 @@ class RunFolder:
         write_atomically(self.run_json, json.dumps(self.read_run() | changes, indent=2) + "\n")
 
     def rows(self, path: Path) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl or eval.jsonl; a last line cut short by a crash is left out.
-
-        Raises UserError for any other line that is no row.
-        """
-        if not path.is_file():
-            return []
-        rows = []
-        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-            try:
-                rows.append(decode_row(line.decode("utf-8")))
-            except (ValueError, TypeError, KeyError, AttributeError):
-                raise UserError(f"{path}: line {number} is damaged; mend it or remove it") from None
-        return rows
+        """The rows of metrics.jsonl or eval.jsonl; see `read_rows`."""
+        return read_rows(path)
 
     def rewind(self, step: int) -> None:
         """Drop rows after `step`, so that a resumed run writes each of them once."""
@@ -133,9 +122,8 @@ class RunFolder:
     def save_pair_results(self, step: int, result: SideLogProbs) -> None:
         """Per-pair held-out log-probs of one evaluation, in the order of the held-out set."""
         path = self.pair_results / f"step-{step:06d}.safetensors"
-        beside = path.with_name(f".{path.name}.tmp")
-        save_file({"z_w": result.z_w.contiguous(), "z_l": result.z_l.contiguous()}, beside)
-        os.replace(beside, path)
+        with replacing(path) as beside:
+            save_file({"z_w": result.z_w.contiguous(), "z_l": result.z_l.contiguous()}, beside)
 
     def load_pair_results(self, step: int) -> SideLogProbs:
         tensors: dict[str, torch.Tensor] = load_file(self.pair_results / f"step-{step:06d}.safetensors")

@@ -6,7 +6,6 @@ Owns the meaning of the states. Here, on this machine, a cell runs while somethi
 
 import functools
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -18,13 +17,11 @@ import yaml
 from rcpo.common.errors import UserError
 from rcpo.common.locks import is_held, run_lock
 from rcpo.runs.folder import RunFolder
-from rcpo.runs.rows import decode_row
+from rcpo.runs.rows import read_last_rows
 from rcpo.sweep.folder import Cell, SweepFolder
 
 RECENT_STEPS = 10
 """Loss and speed are means over this many steps: one batch is noisy."""
-TAIL_BYTES = 1 << 16
-"""How much of the end of metrics.jsonl is read."""
 
 
 class State(StrEnum):
@@ -82,7 +79,7 @@ def read_status(sweep: SweepFolder, cell: Cell, queue: Mapping[str, QueueEntry] 
     entry = None if queue is None else queue.get(cell.name)
     runs = is_held(run_lock(run.path)) if queue is None else entry is not None and entry.running
     state = _state(known.get("status", "pending"), runs)
-    rows = _last_rows(run.metrics)
+    rows = read_last_rows(run.metrics)
     step = int(rows[-1]["step"]) if rows else 0
     num_steps = _num_steps(run, rows)
     recent = rows[-RECENT_STEPS:]
@@ -91,7 +88,7 @@ def read_status(sweep: SweepFolder, cell: Cell, queue: Mapping[str, QueueEntry] 
         eta = (num_steps - step) * _mean(recent, "speed/step_seconds")
     node = entry.node if entry is not None else known.get("host") if state is State.RUNNING else None
     # At step 0 the change is 0 by definition.
-    evaluations = [row for row in _last_rows(run.eval) if row["step"] > 0]
+    evaluations = [row for row in read_last_rows(run.eval) if row["step"] > 0]
     return CellStatus(
         cell=cell,
         state=state,
@@ -113,24 +110,6 @@ def _state(status: str, runs: bool) -> State:
     if runs:
         return State.RUNNING
     return State.LOST if status == "running" else State(status)
-
-
-def _last_rows(path: Path) -> list[dict[str, Any]]:
-    """Whole rows at the end of metrics.jsonl or eval.jsonl; a line that is none is left out."""
-    try:
-        with path.open("rb") as stream:
-            size = stream.seek(0, os.SEEK_END)
-            stream.seek(max(0, size - TAIL_BYTES))
-            lines = stream.read().split(b"\n")[:-1]
-    except OSError:
-        return []
-    rows = []
-    for line in lines[1:] if size > TAIL_BYTES else lines:
-        try:
-            rows.append(decode_row(line.decode("utf-8")))
-        except (ValueError, TypeError, KeyError, AttributeError):
-            continue
-    return rows
 
 
 def _num_steps(run: RunFolder, rows: list[dict[str, Any]]) -> int | None:

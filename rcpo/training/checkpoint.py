@@ -15,7 +15,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,16 +26,13 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from rcpo.common.errors import SaveError, UserError
-from rcpo.common.files import write_atomically
+from rcpo.common.files import REPLACED, path_beside, put_in_place, write_atomically
 from rcpo.models.engine import Engine
 from rcpo.models.load import save_model
 from rcpo.ranks.distributed import from_rank_zero, gather, rank, world_size
 from rcpo.runs.folder import RunFolder
 
 logger = logging.getLogger(__name__)
-
-REPLACED = ".old"
-"""Ending of a checkpoint that is about to be replaced."""
 
 
 def checkpoint_path(run: RunFolder, step: int) -> Path:
@@ -121,7 +117,7 @@ def save_checkpoint(
     Raises SaveError on every rank when any could not write; nothing of the new one is left then.
     """
     place = checkpoint_path(run, train_state["step"])
-    beside = place.with_name(f".{place.name}.tmp")
+    beside = path_beside(place)
     with _all_or_nothing(beside):
         if rank() == 0:
             shutil.rmtree(beside, ignore_errors=True)
@@ -247,27 +243,11 @@ def _rng_state() -> dict[str, torch.Tensor]:
 
 
 def _complete(beside: Path, place: Path) -> None:
-    """Checksum, fsync and rename: from here on the checkpoint exists."""
+    """Checksum and rename: from here on the checkpoint exists."""
     files = sorted(file for file in beside.rglob("*") if file.is_file())
-    manifest = {}
-    for file in files:
-        manifest[str(file.relative_to(beside))] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
-        _fsync(file)
+    manifest = {
+        str(file.relative_to(beside)): {"bytes": file.stat().st_size, "sha256": sha256(file)}
+        for file in files
+    }
     write_atomically(beside / "manifest.json", json.dumps(manifest, indent=2))
-    for folder in (beside, *(file for file in beside.rglob("*") if file.is_dir())):
-        _fsync(folder)
-    old = place.with_name(f".{place.name}{REPLACED}")
-    if place.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(place, old)
-    os.replace(beside, place)
-    _fsync(place.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    put_in_place(beside, place)

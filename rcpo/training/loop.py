@@ -5,13 +5,13 @@ method is in `rcpo.training.step`, what users see in `rcpo.monitor.sinks` and `r
 """
 
 import contextlib
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
+from rcpo.common.files import replacing
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.inputs import Inputs
 from rcpo.data.joint import lay_out
@@ -234,13 +234,10 @@ def _finish(training: Training) -> dict[str, Any]:
     weights = engine.whole_weights()
     if weights is None:
         return {}
-    beside = run.path / ".final.tmp"
-    shutil.rmtree(beside, ignore_errors=True)
-    save_model(engine.policy.model, weights, training.inputs.tokenizer, beside)
     summary = summarize(run.rows(run.metrics), run.rows(run.eval))
-    (beside / "README.md").write_text(model_card(training.config, summary), encoding="utf-8")
-    shutil.rmtree(run.final, ignore_errors=True)
-    beside.rename(run.final)
+    with replacing(run.final) as beside:
+        save_model(engine.policy.model, weights, training.inputs.tokenizer, beside)
+        (beside / "README.md").write_text(model_card(training.config, summary), encoding="utf-8")
     plot_run(run, run.plot)
     for sink in training.sinks:
         sink.close(summary, 0)

@@ -204,8 +204,8 @@ def nothing_is_tokenised() -> Iterator[None]:
         yield
 
 
-def kept_files() -> list[Path]:
-    return sorted(Path(os.environ["RCPO_CACHE"]).glob("tokens/*.safetensors"))
+def kept_folders() -> list[Path]:
+    return sorted(path.parent for path in Path(os.environ["RCPO_CACHE"]).glob("tokens/*/tokens.json"))
 
 
 def test_the_second_start_reads_the_same_without_tokenising(tmp_path: Path, all_are_kept: None) -> None:
@@ -231,12 +231,12 @@ def test_the_second_start_reads_the_same_without_tokenising(tmp_path: Path, all_
         fresh.sampler(config).global_batch(step) for step in range(9)
     ]
     assert again.num_steps(config) == fresh.num_steps(config) == 3
-    for file in kept_files():
-        file.unlink()
+    for folder in kept_folders():
+        shutil.rmtree(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rcpo.data.token_key, "SMALLEST_BYTES", 10**9)
         unkept = read_inputs(config)
-    assert kept_files() == []
+    assert kept_folders() == []
     assert (unkept.train, unkept.held_out, unkept.report) == (fresh.train, fresh.held_out, fresh.report)
 
 
@@ -265,7 +265,7 @@ def test_other_inputs_are_tokenised_again(tmp_path: Path, all_are_kept: None, ch
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rcpo.data.token_key, "SMALLEST_BYTES", 10**9)
         assert read_inputs(config).train == after.train
-    assert len(kept_files()) == 2
+    assert len(kept_folders()) == 2
 
 
 def test_kept_pairs_are_checked_against_the_model_and_the_batch(tmp_path: Path, all_are_kept: None) -> None:
@@ -286,4 +286,4 @@ def test_kept_pairs_are_checked_against_the_model_and_the_batch(tmp_path: Path, 
 def test_generated_and_small_data_are_not_kept(tmp_path: Path) -> None:
     read_inputs(config_of())
     read_inputs(file_config(tmp_path / "a.jsonl", ROWS, train={"pairs_per_step": 3}))
-    assert kept_files() == []
+    assert kept_folders() == []

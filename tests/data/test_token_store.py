@@ -1,4 +1,4 @@
-"""The file of tokenised pairs: what comes back, damage, full disks, and processes that come together."""
+"""The folder of tokenised pairs: what comes back, damage, full disks, and processes that come together."""
 
 import json
 import logging
@@ -7,11 +7,12 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 import rcpo.data.token_store
 from rcpo.common.errors import UserError
+from rcpo.common.files import path_beside
 from rcpo.data.pairs import TokenizedPair, TokenizedSide, pack
 from rcpo.data.token_store import Tokens, TokenStore
 
@@ -52,29 +53,26 @@ def test_what_was_kept_comes_back(store: TokenStore) -> None:
     assert TokenStore(store.path.parent, "other").read() is None
 
 
-def test_the_arrays_are_views_of_a_mapped_file_that_nobody_can_write(store: TokenStore) -> None:
-    """The ids lie within the addresses at which the system has mapped the file, read-only; all arrays begin
-    where their numbers may."""
+def test_the_arrays_are_views_of_mapped_files_that_nobody_can_write(store: TokenStore) -> None:
+    """All arrays lie within the addresses at which the system has mapped the folder's files, read-only."""
     tokens = store.read_or_make(lambda: TOKENS, always)
-    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(store.path) in line]
-    assert [line.split()[1] for line in mapped] == ["r--s"]
-    start, end = (int(address, 16) for address in mapped[0].split()[0].split("-"))
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    mapped = [(words[1], words[0].split("-")) for words in maps if words[-1].startswith(f"{store.path}/")]
+    assert [rights for rights, _ in mapped] == ["r--s"] * 12
+    spans = [[int(address, 16) for address in span] for _, span in mapped]
     for array in (*tokens.train.arrays, *tokens.held_out.arrays, tokens.train[1].chosen.ids):
-        assert not isinstance(array, list)
-        place = array.__array_interface__["data"][0]
-        assert start <= place < end
-        assert place % array.itemsize == 0
+        assert type(array) is np.ndarray
+        assert any(start <= array.__array_interface__["data"][0] < end for start, end in spans)
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 1
 
 
-def test_the_file_is_safetensors_and_as_open_as_the_users_other_files(store: TokenStore) -> None:
+def test_the_files_are_as_open_as_the_users_other_files(store: TokenStore) -> None:
+    """Many share a cache."""
     store.write(TOKENS)
-    arrays = load_file(store.path)
-    assert arrays["train.ids"].tolist() == [1, 5, 6, 1, 5, 70000, 8, 1, 2, 1, 9]
     beside = store.path.with_name("another")
     beside.touch()
-    assert store.path.stat().st_mode == beside.stat().st_mode
+    assert {file.stat().st_mode for file in store.path.iterdir()} == {beside.stat().st_mode}
 
 
 def flipped(content: bytes, where: int) -> bytes:
@@ -82,41 +80,66 @@ def flipped(content: bytes, where: int) -> bytes:
 
 
 def test_damage_at_any_byte_is_seen(store: TokenStore, caplog: pytest.LogCaptureFixture) -> None:
-    """Every single byte changed, in header and arrays; and all kinds of ends."""
+    """In every file every single byte changed, all kinds of ends, and the file gone."""
     store.write(TOKENS)
-    whole = store.path.read_bytes()
-    padding = 8 + int.from_bytes(whole[:8], "little")
-    while whole[padding - 1 : padding] == b" ":  # blanks behind the header say nothing
-        padding -= 1
-    body = 8 + int.from_bytes(whole[:8], "little")
-    damaged = [flipped(whole, where) for where in range(len(whole)) if not padding <= where < body]
-    damaged += [whole[:length] for length in range(0, len(whole), 50)]
-    damaged += [whole + b"\0", b"[]", (2).to_bytes(8, "little") + b"[]", (2).to_bytes(8, "little") + b"{}"]
-    for content in damaged:
-        store.path.write_bytes(content)
-        assert store.read() is None, content
+    files = sorted(store.path.iterdir())
+    assert len(files) == 13
+    for file in files:
+        whole = file.read_bytes()
+        damaged = [flipped(whole, where) for where in range(len(whole))]
+        damaged += [whole[:length] for length in range(0, len(whole), 50)]
+        damaged += [b"[]", b"{}", b"[" * 10_000, b"null", b"\xff", whole + b"\0"]
+        for content in damaged:
+            file.write_bytes(content)
+            assert store.read() is None, content
+        file.unlink()
+        assert store.read() is None
+        file.write_bytes(whole)
+    assert store.read() == TOKENS
     assert f"{store.path} cannot be read (" in caplog.text
 
 
-def test_a_damaged_file_is_named_and_replaced(store: TokenStore, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_folder_is_named_and_replaced(store: TokenStore, caplog: pytest.LogCaptureFixture) -> None:
     store.write(TOKENS)
-    content = store.path.read_bytes()
-    store.path.write_bytes(flipped(content, len(content) - 1))
+    file = store.path / "train.ids.npy"
+    content = file.read_bytes()
+    file.write_bytes(flipped(content, len(content) - 1))
     assert store.read_or_make(lambda: TOKENS, always).train == PAIRS
     assert [record.getMessage() for record in caplog.records] == [
         f"{store.path} cannot be read (it is not what was written): the data are tokenised again, and it is "
         "replaced"
     ]
-    assert store.path.read_bytes() == content
+    assert file.read_bytes() == content
+    assert sorted(path.name for path in store.path.parent.iterdir()) == ["key", "key.lock"]
 
 
 def test_what_a_killed_process_left_is_ignored_and_removed(store: TokenStore) -> None:
-    store.write(TOKENS)
-    left = store.path.with_suffix(".1.tmp")
-    left.write_bytes(store.path.read_bytes()[:100])
-    store.path.unlink()
+    left = path_beside(store.path)
+    left.mkdir(parents=True)
+    (left / "train.ids.npy").write_bytes(b"half")
     assert store.read_or_make(lambda: TOKENS, always).train == PAIRS
-    assert sorted(path.name for path in store.path.parent.iterdir()) == ["key.lock", "key.safetensors"]
+    assert sorted(path.name for path in store.path.parent.iterdir()) == ["key", "key.lock"]
+
+
+def test_what_nobody_has_used_for_long_is_removed_and_said(
+    store: TokenStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Folders, and files of other versions; reading is use."""
+    caplog.set_level(logging.INFO)
+    long_ago = time.time() - 31 * 86400
+    stores = [TokenStore(store.path.parent, key) for key in ("unread", "read", "new")]
+    for old in stores[:2]:
+        old.write(TOKENS)
+        os.utime(old.path, (long_ago, long_ago))
+    (store.path.parent / "older.safetensors").touch()
+    os.utime(store.path.parent / "older.safetensors", (long_ago, long_ago))
+    assert stores[1].read() == TOKENS
+    stores[2].write(TOKENS)
+    assert sorted(path.name for path in store.path.parent.iterdir()) == ["new", "read"]
+    assert sorted(record.getMessage() for record in caplog.records) == [
+        f"{store.path.parent}/{name}: removed, because nobody has used it for 30 days"
+        for name in ("older.safetensors", "unread")
+    ]
 
 
 def test_a_folder_that_cannot_be_written_is_one_warning(

@@ -12,15 +12,13 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from helpers import readme_pictures
 from rcpo.monitor.plot import (
     band_limits,
     column,
     draw_band,
     draw_displacement,
-    plot_band_comparison,
-    plot_comparison,
     plot_run,
-    running_median,
     smooth,
 )
 from rcpo.runs.folder import RunFolder
@@ -109,47 +107,6 @@ def test_a_run_of_any_shape_gets_a_picture_and_no_other_file(tmp_path: Path, sha
     assert image.std() > 0.05
 
 
-@pytest.mark.parametrize("num_runs", [1, 2, 3, 4, 5, 6, 9])
-def test_a_comparison_has_one_panel_a_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_runs: int
-) -> None:
-    run = make_run(tmp_path / "run", steps_of(20), EVALUATIONS)
-    figures: list[Figure] = []
-    savefig = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, path: (figures.append(self), savefig(self, path)))
-    plot_comparison([(f"run {idx}", run) for idx in range(num_runs)], tmp_path / "comparison.png")
-    assert [axis.get_title(loc="left") for axis in figures[0].axes] == [
-        f"run {idx}" for idx in range(num_runs)
-    ]
-    assert len({axis.get_ylim() for axis in figures[0].axes}) == 1
-    assert (tmp_path / "comparison.png").stat().st_size > 10_000
-
-
-@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape not in ("off", "no step", "no rows")])
-def test_a_band_comparison_has_four_panels_a_run_on_common_scales(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: str
-) -> None:
-    """Beside a run whose last step is outside: 19 of 20 steps inside, alpha 3 and -2 nats at the end are
-    written over its panels."""
-    figures: list[Figure] = []
-    savefig = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, path: (figures.append(self), savefig(self, path)))
-    run = make_run(tmp_path / "run", *SHAPES[shape])
-    other = make_run(tmp_path / "other", [*steps_of(19), step_row(20) | {"band/inside": 0.0}], EVALUATIONS)
-    plot_band_comparison([("one", run), ("other", other)], tmp_path / "band.png")
-    axes = figures[0].axes
-    assert len(axes) == 8
-    for left, right in zip(axes[::2], axes[1::2], strict=True):
-        assert left.get_ylim() == right.get_ylim()
-    assert matplotlib.image.imread(tmp_path / "band.png").shape[1] == 1600
-    assert [text.get_text() for axis in axes[1::2] for text in axis.texts] == [
-        "95% of the measured steps inside their band",
-        "alpha of the last step 3.00",
-        "held-out chosen responses -2.00 nats at the end",
-        "held-out rejected responses -4.00 nats at the end",
-    ]
-
-
 def axis() -> Axes:
     return Figure().subplots()
 
@@ -233,12 +190,25 @@ def test_a_column_has_only_the_rows_that_measured_it() -> None:
     assert (steps.tolist(), values.tolist()) == ([1, 3], [2, -math.inf])
 
 
+def test_the_readme_s_pictures_can_be_drawn(tmp_path: Path) -> None:
+    """Two runs side by side, one with edges that are infinite for 10 of 20 steps."""
+    for name, shape in (("one", "on"), ("other", "some infinite edges")):
+        make_run(tmp_path / name, *SHAPES[shape])
+    runs = [f"{name}={tmp_path / name}" for name in ("one", "other")]
+    for kind, width in (("displacement", 1230), ("band", 1600)):
+        readme_pictures.main(kind, str(tmp_path / f"{kind}.png"), *runs)
+        assert matplotlib.image.imread(tmp_path / f"{kind}.png").shape[1] == width
+
+
 def test_running_medians_keep_what_is_infinite_where_most_is() -> None:
     """Of nine values five infinite: infinite; four: the largest finite one. Not a number counts as none."""
-    values = np.array([1.0, 2, 3, 4, 5, *[np.inf] * 4])
-    assert running_median(values)[4] == 5
-    values[4] = np.inf
-    assert running_median(values)[4] == np.inf
-    values[4:] = np.nan
-    assert running_median(values)[4] == 3
-    assert np.isnan(running_median(np.full(3, np.nan))).all()
+
+    def fifth(values: list[float]) -> float:
+        rows = [{"step": idx, "band/position": 0.0, "band/lower": 0.0, "band/upper": value}
+                for idx, value in enumerate(values)]  # fmt: skip
+        return readme_pictures.with_median_edges(rows)[4]["band/upper"]
+
+    assert fifth([1.0, 2, 3, 4, 5, *[math.inf] * 4]) == 5
+    assert fifth([1.0, 2, 3, 4, *[math.inf] * 5]) == math.inf
+    assert fifth([1.0, 2, 3, 4, *[math.nan] * 5]) == 3
+    assert math.isnan(fifth([math.nan] * 9))

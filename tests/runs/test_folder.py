@@ -29,24 +29,6 @@ def test_rows_keep_every_float_and_are_json_for_any_reader() -> None:
     assert back == row
 
 
-@pytest.mark.parametrize(
-    "line", ["{", "", "3", "null", "[1]", '{"loss": 1.0}', '{"step": 2, "x": "infinite"}', '{"step": 2}{']
-)
-def test_a_damaged_line_is_told_by_number(run: RunFolder, line: str) -> None:
-    run.metrics.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
-    with pytest.raises(UserError) as caught:
-        run.rows(run.metrics)
-    assert str(caught.value) == f"{run.metrics}: line 2 is damaged; mend it or remove it"
-
-
-def test_a_last_line_cut_anywhere_is_left_out(run: RunFolder) -> None:
-    """Also inside a character of several bytes."""
-    whole = '{"step": 1}\n{"step": 2, "größe": 1.5}\n'.encode()
-    for length in range(len(whole) + 1):
-        run.metrics.write_bytes(whole[:length])
-        assert [row["step"] for row in run.rows(run.metrics)] == [1, 2][: whole[:length].count(b"\n")]
-
-
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"null"])
 def test_damaged_run_json_is_one_line(run: RunFolder, content: bytes) -> None:
     run.run_json.write_bytes(content)

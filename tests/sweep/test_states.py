@@ -2,6 +2,8 @@
 processes."""
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import platform
@@ -211,6 +213,42 @@ def test_looking_at_a_lock_does_not_keep_others_from_taking_it(tmp_path: Path) -
         process.wait()
     with hold(lock):
         assert read_holder(lock)["pid"] == os.getpid()
+
+
+def test_those_that_look_do_not_see_each_other(tmp_path: Path) -> None:
+    """One of them keeps its look open while the other looks: nobody holds the lock, and no file is made."""
+    lock = tmp_path / ".lock"
+    assert not is_held(lock)
+    assert not lock.exists()
+    lock.touch()
+    with lock.open() as stream:
+        fcntl.flock(stream, fcntl.LOCK_SH)
+        assert not is_held(lock)
+
+
+def test_a_contender_leaves_the_holder_s_words_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rcpo.common.locks.SECONDS_FOR_READERS", 0.1)
+    lock = tmp_path / ".lock"
+    with holder(lock) as process:
+        with pytest.raises(HeldError, match=f"process {process.pid} on"), hold(lock):
+            pass
+        assert read_holder(lock) == {"pid": process.pid, "host": platform.node()}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_without_locks_in_the_file_system_nothing_is_held_and_nothing_left(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In particular no file whose existence is the lock: that would outlive a killed process."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    lock = tmp_path / ".lock"
+    for _ in range(2):
+        with hold(lock), hold(lock):
+            assert not is_held(lock)
 
 
 def test_the_holder_is_ended_and_nobody_else(tmp_path: Path) -> None:
