@@ -107,8 +107,9 @@ def _check_and_run(definition: "Definition", options: argparse.Namespace) -> int
     target: Target = Here()
     if options.slurm is not None:
         from rcpo.sweep.slurm import submit as slurm
+        from rcpo.sweep.slurm.profile import SlurmTarget, read_profile
 
-        target = slurm.load_target(options.slurm)
+        target = SlurmTarget(read_profile(options.slurm))
     cells = freeze_cells(definition, sweep, target)
     if options.dry_run:
         checked = check_inputs(cells, fetch=False)

@@ -30,7 +30,7 @@ def prepare(words: list[str]) -> "ResolvedConfig | None":
     """The resolved config of these words, or None when Hydra only printed something."""
     from rcpo.config.resolve import resolve
     from rcpo.config.validate import validate
-    from rcpo.ranks.distributed import joined_world_size
+    from rcpo.ranks.environment import joined_world_size
 
     tree = compose(words)
     return None if tree is None else resolve(validate(tree), joined_world_size())
