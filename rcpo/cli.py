@@ -10,29 +10,18 @@ import sys
 from collections.abc import Sequence
 
 from rcpo.commands import COMMANDS
+from rcpo.commands.parser import command_parser, whole_parser
 from rcpo.common.errors import UserError
-
-USAGE = """rcpo: preference optimisation with reward calibration
-
-usage: rcpo COMMAND [words]
-
-commands:
-{commands}
-
-Start here (no GPU, network or account; about a minute):
-  rcpo train objective=simpo calibration=on
-
-`rcpo COMMAND --help` explains a command."""
-
-
-def usage() -> str:
-    return USAGE.format(commands="\n".join(f"  {name:<12}{text}" for name, text in COMMANDS.items()))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command and exit with its code."""
     words = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what TAB offers
+        from rcpo.commands.completion import answer_shell
+
+        answer_shell()
     try:
         sys.exit(dispatch(words))
     except UserError as error:
@@ -44,18 +33,25 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def dispatch(words: list[str]) -> int:
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(usage())
+    """Run the command of these words; returns its exit code. Raises UserError for bad input."""
+    if words[:1] == ["help"]:
+        words = [*words[1:2], "--help"]
+    name, *rest = words or ["--help"]
+    if name.startswith("-"):
+        whole_parser().parse_args([name, *rest])
         return 0
-    if words[0] in ("-V", "--version"):
-        import rcpo
-
-        print(f"rcpo {rcpo.__version__}")
-        return 0
-    if words[0] not in COMMANDS:
-        raise UserError(f"{words[0]}: no such command; choose one of {', '.join(COMMANDS)}")
-    command = importlib.import_module(f"rcpo.commands.{words[0]}")
-    code: int = command.run(words[1:])
+    if name not in COMMANDS:
+        raise UserError(f"{name}: no such command; choose one of {', '.join(COMMANDS)}")
+    parser = command_parser(name)
+    try:
+        options = parser.parse(rest)
+    except UserError:
+        if rest:
+            raise
+        parser.print_help()  # the bare name of a command that needs words asks what they are
+        return 2
+    options.typed = rest
+    code: int = importlib.import_module(f"rcpo.commands.{name}").run(options)
     return code
 
 

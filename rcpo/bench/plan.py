@@ -26,7 +26,8 @@ from rcpo.config.validate import validate
 from rcpo.data.tokenize import TokenizedPair
 from rcpo.models.checks import check_positions, check_vocabulary
 from rcpo.models.load import load_tokenizer
-from rcpo.ranks.distributed import RANK_VARIABLES, free_port
+from rcpo.ranks.distributed import free_port
+from rcpo.ranks.environment import RANK_VARIABLES
 from rcpo.runs.folder import RunFolder
 from rcpo.runs.frozen import config_tree
 from rcpo.training.read_inputs import read_inputs

@@ -1,5 +1,5 @@
-"""One file a command: its words, its help, and the call into the room that does the work. Holds no logic of
-its own."""
+"""One file a command: its words, flags and help (`add_arguments`), and the call into the room that does the
+work (`run`). Holds no logic of its own, and imports nothing heavy before `run`: help and TAB are quick."""
 
 COMMANDS = {
     "train": "train a model on preference pairs",

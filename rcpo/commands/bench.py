@@ -7,46 +7,83 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rcpo.commands.flags import Flags, positive_int
+from rcpo.commands.flags import Flags, add_config_words, positive_int
 from rcpo.common.errors import UserError
 
 if TYPE_CHECKING:
     from rcpo.bench.plan import Options
 
-HELP = """usage: rcpo bench [GROUP=OPTION] [KEY=VALUE]... [flags]
-
-Train a few steps in blocks, each in a process of its own, one contender after the other and again: pairs and
-tokens a second, peak memory, where the time goes, and the ratio to the first contender. Words are those of
-`rcpo train`.
-
-  --calibrations A,B   contenders: rcpo with each of these (default off,on,exact)
-  --variant KEY=VALUE  one more contender: the first calibration with this word; may be given several times
-  --baseline NAME      one more contender: plain (torch, full logits), response (torch, logits of response
-                       positions) or trl (TRL's DPOTrainer, where installed); may be given several times.
-                       Loss and gradient of the first step must agree, or nothing is compared
-  --steps N            timed steps of a block (default 5), after --warmup N (default 1)
-  --repeats N          rounds (default 3)
-  --shape K=N,...      a random Llama in place of weights: hidden, intermediate, layers, heads, vocabulary (in
-                       parts; the rest is 256, 688, 4, 4, 49152), with the tokenizer of model.path
-  --lengths prompt=N,response=N
-                       random tokens in place of data
-  --config-dir DIR     a folder of your own options, as for rcpo train
-  --json FILE          write everything there, each block's numbers included
-  --profile FILE       one more block of the first contender, its last step as a Chrome trace
-  --head-curve         only the memory of the output head against the number of tokens
-
-Example: rcpo bench --shape layers=2 --lengths prompt=120,response=60 --baseline plain"""
-
 SHAPE = {"hidden": 256, "intermediate": 688, "layers": 4, "heads": 4, "vocabulary": 49152}
 LENGTHS = {"prompt": 120, "response": 60}
 
 
-def run(words: list[str]) -> int:
+def add_arguments(parser: Flags) -> None:
+    parser.description = """\
+Train a few steps in blocks, each in a process of its own, one contender after the other and again:
+pairs and tokens a second, peak memory, where the time goes, and the ratio to the first contender.
+Words are those of `rcpo train`."""
+    parser.epilog = """\
+examples:
+  rcpo bench --calibrations off,on --steps 10
+  rcpo bench --shape layers=2 --lengths prompt=120,response=60 --baseline plain
+  rcpo bench model.path=MODEL --variant train.packing=true --json bench.json"""
+    add_config_words(parser)
+    add = parser.add_argument
+    add(
+        "--calibrations",
+        type=_names,
+        default=["off", "on", "exact"],
+        metavar="A,B",
+        help="contenders: rcpo with each of these (default: off,on,exact)",
+    )
+    add(
+        "--variant",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="one more contender: the first calibration with this word; may be given several times",
+    )
+    add(
+        "--baseline",
+        type=_names,
+        action="append",
+        default=[],
+        metavar="plain|response|trl",
+        help="one more contender: torch with full logits, torch with logits of response positions, or TRL's "
+        "DPOTrainer where installed; may be given several times. Loss and gradient of the first step must "
+        "agree, or nothing is compared",
+    )
+    add("--steps", type=positive_int, default=5, metavar="N", help="timed steps of a block (default: 5)")
+    add("--warmup", type=positive_int, default=1, metavar="N", help="steps before those (default: 1)")
+    add("--repeats", type=positive_int, default=3, metavar="N", help="rounds (default: 3)")
+    add(
+        "--shape",
+        type=lambda text: _sizes(text, SHAPE),
+        metavar="NAME=N,...",
+        help="a random Llama in place of weights: hidden, intermediate, layers, heads, vocabulary (in parts; "
+        "the rest is 256, 688, 4, 4, 49152), with the tokenizer of model.path",
+    )
+    add(
+        "--lengths",
+        type=lambda text: _sizes(text, LENGTHS),
+        metavar="NAME=N,...",
+        help="random tokens in place of data: prompt, response (in parts; the rest is 120, 60)",
+    )
+    add("--json", metavar="FILE", help="write everything there, each block's numbers included")
+    add(
+        "--profile",
+        metavar="FILE",
+        help="one more block of the first contender, its last step as a Chrome trace",
+    )
+    add(
+        "--head-curve",
+        action="store_true",
+        help="only the memory of the output head against the number of tokens",
+    )
+
+
+def run(flags: argparse.Namespace) -> int:
     """Run the bench; returns the exit code. Raises UserError for bad input."""
-    if any(word in ("-h", "--help") for word in words):
-        print(HELP)
-        return 0
-    flags = parse(words)
     if flags.head_curve:
         _print_curve(flags.shape or SHAPE)
         return 0
@@ -69,28 +106,9 @@ def run(words: list[str]) -> int:
     for line in remarks(outcome):
         console.print(line, soft_wrap=True, highlight=False)
     if flags.json is not None:
-        found = as_json(outcome, machine_facts(), f"rcpo bench {shlex.join(words)}")
+        found = as_json(outcome, machine_facts(), f"rcpo bench {shlex.join(flags.typed)}")
         _write(flags.json, json.dumps(found, indent=2) + "\n")
     return 0
-
-
-def parse(words: list[str]) -> argparse.Namespace:
-    """The flags, and the other words in `words`."""
-    parser = Flags("bench")
-    parser.add_argument("words", nargs="*")
-    parser.add_argument("--calibrations", type=_names, default=["off", "on", "exact"])
-    parser.add_argument("--variant", action="append", default=[])
-    parser.add_argument("--baseline", type=_names, action="append", default=[])
-    parser.add_argument("--steps", type=positive_int, default=5)
-    parser.add_argument("--warmup", type=positive_int, default=1)
-    parser.add_argument("--repeats", type=positive_int, default=3)
-    parser.add_argument("--shape", type=lambda text: _sizes(text, SHAPE))
-    parser.add_argument("--lengths", type=lambda text: _sizes(text, LENGTHS))
-    parser.add_argument("--config-dir")
-    parser.add_argument("--json")
-    parser.add_argument("--profile")
-    parser.add_argument("--head-curve", action="store_true")
-    return parser.parse_intermixed_args(words)
 
 
 def options_of(flags: argparse.Namespace) -> "Options":
@@ -111,7 +129,7 @@ def options_of(flags: argparse.Namespace) -> "Options":
             "of twice the heads; type another"
         )
     return Options(
-        words=flags.words if flags.config_dir is None else ["--config-dir", flags.config_dir, *flags.words],
+        words=[*flags.hydra, *flags.words],
         calibrations=list(dict.fromkeys(flags.calibrations)),
         baselines=list(dict.fromkeys(baselines)),
         variants=[shlex.split(text) for text in flags.variant],

@@ -1,29 +1,32 @@
 """`rcpo cancel SWEEP`: stop what runs the cells of a sweep; they write a checkpoint first."""
 
+import argparse
 import sys
 
+from rcpo.commands.flags import Flags
 from rcpo.common.errors import UserError
 
-HELP = """usage: rcpo cancel SWEEP
-
-Stop the sweep in the folder SWEEP: the cells that run write a checkpoint and end, the others do not start.
-`rcpo resume SWEEP` goes on. Under SLURM exactly this sweep's jobs are cancelled."""
 PATIENCE_SECONDS = 600.0
 """How long to wait for checkpoints."""
 
 
-def run(words: list[str]) -> int:
+def add_arguments(parser: Flags) -> None:
+    parser.description = """\
+Stop a sweep: the cells that run write a checkpoint and end, the others do not start. Under SLURM
+exactly this sweep's jobs are cancelled. `rcpo resume SWEEP` goes on."""
+    parser.epilog = """\
+example:
+  rcpo cancel sweeps-out/demo"""
+    parser.add_argument("sweep", metavar="SWEEP", help="the folder that `rcpo sweep` printed")
+
+
+def run(options: argparse.Namespace) -> int:
     """Cancel; returns the exit code. Raises UserError where there is no sweep, or where it runs elsewhere."""
-    if not words or words[0] in ("-h", "--help"):
-        print(HELP)
-        return 0 if words else 2
-    if len(words) != 1:
-        raise UserError(f"cancel takes one sweep folder, not {len(words)} words; type rcpo cancel SWEEP")
     from rcpo.sweep.folder import SweepFolder, is_sweep
 
-    if not is_sweep(words[0]):
-        raise UserError(f"{words[0]}: is not a sweep folder; give the one that `rcpo sweep` printed")
-    sweep = SweepFolder(words[0])
+    if not is_sweep(options.sweep):
+        raise UserError(f"{options.sweep}: is not a sweep folder; give the one that `rcpo sweep` printed")
+    sweep = SweepFolder(options.sweep)
     if sweep.slurm.is_file():
         from rcpo.sweep.slurm import submit as slurm
 

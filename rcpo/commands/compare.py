@@ -16,57 +16,86 @@ if TYPE_CHECKING:
     from rcpo.comparison.cells import Comparison
     from rcpo.comparison.load import Run
 
-HELP = """usage: rcpo compare PATH... [options]
-       rcpo compare --wandb ENTITY/PROJECT[/GROUP] [options]
-
-One row for each cell (objective, calibration and whatever else differs), its seeds merged into mean and
-standard error, with the difference to calibration=off. PATH: run folders, sweep folders, folders of runs, or
-patterns in quotes. Runs that are unfinished, failed, or measured on other pairs are named and left out.
-
-  --wandb ADDRESS      the runs that W&B has of a project, or of one of its groups, in place of folders
-  --where KEY=VALUE    only runs with this setting: --where objective=dpo,simpo --where optim.lr=1e-6
-  --sort COLUMN        chosen, rejected, margin, accuracy, fell, in_band, worst, pairs_per_second, memory_gb,
-                       vs_off, objective, calibration; -COLUMN falls: --sort=-chosen
-  --csv, --json, --markdown, --latex
-                       print the table in that form
-  --html FILE          write the report: one file that needs no network
-  --ches auto|yes|no   whether the report loads the model that the runs started from, to give the pairs that
-                       fell most their CHES (arXiv 2410.08847); auto: where its folder is on this machine, of
-                       at most 1 GB, and that takes no more than about a minute; yes: whatever it takes
-  --pdf DIR, --png DIR write its figures for a paper"""
+SEE_HELP = "`rcpo compare --help` lists words and flags"
 
 
-def parse(words: list[str]) -> argparse.Namespace:
-    parser = Flags("compare")
-    parser.add_argument("paths", nargs="*", metavar="PATH")
-    parser.add_argument("--wandb", metavar="ENTITY/PROJECT")
-    parser.add_argument("--where", action="append", default=[])
-    parser.add_argument("--sort")
+def add_arguments(parser: Flags) -> None:
+    parser.usage = """\
+rcpo compare PATH... [options]
+       rcpo compare --wandb ENTITY/PROJECT[/GROUP] [options]"""
+    parser.description = """\
+One row for each cell (objective, calibration and whatever else differs), its seeds merged into mean
+and standard error, with the difference to calibration=off. Runs that are unfinished, failed, or
+measured on other pairs are named and left out."""
+    parser.epilog = """\
+examples:
+  rcpo compare sweeps-out/demo --html report.html
+  rcpo compare 'runs/*' --where objective=dpo,simpo --where optim.lr=1e-6 --sort=-chosen
+  rcpo compare --wandb my-team/my-project --csv"""
+    add = parser.add_argument
+    add(
+        "paths",
+        nargs="*",
+        metavar="PATH",
+        help="run folders, sweep folders, folders of runs, or patterns in quotes",
+    )
+    add(
+        "--wandb",
+        metavar="ENTITY/PROJECT",
+        help="the runs that W&B has of a project, or of one of its groups, in place of folders",
+    )
+    add(
+        "--where",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="only runs with this setting, or one of several: KEY=VALUE,VALUE",
+    )
+    add(
+        "--sort",
+        metavar="COLUMN",
+        help="chosen, rejected, margin, accuracy, fell, in_band, worst, pairs_per_second, memory_gb, vs_off, "
+        "objective, calibration; -COLUMN falls: --sort=-chosen",
+    )
     form = parser.add_mutually_exclusive_group()
-    for name in ("csv", "json", "markdown", "latex"):
-        form.add_argument(f"--{name}", dest="form", action="store_const", const=name)
-    for name in ("html", "pdf", "png"):
-        parser.add_argument(f"--{name}", type=Path)
-    parser.add_argument("--ches", choices=("auto", "yes", "no"), default="auto")
-    options = parser.parse_intermixed_args(words)
+    for name, title in (("csv", "CSV"), ("json", "JSON"), ("markdown", "Markdown"), ("latex", "LaTeX")):
+        form.add_argument(
+            f"--{name}", dest="form", action="store_const", const=name, help=f"print the table as {title}"
+        )
+    add("--html", type=Path, metavar="FILE", help="write the report: one file that needs no network")
+    add(
+        "--ches",
+        choices=("auto", "yes", "no"),
+        default="auto",
+        help="whether the report loads the model that the runs started from, to give the pairs that fell "
+        "most their CHES (arXiv 2410.08847); auto: where its folder is on this machine, of at most 1 GB, "
+        "and that takes no more than about a minute; yes: whatever it takes",
+    )
+    for name in ("pdf", "png"):
+        add(
+            f"--{name}",
+            type=Path,
+            metavar="DIR",
+            help=f"write the figures for a paper there, as {name.upper()}",
+        )
+    parser.check = check
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise UserError for values that do not go together, and files that cannot be written."""
     if not options.paths and options.wandb is None:
-        parser.error("the following arguments are required: PATH (or --wandb ENTITY/PROJECT)")
+        raise UserError(f"the following arguments are required: PATH (or --wandb ENTITY/PROJECT); {SEE_HELP}")
     if options.paths and options.wandb is not None:
-        parser.error("argument --wandb: not allowed with PATH")
+        raise UserError(f"argument --wandb: not allowed with PATH; {SEE_HELP}")
     if options.html is not None:
         check_writable("--html", options.html)
     for name in ("pdf", "png"):
         if (folder := getattr(options, name)) is not None:
             check_writable(f"--{name}", folder, is_folder=True)
-    return options
 
 
-def run(words: list[str]) -> int:
+def run(options: argparse.Namespace) -> int:
     """Compare; returns the exit code. Raises UserError for bad input."""
-    if not words or words[0] in ("-h", "--help"):
-        print(HELP)
-        return 0 if words else 2
-    options = parse(words)
     from rcpo.common.console import RunConsole
     from rcpo.comparison.cells import compare_runs
     from rcpo.comparison.forms import as_csv, as_json, as_latex, as_markdown

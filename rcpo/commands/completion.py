@@ -1,103 +1,110 @@
-"""`rcpo completion bash`: shell code that completes commands, config groups, options and keys on TAB.
+"""`rcpo completion bash|zsh|fish`: the shell code that completes rcpo's words on TAB, and what it offers.
 
-The words of `rcpo train` come from Hydra, asked in a process of its own; nothing heavy is imported for it.
+argcomplete gives the code, which runs `rcpo` itself at every TAB, and reads commands and flags from the one
+parser. What a word may be says its metavar there; the words of a config come from Hydra.
 """
 
-from rcpo.commands import COMMANDS
+import argparse
+import os
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+from argcomplete import CompletionFinder, shellcode, split_line
+from argcomplete.completers import BaseCompleter, DirectoriesCompleter, FilesCompleter
+
+from rcpo.commands.flags import Flags
+from rcpo.commands.parser import command_parser, whole_parser
 from rcpo.common.errors import UserError
 
-HELP = """usage: rcpo completion bash
+SHELLS = ("bash", "zsh", "fish")
+NOT_TRAINED_WITH = ("hydra", "cluster")
+"""Groups that Hydra knows and `rcpo train` refuses."""
 
-Print the code that completes rcpo's words on TAB. To have it in every new shell, put this line in ~/.bashrc:
 
-  eval "$(rcpo completion bash)"
+def add_arguments(parser: Flags) -> None:
+    parser.description = """\
+Print the code that completes rcpo's words on TAB. To have it in every new shell:
+
+  bash, in ~/.bashrc:                    eval "$(rcpo completion bash)"
+  zsh, in ~/.zshrc, behind compinit:     eval "$(rcpo completion zsh)"
+  fish, in ~/.config/fish/config.fish:   rcpo completion fish | source
 
 Then TAB completes commands (rcpo tr), groups and options (rcpo train objective=s), keys (rcpo train
 train.st), your own options behind --config-dir DIR, flags, and files (rcpo train data.path=pa)."""
-
-BASH = r"""# rcpo: completion for bash. Put this in ~/.bashrc: eval "$(rcpo completion bash)"
-_rcpo() {
-    local line="${COMP_LINE:0:COMP_POINT}" word choices number
-    local words=($line) flags=() query="rcpo-train"
-    [[ "$line" == *" " ]] && words+=("")
-    word="${words[-1]}"
-    if (( ${#words[@]} <= 2 )); then
-        COMPREPLY=($(compgen -W "@COMMANDS@" -- "$word"))
-        (( ${#COMPREPLY[@]} == 1 )) && COMPREPLY[0]+=" "
-        return
-    fi
-    case "${words[1]}" in
-        completion) COMPREPLY=($(compgen -W "bash" -- "$word")) ;;
-        resume|status|cancel|sync)
-            COMPREPLY=($(compgen -d -- "$word")) ;;
-        compare|watch|dashboard)
-            case "${words[1]}" in
-                compare) choices="@COMPARE_FLAGS@" ;;
-                watch) choices="--help --once" ;;
-                *) choices="--help --print --dry-run --update" ;;
-            esac
-            [[ "$word" == -* ]] || choices=$(compgen -f -- "$word")
-            [[ "${words[-2]}" == --ches ]] && choices="auto yes no"
-            COMPREPLY=($(compgen -W "$choices" -- "$word")) ;;
-        train|sweep|score|bench)
-            if [[ "$word" == -* ]]; then
-                case "${words[1]}" in
-                    sweep) choices="@SWEEP_FLAGS@" ;;
-                    score) choices="@SCORE_FLAGS@" ;;
-                    bench) choices="@BENCH_FLAGS@" ;;
-                    *) choices="@FLAGS@" ;;
-                esac
-                COMPREPLY=($(compgen -W "$choices" -- "$word"))
-                return
-            fi
-            [[ "${words[-2]}" == --baseline ]] && choices="plain response trl"
-            [[ -n "$choices" ]] && { COMPREPLY=($(compgen -W "$choices" -- "$word")); return; }
-            case "${words[-2]}" in --out|--json|--profile)
-                COMPREPLY=($(compgen -f -- "$word")); return ;; esac
-            [[ "${words[-2]}" == --config-dir ]] && { COMPREPLY=($(compgen -d -- "$word")); return; }
-            for (( number = 2; number < ${#words[@]} - 1; number++ )); do
-                case "${words[number]}" in
-                    --config-dir) flags=(--config-dir "${words[++number]}") ;;
-                    --shape|--lengths|--variant) (( number++ )) ;;  # values of rcpo bench that hold a =
-                    *=*) query+=" ${words[number]}" ;;
-                esac
-            done
-            query+=" $word"
-            choices=$(COMP_LINE="$query" COMP_POINT=${#query} \
-                "${words[0]}" train "${flags[@]}" -sc query=bash 2>/dev/null | tr ' ' '\n' | grep -v '^hydra')
-            [[ "${words[1]}" == sweep && "$word" != *=* ]] && choices+=" $(compgen -f -- "$word")"
-            COMPREPLY=($(compgen -W "$choices" -- "$word"))
-            if (( ${#COMPREPLY[@]} == 0 )) && [[ "$word" == *=* ]]; then  # a key whose value may be a file
-                COMPREPLY=($(compgen -P "${word%%=*}=" -f -- "${word#*=}"))
-            fi ;;
-        *) COMPREPLY=($(compgen -f -- "$word")) ;;
-    esac
-}
-COMP_WORDBREAKS=${COMP_WORDBREAKS//=}
-complete -o nospace -o default -F _rcpo rcpo
-"""
-SWEEP_FLAGS = (
-    "--help --dry-run --pairs-per-second --out --parallel --slurm --max-parallel --print --wandb-sweep"
-)
-COMPARE_FLAGS = "--help --wandb --where --sort --csv --json --markdown --latex --html --ches --pdf --png"
-BENCH_FLAGS = (
-    "--help --calibrations --variant --baseline --steps --warmup --repeats --shape --lengths --config-dir "
-    "--json --profile --head-curve"
-)
-SCORE_FLAGS = "--help --out --overwrite --config-dir"
-FLAGS = "--help --cfg --package --config-dir --overwrite"
+    parser.add_argument("shell", choices=SHELLS, help="the shell that reads it")
 
 
-def run(words: list[str]) -> int:
+def run(options: argparse.Namespace) -> int:
     """Print the code; returns the exit code."""
-    if words in (["-h"], ["--help"]):
-        print(HELP)
-        return 0
-    if words != ["bash"]:
-        said = f"{' '.join(words)}: no completion for that shell" if words else "completion takes a shell"
-        raise UserError(f"{said}; type rcpo completion bash")
-    code = BASH.replace("@COMMANDS@", " ".join(COMMANDS))
-    code = code.replace("@FLAGS@", FLAGS).replace("@SWEEP_FLAGS@", SWEEP_FLAGS)
-    code = code.replace("@SCORE_FLAGS@", SCORE_FLAGS).replace("@BENCH_FLAGS@", BENCH_FLAGS)
-    print(code.replace("@COMPARE_FLAGS@", COMPARE_FLAGS))
+    print(shellcode(["rcpo"], shell=options.shell))
     return 0
+
+
+def answer_shell() -> NoReturn:
+    """Say what can come at the cursor of $COMP_LINE, as the shell's code asks, and exit."""
+    words = _words_before()
+    Finder()(
+        whole_parser(words[0] if words else None), always_complete_options=False, default_completer=Values()
+    )
+    raise SystemExit(1)  # argcomplete exits when it has answered
+
+
+class Finder(CompletionFinder):
+    """argcomplete's, for commands that take words and flags in any order."""
+
+    def collect_completions(
+        self, active_parsers: list[Any], parsed_args: argparse.Namespace, cword_prefix: str
+    ) -> list[str]:
+        parser = active_parsers[-1]
+        if not parser.active_actions:  # argparse by itself takes no words behind a flag that is behind words
+            parser.active_actions = parser._get_positional_actions()[-1:]
+        completions: list[str] = super().collect_completions(active_parsers, parsed_args, cword_prefix)
+        return completions
+
+
+class Values(BaseCompleter):
+    """What the value of a word or a flag can be."""
+
+    def __call__(self, *, prefix: str, action: argparse.Action, **kwargs: Any) -> Iterable[str]:
+        metavar = str(action.metavar)
+        match metavar:
+            case "KEY=VALUE":
+                return _config_words(prefix)
+            case "PROFILE":
+                profiles = _from_hydra(f"cluster={prefix}")
+                return [*(word.removeprefix("cluster=") for word in profiles), *FilesCompleter()(prefix)]
+            case "RUN" | "SWEEP" | "RUN|SWEEP" | "DIR":
+                return DirectoriesCompleter()(prefix=prefix, action=action, **kwargs)
+            case "FILE" | "PATH":
+                return FilesCompleter()(prefix)
+        return metavar.split("|") if metavar.islower() else []
+
+
+def _words_before() -> list[str]:
+    """The whole words of $COMP_LINE between `rcpo` and the cursor."""
+    words: list[str] = split_line(os.environ["COMP_LINE"], int(os.environ["COMP_POINT"]))[3]
+    return words[1:]
+
+
+def _config_words(begun: str) -> list[str]:
+    """Groups, options and keys, or files for the value of a key."""
+    name, *before = _words_before()
+    try:
+        options, _ = command_parser(name).parse_known_intermixed_args([*before, begun])
+    except (UserError, SystemExit):
+        return []
+    words = [word for word in getattr(options, "words", []) if "=" in word and word != begun]
+    found = _from_hydra(begun, getattr(options, "hydra", []), words)
+    found = [word for word in found if not word.startswith(NOT_TRAINED_WITH)]
+    key, equals, value = begun.partition("=")
+    return found or [f"{key}={path}" for path in FilesCompleter()(value) if equals]
+
+
+def _from_hydra(begun: str, flags: Iterable[str] = (), words: Iterable[str] = ()) -> list[str]:
+    """None where Hydra refuses what is there already."""
+    from rcpo.config.compose import offered
+
+    try:
+        return offered(list(flags), list(words), begun)
+    except UserError:
+        return []

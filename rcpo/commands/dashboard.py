@@ -1,5 +1,6 @@
 """`rcpo dashboard ENTITY/PROJECT`: a workspace and a report in W&B."""
 
+import argparse
 import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -12,34 +13,55 @@ if TYPE_CHECKING:
     from rcpo.comparison.from_wandb import Address
     from rcpo.comparison.load import Run
 
-HELP = """usage: rcpo dashboard ENTITY/PROJECT[/GROUP] [PATH...] [--update URL]... [--print]
+SEE_HELP = "`rcpo dashboard --help` lists words and flags"
 
-Make two pages in W&B for the runs of a project, or of one of its groups: a workspace with the sections
-displacement, band, calibration, incentives and speed, its runs grouped by objective and calibration, and a
-report with the table of rcpo compare. PATH: take that table from run folders, as rcpo compare does; without,
-from W&B. Pages that were made before stay as they are, unless:
 
-  --update URL         remake what is at the URL (of a workspace or a report, as printed) in place of making
-                       new pages: its contents are replaced, its name stays; at most one of each kind
-  --print, --dry-run   print both as JSON and send nothing; needs no account
+def add_arguments(parser: Flags) -> None:
+    parser.description = """\
+Make two pages in W&B for the runs of a project, or of one of its groups: a workspace with the
+sections displacement, band, calibration, incentives and speed, its runs grouped by objective and
+calibration, and a report with the table of rcpo compare. Pages that were made before stay as they
+are, unless --update names them.
 
 Needs wandb-workspaces: pip install 'rcpo[dashboard]'."""
+    parser.epilog = """\
+examples:
+  rcpo dashboard my-team/my-project
+  rcpo dashboard my-team/my-project/demo sweeps-out/demo --print"""
+    add = parser.add_argument
+    add("address", metavar="ENTITY/PROJECT", help="the project; ENTITY/PROJECT/GROUP: one of its groups")
+    add(
+        "paths",
+        nargs="*",
+        metavar="PATH",
+        help="take the table from run folders, as rcpo compare does; without, from W&B",
+    )
+    add(
+        "--update",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="remake what is at the URL (of a workspace or a report, as printed) in place of making new "
+        "pages: its contents are replaced, its name stays; at most one of each kind",
+    )
+    add(
+        "--print",
+        "--dry-run",
+        dest="is_print",
+        action="store_true",
+        help="print both as JSON and send nothing; needs no account",
+    )
+    parser.check = check
 
 
-def run(words: list[str]) -> int:
-    """Make the pages; returns the exit code. Raises UserError for bad input and where W&B refuses."""
-    if not words or words[0] in ("-h", "--help"):
-        print(HELP)
-        return 0 if words else 2
-    parser = Flags("dashboard")
-    parser.add_argument("address", metavar="ENTITY/PROJECT")
-    parser.add_argument("paths", nargs="*", metavar="PATH")
-    parser.add_argument("--print", "--dry-run", dest="is_print", action="store_true")
-    parser.add_argument("--update", action="append", default=[], metavar="URL")
-    options = parser.parse_intermixed_args(words)
+def check(options: argparse.Namespace) -> None:
+    """Raise UserError for flags that do not go together."""
     if options.is_print and options.update:
-        parser.error("argument --update: not allowed with argument --print")
+        raise UserError(f"argument --update: not allowed with argument --print; {SEE_HELP}")
 
+
+def run(options: argparse.Namespace) -> int:
+    """Make the pages; returns the exit code. Raises UserError for bad input and where W&B refuses."""
     from rcpo.comparison.from_wandb import parse_address, require_key
 
     address = parse_address(options.address)
@@ -54,7 +76,7 @@ def run(words: list[str]) -> int:
         return 0
     urls = {("report" if is_report(url, address) else "workspace"): url for url in options.update}
     if len(urls) < len(options.update):
-        parser.error("argument --update: one workspace and one report at most")
+        raise UserError(f"argument --update: one workspace and one report at most; {SEE_HELP}")
     require_key()
     pages: dict[str, Callable[[], Any]] = {"workspace": lambda: make_workspace(address)}
     if not urls or "report" in urls:

@@ -1,38 +1,36 @@
 """`rcpo doctor [--json]`: what this machine has and lacks for training, and what to do about it."""
 
+import argparse
 import dataclasses
 import json
 from typing import TYPE_CHECKING
 
-from rcpo.common.errors import UserError
+from rcpo.commands.flags import Flags
 
 if TYPE_CHECKING:
     from rcpo.launch.doctor import Finding
 
-HELP = """usage: rcpo doctor [--json]
-
-Look at this machine: Python, packages, GPUs, DeepSpeed, SLURM, W&B, disks, memory. A table says what was
-found and what to do about it; --json prints the same for programs. Nothing is changed, and no network is
-asked.
-
-Exit code 0: training works here. 1: something that every run needs is missing."""
 PLAIN_WIDTH = 200
 """Columns of a table that goes to a file or a pipe."""
 COLOURS = {"ok": "green", "note": "yellow", "missing": "bold red"}
 
 
-def run(words: list[str]) -> int:
+def add_arguments(parser: Flags) -> None:
+    parser.description = """\
+Look at this machine: Python, packages, GPUs, DeepSpeed, SLURM, W&B, disks, memory. A table says
+what was found and what to do about it. Nothing is changed, and no network is asked.
+
+Exit code 0: training works here. 1: something that every run needs is missing."""
+    parser.add_argument("--json", action="store_true", help="the same for programs")
+
+
+def run(options: argparse.Namespace) -> int:
     """Print the findings; returns the exit code."""
-    if words in (["-h"], ["--help"]):
-        print(HELP)
-        return 0
-    if words not in ([], ["--json"]):
-        raise UserError(f"{' '.join(words)}: doctor takes no words; type rcpo doctor or rcpo doctor --json")
     from rcpo.launch.doctor import examine
 
     findings = examine()
     is_fit = all(finding.verdict != "missing" for finding in findings)
-    if words == ["--json"]:
+    if options.json:
         print(json.dumps({"ok": is_fit, "findings": [dataclasses.asdict(one) for one in findings]}, indent=2))
     else:
         _print_table(findings, is_fit)

@@ -3,30 +3,38 @@
 Every checkpoint holds its whole weights as safetensors, so this is a checked copy: no engine, no pickle.
 """
 
+import argparse
 import shutil
 from pathlib import Path
 
+from rcpo.commands.flags import Flags
 from rcpo.common.errors import UserError
 from rcpo.common.files import replacing
 
-HELP = """usage: rcpo export RUN OUT [step=N]
 
-Write the model of RUN's newest checkpoint (or of step N) to the new folder OUT, as safetensors with tokenizer
-and config: transformers loads it with AutoModelForCausalLM.from_pretrained(OUT). A run that is done has its
-final model in RUN/final already; without a checkpoint, that is what is exported."""
+def add_arguments(parser: Flags) -> None:
+    parser.description = """\
+Write the model of a run's newest checkpoint, or of one step, as a Hugging Face model folder:
+safetensors with tokenizer and config, which transformers loads with
+AutoModelForCausalLM.from_pretrained(OUT). A run that is done has its final model in RUN/final
+already; without a checkpoint, that is what is exported."""
+    parser.epilog = """\
+examples:
+  rcpo export runs/dpo-on-1 my-model
+  rcpo export runs/dpo-on-1 my-model step=200"""
+    parser.add_argument("run", metavar="RUN", help="a run folder")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the new folder")
+    parser.add_argument("step", metavar="step=N", nargs="?", help="the checkpoint of that step")
 
 
-def run(words: list[str]) -> int:
+def run(options: argparse.Namespace) -> int:
     """Export; returns the exit code. Raises UserError when there is nothing to export or OUT exists."""
-    if words[:1] in (["-h"], ["--help"]):
-        print(HELP)
-        return 0
-    if len(words) not in (2, 3) or (len(words) == 3 and not words[2].startswith("step=")):
-        raise UserError("export takes a run folder and a new folder; type rcpo export RUN OUT [step=N]")
-    out = Path(words[1])
+    out, step = options.out, options.step
+    if step is not None and not step.startswith("step="):
+        raise UserError(f"{step}: must be the step of a checkpoint; type step=N")
     if out.exists():
         raise UserError(f"{out}: exists; export writes a new folder only, give another name")
-    source = _source(words[0], words[2].removeprefix("step=") if len(words) == 3 else None)
+    source = _source(options.run, None if step is None else step.removeprefix("step="))
     try:
         with replacing(out) as beside:
             shutil.copytree(source, beside)

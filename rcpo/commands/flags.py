@@ -1,22 +1,81 @@
-"""Flags of commands: argparse whose errors are one line, and checks of their values. Called by
-`rcpo.commands`."""
+"""What the parsers of all commands share: errors of one line, the layout of help, types of values, checks of
+paths. Called by `rcpo.commands`."""
 
 import argparse
 import os
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rcpo.common.errors import UserError
 
+WIDTH = 100
+"""Columns of help, where the terminal has as many."""
+
+
+def _layout(prog: str) -> argparse.HelpFormatter:
+    """Flags are filled to the width; descriptions and examples stay as they are written."""
+    width = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=width)
+
 
 class Flags(argparse.ArgumentParser):
-    """Words and --flags of `rcpo COMMAND`; help is the command's own text."""
+    """Words and --flags of a command, in any order. What is wrong is a UserError that names the help."""
 
-    def __init__(self, command: str) -> None:
-        super().__init__(prog=f"rcpo {command}", add_help=False, allow_abbrev=False)
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(formatter_class=_layout, allow_abbrev=False, **settings)
+        self.check: Callable[[argparse.Namespace], None] | None = None
+        """Raises UserError for values that do not go together."""
+
+    def parse(self, words: Sequence[str]) -> argparse.Namespace:
+        """The values of `words`. Raises UserError for what is wrong with them; --help prints and exits."""
+        options = self.parse_intermixed_args(words)
+        if self.check is not None:
+            self.check(options)
+        return options
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; `{self.prog} --help` lists words and flags")
+
+
+def add_config_words(parser: Flags, where: str = "`rcpo train --help`") -> None:
+    """Words of a config, which `where` lists, as `options.words`, and --config-dir, as Hydra reads it, in
+    `options.hydra`."""
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help=f"GROUP=OPTION chooses a file of settings, KEY=VALUE sets one: {where}",
+    )
+    text = "add a folder of your own options: DIR/objective/mine.yaml is objective=mine"
+    _pass_on(parser, "--config-dir", "-cd", metavar="DIR", help=text)
+
+
+def add_printing_flags(parser: Flags) -> None:
+    """Hydra's flags that print something and do nothing else, in `options.hydra` too."""
+    text = "print the composed config as YAML and stop: --cfg job"
+    _pass_on(parser, "--cfg", "-c", metavar="job|hydra|all", help=text)
+    _pass_on(parser, "--package", "-p", metavar="GROUP", help="of --cfg job that group alone")
+    _pass_on(parser, "--info", "-i", nargs="?", const="all", help=argparse.SUPPRESS)
+    for flag in ("--resolve", "--hydra-help", "--multirun", "-m"):
+        parser.add_argument(
+            flag, dest="hydra", action="append_const", const=flag, default=[], help=argparse.SUPPRESS
+        )
+
+
+def _pass_on(parser: Flags, flag: str, short: str, **settings: Any) -> None:
+    """A flag with a value, to `options.hydra`; its short form works and is not listed."""
+    for name, text in ((flag, settings.pop("help")), (short, argparse.SUPPRESS)):
+        parser.add_argument(
+            name,
+            dest="hydra",
+            action="extend",
+            default=[],
+            type=lambda value: [flag, value],
+            help=text,
+            **settings,
+        )
 
 
 def positive_int(text: str) -> int:

@@ -1,5 +1,6 @@
 """`rcpo resume RUN|SWEEP`: continue a run from its newest checkpoint, or a sweep's unfinished cells."""
 
+import argparse
 import os
 from pathlib import Path
 
@@ -7,35 +8,47 @@ from rcpo.commands.flags import Flags, positive_int
 from rcpo.common.errors import UserError
 from rcpo.common.locks import HeldError, hold, run_lock
 
-HELP = """usage: rcpo resume RUN [--allow-change KEY[=VALUE]] ...
-       rcpo resume SWEEP [--parallel N]
 
-Continue the run in the folder RUN from its newest whole checkpoint, with the config frozen in
-RUN/config.yaml. A run without a checkpoint starts again from its first step. A run that is done is left as it
-is.
+def add_arguments(parser: Flags) -> None:
+    parser.description = """\
+Continue a run from its newest whole checkpoint, with the config frozen in RUN/config.yaml. A run
+without a checkpoint starts again from its first step. A run that is done is left as it is.
 
-A config that has changed since is refused. --allow-change names a key that may: train.steps, train.epochs,
-train.save_every, train.keep_last, train.eval_every, train.log_every, train.on_save_error, train.on_nonfinite,
-train.max_nonfinite_steps and tracking.* leave every step as it is; launch.*, deepspeed.stage,
-train.pairs_per_device, train.device and model.gradient_checkpointing spread the same work otherwise, which
-changes rounding. Longer: rcpo resume RUN --allow-change train.steps=300
+Of a sweep: the same for every cell that is neither done nor running; a sweep that SLURM ran is
+submitted again.
 
-Of a sweep: the same for every cell that is neither done nor running, N at a time on this machine (default:
-1); a sweep that SLURM ran is submitted again."""
+A config that has changed since is refused. --allow-change names a key that may: train.steps,
+train.epochs, train.save_every, train.keep_last, train.eval_every, train.log_every,
+train.on_save_error, train.on_nonfinite, train.max_nonfinite_steps and tracking.* leave every step
+as it is; launch.*, deepspeed.stage, train.pairs_per_device, train.device and
+model.gradient_checkpointing spread the same work otherwise, which changes rounding."""
+    parser.epilog = """\
+examples:
+  rcpo resume runs/dpo-on-1
+  rcpo resume runs/dpo-on-1 --allow-change train.steps=300     (longer)
+  rcpo resume sweeps-out/demo --parallel 2"""
+    parser.add_argument("path", metavar="RUN|SWEEP", help="its folder")
+    parser.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="KEY[=VALUE]",
+        help="of a run: a key that may have changed, or that changes to the value",
+    )
+    parser.add_argument(
+        "--parallel", type=positive_int, metavar="N", help="of a sweep: N cells at a time here; default: 1"
+    )
 
 
-def run(words: list[str]) -> int:
+def run(options: argparse.Namespace) -> int:
     """Resume; returns the exit code. Raises UserError when the folder is no run or cannot be continued."""
-    if words[:1] in (["-h"], ["--help"]):
-        print(HELP)
-        return 0
-    if words and Path(words[0], "manifest.jsonl").is_file():
-        return _resume_sweep(words)
-    flags = Flags("resume")
-    flags.add_argument("run")
-    flags.add_argument("--allow-change", action="append", default=[], metavar="KEY[=VALUE]")
-    options = flags.parse_args(words)
-    path, allowed = options.run, options.allow_change
+    path, allowed = options.path, options.allow_change
+    if Path(path, "manifest.jsonl").is_file():
+        if allowed:
+            raise UserError("--allow-change: is for one run; type rcpo resume SWEEP/cells/NAME for each")
+        return _resume_sweep(path, options.parallel or 1)
+    if options.parallel is not None:
+        raise UserError(f"--parallel: is for a sweep, and {path} is none; leave it out")
     if not _is_first_rank() or not Path(path, "config.yaml").is_file():
         return _resume_run(path, allowed)
     try:
@@ -62,18 +75,14 @@ def _resume_run(path: str, allowed: list[str]) -> int:
     return resume(path, allowed)
 
 
-def _resume_sweep(words: list[str]) -> int:
-    flags = Flags("resume")
-    flags.add_argument("sweep")
-    flags.add_argument("--parallel", type=positive_int, default=1)
-    options = flags.parse_args(words)
+def _resume_sweep(path: str, parallel: int) -> int:
     from rcpo.sweep.folder import SweepFolder
     from rcpo.sweep.local import run_unfinished, sweep_held
 
-    sweep = SweepFolder(options.sweep)
+    sweep = SweepFolder(path)
     with sweep_held(sweep):
         if sweep.slurm.is_file():
             from rcpo.sweep.slurm import submit as slurm
 
             return slurm.resubmit(sweep)
-        return run_unfinished(sweep, options.parallel)
+        return run_unfinished(sweep, parallel)

@@ -1,46 +1,49 @@
 """`rcpo score [GROUP=OPTION] [KEY=VALUE] ...`: what a model says of preference pairs before training."""
 
+import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rcpo.commands.flags import Flags, check_writable
+from rcpo.commands.flags import Flags, add_config_words, add_printing_flags, check_writable
 from rcpo.common.errors import UserError
 from rcpo.common.files import write_atomically
-from rcpo.config.compose import compose
 
 if TYPE_CHECKING:
     from rcpo.config.resolved import ResolvedConfig
     from rcpo.training.read_inputs import PairsRead
 
-HELP = """usage: rcpo score [GROUP=OPTION ...] [KEY=VALUE ...] [--out FILE.parquet] [--overwrite]
 
-Score the pairs of a data config under a model, before training: CHES and length-normalised CHES (arXiv
-2410.08847), meant to predict how far the chosen response falls, log-probabilities and margin, length, shared
-beginning and edit distance of the responses; pairs that repeat or contradict each other. The words are those
-of rcpo train (`rcpo train --help`). Bad rows are counted, whatever data.on_bad_row says.
-
-  --out FILE.parquet   where the scores go, a row a pair (scores.parquet); FILE.html beside it shows them
-  --overwrite          replace both files
-
+def add_arguments(parser: Flags) -> None:
+    parser.description = """\
+Score the pairs of a data config under a model, before training: CHES and length-normalised CHES
+(arXiv 2410.08847), meant to predict how far the chosen response falls, log-probabilities and
+margin, length, shared beginning and edit distance of the responses; pairs that repeat or contradict
+each other. The words are those of rcpo train. Bad rows are counted, whatever data.on_bad_row says."""
+    parser.epilog = """\
 examples:
   rcpo score
   rcpo score model.path=MODEL data=file data.path=PAIRS.jsonl train.max_length=512 --out pairs.parquet
   rcpo train model.path=MODEL data=file data.path=PAIRS.jsonl train.max_length=512 \\
       data.filter.scores=pairs.parquet data.filter.ches_norm_max_percentile=95"""
+    add_config_words(parser)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("scores.parquet"),
+        metavar="FILE",
+        help="where the scores go, a row a pair (default: scores.parquet); FILE.html beside it shows them",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace both files")
+    add_printing_flags(parser)
 
 
-def run(words: list[str]) -> int:
+def run(options: argparse.Namespace) -> int:
     """Score; returns the exit code. Raises UserError for bad input, before anything is written."""
-    if any(word in ("-h", "--help") for word in words):
-        print(HELP)
-        return 0
-    parser = Flags("score")
-    parser.add_argument("--out", type=Path, default=Path("scores.parquet"))
-    parser.add_argument("--overwrite", action="store_true")
-    options, rest = parser.parse_known_args(words)
-    tree = compose(rest)
+    from rcpo.config.compose import compose
+
+    tree = compose([*options.hydra, *options.words])
     if tree is None:
         return 0
     page = _check_out(options.out, options.overwrite)

@@ -1,26 +1,25 @@
 """`rcpo status SWEEP`: what state every cell of a sweep is in."""
 
+import argparse
+
 from rcpo.commands.flags import Flags
 from rcpo.common.errors import UserError
 
-HELP = """usage: rcpo status SWEEP [--json]
 
-One line for each cell of the sweep in the folder SWEEP: its state (pending, running, preempted, interrupted,
-failed, lost, done), step, loss, mean change of the held-out chosen log-probability in nats, time left, node,
-and why it failed. Lost: it was running, and nothing runs it now.
+def add_arguments(parser: Flags) -> None:
+    parser.description = """\
+One line for each cell of a sweep: its state (pending, running, preempted, interrupted, failed,
+lost, done), step, loss, mean change of the held-out chosen log-probability in nats, time left,
+node, and why it failed. Lost: it was running, and nothing runs it now."""
+    parser.epilog = """\
+example:
+  rcpo status sweeps-out/demo"""
+    parser.add_argument("sweep", metavar="SWEEP", help="the folder that `rcpo sweep` printed")
+    parser.add_argument("--json", action="store_true", help="the same for programs")
 
-  --json  the same for programs"""
 
-
-def run(words: list[str]) -> int:
+def run(options: argparse.Namespace) -> int:
     """Print the table; returns the exit code. Raises UserError where there is no sweep."""
-    if not words or words[0] in ("-h", "--help"):
-        print(HELP)
-        return 0 if words else 2
-    flags = Flags("status")
-    flags.add_argument("sweep", metavar="SWEEP")
-    flags.add_argument("--json", action="store_true")
-    options = flags.parse_args(words)
     from rcpo.sweep.folder import SweepFolder, is_sweep
 
     if not is_sweep(options.sweep):

@@ -12,23 +12,15 @@ from rcpo.common.errors import UserError
 if TYPE_CHECKING:
     from rcpo.sweep.definition import Definition
 
-HELP = """usage: rcpo sweep FILE [KEY=VALUE ...] [options]
 
-Run every cell of the grid in the sweep file FILE, with further overrides of all cells. Every cell is composed
-and checked before anything starts, and frozen in the sweep folder: later edits of conf/ change nothing there.
-The same command again runs what is missing or has failed, and refuses when the definition has changed.
-
-  --dry-run              print the grid and what it costs; nothing is written, nothing fetched from the hub
-  --pairs-per-second X   speed of a cell, for the costs; default: as measured on this sweep's finished cells
-  --out DIR              the sweep folder; default: sweeps-out/NAME
-  --parallel N           run N cells at a time on this machine; default: 1
-  --slurm PROFILE        submit to SLURM instead: a file in conf/cluster/, or a path
-  --max-parallel N       with --slurm: at most N cells at a time
-  --print                with --slurm: show the batch script and submit nothing
-  --wandb-sweep          print the grid as a W&B sweep, for `wandb sweep` and `wandb agent`; nothing is run
-
-A sweep file (all keys: the text at the top of rcpo/sweep/definition.py):
-
+def add_arguments(parser: Flags) -> None:
+    parser.description = """\
+Run every cell of the grid in a sweep file. Every cell is composed and checked before anything
+starts, and frozen in the sweep folder: later edits of conf/ change nothing there. The same command
+again runs what is missing or has failed, and refuses when the definition has changed. Exit code: 0
+when all cells are done, 1 when one is not."""
+    parser.epilog = """\
+a sweep file (all keys: the text at the top of rcpo/sweep/definition.py):
   overrides: [train.steps=300, tracking=none]
   axes:
     objective: [dpo, simpo, {label: dpo_b05, overrides: [objective=dpo, objective.beta=0.5]}]
@@ -36,40 +28,58 @@ A sweep file (all keys: the text at the top of rcpo/sweep/definition.py):
   seeds: [0, 1, 2]
   exclude: [{objective: dpo_b05, calibration: on}]
 
-`rcpo status DIR` says how far it is, `rcpo resume DIR` goes on after Ctrl-C or a failure, `rcpo cancel DIR`
-stops it. Exit code: 0 when all cells are done, 1 when one is not."""
+examples:
+  rcpo sweep sweeps/demo.yaml --dry-run
+  rcpo sweep sweeps/demo.yaml --parallel 2
+  rcpo sweep sweeps/demo.yaml model.path=MODEL --slurm example --print
+
+`rcpo status DIR` says how far it is, `rcpo resume DIR` goes on after Ctrl-C or a failure,
+`rcpo cancel DIR` stops it."""
+    add = parser.add_argument
+    add("file", metavar="FILE", help="the sweep file")
+    add("words", nargs="*", metavar="KEY=VALUE", help="further overrides, of all cells")
+    add("--out", metavar="DIR", help="the sweep folder; default: sweeps-out/NAME")
+    add("--parallel", type=positive_int, metavar="N", help="N cells at a time here; default: 1")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="print the grid and what it costs; nothing is written, nothing fetched from the hub",
+    )
+    add(
+        "--pairs-per-second",
+        type=positive_float,
+        metavar="X",
+        help="speed of a cell, for the costs; default: as measured on this sweep's finished cells",
+    )
+    add(
+        "--slurm",
+        metavar="PROFILE",
+        help="submit to SLURM instead: the name of a file in conf/cluster/, or a path",
+    )
+    add("--max-parallel", type=positive_int, metavar="N", help="with --slurm: at most N cells at a time")
+    add("--print", action="store_true", help="with --slurm: show the batch script and submit nothing")
+    add(
+        "--wandb-sweep",
+        action="store_true",
+        help="print the grid as a W&B sweep, for `wandb sweep` and `wandb agent`; nothing is run",
+    )
+    parser.check = check
 
 
-def parse(words: list[str]) -> argparse.Namespace:
-    flags = Flags("sweep")
-    flags.add_argument("file", metavar="FILE")
-    flags.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    flags.add_argument("--dry-run", action="store_true")
-    flags.add_argument("--pairs-per-second", type=positive_float)
-    flags.add_argument("--out")
-    flags.add_argument("--parallel", type=positive_int)
-    flags.add_argument("--slurm", metavar="PROFILE")
-    flags.add_argument("--max-parallel", type=positive_int)
-    flags.add_argument("--print", action="store_true")
-    flags.add_argument("--wandb-sweep", action="store_true")
-    options = flags.parse_intermixed_args(words)
+def check(options: argparse.Namespace) -> None:
+    """Raise UserError for flags that do not go together."""
     if options.slurm is not None and options.parallel is not None:
         raise UserError("--parallel: is for cells on this machine; type --max-parallel with --slurm")
     if options.slurm is None and (options.print or options.max_parallel is not None):
         raise UserError("--print and --max-parallel: are for SLURM; type --slurm PROFILE as well")
-    return options
 
 
-def run(words: list[str]) -> int:
+def run(options: argparse.Namespace) -> int:
     """Sweep; returns the exit code. Raises UserError for bad input, before anything is written."""
-    if not words or words[0] in ("-h", "--help"):
-        print(HELP)
-        return 0 if words else 2
-    options = parse(words)
     from rcpo.sweep.definition import check_words, read_definition
 
-    check_words(options.overrides)
-    definition = read_definition(options.file, options.overrides)
+    check_words(options.words)
+    definition = read_definition(options.file, options.words)
     if options.wandb_sweep:
         from rcpo.sweep.agents import wandb_sweep
 
@@ -107,8 +117,9 @@ def _check_and_run(definition: "Definition", options: argparse.Namespace) -> int
     target: Target = Here()
     if options.slurm is not None:
         from rcpo.sweep.slurm import submit as slurm
+        from rcpo.sweep.slurm.profile import SlurmTarget, read_profile
 
-        target = slurm.load_target(options.slurm)
+        target = SlurmTarget(read_profile(options.slurm))
     cells = freeze_cells(definition, sweep, target)
     if options.dry_run:
         checked = check_inputs(cells, fetch=False)

@@ -1,26 +1,30 @@
 """`rcpo sync SWEEP|RUN`: upload what W&B wrote offline, by W&B's own `wandb sync`."""
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
 
+from rcpo.commands.flags import Flags
 from rcpo.common.errors import UserError
 
-HELP = """usage: rcpo sync SWEEP|RUN
 
-Upload the offline W&B files of a run, or of all cells of a sweep, with `wandb sync`; a run that was resumed
-is one run there too. What has been uploaded before is skipped. Needs an API key (`wandb login`) and a
-network."""
+def add_arguments(parser: Flags) -> None:
+    parser.description = """\
+Upload the offline W&B files of a run, or of all cells of a sweep, with `wandb sync`; a run that
+was resumed is one run there too. What has been uploaded before is skipped. Needs an API key
+(`wandb login`) and a network."""
+    parser.epilog = """\
+example:
+  rcpo sync runs/dpo-on-1"""
+    parser.add_argument(
+        "folder", metavar="RUN|SWEEP", type=Path, help="a folder that ran with tracking.mode=offline"
+    )
 
 
-def run(words: list[str]) -> int:
+def run(options: argparse.Namespace) -> int:
     """Upload; returns the exit code. Raises UserError where there is nothing to upload or no key."""
-    if not words or words[0] in ("-h", "--help"):
-        print(HELP)
-        return 0 if words else 2
-    if len(words) != 1:
-        raise UserError(f"sync takes one folder, not {len(words)} words; type rcpo sync FOLDER")
-    folder = Path(words[0])
+    folder = options.folder
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the one of a run or a sweep")
     offline = find_offline(folder)

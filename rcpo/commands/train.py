@@ -1,36 +1,89 @@
 """`rcpo train [GROUP=OPTION] [KEY=VALUE] ...`: compose, validate, freeze, start the workers."""
 
+import argparse
 from typing import TYPE_CHECKING
 
-import rcpo
-from rcpo.config.compose import compose, only_prints
+from rcpo.commands.flags import Flags, add_config_words, add_printing_flags
 
 if TYPE_CHECKING:
     from rcpo.config.resolved import ResolvedConfig
 
-OVERWRITE = "--overwrite"
-"""The one flag of rcpo's own; Hydra does not see it."""
+EXAMPLES = """\
+files of your own, for --config-dir:
+  DIR/objective/mine.yaml        name: dpo            # a loss that rcpo has
+                                 beta: 0.3            # its parameters
+  DIR/experiment/base.yaml       # @package _global_
+                                 defaults:            # options that this experiment chooses
+                                   - override /objective: mine
+                                   - override /calibration: "on"
+                                 train: {steps: 300}  # and any keys; the command line still wins
+
+examples:
+  rcpo train objective=simpo calibration=on
+      the embedded default: a tiny model and word problems; no GPU, network or account, about a minute
+  rcpo train model.path=MODEL data=file data.path=PAIRS.jsonl objective=dpo calibration=on optim.lr=1e-6
+      your model (a folder or a hub id) and your pairs (columns prompt, chosen, rejected)
+  rcpo train objective=dpo objective.beta=0.05 train.steps=300 seed=1 name=dpo-low-beta
+      keys change single values
+  rcpo train objective=dpo launch.processes=2
+      two ranks on CPU; on GPUs: launch.gpus_per_node=8, or start the same command with torchrun or srun
+  rcpo train objective=simpo --help
+      this text for the options that the other words choose"""
 
 
-def run(words: list[str]) -> int:
+def add_arguments(parser: Flags) -> None:
+    parser.usage = "%(prog)s [GROUP=OPTION ...] [KEY=VALUE ...] [flags]"
+    parser.description = """\
+Train a language model on preference pairs, with or without reward calibration.
+
+A run writes into its run folder only (runs/NAME; set with name= or run_dir=) and says at its end
+what happened to the chosen responses. Bad input is one line and exit code 2. `rcpo completion
+--help` sets up the TAB key."""
+    parser.epilog = EXAMPLES
+    add_config_words(parser, "the lists below")
+    parser.add_argument(
+        "-h", "--help", dest="explain", action="store_true", help="this text, for what the other words choose"
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the old run of that name or run_dir, once the new one is checked",
+    )
+    add_printing_flags(parser)
+
+
+def run(options: argparse.Namespace) -> int:
     """Train as configured; returns the exit code. Raises UserError for bad input, before anything is
     written."""
-    if "--version" in words:
-        print(f"rcpo {rcpo.__version__}")
+    from rcpo.config.compose import compose, only_prints
+
+    words = [*options.hydra, *options.words]
+    if only_prints(words) and compose(words) is None:
         return 0
-    composed = [word for word in words if word != OVERWRITE]
-    if only_prints(composed) and compose(composed) is None:
+    if options.explain:
+        explain(words)
         return 0
     from rcpo.launch.start import start
 
-    return start(lambda: prepare(composed), overwrite=OVERWRITE in words)
+    return start(lambda: prepare(words), overwrite=options.overwrite)
+
+
+def explain(words: list[str]) -> None:
+    """Print the help: the flags, the groups and keys of the config that the words choose, examples."""
+    from rcpo.commands.parser import command_parser
+    from rcpo.config.help import choices_text
+
+    parser = command_parser("train")
+    parser.epilog = f"{choices_text(words)}\n\n{EXAMPLES}"
+    parser.print_help()
 
 
 def prepare(words: list[str]) -> "ResolvedConfig | None":
     """The resolved config of these words, or None when Hydra only printed something."""
+    from rcpo.config.compose import compose
     from rcpo.config.resolve import resolve
     from rcpo.config.validate import validate
-    from rcpo.ranks.distributed import joined_world_size
+    from rcpo.ranks.environment import joined_world_size
 
     tree = compose(words)
     return None if tree is None else resolve(validate(tree), joined_world_size())

@@ -1,29 +1,35 @@
 """`rcpo watch PATH...`: what runs are doing now, until they have all ended."""
 
+import argparse
 import time
 
 from rcpo.commands.flags import Flags
 
-HELP = """usage: rcpo watch PATH... [--once]
-
-One line a run, renewed every two seconds until all have ended or Ctrl-C: status, step, change of the chosen
-log-probability in the last training batches and on the held-out pairs, alpha, and where the step stands in
-its band: [ and ] are the edges. PATH: run folders, sweep folders, folders of runs, or patterns in quotes.
-
-  --once               print it once; so does a console that is not a terminal"""
-
 SECONDS_BETWEEN_LOOKS = 2.0
 
 
-def run(words: list[str]) -> int:
+def add_arguments(parser: Flags) -> None:
+    parser.description = """\
+One line a run, renewed every two seconds until all have ended or Ctrl-C: status, step, change of
+the chosen log-probability in the last training batches and on the held-out pairs, alpha, and where
+the step stands in its band: [ and ] are the edges."""
+    parser.epilog = """\
+examples:
+  rcpo watch runs/dpo-on-1
+  rcpo watch sweeps-out/demo 'runs/simpo-*' --once"""
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        metavar="PATH",
+        help="run folders, sweep folders, folders of runs, or patterns in quotes",
+    )
+    parser.add_argument(
+        "--once", action="store_true", help="print it once; so does a console that is not a terminal"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
     """Watch; returns the exit code. Raises UserError for what is no run."""
-    if not words or words[0] in ("-h", "--help"):
-        print(HELP)
-        return 0 if words else 2
-    flags = Flags("watch")
-    flags.add_argument("paths", nargs="+", metavar="PATH")
-    flags.add_argument("--once", action="store_true")
-    options = flags.parse_intermixed_args(words)
     from rich.live import Live
 
     from rcpo.common.console import RunConsole

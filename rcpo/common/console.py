@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import Progress
 
 KEPT_NATS = 0.1
 """A mean change of log-probability smaller than this is called none."""
@@ -34,6 +33,8 @@ def passes_shown(console: Console, what: str, num_pairs: int) -> Iterator[Callab
         console.print(f"{what} of {num_pairs} pairs", soft_wrap=True)
         yield lambda num_done: None
         return
+    from rich.progress import Progress
+
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task(what, total=num_pairs)
         yield lambda num_done: progress.advance(task, num_done)

@@ -69,7 +69,7 @@ def load_wandb_runs(address: Address) -> list[Run]:
 
 def require_key() -> None:
     """Raise UserError where W&B would ask for a key."""
-    from rcpo.monitor.tracking import has_key  # which imports torch
+    from rcpo.monitor.tracking import has_key
 
     if not has_key():
         raise UserError("no API key of W&B is configured; type `wandb login`, or set WANDB_API_KEY")

@@ -39,8 +39,7 @@ def conf_dir() -> Path:
 
 PRINTING = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc")
 """Hydra's flags that print something and train nothing."""
-HELP = ("--help", "-h")
-FLAGS = (*PRINTING, *HELP, "--package", "-p", "--resolve", "--config-dir", "-cd")
+FLAGS = (*PRINTING, "--package", "-p", "--resolve", "--config-dir", "-cd")
 """All flags. Hydra has others, which would move the run folder or compose something else."""
 OPEN = ("deepspeed.extra", "data.columns")
 """Keys whose own keys are not known beforehand, and so need no + on the command line."""
@@ -48,21 +47,17 @@ OPEN = ("deepspeed.extra", "data.columns")
 
 def only_prints(argv: list[str]) -> bool:
     """Whether these words ask for text instead of a run."""
-    return any(word.split("=")[0] in PRINTING + HELP for word in argv)
+    return any(word.split("=")[0] in PRINTING for word in argv)
 
 
 def compose(argv: list[str]) -> dict[str, Any] | None:
-    """Compose the config from `rcpo train`'s words; None when Hydra only printed something (--help, --cfg,
-    ...).
+    """Compose the config from `rcpo train`'s words; None when Hydra only printed something (--cfg, ...).
 
     Raises UserError (one line) for an unknown group, option or key, a malformed override, or an unset value.
     """
     if flag := next((word for word in argv if word in ("-m", "--multirun")), None):
         raise UserError(f"{flag}: `rcpo train` makes one run; type one command for each")
     _refuse_words(argv)
-    if any(word in HELP for word in argv):
-        _print_help(argv)
-        return None
     composed: list[DictConfig] = []
     _run_hydra(argv, composed.append)
     try:
@@ -120,8 +115,9 @@ class Composition(NamedTuple):
     """All options of each group."""
 
 
-def _look_at(argv: list[str]) -> Composition:
+def look_at(argv: list[str]) -> Composition:
     """Compose without asking for every value; raises UserError as `compose` does."""
+    _refuse_words(argv)
     seen: list[Composition] = []
 
     def collect(cfg: DictConfig) -> None:
@@ -136,15 +132,20 @@ def _look_at(argv: list[str]) -> Composition:
     return seen[0]
 
 
-def _print_help(argv: list[str]) -> None:
-    """Print `rcpo train --help` for what the other words choose."""
-    from rcpo.config.help import help_text
+def offered(flags: list[str], words: list[str], begun: str) -> list[str]:
+    """What Hydra completes the word `begun` to, behind `words`; `flags` may hold --config-dir. Where all that
+    can follow is one section, its keys. Raises UserError where the words are wrong. For a process that does
+    nothing else: Hydra is asked as a shell asks, by $COMP_LINE."""
+    line = " ".join(["rcpo-train", *words, begun])
+    os.environ |= {"COMP_LINE": line, "COMP_POINT": str(len(line))}
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        _run_hydra([*flags, "--shell-completion", "query=bash"], lambda cfg: None)
+    found = said.getvalue().split()
+    is_section = len(found) == 1 and found[0].endswith(".") and found[0] != begun
+    return offered(flags, words, found[0]) if is_section else found
 
-    seen = _look_at([word for word in argv if word not in HELP])
-    print(help_text(seen.tree, seen.options, seen.choices, [*_config_dirs(argv), conf_dir()]))
 
-
-def _config_dirs(argv: list[str]) -> list[Path]:
+def config_dirs(argv: list[str]) -> list[Path]:
     """The folder that --config-dir names."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config-dir", "-cd", type=Path)
@@ -217,7 +218,7 @@ def _explain(error: Exception, argv: list[str]) -> str:
 
 def _explain_file(error: Exception, argv: list[str]) -> str:
     """A YAML file of the user's that cannot be read, by its name."""
-    for folder in _config_dirs(argv):
+    for folder in config_dirs(argv):
         for path in sorted(folder.rglob("*.yaml")):
             try:
                 yaml.safe_load(path.read_bytes())
@@ -234,7 +235,7 @@ def _explain_unknown_key(key: str, argv: list[str]) -> str:
     advice = "`rcpo train --help` lists them"
     group = key.split(".")[0]
     try:
-        seen = _look_at([word for word in argv if word.lstrip("+~").split("=")[0] != key])
+        seen = look_at([word for word in argv if word.lstrip("+~").split("=")[0] != key])
     except UserError:  # another word is wrong too; one message at a time
         return f"{key}: no such key; {advice}"
     option = f"{group}={seen.choices[group]} has" if group in seen.choices and "." in key else ""

@@ -1,4 +1,4 @@
-"""`rcpo train --help`: groups, options and keys of the config that the words on the command line choose.
+"""For `rcpo train --help`: groups, options and keys of the config that the other words choose.
 
 Owns the layout alone. Values come from Hydra's composition (`rcpo.config.compose`), meanings from the
 docstrings of `rcpo.config.schema`, and where that has none from the comments in the YAML files.
@@ -13,65 +13,26 @@ from typing import Any
 
 import yaml
 
+from rcpo.config.compose import conf_dir, config_dirs, look_at
 from rcpo.config.schema import Config
 
 WIDTH = 110
 
-HEADER = """rcpo train: train a language model on preference pairs, with or without reward calibration.
 
-usage: rcpo train [GROUP=OPTION ...] [KEY=VALUE ...] [FLAGS]
-
-examples:
-  rcpo train objective=simpo calibration=on
-      the embedded default: a tiny model and word problems; no GPU, network or account, about a minute
-  rcpo train model.path=MODEL data=file data.path=PAIRS.jsonl objective=dpo calibration=on optim.lr=1e-6
-      your model (a folder or a hub id) and your pairs (columns prompt, chosen, rejected)
-  rcpo train objective=dpo objective.beta=0.05 train.steps=300 seed=1 name=dpo-low-beta
-      keys change single values
-  rcpo train objective=dpo launch.processes=2
-      two ranks on CPU; on GPUs: launch.gpus_per_node=8, or start the same command with torchrun or srun"""
-
-FLAGS = """flags:
-  --help                         this text for the options that the other words choose: objective=simpo --help
-  --cfg job                      print the composed config as YAML and stop; nothing is trained or written
-  --cfg job --package objective  the same, one group of it
-  --overwrite                    replace the old run of that name or run_dir, once the new one is checked
-  --config-dir DIR               add a folder of your own options: DIR/objective/mine.yaml is objective=mine
-
-files of your own, for --config-dir:
-  DIR/objective/mine.yaml        name: dpo            # a loss that rcpo has
-                                 beta: 0.3            # its parameters
-  DIR/experiment/base.yaml       # @package _global_
-                                 defaults:            # options that this experiment chooses
-                                   - override /objective: mine
-                                   - override /calibration: "on"
-                                 train: {steps: 300}  # and any keys; the command line still wins
-
-A run writes into its run folder only (runs/NAME; set with name= or run_dir=) and says at its end what
-happened to the chosen responses. Bad input is one line and exit code 2. `rcpo completion --help` sets up the
-TAB key."""
-
-
-def help_text(
-    tree: dict[str, Any], options: dict[str, list[str]], choices: dict[str, str], folders: Sequence[Path]
-) -> str:
-    """The whole text. `tree` is the composed config with ??? where a value is unset, `options` the options of
-    each group, `choices` the chosen ones, `folders` where their YAML files are, the user's first."""
-    own = [group for group in options if group not in tree and group != "hydra"]
-    shown = [group for group in [*tree, *own] if options.get(group)]
-    groups = [line for group in shown for line in _group_lines(group, options, choices, folders)]
-    keys = _key_lines(tree, choices, folders)
+def choices_text(words: list[str]) -> str:
+    """Groups, options and keys of the config that these words of `rcpo train` choose. Raises UserError for
+    words that Hydra refuses."""
+    seen, folders = look_at(words), [*config_dirs(words), conf_dir()]
+    own = [group for group in seen.options if group not in seen.tree and group != "hydra"]
+    shown = [group for group in [*seen.tree, *own] if seen.options.get(group)]
+    groups = [line for group in shown for line in _group_lines(group, seen.options, seen.choices, folders)]
     return "\n".join(
         [
-            HEADER,
-            "",
             "groups: GROUP=OPTION chooses a file of settings (* is chosen now)",
             *groups,
             "",
             "keys: KEY=VALUE sets one (shown: its value now; null: rcpo decides; ???: you must give it)",
-            *keys,
-            "",
-            FLAGS,
+            *_key_lines(seen.tree, seen.choices, folders),
         ]
     )
 

@@ -18,7 +18,8 @@ from pathlib import Path
 from types import FrameType
 
 from rcpo.common.errors import StoppedError
-from rcpo.ranks.distributed import RANK_VARIABLES, free_port
+from rcpo.ranks.distributed import free_port
+from rcpo.ranks.environment import RANK_VARIABLES
 from rcpo.ranks.logs import log_path
 from rcpo.ranks.stopping import SIGNALS
 from rcpo.runs.folder import RunFolder, now

@@ -17,7 +17,8 @@ from rcpo.launch.changes import changed_config
 from rcpo.launch.overwrite import old_set_aside, refuse_irreplaceable, training
 from rcpo.launch.processes import run_ranks
 from rcpo.launch.worker import run_worker
-from rcpo.ranks.distributed import initialize, joined_world_size, rank, spoken_for, world_size
+from rcpo.ranks.distributed import initialize, rank, spoken_for, world_size
+from rcpo.ranks.environment import joined_world_size
 from rcpo.runs.folder import RunFolder
 from rcpo.runs.frozen import config_tree, open_run
 from rcpo.training.read_inputs import read_inputs

@@ -12,14 +12,16 @@ import netrc
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from urllib.parse import urlsplit
 
-from rcpo.config.resolved import ResolvedConfig
-from rcpo.config.schema import TrackingConfig
 from rcpo.monitor.wandb_media import log_model, log_pairs
 from rcpo.runs.folder import RunFolder
 from rcpo.runs.frozen import config_tree
+
+if TYPE_CHECKING:
+    from rcpo.config.resolved import ResolvedConfig
+    from rcpo.config.schema import TrackingConfig
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +38,7 @@ CLOUD_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
 GOING_ON = "going on without it; metrics.jsonl and eval.jsonl have every row"
 
 
-def wandb_mode(tracking: TrackingConfig) -> WandbMode:
+def wandb_mode(tracking: "TrackingConfig") -> WandbMode:
     """online, offline or disabled. tracking.mode=auto: $WANDB_MODE, else online where a key is configured.
 
     Online without a key becomes offline with a warning: W&B would ask for a key in the middle of the run.
@@ -96,7 +98,7 @@ class WandbSink:
     and what `rcpo.monitor.wandb_media` makes. Any failure is one warning; at the start it goes on offline,
     later without W&B, on closing without the table or the model that failed."""
 
-    def __init__(self, config: ResolvedConfig, run: RunFolder, mode: WandbMode) -> None:
+    def __init__(self, config: "ResolvedConfig", run: RunFolder, mode: WandbMode) -> None:
         self._folder = run
         self._log_model = config.tracking.log_model
         self._run = _start(config, run, mode)
@@ -143,7 +145,7 @@ class WandbSink:
             _warn(error, GOING_ON)
 
 
-def _start(config: ResolvedConfig, run: RunFolder, mode: WandbMode) -> Any:
+def _start(config: "ResolvedConfig", run: RunFolder, mode: WandbMode) -> Any:
     """The W&B run; an offline one where online fails; None where that fails too."""
     try:
         return _start_wandb(config, run, mode)
@@ -169,7 +171,7 @@ def _warn(error: Exception, consequence: str) -> None:
     logger.warning("W&B failed (%s: %s); %s", type(error).__name__, first, consequence)
 
 
-def _start_wandb(config: ResolvedConfig, run: RunFolder, mode: WandbMode) -> Any:
+def _start_wandb(config: "ResolvedConfig", run: RunFolder, mode: WandbMode) -> Any:
     import wandb  # slow to import, and not needed with tracking=none
 
     settings = wandb.Settings(

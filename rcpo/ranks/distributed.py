@@ -19,21 +19,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+from rcpo.ranks.environment import RANK_VARIABLES, joined_world_size
+
 COLLECTIVE_TIMEOUT_MINUTES = 30
 SECONDS_BETWEEN_SIGNS = 20.0
 """How often a rank 0 that others wait for lets them know."""
 _made_here: set[str] = set()
 """Variables that `initialize` has set for a world of one."""
-
-
-def joined_world_size() -> int | None:
-    """Number of ranks when torchrun or srun has started this process among others, else None."""
-    if all(name in os.environ for name in RANK_VARIABLES):
-        return int(os.environ["WORLD_SIZE"])
-    if "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        return int(os.environ["SLURM_STEP_NUM_TASKS"])
-    return None
 
 
 def _adopt_srun_variables() -> None:

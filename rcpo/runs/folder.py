@@ -1,4 +1,5 @@
-"""The run folder on disk: names, small files, and what a resumed run finds. Written by rank 0 alone.
+"""The run folder on disk: names, small files, and what a resumed run finds. Written by rank 0 alone. What
+needs torch imports it inside, so that looking at a run does not.
 
 config.yaml  run.json  metrics.jsonl  eval.jsonl  reference.safetensors  eval/  logs/  checkpoints/  final/
 wandb/"""
@@ -8,23 +9,20 @@ import os
 import platform
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 import yaml
-from safetensors.torch import load_file, save_file
 
 import rcpo
 from rcpo.common.errors import UserError
 from rcpo.common.files import replacing, write_atomically
 from rcpo.common.source import git_commit, source_hash
-from rcpo.data.pairs import SideLogProbs
 from rcpo.runs.rows import encode_row, read_rows
 
 if TYPE_CHECKING:
     from rcpo.config.resolved import ResolvedConfig
+    from rcpo.data.pairs import SideLogProbs
 
 LIBRARIES = ("torch", "transformers", "deepspeed", "datasets", "hydra-core", "omegaconf", "wandb", "peft")
 
@@ -119,14 +117,20 @@ class RunFolder:
             kept = [row for row in self.rows(path) if row["step"] <= step]
             write_atomically(path, "".join(encode_row(row) + "\n" for row in kept))
 
-    def save_pair_results(self, step: int, result: SideLogProbs) -> None:
+    def save_pair_results(self, step: int, result: "SideLogProbs") -> None:
         """Per-pair held-out log-probs of one evaluation, in the order of the held-out set."""
+        from safetensors.torch import save_file
+
         path = self.pair_results / f"step-{step:06d}.safetensors"
         with replacing(path) as beside:
             save_file({"z_w": result.z_w.contiguous(), "z_l": result.z_l.contiguous()}, beside)
 
-    def load_pair_results(self, step: int) -> SideLogProbs:
-        tensors: dict[str, torch.Tensor] = load_file(self.pair_results / f"step-{step:06d}.safetensors")
+    def load_pair_results(self, step: int) -> "SideLogProbs":
+        from safetensors.torch import load_file
+
+        from rcpo.data.pairs import SideLogProbs
+
+        tensors = load_file(self.pair_results / f"step-{step:06d}.safetensors")
         return SideLogProbs(tensors["z_w"], tensors["z_l"])
 
 
@@ -137,6 +141,8 @@ def now() -> str:
 
 def _start_facts() -> dict[str, Any]:
     """When, where and with what a run starts."""
+    from importlib.metadata import version
+
     return {
         "started": now(),
         "host": platform.node(),

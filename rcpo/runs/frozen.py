@@ -1,21 +1,23 @@
 """RUN/config.yaml: the frozen config, as plain containers and back."""
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from rcpo.common.errors import UserError
-from rcpo.config.resolved import ResolvedConfig, resolved_of
 from rcpo.runs.folder import RunFolder
 
+if TYPE_CHECKING:
+    from rcpo.config.resolved import ResolvedConfig
 
-def config_tree(config: ResolvedConfig) -> dict[str, Any]:
+
+def config_tree(config: "ResolvedConfig") -> dict[str, Any]:
     """The config as plain containers, ready for YAML and for W&B."""
     return dataclasses.asdict(config)
 
 
-def open_run(path: str) -> tuple[RunFolder, ResolvedConfig]:
+def open_run(path: str) -> "tuple[RunFolder, ResolvedConfig]":
     """An existing run and its frozen config; UserError when `path` is none."""
     folder = RunFolder(path)
     if not folder.config.is_file():
@@ -30,4 +32,6 @@ def open_run(path: str) -> tuple[RunFolder, ResolvedConfig]:
         ) from None
     if not isinstance(tree, dict):
         raise UserError(f"{folder.config}: is not a config; give another run")
+    from rcpo.config.resolved import resolved_of
+
     return RunFolder(folder.path.absolute()), resolved_of(tree)

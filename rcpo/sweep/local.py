@@ -20,7 +20,7 @@ from rich.text import Text
 from rcpo.common.console import RunConsole, duration, nats
 from rcpo.common.errors import StoppedError, UserError
 from rcpo.common.locks import HeldError, hold, is_held, run_lock
-from rcpo.ranks.distributed import joined_world_size
+from rcpo.ranks.environment import joined_world_size
 from rcpo.runs.folder import RunFolder, now
 from rcpo.sweep.folder import Cell, SweepFolder
 from rcpo.sweep.states import UNFINISHED, CellStatus, State, read_status

@@ -23,8 +23,7 @@ import pytest
 
 from helpers.slurm_cluster import CPUS, Cluster, missing
 from helpers.slurm_stage import NUM_STEPS, Stage, Sweep, comparable, events, said
-from rcpo.commands import cancel as cancel_command
-from rcpo.commands import resume as resume_command
+from rcpo.cli import dispatch
 from rcpo.sweep.folder import SweepFolder
 from rcpo.sweep.slurm import submit as slurm
 from rcpo.sweep.states import CellStatus, State
@@ -104,7 +103,7 @@ def play_crash(stage: Stage) -> tuple[Sweep, dict[str, CellStatus], dict[str, in
     steps = {"arithmetic": sweep.num_rows("arithmetic")}
     data.with_suffix(".away").rename(data)
     with said():
-        assert resume_command.run([str(sweep.folder.path)]) == 0
+        assert dispatch(["resume", str(sweep.folder.path)]) == 0
     sweep.wait_for(State.DONE, may_fail=True)
     return sweep, failed, steps
 
@@ -141,7 +140,7 @@ def play_cancel(stage: Stage) -> tuple[Sweep, dict[str, CellStatus], list[str]]:
     stage.cluster.kill_task(jobs["seed0"])
     sweep.wait(lambda: not sweep.statuses()["seed0"].queued, "the job is gone")
     with said() as text:
-        assert cancel_command.run([str(sweep.folder.path)]) == 0
+        assert dispatch(["cancel", str(sweep.folder.path)]) == 0
     return sweep, sweep.statuses(), [*jobs.values(), text.getvalue()]
 
 

@@ -36,7 +36,8 @@ from rcpo.config.resolve import resolve
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.config.validate import validate
 from rcpo.monitor.sinks import JsonlSink
-from rcpo.ranks.distributed import RANK_VARIABLES, free_port, initialize, rank, shut_down, world_size
+from rcpo.ranks.distributed import free_port, initialize, rank, shut_down, world_size
+from rcpo.ranks.environment import RANK_VARIABLES
 from rcpo.runs.folder import RunFolder
 from rcpo.runs.frozen import config_tree, open_run
 from rcpo.training.loop import train

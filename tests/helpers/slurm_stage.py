@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from helpers.slurm_cluster import Cluster
-from rcpo.commands import sweep as sweep_command
+from rcpo.cli import dispatch
 from rcpo.runs.folder import RunFolder
 from rcpo.sweep.folder import SweepFolder
 from rcpo.sweep.slurm import submit as slurm
@@ -59,8 +59,8 @@ class Stage:
         file, profile_file = self.write(name, profile, **definition)
         out = self.folder / "sweeps" / name
         with said():
-            words = [str(file), "--slurm", str(profile_file), "--out", str(out), "--print"]
-            assert sweep_command.run(words) == 0
+            words = ["sweep", str(file), "--slurm", str(profile_file), "--out", str(out), "--print"]
+            assert dispatch(words) == 0
         return Sweep(SweepFolder(out), self)
 
 

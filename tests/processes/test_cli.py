@@ -17,6 +17,7 @@ import yaml
 
 import rcpo
 from rcpo import cli
+from rcpo.commands.parser import command_parser
 from rcpo.common.errors import UserError
 from rcpo.config.resolve import _launch
 from rcpo.config.schema import LaunchConfig
@@ -86,17 +87,20 @@ MISTAKES = {
     "train calibration=on calibration.scope=lora_last": "calibration.scope=lora_last: there is no adapter ",
     "train calibration=off calibration.alpha=1.1": "calibration.alpha",
     "train calibration=feedback calibration.feedback.high=-1": "calibration.feedback.high=-1.0: must be at ",
-    "resume": "the following arguments are required: run; `rcpo resume --help` lists ",
     "resume nowhere": "nowhere: is not a run folder ",
-    "export taken": "export takes a run folder and a new folder; type rcpo export RUN OUT",
+    "export taken": "the following arguments are required: OUT; `rcpo export --help` lists ",
     "export taken out": "taken: is not a run folder ",
     "export nowhere taken": "taken: exists; export writes a new folder only",
-    "completion tcsh": "tcsh: no completion for that shell; type rcpo completion bash",
+    "completion tcsh": "argument shell: invalid choice: 'tcsh' (choose from 'bash', 'zsh', 'fish'); ",
+    "doctor now": "unrecognized arguments: now; `rcpo doctor --help` lists words and flags",
+    "--colour": "unrecognized arguments: --colour; `rcpo --help` lists words and flags",
 }
 """A line, and how its message begins."""
-EXPLAINS = ("--help", "-h", "help", "resume --help", "resume -h", "export --help", "completion --help",
+NEED_WORDS = ("resume", "sweep", "status", "cancel", "sync", "export", "compare", "dashboard", "watch",
+              "completion")  # fmt: skip
+EXPLAINS = ("--help", "-h", "help", *(f"{name} --help" for name in cli.COMMANDS), "resume -h", "help status",
             "train --config-dir mine experiment=base --cfg job", "train --cfg job --package objective",
-            "train --config-dir mine objective=own experiment=base --help", "train --help")  # fmt: skip
+            "train --config-dir mine objective=own experiment=base --help")  # fmt: skip
 
 
 def messy_folder(folder: Path) -> None:
@@ -135,7 +139,7 @@ def answers(folder: Path) -> dict[str, tuple[int, str, str]]:
     """Exit code, output and error output of every line of this file, from one process."""
     done = subprocess.run(
         [sys.executable, "-c", RUN_ALL],
-        input=json.dumps([*MISTAKES, *EXPLAINS]),
+        input=json.dumps([*MISTAKES, *EXPLAINS, *NEED_WORDS]),
         cwd=folder, env=os.environ | {"HF_HUB_OFFLINE": "1", "RCPO_CACHE": str(folder.with_name("cache"))},
         capture_output=True, text=True, timeout=150,
     )  # fmt: skip
@@ -168,13 +172,32 @@ def test_explanations_are_output_and_exit_code_0(answers: dict[str, tuple[int, s
     assert max(len(text) for text in output.splitlines()) <= 110
 
 
+@pytest.mark.parametrize("name", NEED_WORDS)
+def test_the_bare_name_of_a_command_that_needs_words_is_answered_with_its_help(
+    answers: dict[str, tuple[int, str, str]], name: str
+) -> None:
+    assert answers[name] == (2, answers[f"{name} --help"][1], "")
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_says_what_every_word_and_flag_is_for(
+    answers: dict[str, tuple[int, str, str]], name: str
+) -> None:
+    parser = command_parser(name)
+    assert all(action.help for action in parser._actions)
+    shown = answers[f"{name} --help"][1]
+    assert shown.startswith(f"usage: rcpo {name}")
+    assert parser.description is not None
+    assert parser.description in shown
+
+
 def test_help_names_every_command_and_where_to_start(answers: dict[str, tuple[int, str, str]]) -> None:
     output = answers["--help"][1]
     assert output == answers["help"][1] == answers["-h"][1]
     assert all(f"  {name}" in output for name in cli.COMMANDS)
     assert "rcpo train objective=simpo calibration=on" in output
-    assert "RUN" in answers["resume --help"][1]
-    assert "step=N" in answers["export --help"][1]
+    assert answers["help status"] == answers["status --help"]
+    assert answers["resume -h"] == answers["resume --help"]
 
 
 def test_train_help_explains_every_option_and_key(answers: dict[str, tuple[int, str, str]]) -> None:

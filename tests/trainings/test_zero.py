@@ -77,11 +77,11 @@ def test_exported_checkpoint_is_the_trained_model(
 ) -> None:
     """`rcpo export` of step 6, the last: transformers loads it and its tokenizer; weights equal final/ bit
     for bit; the tied embedding is stored once."""
-    from rcpo.commands.export import run as export
+    from rcpo.cli import dispatch
 
     case = Case("simpo", "on", "llama-tied", "adamw")
     _, run = runs[case, stage]
-    assert export([str(run.path), str(tmp_path / "out"), "step=6"]) == 0
+    assert dispatch(["export", str(run.path), str(tmp_path / "out"), "step=6"]) == 0
     expected = final_weights(run)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     named = dict(model.named_parameters())

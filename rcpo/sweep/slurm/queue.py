@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rcpo.common.errors import UserError
-from rcpo.ranks.distributed import RANK_VARIABLES
+from rcpo.ranks.environment import RANK_VARIABLES
 from rcpo.sweep.slurm.script import COMMENT
 from rcpo.sweep.states import QueueEntry
 

@@ -10,11 +10,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import rcpo
 from rcpo.common.errors import UserError
 from rcpo.sweep.folder import SweepFolder
-from rcpo.sweep.slurm.profile import Profile
+
+if TYPE_CHECKING:  # what reads profiles imports pydantic and Hydra; `rcpo status` needs neither
+    from rcpo.sweep.slurm.profile import Profile
 
 COMMENT = "rcpo"
 """First part of the comment that marks a sweep's jobs: rcpo:SWEEP_ID:INDEX_OF_FIRST_CELL."""
@@ -82,7 +85,7 @@ class Script:
 
     sweep: SweepFolder
     sweep_id: str
-    profile: Profile
+    profile: "Profile"
     num_cells: int
     max_parallel: int | None
     max_array_size: int

@@ -20,7 +20,6 @@ from rcpo.common.errors import UserError
 from rcpo.common.files import write_atomically
 from rcpo.runs.folder import now
 from rcpo.sweep.folder import Cell, SweepFolder
-from rcpo.sweep.slurm.profile import SlurmTarget, read_profile
 from rcpo.sweep.slurm.queue import (
     DEFAULT_MAX_ARRAY_SIZE,
     Job,
@@ -38,16 +37,13 @@ CANCEL_PATIENCE_SECONDS = 120.0
 NUM_IDS_AT_ONCE = 500
 
 
-def load_target(profile: str) -> SlurmTarget:
-    """Where the cells of a sweep with this profile will run. UserError when it is wrong."""
-    return SlurmTarget(read_profile(profile))
-
-
 def submit(sweep: SweepFolder, profile: str, max_parallel: int | None, print_only: bool) -> int:
     """Write the batch script and submit all cells that are neither done nor queued; returns the exit code.
 
     With `print_only` the script is shown and nothing is submitted.
     """
+    from rcpo.sweep.slurm.profile import read_profile  # with pydantic and Hydra, which states need not
+
     checked = read_profile(profile)
     size = checked.max_array_size
     if size is None:
