@@ -2,11 +2,11 @@
 command line and each rank. Its client is `forked.py`.
 
 `python -m helpers.fork_server FD` reads requests from the socket FD, one JSON object a line: `name`, `target`
-(MODULE:FUNCTION), `args`, `cwd`, `env`, `output`, `errors` (files). It answers with a line when the child is
-there, `{"name": ..., "pid": ...}`, and one when it has ended, `{"name": ..., "code": ...}`; a child that a
-signal ended has minus the signal's number. What a child starts with is what an interpreter has after its
-imports: the server never makes a tensor, a process group or a thread. When the socket closes, the server
-ends every child with its whole session, and then itself.
+(MODULE:FUNCTION), `args`, `cwd`, `env`, and the files `input`, `output`, `errors`. It answers with a line
+when the child is there, `{"name": ..., "pid": ...}`, and one when it has ended, `{"name": ..., "code": ...}`;
+a child that a signal ended has minus the signal's number. What a child starts with is what an interpreter has
+after its imports: the server never makes a tensor, a process group or a thread. When the socket closes, the
+server ends every child with its whole session, and then itself.
 """
 
 import atexit
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 HEAVY = (
-    "torch", "transformers", "deepspeed", "datasets", "peft", "wandb", "matplotlib.pyplot",
+    "torch", "transformers", "deepspeed", "datasets", "peft", "matplotlib.pyplot",
     "matplotlib.backends.backend_agg", "safetensors.torch", "transformers.models.llama.modeling_llama",
     "transformers.models.gpt_neox.modeling_gpt_neox",
     # What DeepSpeed imports when an engine is made, more than a second of it for its Muon optimizer alone.
@@ -47,6 +47,11 @@ def import_everything() -> None:
         if not module.name.startswith("rcpo.builtin."):
             importlib.import_module(module.name)
     importlib.import_module("helpers.rank_runs")
+    from hydra.core.plugins import Plugins
+
+    Plugins.instance()  # finds Hydra's own plugins, which takes as long as a small command
+    # Its folder for media goes with the first child that ends.
+    assert "wandb" not in sys.modules
 
 
 class Server:
@@ -118,7 +123,7 @@ def be_the_child(request: dict[str, Any]) -> None:
     os.setsid()
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for number, name in ((0, os.devnull), (1, request["output"]), (2, request["errors"])):
+    for number, name in enumerate((request["input"], request["output"], request["errors"])):
         opened = os.open(name, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(opened, number)
         os.close(opened)
@@ -161,6 +166,12 @@ def command_line(*words: str) -> None:
 
     sys.argv = ["rcpo", *words]
     cli.main()
+
+
+def script(code: str, *words: str) -> None:
+    """`python -c CODE WORDS`."""
+    sys.argv = ["-c", *words]
+    exec(compile(code, "<script of a test>", "exec"), {"__name__": "__main__"})
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from subprocess import CompletedProcess
 
 from helpers import ROOT
 
@@ -29,15 +29,6 @@ IMPORTED_WITH = {
     "JE_ARROW_MALLOC_CONF": "background_thread:false",  # pyarrow's allocator would start a thread
 }  # fmt: skip
 """What libraries read when they are imported: the same for every child, whatever its own environment says."""
-
-
-class Done(NamedTuple):
-    """How a command line ended."""
-
-    code: int
-    """Exit code, or minus the number of the signal that ended it."""
-    output: str
-    errors: str
 
 
 class Child:
@@ -83,6 +74,12 @@ class Child:
         while self.code is None:
             self._server.listen(SECONDS_TO_START)
 
+    def completed(self, seconds: float) -> CompletedProcess[str]:
+        """Wait for its end, and read what it has said."""
+        code = self.wait(seconds)
+        texts = (path.read_text(errors="replace") for path in (self.output, self.errors))
+        return CompletedProcess(self._name, code, *texts)
+
     def said(self) -> str:
         """The end of both outputs."""
         paths = dict.fromkeys((self.output, self.errors))
@@ -114,18 +111,23 @@ class ForkServer:
         *args: object,
         cwd: Path | None = None,
         env: Mapping[str, str] | None = None,
+        input: str | None = None,
         output: Path | None = None,
         errors: Path | None = None,
     ) -> Child:
         """Fork a child that calls `target` (MODULE:FUNCTION) with `args`, in `cwd` with the environment `env`
-        (default: this process's), its outputs appended to files."""
+        (default: this process's), `input` to read, and its outputs appended to files."""
         name = f"{next(self._numbers)}-{target.rpartition(':')[2]}"
         output = output or self.folder / f"{name}.out"
         child = self._children[name] = Child(self, name, output, errors or output.with_suffix(".err"))
+        source = Path(os.devnull)
+        if input is not None:
+            source = self.folder / f"{name}.in"
+            source.write_text(input)
         request = {
             "name": name, "target": target, "args": args, "cwd": str(cwd or Path.cwd()),
-            "env": dict(os.environ if env is None else env), "output": str(child.output),
-            "errors": str(child.errors),
+            "env": dict(os.environ if env is None else env), "input": str(source),
+            "output": str(child.output), "errors": str(child.errors),
         }  # fmt: skip
         self._socket.sendall(json.dumps(request).encode() + b"\n")
         return child
@@ -180,11 +182,26 @@ def start_rcpo(*words: object, cwd: Path, env: Mapping[str, str] | None = None) 
     return server().start("helpers.fork_server:command_line", *map(str, words), cwd=cwd, env=env)
 
 
-def rcpo(*words: object, cwd: Path, env: Mapping[str, str] | None = None, seconds: float = 120) -> Done:
+def rcpo(
+    *words: object, cwd: Path, env: Mapping[str, str] | None = None, seconds: float = 120
+) -> CompletedProcess[str]:
     """Run `rcpo WORDS` in a forked child to its end."""
-    child = start_rcpo(*words, cwd=cwd, env=env)
-    code = child.wait(seconds)
-    return Done(code, child.output.read_text(errors="replace"), child.errors.read_text(errors="replace"))
+    return start_rcpo(*words, cwd=cwd, env=env).completed(seconds)
+
+
+def script(
+    code: str,
+    *words: object,
+    cwd: Path,
+    env: Mapping[str, str] | None = None,
+    input: str | None = None,
+    seconds: float = 120,
+) -> CompletedProcess[str]:
+    """Run `python -c CODE WORDS` in a forked child to its end."""
+    child = server().start(
+        "helpers.fork_server:script", code, *map(str, words), cwd=cwd, env=env, input=input
+    )
+    return child.completed(seconds)
 
 
 def in_a_fork(work: Callable[[], None]) -> None:
