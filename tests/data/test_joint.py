@@ -7,17 +7,10 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
-from helpers.rank_runs import (
-    Case,
-    Layout,
-    assert_equal_rows,
-    final_weights,
-    make_config,
-    make_run,
-    train_all,
-    write_inputs,
-)
-from helpers.rank_runs import metrics as rows_of
+from helpers.cases import Case, Layout, make_config, make_run, write_inputs
+from helpers.rank_runs import train_all
+from helpers.same_run import assert_equal_rows, final_weights
+from helpers.same_run import metrics as rows_of
 from helpers.tiny_models import MODELS, make_llama, make_pairs
 from rcpo.common.errors import UserError
 from rcpo.data.batch import collate

@@ -11,19 +11,10 @@ import torch
 import yaml
 from torch import Tensor
 
+from helpers.cases import Case, Layout, make_config, make_run, write_inputs
 from helpers.objective_cases import PAIR_A, PAIR_B, s
-from helpers.rank_runs import (
-    Case,
-    Layout,
-    assert_equal_rows,
-    assert_equals_plain,
-    make_config,
-    make_run,
-    metrics,
-    plain_run,
-    train_all,
-    write_inputs,
-)
+from helpers.rank_runs import train_all
+from helpers.same_run import assert_equal_rows, assert_equals_plain, metrics, plain_run
 from rcpo.common.errors import UserError
 from rcpo.config.compose import compose, conf_dir
 from rcpo.config.schema import Config

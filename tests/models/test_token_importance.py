@@ -8,17 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from helpers.rank_runs import (
-    Case,
-    Layout,
-    assert_equal_rows,
-    final_weights,
-    make_config,
-    make_run,
-    train_all,
-    write_inputs,
-)
-from helpers.rank_runs import metrics as rows_of
+from helpers.cases import Case, Layout, make_config, make_run, write_inputs
+from helpers.rank_runs import train_all
+from helpers.same_run import assert_equal_rows, final_weights
+from helpers.same_run import metrics as rows_of
 from helpers.tiny_models import make_llama, make_pairs
 from rcpo.common.errors import UserError
 from rcpo.data.batch import PairBatch, collate

@@ -2,12 +2,11 @@
 Each is one line on standard error that says what was seen and what to do, exit code 2, and nothing made,
 changed or removed.
 
-Every line goes through the whole of `rcpo.cli.main` in a process of its own (`bad_input_runs.py`), in a
-folder of faults (`bad_input_folder.py`). What is only cut, counted or warned of is in
+Every line goes through the whole of `rcpo.cli.main` in a process of its own (`command_lines.py`), in one of
+two folders of the same faults (`bad_input_folder.py`). What is only cut, counted or warned of is in
 `test_bad_input_survived.py`.
 """
 
-import os
 import re
 import shlex
 import subprocess
@@ -18,7 +17,7 @@ import pytest
 
 from helpers import ROOT
 from helpers.bad_input_folder import make_folder
-from helpers.bad_input_runs import Answer, run_all
+from helpers.command_lines import Answer, run_all
 
 CATALOGUE_FILE = ROOT / "tests/helpers/bad_input_catalogue.txt"
 LINE = "must be one line of printable text, and not empty; type"
@@ -57,21 +56,21 @@ ADVICE = (
     r"train with|must|it has|look at|`rcpo \w+ --help`"
 )
 """What to do, in some words."""
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("faults")
-    make_folder(made)
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    made = [tmp_path_factory.mktemp("faults") for _ in range(2)]
+    for folder in made:
+        make_folder(folder)
     return made
 
 
 @pytest.fixture(scope="module")
-def answers(folder: Path) -> dict[str, Answer]:
+def answers(folders: list[Path]) -> dict[str, Answer]:
     """What every line of the catalogue did."""
     cases = {line: shlex.split(line) for line in CATALOGUE}
-    return run_all(cases, folder, ENVIRONMENT | {"RCPO_CACHE": str(folder.with_name("cache"))}, 500)
+    return run_all(cases, folders, {"RCPO_CACHE": str(folders[0].with_name("cache"))})
 
 
 def test_the_catalogue_is_large_enough() -> None:
@@ -80,9 +79,7 @@ def test_the_catalogue_is_large_enough() -> None:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("line", CATALOGUE)
-def test_bad_input_is_one_line_exit_code_2_and_touches_nothing(
-    answers: dict[str, Answer], folder: Path, line: str
-) -> None:
+def test_bad_input_is_one_line_exit_code_2_and_touches_nothing(answers: dict[str, Answer], line: str) -> None:
     answer = answers[line]
     assert answer.said.startswith("rcpo: "), answer.said[-3000:]
     changes = [name for name in answer.changes if not name.endswith("/.lock")]  # `rcpo resume` leaves it
@@ -91,7 +88,7 @@ def test_bad_input_is_one_line_exit_code_2_and_touches_nothing(
     assert message.isprintable(), "one line, and no control characters that came from the input"
     assert len(message) < 1000
     pattern = ".*".join(
-        re.escape(part) for part in CATALOGUE[line].replace("{folder}", str(folder)).split(" ... ")
+        re.escape(part) for part in CATALOGUE[line].replace("{folder}", str(answer.folder)).split(" ... ")
     )
     assert re.match(f"rcpo: {pattern}", message), message
     assert re.search(ADVICE, message), message
@@ -106,14 +103,12 @@ SUBPROCESSES = [
 
 
 @pytest.mark.parametrize("line", SUBPROCESSES)
-def test_a_process_of_its_own_says_the_same(answers: dict[str, Answer], folder: Path, line: str) -> None:
+def test_a_process_of_its_own_says_the_same(answers: dict[str, Answer], line: str) -> None:
     """The installed command, as a shell starts it."""
     command = [str(Path(sys.executable).with_name("rcpo")), *shlex.split(line)]
-    done = subprocess.run(
-        command, cwd=folder, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run(command, cwd=answers[line].folder, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", answers[line].said)
 
 
-def test_no_code_of_a_pickle_was_run(answers: dict[str, Answer], folder: Path) -> None:
-    assert not (folder / "pwned").exists()
+def test_no_code_of_a_pickle_was_run(answers: dict[str, Answer], folders: list[Path]) -> None:
+    assert not any((folder / "pwned").exists() for folder in folders)

@@ -2,8 +2,6 @@
 an old run is replaced only where the user asks for it. Real runs of one step."""
 
 import shlex
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -13,8 +11,9 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from helpers import forked
 from helpers.bad_input_folder import make_folder
-from helpers.bad_input_runs import Answer, run_all
+from helpers.command_lines import Answer, run_all
 from rcpo.common.locks import hold, run_lock
 
 KEY = "0" * 40
@@ -76,11 +75,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def answers(folder: Path, refusing_server: str) -> dict[str, Answer]:
     cases = {name: shlex.split(line) for name, line in RUNS.items()}
     env = {
-        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
         "RCPO_CACHE": str(folder.with_name("survived-cache")), "WANDB_API_KEY": KEY,
         "WANDB_BASE_URL": refusing_server,
     }  # fmt: skip
-    return run_all(cases, folder, env, 400)
+    return run_all(cases, [folder], env)
 
 
 def log(folder: Path, name: str) -> str:
@@ -148,8 +146,7 @@ def test_a_run_is_replaced_where_that_is_asked_for_and_only_there(
 
 def test_a_run_that_is_being_trained_is_not_replaced(answers: dict[str, Answer], folder: Path) -> None:
     with hold(run_lock(folder / "out/first")):
-        command = [sys.executable, "-m", "rcpo.cli", *shlex.split(RUNS["first"])]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+        done = forked.rcpo(*shlex.split(RUNS["first"]), cwd=folder)
     assert done.returncode == 2
     assert done.stderr.startswith(f"rcpo: run_dir={folder}/out/first: is being trained by process ")
     assert done.stderr.endswith("; stop that one first, or type another name=... or run_dir=...\n")
@@ -173,6 +170,5 @@ except SystemExit as stop:
 @pytest.mark.timeout(200)
 def test_a_cpu_run_uses_the_cpu_where_deepspeed_has_chosen_a_gpu(tmp_path: Path) -> None:
     words = shlex.split(f"{MADE} train.device=cpu run_dir=out")
-    command = [sys.executable, "-c", ON_A_GPU_MACHINE, *words]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=180)
+    done = forked.script(ON_A_GPU_MACHINE, *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]

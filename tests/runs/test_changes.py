@@ -7,18 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from helpers.rank_runs import (
-    Case,
-    Job,
-    Layout,
-    assert_equal_rows,
-    do_jobs,
-    final_weights,
-    make_config,
-    make_run,
-    write_inputs,
-)
-from helpers.rank_runs import metrics as rows_of
+from helpers.cases import Case, Layout, make_config, make_run, write_inputs
+from helpers.rank_runs import Job, do_jobs
+from helpers.same_run import assert_equal_rows, final_weights
+from helpers.same_run import metrics as rows_of
 from rcpo.common.errors import UserError
 from rcpo.launch.changes import changed_config
 from rcpo.runs.folder import RunFolder

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.rank_runs import Case, Layout, make_config, make_run, write_inputs
+from helpers.cases import Case, Layout, make_config, make_run, write_inputs
 from rcpo.common.errors import UserError
 from rcpo.runs.folder import RunFolder
 from rcpo.runs.frozen import open_run

@@ -17,18 +17,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from helpers.adapters import base_model, logprobs, write_sft_adapter
-from helpers.rank_runs import (
-    NUM_STEPS,
-    Case,
-    Layout,
-    assert_equal_rows,
-    final_weights,
-    make_config,
-    make_run,
-    metrics,
-    train_all,
-    write_inputs,
-)
+from helpers.cases import NUM_STEPS, Case, Layout, make_config, make_run, write_inputs
+from helpers.rank_runs import train_all
+from helpers.same_run import assert_equal_rows, final_weights, metrics
 from rcpo.runs.folder import RunFolder
 
 SECONDS = 300

@@ -7,8 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from helpers.cases import Case, Layout, make_config, make_run, write_inputs
 from helpers.plain_loop import Sides, loss_and_incentives, summed
-from helpers.rank_runs import Case, Layout, make_config, make_run, metrics, train_all, write_inputs
+from helpers.rank_runs import train_all
+from helpers.same_run import metrics
 from rcpo.config.schema import Config
 from rcpo.runs.folder import RunFolder
 from rcpo.training.read_inputs import read_inputs

@@ -12,18 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.rank_runs import (
-    Case,
-    Job,
-    Layout,
-    do_jobs,
-    final_weights,
-    make_config,
-    make_run,
-    metrics,
-    seconds_file,
-    write_inputs,
-)
+from helpers.cases import Case, Layout, make_config, make_run, write_inputs
+from helpers.rank_runs import Job, do_jobs, seconds_file
+from helpers.same_run import final_weights, metrics
 from rcpo.runs.folder import RunFolder
 
 NUM_KILLS = int(os.environ.get("RCPO_KILLS", "12"))

@@ -13,17 +13,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from helpers.rank_runs import (
-    Case,
-    Layout,
-    assert_equal_rows,
-    final_weights,
-    make_config,
-    make_run,
-    metrics,
-    train_all,
-    write_inputs,
-)
+from helpers.cases import Case, Layout, make_config, make_run, write_inputs
+from helpers.rank_runs import train_all
+from helpers.same_run import assert_equal_rows, final_weights, metrics
 from helpers.tiny_models import make_llama, make_neox
 from rcpo.config.schema import Config, ModelConfig
 from rcpo.data.batch import collate

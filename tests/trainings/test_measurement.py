@@ -7,20 +7,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from helpers.cases import Case, Layout, make_config, make_run, write_inputs
 from helpers.plain_loop import Sides, geometry_of, loss_and_incentives, summed
-from helpers.rank_runs import (
-    Case,
-    Layout,
-    assert_equal_rows,
-    assert_equals_plain,
-    final_weights,
-    make_config,
-    make_run,
-    metrics,
-    plain_run,
-    train_all,
-    write_inputs,
-)
+from helpers.rank_runs import train_all
+from helpers.same_run import assert_equal_rows, assert_equals_plain, final_weights, metrics, plain_run
 from rcpo.config.schema import Config
 from rcpo.models.adapters import last_block_parameters
 from rcpo.models.load import load_model

@@ -13,8 +13,10 @@ import yaml
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 import rcpo.training.loop
-from helpers.forks import in_a_fork, train_here
-from helpers.rank_runs import Case, Layout, final_weights, make_config, make_run, metrics, write_inputs
+from helpers.cases import Case, Layout, make_config, make_run, write_inputs
+from helpers.forked import in_a_fork
+from helpers.rank_runs import train_here
+from helpers.same_run import final_weights, metrics
 from helpers.tiny_models import make_llama, make_neox
 from rcpo.common.errors import StoppedError, UserError
 from rcpo.config.schema import Config

@@ -16,18 +16,9 @@ import torch
 
 import rcpo.launch.start
 import rcpo.training.checkpoint
-from helpers.rank_runs import (
-    Case,
-    Job,
-    Layout,
-    Moment,
-    do_jobs,
-    final_weights,
-    make_config,
-    make_run,
-    metrics,
-    write_inputs,
-)
+from helpers.cases import Case, Layout, make_config, make_run, write_inputs
+from helpers.rank_runs import Job, Moment, do_jobs
+from helpers.same_run import final_weights, metrics
 from rcpo.common.errors import UserError
 from rcpo.runs.folder import RunFolder
 from rcpo.runs.frozen import open_run

@@ -10,19 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers.forks import in_a_fork, train_here
-from helpers.rank_runs import (
-    Case,
-    Job,
-    Layout,
-    do_jobs,
-    final_weights,
-    lose_a_number_at,
-    make_config,
-    make_run,
-    metrics,
-    write_inputs,
-)
+from helpers.cases import Case, Layout, make_config, make_run, write_inputs
+from helpers.forked import in_a_fork
+from helpers.rank_runs import Job, do_jobs, lose_a_number_at, train_here
+from helpers.same_run import final_weights, metrics
 from rcpo.common.errors import NonFiniteError, SaveError, UserError
 from rcpo.data.sampler import PairSampler
 from rcpo.models.load import load_model

@@ -6,17 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.rank_runs import (
-    Case,
-    Layout,
-    assert_equal_rows,
-    final_weights,
-    make_config,
-    make_run,
-    metrics,
-    train_all,
-    write_inputs,
-)
+from helpers.cases import Case, Layout, make_config, make_run, write_inputs
+from helpers.rank_runs import train_all
+from helpers.same_run import assert_equal_rows, final_weights, metrics
 from rcpo.objectives import REGISTRY
 from rcpo.runs.folder import RunFolder
 

@@ -13,18 +13,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from helpers.rank_runs import (
-    RELEASING,
-    Case,
-    Layout,
-    assert_equals_plain,
-    final_weights,
-    make_config,
-    make_run,
-    plain_run,
-    train_all,
-    write_inputs,
-)
+from helpers.cases import RELEASING, Case, Layout, make_config, make_run, write_inputs
+from helpers.rank_runs import train_all
+from helpers.same_run import assert_equals_plain, final_weights, plain_run
 from rcpo.config.schema import Config
 from rcpo.runs.folder import RunFolder
 
