@@ -6,7 +6,7 @@ leave the training what it was can be. Called by `rcpo.launch.start`.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -29,9 +29,28 @@ SAFE_TO_ROUNDING = (
 """Keys that spread the same computation otherwise: equal but for the order of sums."""
 
 
-def changed_config(run: RunFolder, allowed: Sequence[str], joined: int | None) -> ResolvedConfig:
+class Changed(NamedTuple):
+    """The config that a run goes on with, and how it differs from the one it was started with."""
+
+    config: ResolvedConfig
+    changes: list[dict[str, Any]]
+    """{key, from, to, time} each; empty where nothing differs."""
+
+    def write(self, run: RunFolder) -> None:
+        """To config.yaml and run.json, where something differs."""
+        if not self.changes:
+            return
+        write_atomically(run.config, yaml.safe_dump(config_tree(self.config), sort_keys=False))
+        run.update_run(
+            config=config_tree(self.config),
+            world_size=self.config.world_size(),
+            changes=[*run.read_run().get("changes", []), *self.changes],
+        )
+
+
+def changed_config(run: RunFolder, allowed: Sequence[str], joined: int | None) -> Changed:
     """The config to resume `run` with. `allowed` are KEY, for a difference that stands in RUN/config.yaml, or
-    KEY=VALUE, which sets it; what has changed is written to config.yaml and run.json.
+    KEY=VALUE, which sets it. Nothing is written.
 
     Raises UserError for a difference that is not allowed, and for one that cannot be.
     """
@@ -42,7 +61,7 @@ def changed_config(run: RunFolder, allowed: Sequence[str], joined: int | None) -
     config = resolved_of(tree)
     differences = _differences(before, tree)
     if not differences:
-        return config
+        return Changed(config, [])
     for key, old, new in differences:
         if not _is_among(key, (*SAFE, *SAFE_TO_ROUNDING)):
             raise UserError(
@@ -64,13 +83,7 @@ def changed_config(run: RunFolder, allowed: Sequence[str], joined: int | None) -
     config = resolve(config, joined)
     _check_newest(run, config)
     changes = [{"key": key, "from": old, "to": new, "time": now()} for key, old, new in differences]
-    write_atomically(run.config, yaml.safe_dump(config_tree(config), sort_keys=False))
-    run.update_run(
-        config=config_tree(config),
-        world_size=config.world_size(),
-        changes=[*run.read_run().get("changes", []), *changes],
-    )
-    return config
+    return Changed(config, changes)
 
 
 def _check_newest(run: RunFolder, config: ResolvedConfig) -> None:

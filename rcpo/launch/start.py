@@ -21,6 +21,7 @@ from rcpo.ranks.distributed import initialize, rank, spoken_for, world_size
 from rcpo.ranks.environment import joined_world_size
 from rcpo.runs.folder import RunFolder
 from rcpo.runs.frozen import config_tree, open_run
+from rcpo.training.identity import identity_of, refuse_other_inputs
 from rcpo.training.read_inputs import read_inputs
 
 
@@ -73,19 +74,28 @@ def _make_run(prepare: Callable[[], ResolvedConfig | None], overwrite: bool = Fa
     else:
         run.refuse_existing()
     inputs = read_inputs(config)
+    identity = identity_of(config, inputs)
     with old_set_aside(run.path):
         run.create(config, config_tree(config))
+    run.update_run(inputs=identity)
     return Prepared(run, config, inputs)
 
 
 def _reopen(path: str, allowed: Sequence[str]) -> Prepared:
     """A run to continue; whatever of its files is damaged is found before anything starts."""
     run, _ = open_run(path)
-    config = changed_config(run, allowed, joined_world_size())
+    changed = changed_config(run, allowed, joined_world_size())
+    config = changed.config
     for rows in (run.metrics, run.eval):
         run.rows(rows)
+    inputs = read_inputs(config)
+    identity, known = identity_of(config, inputs), run.read_run().get("inputs")
+    if isinstance(known, dict):
+        refuse_other_inputs(path, known, identity)
+    changed.write(run)
     run.reopen()
-    return Prepared(run, config)
+    run.update_run(inputs=known or identity)  # a sweep's cell reads its data at its first start
+    return Prepared(run, config, inputs)
 
 
 def _run_here(prepared: Prepared, resume: bool) -> int:

@@ -66,7 +66,9 @@ def test_other_ranks_and_stages_resume_to_rounding(tmp_path: Path) -> None:
     for num_ranks in (1, 2):
         do_jobs(jobs[num_ranks], num_ranks, 300)
     for _, cut, allowed in pairs:
-        config = changed_config(cut, allowed, None)
+        changed = changed_config(cut, allowed, None)
+        changed.write(cut)
+        config = changed.config
         resumed[config.world_size()].append(Job(str(cut.path), resume=True))
     for num_ranks in (1, 2):
         do_jobs(resumed[num_ranks], num_ranks, 300)
@@ -104,16 +106,18 @@ def test_a_safe_edit_wants_to_be_named(run: RunFolder) -> None:
         f"train.save_every: the run was started with 0, and {run.config} says 7; put it back, or type "
         f"rcpo resume {run.path} --allow-change train.save_every"
     )
-    assert changed_config(run, ["train.save_every"], None).train.save_every == 7
+    changed = changed_config(run, ["train.save_every"], None)
+    changed.write(run)
+    assert changed.config.train.save_every == 7
     (change,) = run.read_run()["changes"]
     assert (change["key"], change["from"], change["to"]) == ("train.save_every", 0, 7)
-    assert changed_config(run, [], None).train.save_every == 7
+    assert changed_config(run, [], None).config.train.save_every == 7
 
 
 def test_a_value_on_the_command_line_is_written_to_the_config(run: RunFolder) -> None:
     """KEY=VALUE, for several keys at once; a null too."""
     allowed = ["train.steps=9", "tracking.project=elsewhere", "train.keep_last=null"]
-    changed_config(run, allowed, None)
+    changed_config(run, allowed, None).write(run)
     _, config = open_run(str(run.path))
     assert (config.train.steps, config.tracking.project, config.train.keep_last) == (9, "elsewhere", None)
     assert {change["key"] for change in run.read_run()["changes"]} == {"train.steps", "tracking.project"}

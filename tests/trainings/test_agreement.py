@@ -21,8 +21,10 @@ from transformers import (
 
 import rcpo.models.engine
 import rcpo.models.load
-from helpers.forks import in_a_fork, train_here
-from helpers.rank_runs import Case, Layout, make_config, make_run, metrics, write_inputs
+from helpers.cases import Case, Layout, make_config, make_run, write_inputs
+from helpers.forked import in_a_fork
+from helpers.rank_runs import train_here
+from helpers.same_run import metrics
 from helpers.tiny_models import VOCABULARY, make_llama
 from rcpo.common.errors import UserError
 

@@ -180,7 +180,7 @@ def test_other_weights_at_the_reference_path_do_not_resume(
 
     def work() -> None:
         if LIVE not in words:
-            changed_config(run, ["train.steps=7"], None)
+            changed_config(run, ["train.steps=7"], None).write(run)
         with pytest.raises(UserError, match=r"^reference: the weights in \S+reference are not those that"):
             train_here(run, resume=True)
 
