@@ -214,8 +214,10 @@ def _same_seed(run: Run, others: list[Run]) -> str | None:
 
 
 def same_start(one: Run, other: Run) -> bool:
-    """Whether the first evaluations are of the same pairs and the same model, by their log-probs; True where
-    one has no per-pair results."""
+    """Whether the first evaluations are of the same pairs and the same model: by the digest of the pairs
+    where both runs have one, and by their log-probs; True where one has no per-pair results."""
+    if one.held_out is not None and other.held_out is not None and one.held_out != other.held_out:
+        return False
     if one.pairs is None or other.pairs is None:
         return True
     return same_logps(one.pairs.start, other.pairs.start)

@@ -68,6 +68,8 @@ class Run:
     evals: Columns
     """eval.jsonl."""
     pairs: Pairs | None
+    held_out: str | None = None
+    """Digest of the held-out pairs (`rcpo.training.identity`); None where the run has none."""
 
     @property
     def objective(self) -> str:
@@ -94,17 +96,18 @@ class Run:
 def load_run(path: Path) -> Run:
     """Everything of a run that comparisons use."""
     settings: dict[str, Any] = {}
-    status, curves, evals, pairs = "unknown", Columns(), Columns(), None
+    status, curves, evals, pairs, held_out = "unknown", Columns(), Columns(), None, None
     try:
         settings = read_settings(path / "config.yaml")
         status, problem = read_status(path / "run.json")
+        held_out = _read_held_out(path / "run.json")
         curves = read_metrics(path / "metrics.jsonl", CURVES)
         evals = read_columns(path / "eval.jsonl")
         pairs = _read_pairs(path / "eval", evals)
         problem = problem or problem_of_evals(evals, pairs)
     except UserError as error:
         problem = str(error)
-    return Run(path, settings, status, problem, curves, evals, pairs)
+    return Run(path, settings, status, problem, curves, evals, pairs, held_out)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -140,6 +143,12 @@ def read_status(path: Path) -> tuple[str, str | None]:
         return status, None
     reason = run.get("exit_reason")
     return status, f"{status}: {one_line(reason)}" if reason else status
+
+
+def _read_held_out(path: Path) -> str | None:
+    inputs = json.loads(path.read_text(encoding="utf-8")).get("inputs")
+    digest = inputs.get("held_out_pairs") if isinstance(inputs, dict) else None
+    return digest if isinstance(digest, str) else None
 
 
 def one_line(value: object) -> str:

@@ -215,3 +215,12 @@ def test_runs_are_found_in_folders_sweeps_and_patterns_each_once(tmp_path: Path)
     }.items():
         with pytest.raises(UserError, match=said):
             find_runs([word])
+
+
+def test_another_held_out_set_of_the_same_size_is_not_the_same(tmp_path: Path) -> None:
+    """Equal log-probs at the start, which two sets can have: the digests of their pairs differ."""
+    for seed, digest in enumerate(("a", "a", "b")):
+        make_run(tmp_path / f"run-{seed}", seed=seed, inputs={"held_out_pairs": digest})
+    found = compare(tmp_path)
+    assert [len(cell.runs) for cell in found.cells] == [2]
+    assert reasons(found)["run-2"].startswith("measured on other held-out pairs")
