@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers import forked
 from helpers.compare_folders import make_run
 from rcpo import cli
 
@@ -208,13 +209,12 @@ def test_help_and_the_table_need_no_torch(grid: Path) -> None:
 def test_a_real_run_is_read(tmp_path: Path) -> None:
     """What `rcpo train` writes is what `rcpo compare` reads: the numbers of eval.jsonl and metrics.jsonl, and
     the text of the same pairs."""
-    rcpo = [sys.executable, "-m", "rcpo.cli"]
     words = ["train.steps=2", "data.train_pairs=64", "data.eval_pairs=8", "tracking=none", "run_dir=runs/one"]
     for command in (
         ["train", "objective=dpo", "calibration=on", *words],
         ["compare", "runs", "--csv", "--html", "report.html"],
     ):
-        done = subprocess.run([*rcpo, *command], cwd=tmp_path, capture_output=True, text=True, timeout=280)
+        done = forked.rcpo(*command, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     (row,) = records(done.stdout).values()
     last = json.loads((tmp_path / "runs/one/eval.jsonl").read_text().splitlines()[-1])

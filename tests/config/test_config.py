@@ -5,8 +5,6 @@ Composing goes through Hydra in another process, as users start it: Hydra keeps 
 """
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from helpers import forked
 from rcpo.common.errors import UserError
 from rcpo.config.compose import conf_dir
 from rcpo.config.resolve import data_label, default_name, model_label, resolve
@@ -109,14 +108,8 @@ WRONG = {
 def composed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Answers to all command lines of this file, by name; made elsewhere than in the source tree."""
     lines = OPTIONS | {word: [word] for word in [*VALID, *WRONG]}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPOSE],
-        input=json.dumps(list(lines.values())),
-        cwd=(folder := tmp_path_factory.mktemp("elsewhere")),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    folder = tmp_path_factory.mktemp("elsewhere")
+    done = forked.script(COMPOSE, cwd=folder, input=json.dumps(list(lines.values())))
     assert (done.returncode, done.stderr) == (0, "")
     assert list(folder.iterdir()) == [], "composing must write nothing"
     answers = [json.loads(line) for line in done.stdout.splitlines()]
@@ -152,13 +145,10 @@ def test_mistakes_are_one_exact_line(composed: dict[str, dict[str, Any]], word: 
     assert composed[word] == {"error": WRONG[word]}
 
 
-def test_unset_values_and_group_mistakes_leave_the_flags_working() -> None:
+def test_unset_values_and_group_mistakes_leave_the_flags_working(tmp_path: Path) -> None:
     """--cfg job prints the composed YAML and stops, with a value unset too."""
-    done = subprocess.run(
-        [sys.executable, "-c", "from rcpo.config.compose import *; print(compose(sys.argv[1:]))",
-         "data=file", "--cfg", "job"],
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+    code = "from rcpo.config.compose import *; print(compose(sys.argv[1:]))"
+    done = forked.script(code, "data=file", "--cfg", "job", cwd=tmp_path)
     *document, answer = done.stdout.splitlines()
     assert answer == "None"
     assert yaml.safe_load("\n".join(document))["data"]["path"] == "???"

@@ -5,8 +5,6 @@ import contextlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +15,7 @@ import pytest
 import rcpo.builtin
 import rcpo.data.token_key
 import rcpo.training.read_inputs
+from helpers import forked
 from helpers.inputs import config_of, fault, row
 from rcpo.config.resolve import resolve
 from rcpo.config.schema import Config
@@ -173,10 +172,7 @@ def test_bad_data_is_one_line_exit_code_2_and_no_run_folder(
 ) -> None:
     if content is not None:
         (tmp_path / "pairs.jsonl").write_text(content)
-    done = subprocess.run(
-        [sys.executable, "-m", "rcpo.cli", "train", "data=file", "data.path=pairs.jsonl", *words],
-        cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    done = forked.rcpo("train", "data=file", "data.path=pairs.jsonl", *words, cwd=tmp_path)
     assert done.returncode == 2
     shown = "pairs.jsonl" if content is None else tmp_path / "pairs.jsonl"
     assert done.stderr.startswith(f"rcpo: data.path={shown}: {expected}")

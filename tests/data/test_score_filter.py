@@ -2,14 +2,13 @@
 
 import dataclasses
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from helpers import forked
 from helpers.inputs import config_of, fault
 from rcpo.commands.train import prepare
 from rcpo.config.schema import Config
@@ -153,14 +152,13 @@ def test_words_of_the_command_line_reach_the_filter(tmp_path: Path, monkeypatch:
 
 def test_a_filtered_run_says_so_where_its_user_looks(tmp_path: Path) -> None:
     """From rcpo score to rcpo train: the 95th percentile of 64 lies between the 60th and the 61st."""
-    rcpo = [sys.executable, "-m", "rcpo.cli"]
     data = ["data.train_pairs=64", "data.eval_pairs=8"]
     limit = ["data.filter.scores=scores.parquet", "data.filter.ches_max_percentile=95"]
     for words in (
         ["score", *data],
         ["train", *data, *limit, "train.steps=1", "tracking=none", "run_dir=run"],
     ):
-        done = subprocess.run([*rcpo, *words], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+        done = forked.rcpo(*words, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     limited = "data.filter.ches_max_percentile=95: leaves out 4 of 64 training pairs, with ches > "
     assert sum(line.startswith(limited) for line in done.stdout.splitlines()) == 1

@@ -17,13 +17,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from subprocess import CompletedProcess
 
 from helpers import ROOT
 
 SECONDS_TO_START = 120
+LANES = 2
+"""Children that run at once."""
 IMPORTED_WITH = {
     "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1",
     "JE_ARROW_MALLOC_CONF": "background_thread:false",  # pyarrow's allocator would start a thread
@@ -187,6 +189,21 @@ def rcpo(
 ) -> CompletedProcess[str]:
     """Run `rcpo WORDS` in a forked child to its end."""
     return start_rcpo(*words, cwd=cwd, env=env).completed(seconds)
+
+
+def rcpo_all(
+    lines: Mapping[str, Sequence[object]], *, cwd: Path, env: Mapping[str, str] | None = None
+) -> dict[str, CompletedProcess[str]]:
+    """Run many command lines to their ends, two at a time."""
+    waiting, running, done = list(lines.items()), dict[str, Child](), dict[str, CompletedProcess[str]]()
+    while waiting or running:
+        while waiting and len(running) < LANES:
+            name, words = waiting.pop(0)
+            running[name] = start_rcpo(*words, cwd=cwd, env=env)
+        server().listen(SECONDS_TO_START)
+        for name in [name for name, child in running.items() if child.poll() is not None]:
+            done[name] = running.pop(name).completed(0)
+    return done
 
 
 def script(

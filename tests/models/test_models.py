@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, MistralConfig, PreTrainedConfig, Qwen2Config
 
+from helpers import forked
 from helpers.tiny_models import VOCABULARY, make_neox
 from rcpo.common.errors import UserError
 from rcpo.config.compose import conf_dir
@@ -38,14 +37,14 @@ def tuning(preset: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def composed() -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+def composed(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     """Each preset's tree, plain and with the tuning in its comments; composed in one process."""
     lines = []
     for preset in PRESETS:
         lines += [[f"model={preset}"], [f"model={preset}", "objective=simpo", *tuning(preset)]]
-    done = subprocess.run(
-        [sys.executable, "-c", COMPOSE], input=json.dumps(lines), capture_output=True, text=True, timeout=120
-    )
+    done = forked.script(COMPOSE, cwd=tmp_path_factory.mktemp("elsewhere"), input=json.dumps(lines))
     assert done.returncode == 0, done.stderr
     trees = iter(json.loads(done.stdout))
     return {preset: (next(trees), next(trees)) for preset in PRESETS}

@@ -5,8 +5,6 @@ import logging
 import math
 import netrc
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import torch
 import wandb
 import yaml
 
+from helpers import forked
 from helpers.wandb_records import Records, by_step, wandb_rows
 from rcpo.commands.train import prepare
 from rcpo.comparison import dashboard
@@ -147,8 +146,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, str]:
         "tracking.tags=[mine]", "tracking.project=a-project", "tracking.log_model=true",
     ]  # fmt: skip
     env = environment() | {"WANDB_API_KEY": KEY, "RCPO_CACHE": str(folder / "cache")}
-    command = [sys.executable, "-m", "rcpo.cli", *words]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, cwd=folder)
+    done = forked.rcpo(*words, cwd=folder, env=env)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     return RunFolder(folder / "run"), done.stdout
@@ -361,8 +359,7 @@ def test_a_server_that_cannot_be_reached_means_offline_with_one_warning(tmp_path
         "train.pairs_per_step=4", f"run_dir={tmp_path / 'run'}",
     ]  # fmt: skip
     env = environment() | {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"}
-    command = [sys.executable, "-c", UNREACHABLE, *words]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    done = forked.script(UNREACHABLE, *words, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stderr.splitlines() if not line.startswith("wandb: ")]
     assert len(lines) == 1, lines

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 import rcpo
+from helpers import forked
 from rcpo import cli
 from rcpo.commands.parser import command_parser
 from rcpo.common.errors import UserError
@@ -28,6 +29,7 @@ from rcpo.objectives.composition import DEFAULTS
 
 RUN_ALL = """
 import contextlib, io, json, sys, traceback
+from helpers import forked
 from rcpo import cli
 answers = {}
 for line in json.load(sys.stdin):
@@ -137,12 +139,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def answers(folder: Path) -> dict[str, tuple[int, str, str]]:
     """Exit code, output and error output of every line of this file, from one process."""
-    done = subprocess.run(
-        [sys.executable, "-c", RUN_ALL],
-        input=json.dumps([*MISTAKES, *EXPLAINS, *NEED_WORDS]),
-        cwd=folder, env=os.environ | {"HF_HUB_OFFLINE": "1", "RCPO_CACHE": str(folder.with_name("cache"))},
-        capture_output=True, text=True, timeout=150,
-    )  # fmt: skip
+    env = os.environ | {"RCPO_CACHE": str(folder.with_name("cache"))}
+    done = forked.script(RUN_ALL, cwd=folder, env=env, input=json.dumps([*MISTAKES, *EXPLAINS, *NEED_WORDS]))
     assert (done.returncode, done.stderr) == (0, "")
     return {line: tuple(answer) for line, answer in json.loads(done.stdout).items()}
 

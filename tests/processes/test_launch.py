@@ -286,7 +286,7 @@ def test_a_started_rank_tells_why_it_failed(tmp_path: Path) -> None:
 
 def test_a_run_of_several_nodes_is_not_resumed_on_one_host(tmp_path: Path) -> None:
     """Its 2 ranks would all be started here: refused with what to type."""
-    from helpers.rank_runs import Case, Layout, make_config, make_run, write_inputs
+    from helpers.cases import Case, Layout, make_config, make_run, write_inputs
 
     write_inputs(tmp_path)
     config = make_config(tmp_path, tmp_path / "run", Case("dpo", "off", "llama", "sgd"), Layout(1, 8))

@@ -3,10 +3,7 @@
 One process trains all runs of one rank, two more those of two ranks, on the tiny models of this folder.
 """
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from helpers import forked
 from helpers.adapters import base_model, logprobs, write_sft_adapter
 from helpers.cases import NUM_STEPS, Case, Layout, make_config, make_run, write_inputs
 from helpers.rank_runs import train_all
@@ -162,13 +160,7 @@ def test_a_resumed_run_with_dropout_is_the_same_run(runs: dict[str, RunFolder], 
     shutil.copytree(runs["dropout"].path, run.path)
     shutil.rmtree(run.checkpoints / "step-000006")
     shutil.rmtree(run.final)
-    done = subprocess.run(
-        [sys.executable, "-m", "rcpo.launch.worker", str(run.path), "--resume"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=150,
-    )
+    done = forked.rcpo("resume", run.path, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     before: list[dict[str, Any]] = metrics(runs["dropout"])
     assert metrics(run) == before

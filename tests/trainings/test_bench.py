@@ -10,8 +10,6 @@ import json
 import math
 import os
 import re
-import subprocess
-import sys
 import traceback
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers import forked
 from rcpo import cli
 from rcpo.bench import block, curve, loops, plan
 from rcpo.bench.machine import model_flops, peak_tflops
@@ -74,10 +73,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
 @pytest.mark.timeout(500)
 def test_a_bench_on_two_ranks_as_users_type_it(tmp_path: Path) -> None:
     words = [*TINY, "--calibrations", "off", "--steps", "1", "launch.processes=2", "--json", "b.json"]
-    done = subprocess.run(
-        [sys.executable, "-m", "rcpo.cli", "bench", *words],
-        cwd=tmp_path, capture_output=True, text=True, timeout=450,
-    )  # fmt: skip
+    done = forked.rcpo("bench", *words, cwd=tmp_path, seconds=450)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^\| off +\|", done.stdout, re.MULTILINE)
     assert "4 pairs a step, 2 a micro-batch, 42 tokens a pair" in done.stdout

@@ -2,44 +2,35 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from helpers import forked
+
 RUNS = [(objective, calibration) for objective in ("dpo", "simpo") for calibration in ("off", "on")]
 FALLS_BY_NATS = {"dpo": 1.0, "simpo": 0.5}
 """What plain training costs the held-out chosen responses at least."""
-SCRIPT = """
-import sys
-from rcpo.cli import dispatch
-for run in sys.argv[1:]:
-    objective, calibration = run.split("-")
-    words = [f"objective={objective}", f"calibration={calibration}", f"run_dir={run}"]
-    dispatch(["train", *words, "tracking=none", "train.device=cpu"])
-"""
 
 
 @pytest.fixture(scope="module")
 def evaluations(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """eval.jsonl of each run at its defaults, all made by one process."""
+    """eval.jsonl of each run at its defaults."""
     folder: Path = tmp_path_factory.mktemp("runs")
-    names = [f"{objective}-{calibration}" for objective, calibration in RUNS]
-    env = os.environ | {"RCPO_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *names],
-        cwd=folder,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    env = os.environ | {"RCPO_CACHE": str(folder / "cache")}
+    lines = {
+        f"{objective}-{calibration}": [
+            "train", f"objective={objective}", f"calibration={calibration}", "tracking=none",
+            "train.device=cpu", f"run_dir={objective}-{calibration}",
+        ]
+        for objective, calibration in RUNS
+    }  # fmt: skip
+    done = forked.rcpo_all(lines, cwd=folder, env=env)
+    assert all(each.returncode == 0 for each in done.values()), done
     return {
         tuple(name.split("-")): [json.loads(row) for row in (folder / name / "eval.jsonl").open()]
-        for name in names
+        for name in lines
     }
 
 

@@ -7,7 +7,6 @@ Also what a resume says about damaged files. Killed means SIGKILL of rank 0 at a
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 
 import rcpo.launch.start
 import rcpo.training.checkpoint
+from helpers import forked
 from helpers.cases import Case, Layout, make_config, make_run, write_inputs
 from helpers.rank_runs import Job, Moment, do_jobs
 from helpers.same_run import final_weights, metrics
@@ -145,8 +145,7 @@ def damaged(runs: dict[str, RunFolder], tmp_path: Path) -> RunFolder:
 
 
 def resume_as_rank(run: RunFolder) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "rcpo.cli", "resume", str(run.path)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, env=os.environ | {"CI": "1"})
+    return forked.rcpo("resume", run.path, cwd=run.path.parent, env=os.environ | {"CI": "1"})
 
 
 @pytest.mark.slow

@@ -4,8 +4,6 @@ At stage 3 even these tiny parameters are sharded and released between uses.
 """
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from helpers import forked
 from helpers.cases import RELEASING, Case, Layout, make_config, make_run, write_inputs
 from helpers.rank_runs import train_all
 from helpers.same_run import assert_equals_plain, final_weights, plain_run
@@ -107,9 +106,6 @@ def test_stage_3_really_shards_these_parameters(
 def test_deepspeed_settings_of_the_command_line_arrive(tmp_path: Path) -> None:
     """A key below deepspeed.extra as a user types it: found in the composed config."""
     word = "+deepspeed.extra.zero_optimization.stage3_param_persistence_threshold=0"
-    command = [sys.executable, "-m", "rcpo.cli", "train", word, "--cfg", "job"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=90, cwd=tmp_path, env=os.environ | {"COLUMNS": "200"}
-    )
+    done = forked.rcpo("train", word, "--cfg", "job", cwd=tmp_path, env=os.environ | {"COLUMNS": "200"})
     assert done.returncode == 0, done.stderr
     assert "stage3_param_persistence_threshold: 0" in done.stdout
