@@ -1,21 +1,16 @@
-"""Commands of READMEs, run small: a folder with what their placeholders name, and a fork for each command."""
+"""Commands of READMEs, run small: a folder with what their placeholders name, a child for each command."""
 
 import gzip
 import json
 import os
-import runpy
 import shutil
-import signal
-import sys
-import time
 from pathlib import Path
-from typing import NamedTuple
+from subprocess import CompletedProcess
 
 import yaml
 
-from helpers import ROOT
+from helpers import ROOT, forked
 from helpers.readmes import words
-from rcpo import cli
 from rcpo.data.arithmetic import arithmetic_records
 from rcpo.models.load import model_source
 
@@ -34,10 +29,8 @@ SECONDS = 120
 """The longest that a command may take."""
 
 
-class Answer(NamedTuple):
-    code: int
-    said: str
-    seconds: float
+SCRIPT = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+"""What `python FILE WORDS` does, in a process that runs already."""
 
 
 def furnish(place: Path) -> None:
@@ -74,43 +67,11 @@ def typed(command: str, number: int, place: Path) -> list[str]:
     return ["train.steps=4" if word == "train.steps=300" else word for word in line]
 
 
-def in_a_fork(line: list[str], place: Path) -> Answer:
-    """Run `line` in the folder `place`, in a fork of this process, which has everything imported."""
-    started, output = time.monotonic(), place.with_name(f"{place.name}-output")
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            with output.open("wb", buffering=0) as file:
-                os.dup2(file.fileno(), 1)
-                os.dup2(file.fileno(), 2)
-            sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
-            sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
-            os.environ |= {"RCPO_CACHE": str(place.with_name("cache")), "HF_HUB_OFFLINE": "1"}
-            os.chdir(place)
-            code = _call(line)
-            sys.stdout.flush()
-            sys.stderr.flush()
-        finally:
-            os._exit(code)
-    while (done := os.waitpid(child, os.WNOHANG)) == (0, 0):
-        if time.monotonic() - started > SECONDS:
-            os.kill(child, signal.SIGKILL)
-        time.sleep(0.05)
-    code = os.waitstatus_to_exitcode(done[1])
-    return Answer(code, output.read_text(errors="replace"), time.monotonic() - started)
-
-
-def _call(line: list[str]) -> int:
-    """The exit code of rcpo's command, or of a Python script."""
-    try:
-        if line[0] == "rcpo":
-            cli.main(line[1:])
-        assert line[0] == "python"
-        sys.argv = line[1:]
-        runpy.run_path(line[1], run_name="__main__")
-    except SystemExit as stop:
-        if isinstance(stop.code, str):
-            print(stop.code)
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    return 0
+def run(line: list[str], place: Path) -> CompletedProcess[str]:
+    """Run `line` in the folder `place`, in a child of the fork server."""
+    env = os.environ | {"RCPO_CACHE": str(place.with_name("cache")), "HF_HUB_OFFLINE": "1"}
+    env = {key: value for key, value in env.items() if not key.startswith("WANDB")}
+    if line[0] == "rcpo":
+        return forked.rcpo(*line[1:], cwd=place, env=env, seconds=SECONDS)
+    assert line[0] == "python"
+    return forked.script(SCRIPT, *line[1:], cwd=place, env=env, seconds=SECONDS)

@@ -1,7 +1,7 @@
 """The READMEs say what is so: short lines, links that lead somewhere, files that exist, tables of what there
 is.
 
-Their commands are in `test_readme_commands.py`.
+Their commands are in `tests/processes/test_readme_commands.py`.
 """
 
 import ast
@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from helpers import ROOT
-from helpers.readme_runs import in_a_fork
+from helpers.forked import in_a_fork
 from helpers.readmes import anchors, code, links, readmes, spans, text_of
 from rcpo.config.keys import page
 from rcpo.monitor.model_card import formula
@@ -138,21 +138,23 @@ def test_python_is_python(readme: Path) -> None:
         ast.parse(block)
 
 
-def test_the_objective_of_the_readme_works_where_it_belongs(tmp_path: Path) -> None:
+def test_the_objective_of_the_readme_works_where_it_belongs() -> None:
     """Its function beside the others of a family, its YAML file, and the lines that use an objective."""
     readme = ROOT / "rcpo/objectives/README.md"
     function, usage = code(readme, "python")
     (config,) = code(readme, "yaml")
-    assert yaml.safe_load(config)["name"] == "mine"
     names: dict[str, Any] = {}
     exec(usage, names)
     assert names["loss"].shape == names["d_w"].shape == (1,)
-    file = tmp_path / "mine.py"
-    imports = [name for name in vars(pairwise) if not name.startswith("_")]
-    use = "assert mine.__doc__\nfrom rcpo.objectives import load_objective\nassert load_objective('mine')"
-    file.write_text(f"from {pairwise.__name__} import {', '.join(imports)}\n{function}\n{use}\n")
-    answer = in_a_fork(["python", str(file)], tmp_path)
-    assert answer.code == 0, answer.said
+
+    def work() -> None:
+        exec(function, vars(pairwise))
+        own = yaml.safe_load(config)
+        objective = load_objective(own.pop("name"), **own)
+        assert formula(objective) == "softplus(-beta mt)"
+        assert objective(names["pair"]).shape == (1,)
+
+    in_a_fork(work)
 
 
 def test_the_sweep_file_of_the_readme_is_one(tmp_path: Path) -> None:
