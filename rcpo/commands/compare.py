@@ -13,7 +13,7 @@ from rcpo.common.errors import UserError
 from rcpo.common.files import write_atomically
 
 if TYPE_CHECKING:
-    from rcpo.comparison.cells import Comparison
+    from rcpo.comparison.groups import Comparison
     from rcpo.comparison.load import Run
 
 SEE_HELP = "`rcpo compare --help` lists words and flags"
@@ -24,8 +24,8 @@ def add_arguments(parser: Flags) -> None:
 rcpo compare PATH... [options]
        rcpo compare --wandb ENTITY/PROJECT[/GROUP] [options]"""
     parser.description = """\
-One row for each cell (objective, calibration and whatever else differs), its seeds merged into mean
-and standard error, with the difference to calibration=off. Runs that are unfinished, failed, or
+One line for each group of runs (objective, calibration and whatever else differs): its seeds merged into
+mean and standard error, with the difference to calibration=off. Runs that are unfinished, failed, or
 measured on other pairs are named and left out."""
     parser.epilog = """\
 examples:
@@ -97,8 +97,8 @@ def check(options: argparse.Namespace) -> None:
 def run(options: argparse.Namespace) -> int:
     """Compare; returns the exit code. Raises UserError for bad input."""
     from rcpo.common.console import RunConsole
-    from rcpo.comparison.cells import compare_runs
     from rcpo.comparison.forms import as_csv, as_json, as_latex, as_markdown
+    from rcpo.comparison.groups import compare_runs
     from rcpo.comparison.table import make_rows
     from rcpo.comparison.terminal import print_table
 

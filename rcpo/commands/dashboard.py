@@ -124,8 +124,8 @@ def require_library() -> None:
 
 def table_of(runs: "list[Run]") -> str:
     """The table of `rcpo compare`, its sentences and its notes, as Markdown."""
-    from rcpo.comparison.cells import compare_runs
     from rcpo.comparison.forms import as_markdown
+    from rcpo.comparison.groups import compare_runs
     from rcpo.comparison.table import make_rows
 
     comparison = compare_runs(runs)

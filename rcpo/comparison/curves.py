@@ -1,4 +1,4 @@
-"""What the figures show of a cell, as small arrays: the interactive and the printed figures draw the same.
+"""What the figures show of a group, as small arrays: the interactive and the printed figures draw the same.
 
 Steps are put into bins, so that a figure of a long run is as light as that of a short one; seeds are merged
 into mean and standard error.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rcpo.comparison.cells import Cell, Comparison
+from rcpo.comparison.groups import Comparison, Group
 from rcpo.comparison.load import Run
 
 NUM_BINS = 60
@@ -57,13 +57,13 @@ class PairPoints:
     num_pairs: int
 
 
-def panels(comparison: Comparison) -> dict[str, list[Cell]]:
-    """Cells with runs, by objective and further settings: what is drawn together."""
-    groups: dict[str, list[Cell]] = {}
-    for cell in comparison.cells:
-        if cell.runs:
-            groups.setdefault(cell.row_label, []).append(cell)
-    return groups
+def panels(comparison: Comparison) -> dict[str, list[Group]]:
+    """Groups with runs, by objective and further settings: what is drawn together."""
+    by_label: dict[str, list[Group]] = {}
+    for group in comparison.groups:
+        if group.runs:
+            by_label.setdefault(group.row_label, []).append(group)
+    return by_label
 
 
 @contextmanager
@@ -83,17 +83,17 @@ def _merge(x: np.ndarray, values: np.ndarray) -> Curve:
     return Curve(x[kept], mean[kept], error[kept])
 
 
-def held_out_curve(cell: Cell, name: str) -> Curve:
+def held_out_curve(group: Group, name: str) -> Curve:
     """displacement/`name` of the held-out pairs, at the steps that all seeds evaluated."""
-    steps = set.intersection(*(set(run.evals["step"]) for run in cell.runs))
+    steps = set.intersection(*(set(run.evals["step"]) for run in group.runs))
     x = np.array(sorted(steps))
-    values = [run.evals[f"displacement/{name}"][np.isin(run.evals["step"], x)] for run in cell.runs]
+    values = [run.evals[f"displacement/{name}"][np.isin(run.evals["step"], x)] for run in group.runs]
     return _merge(x, np.stack(values))
 
 
-def alpha_curve(cell: Cell) -> Curve:
+def alpha_curve(group: Group) -> Curve:
     """calibration/alpha in bins of steps."""
-    runs = [run for run in cell.runs if "calibration/alpha" in run.curves]
+    runs = [run for run in group.runs if "calibration/alpha" in run.curves]
     if not runs:
         return Curve(np.empty(0), np.empty(0), np.empty(0))
     edges = _bin_edges(np.concatenate([run.curves["step"] for run in runs]))
@@ -105,9 +105,9 @@ def alpha_curve(cell: Cell) -> Curve:
     return _merge(_centers(edges), values)
 
 
-def band_curve(cell: Cell) -> BandCurve | None:
+def band_curve(group: Group) -> BandCurve | None:
     """None where no run measured its band."""
-    runs = [run for run in cell.runs if "band/position" in run.measured and len(run.measured["step"])]
+    runs = [run for run in group.runs if "band/position" in run.measured and len(run.measured["step"])]
     if not runs:
         return None
     steps, position, center, lower, upper, inside = (
@@ -167,25 +167,25 @@ def band_range(curves: list[BandCurve]) -> tuple[float, float]:
     return low - pad, high + pad
 
 
-def cosine_shares(cell: Cell) -> np.ndarray | None:
+def cosine_shares(group: Group) -> np.ndarray | None:
     """Share of the measured steps of all seeds in each bin of `COSINE_EDGES`; None where none measured."""
-    found = _measured(cell, "score/cosine")
+    found = _measured(group, "score/cosine")
     if not len(found):
         return None
     return np.histogram(np.clip(found, -1, 1), COSINE_EDGES)[0] / len(found)
 
 
-def _measured(cell: Cell, name: str) -> np.ndarray:
-    values = [run.curves[name] for run in cell.runs if name in run.curves]
+def _measured(group: Group, name: str) -> np.ndarray:
+    values = [run.curves[name] for run in group.runs if name in run.curves]
     joined = np.concatenate(values) if values else np.empty(0)
     return joined[~np.isnan(joined)]
 
 
-def pathway_shares(cell: Cell) -> np.ndarray | None:
+def pathway_shares(group: Group) -> np.ndarray | None:
     """(NUM_PARTS, 4): share of the measured steps of all seeds on each of `PATHWAYS`, by part of training;
     None where none measured."""
     counts = np.zeros((NUM_PARTS, len(PATHWAYS)))
-    for run in cell.runs:
+    for run in group.runs:
         counts += _pathway_counts(run)
     if not counts.sum():
         return None
@@ -204,9 +204,9 @@ def _pathway_counts(run: Run) -> np.ndarray:
     return counts
 
 
-def pair_points(cell: Cell) -> PairPoints | None:
+def pair_points(group: Group) -> PairPoints | None:
     """None without per-pair results."""
-    pairs = [run.pairs for run in cell.runs if run.pairs is not None]
+    pairs = [run.pairs for run in group.runs if run.pairs is not None]
     if not pairs:
         return None
     r_w, r_l = np.mean([each.r_w for each in pairs], 0), np.mean([each.r_l for each in pairs], 0)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from rcpo.comparison.cells import Cell
+from rcpo.comparison.groups import Group
 from rcpo.comparison.held_out import data_settings, held_out_records, model_settings
 from rcpo.comparison.load import Run
 from rcpo.comparison.pair_ches import Ches, ches_of_pairs
@@ -38,15 +38,15 @@ class FallenPair:
 
 @dataclass
 class Fallen:
-    """The pairs whose winner fell most under the first of some cells that has per-pair results."""
+    """The pairs whose winner fell most under the first of some groups that has per-pair results."""
 
     run: Run
-    """One of that cell."""
+    """One of that group."""
     calibration: str
-    """Of that cell."""
+    """Of that group."""
     pairs: list[FallenPair]
     changes: np.ndarray
-    """Of the chosen log-probs of all held-out pairs in that cell, (n,)."""
+    """Of the chosen log-probs of all held-out pairs in that group, (n,)."""
     no_text: str | None = None
     """Why the pairs have no words."""
     no_ches: str | None = None
@@ -55,9 +55,12 @@ class Fallen:
     """Spearman's, of length-normalised CHES with `changes`; None where not all pairs were scored."""
 
 
-def find_fallen(groups: dict[str, list[Cell]], choice: ChesChoice) -> dict[str, Fallen]:
-    """For each group of cells; data is read, and pairs are scored, once for all groups that share them."""
-    found = {label: fallen for label, cells in groups.items() if (fallen := most_fallen(cells)) is not None}
+def find_fallen(by_label: dict[str, list[Group]], choice: ChesChoice) -> dict[str, Fallen]:
+    """For the groups of each label; data is read, and pairs are scored, once for all labels that share
+    them."""
+    found = {
+        label: fallen for label, groups in by_label.items() if (fallen := most_fallen(groups)) is not None
+    }
     shared: dict[str, list[Fallen]] = {}
     for fallen in found.values():
         shared.setdefault(repr(data_settings(fallen.run)), []).append(fallen)
@@ -73,27 +76,27 @@ def find_fallen(groups: dict[str, list[Cell]], choice: ChesChoice) -> dict[str, 
     return found
 
 
-def most_fallen(cells: Sequence[Cell]) -> Fallen | None:
-    """The ten pairs whose winner fell most, and what became of them in the other cells that were measured on
+def most_fallen(groups: Sequence[Group]) -> Fallen | None:
+    """The ten pairs whose winner fell most, and what became of them in the other groups that were measured on
     the same pairs; None where no winner fell."""
-    measured = [(cell, run) for cell in cells for run in cell.runs[:1] if run.pairs is not None]
+    measured = [(group, run) for group in groups for run in group.runs[:1] if run.pairs is not None]
     if not measured:
         return None
-    means = {cell.calibration: _mean_change(cell) for cell, _ in measured}
-    cell, run = measured[0]
-    first = means[cell.calibration]
+    means = {group.calibration: _mean_change(group) for group, _ in measured}
+    group, run = measured[0]
+    first = means[group.calibration]
     means = {name: values for name, values in means.items() if len(values) == len(first)}
     pairs = [
         FallenPair(int(idx), {name: float(values[idx]) for name, values in means.items()})
         for idx in np.argsort(first)[:NUM_PAIRS]
         if first[idx] < 0
     ]
-    return Fallen(run, cell.calibration, pairs, first) if pairs else None
+    return Fallen(run, group.calibration, pairs, first) if pairs else None
 
 
-def _mean_change(cell: Cell) -> np.ndarray:
+def _mean_change(group: Group) -> np.ndarray:
     """Of the chosen log-probs, over seeds, (n,)."""
-    mean: np.ndarray = np.mean([run.pairs.r_w for run in cell.runs if run.pairs is not None], 0)
+    mean: np.ndarray = np.mean([run.pairs.r_w for run in group.runs if run.pairs is not None], 0)
     return mean
 
 

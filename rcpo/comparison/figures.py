@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from rcpo.common.console import nats, percent
-from rcpo.comparison.cells import Cell, Comparison
 from rcpo.comparison.curves import (
     COSINE_EDGES,
     MAX_POINTS,
@@ -29,6 +28,7 @@ from rcpo.comparison.curves import (
     panels,
     pathway_shares,
 )
+from rcpo.comparison.groups import Comparison, Group
 from rcpo.comparison.palette import BAND, FAINT, INK, NEGATIVE, NEUTRAL, PATHWAY_COLOURS, POSITIVE, looks
 from rcpo.comparison.statistics import mean_and_error
 
@@ -83,31 +83,31 @@ def _rgba(colour: str, alpha: float) -> str:
     return f"rgba({red},{green},{blue},{alpha})"
 
 
-def seeds_text(cells: Sequence[Cell]) -> str:
-    """n of each cell: "3 seeds each", or cell by cell."""
-    counts = [len(cell.runs) for cell in cells]
+def seeds_text(groups: Sequence[Group]) -> str:
+    """n of each group: "3 seeds each", or group by group."""
+    counts = [len(group.runs) for group in groups]
     if len(set(counts)) == 1:
-        return f"{counts[0]} seed{'' if counts[0] == 1 else 's'}{' each' if len(cells) > 1 else ''}"
-    return "seeds: " + ", ".join(f"{cell.calibration} {len(cell.runs)}" for cell in cells)
+        return f"{counts[0]} seed{'' if counts[0] == 1 else 's'}{' each' if len(groups) > 1 else ''}"
+    return "seeds: " + ", ".join(f"{group.calibration} {len(group.runs)}" for group in groups)
 
 
-def pairs_text(cells: Sequence[Cell]) -> str:
-    numbers = sorted({len(run.pairs.r_w) for cell in cells for run in cell.runs if run.pairs is not None})
+def pairs_text(groups: Sequence[Group]) -> str:
+    numbers = sorted({len(run.pairs.r_w) for group in groups for run in group.runs if run.pairs is not None})
     return f"{' or '.join(map(str, numbers))} held-out pairs" if numbers else "held-out pairs"
 
 
 def heat_map(comparison: Comparison) -> Figure | None:
     """Objective x calibration, coloured by the held-out chosen displacement at the end."""
-    groups = panels(comparison)
-    if not groups:
+    by_label = panels(comparison)
+    if not by_label:
         return None
-    calibrations = list(dict.fromkeys(cell.calibration for cells in groups.values() for cell in cells))
-    values = np.full((len(groups), len(calibrations)), math.nan)
-    texts = [[""] * len(calibrations) for _ in groups]
-    for row, cells in enumerate(groups.values()):
-        for cell in cells:
-            at = calibrations.index(cell.calibration)
-            mean, error = mean_and_error([run.evals["displacement/chosen"][-1] for run in cell.runs])
+    calibrations = list(dict.fromkeys(group.calibration for groups in by_label.values() for group in groups))
+    values = np.full((len(by_label), len(calibrations)), math.nan)
+    texts = [[""] * len(calibrations) for _ in by_label]
+    for row, groups in enumerate(by_label.values()):
+        for group in groups:
+            at = calibrations.index(group.calibration)
+            mean, error = mean_and_error([run.evals["displacement/chosen"][-1] for run in group.runs])
             values[row, at] = mean
             spread = "" if math.isnan(error) else f"<br>±{error:.2f}"
             texts[row][at] = f"{nats(mean)}{spread}"
@@ -116,16 +116,16 @@ def heat_map(comparison: Comparison) -> Figure | None:
     ticks = [
         tick for tick in (-100, -30, -10, -3, -1, 0, 1, 3, 10, 30, 100) if abs(np.arcsinh(tick)) <= reach
     ]
+    drawn = [group for groups in by_label.values() for group in groups]
     figure = Figure(
         "Held-out chosen displacement at the end",
-        f"nats, mean ± standard error; {seeds_text([cell for cells in groups.values() for cell in cells])}, "
-        f"{pairs_text(comparison.cells)}. Colour: orange fell, blue rose, on a scale that is logarithmic "
-        "away from 0.",
+        f"nats, mean ± standard error; {seeds_text(drawn)}, {pairs_text(comparison.groups)}. "
+        "Colour: orange fell, blue rose, on a scale that is logarithmic away from 0.",
     )
     figure.data.append(
         {
             "type": "heatmap", "z": shown, "x": [html.escape(name) for name in calibrations],
-            "y": [html.escape(name) for name in groups], "text": texts, "texttemplate": "%{text}",
+            "y": [html.escape(name) for name in by_label], "text": texts, "texttemplate": "%{text}",
             "hovertemplate": "%{y}, %{x}: %{text}<extra></extra>", "zmin": -reach, "zmax": reach,
             "xgap": 2, "ygap": 2,
             "colorscale": [[0, NEGATIVE], [0.5, NEUTRAL], [1, POSITIVE]],
@@ -136,16 +136,16 @@ def heat_map(comparison: Comparison) -> Figure | None:
         }
     )  # fmt: skip
     figure.layout = {
-        "height": 90 + 46 * len(groups),
+        "height": 90 + 46 * len(by_label),
         "yaxis": {"autorange": "reversed", "automargin": True, "type": "category"},
         "xaxis": {"side": "top", "type": "category", "showgrid": False}, "margin": {"t": 40, "b": 10},
     }  # fmt: skip
     return figure
 
 
-def band_figure(cells: Sequence[Cell]) -> Figure | None:
+def band_figure(groups: Sequence[Group]) -> Figure | None:
     """Log incentive ratio in its band, one facet a calibration on one scale: the paper's panel."""
-    drawn = [(cell, curve) for cell in cells if (curve := band_curve(cell)) is not None]
+    drawn = [(group, curve) for group in groups if (curve := band_curve(group)) is not None]
     if not drawn:
         return None
     low, high = band_range([curve for _, curve in drawn])
@@ -153,9 +153,9 @@ def band_figure(cells: Sequence[Cell]) -> Figure | None:
         "Log incentive ratio and the disentanglement band",
         "y: log ratio of the incentives, without unit. Line: where the steps stood; dashed: the band's "
         "centre; shaded: the band, medians of its edges, cut at the frame and open where rho ≤ 0. Over "
-        f"{seeds_text([cell for cell, _ in drawn])}; percentages are of the measured steps.",
+        f"{seeds_text([group for group, _ in drawn])}; percentages are of the measured steps.",
     )
-    for facet, (cell, curve) in enumerate(drawn):
+    for facet, (group, curve) in enumerate(drawn):
         below, above = np.clip(curve.lower, low, high), np.clip(curve.upper, low, high)
         common = {"type": "scatter", "mode": "lines", "showlegend": facet == 0} | _on(facet)
         edge = {"line": {"width": 0}, "hoverinfo": "skip", "legendgroup": "band"}
@@ -174,23 +174,23 @@ def band_figure(cells: Sequence[Cell]) -> Figure | None:
             },
         ]  # fmt: skip
         figure.axes(facet, "optimizer step", "log d_w/d_l", y_range=[low, high])
-        figure.facets.append(f"{cell.calibration}: {percent(curve.share_inside)} inside")
+        figure.facets.append(f"{group.calibration}: {percent(curve.share_inside)} inside")
     return figure
 
 
-def curve_figure(cells: Sequence[Cell]) -> Figure:
+def curve_figure(groups: Sequence[Group]) -> Figure:
     """Held-out chosen, rejected and margin, and alpha, over training: one line a calibration."""
     figure = Figure(
         "Displacement, margin and alpha",
-        f"Lines: means over {seeds_text(cells)} of {pairs_text(cells)} in nats, and alpha of the training "
+        f"Lines: means over {seeds_text(groups)} of {pairs_text(groups)} in nats, and alpha of the training "
         "steps. Shaded: ± standard error over seeds.",
         facets=["chosen (nats)", "rejected (nats)", "margin (nats)", "alpha"],
     )
-    look = looks(cell.calibration for cell in cells)
-    for cell in cells:
-        curves = [held_out_curve(cell, name) for name in ("chosen", "rejected", "margin")]
-        for facet, curve in enumerate([*curves, alpha_curve(cell)]):
-            figure.data += _line(curve, cell.calibration, look[cell.calibration], facet)
+    look = looks(group.calibration for group in groups)
+    for group in groups:
+        curves = [held_out_curve(group, name) for name in ("chosen", "rejected", "margin")]
+        for facet, curve in enumerate([*curves, alpha_curve(group)]):
+            figure.data += _line(curve, group.calibration, look[group.calibration], facet)
     for facet in range(4):
         figure.axes(facet, "optimizer step", "")
         figure.layout.setdefault("shapes", []).append(_level(facet, 1 if facet == 3 else 0))
@@ -228,22 +228,22 @@ def _level(facet: int, height: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def cosine_figure(cells: Sequence[Cell]) -> Figure | None:
+def cosine_figure(groups: Sequence[Group]) -> Figure | None:
     """Histogram of rho over the measured steps."""
-    drawn = [(cell, shares) for cell in cells if (shares := cosine_shares(cell)) is not None]
+    drawn = [(group, shares) for group in groups if (shares := cosine_shares(group)) is not None]
     if not drawn:
         return None
     figure = Figure(
         "Cosine of the two sides' score vectors",
         f"x: rho, -1 to 1; y: share of the measured steps in bins of {COSINE_EDGES[1] - COSINE_EDGES[0]:.2f} "
-        f"over {seeds_text([cell for cell, _ in drawn])}. At rho ≤ 0 every ratio is inside the band.",
+        f"over {seeds_text([group for group, _ in drawn])}. At rho ≤ 0 every ratio is inside the band.",
     )
-    look = looks(cell.calibration for cell in cells)
-    for cell, shares in drawn:
-        own = look[cell.calibration]
+    look = looks(group.calibration for group in groups)
+    for group, shares in drawn:
+        own = look[group.calibration]
         figure.data.append(
             {
-                "type": "scatter", "mode": "lines", "name": html.escape(cell.calibration),
+                "type": "scatter", "mode": "lines", "name": html.escape(group.calibration),
                 "x": (COSINE_EDGES[:-1] + COSINE_EDGES[1:]) / 2, "y": shares,
                 "line": {"shape": "hvh", "color": own.colour, "dash": own.dash[0]},
                 "fill": "tozeroy", "fillcolor": _rgba(own.colour, 0.1),
@@ -254,15 +254,15 @@ def cosine_figure(cells: Sequence[Cell]) -> Figure | None:
     return figure
 
 
-def pathway_figure(cells: Sequence[Cell]) -> Figure | None:
+def pathway_figure(groups: Sequence[Group]) -> Figure | None:
     """What a small gradient step would do to both sides, by calibration and quarter of training."""
-    drawn = [(cell, shares) for cell in cells if (shares := pathway_shares(cell)) is not None]
+    drawn = [(group, shares) for group in groups if (shares := pathway_shares(group)) is not None]
     if not drawn:
         return None
     figure = Figure(
         "Pathways over training",
         f"Share of the measured steps after calibration, by quarter of training, over "
-        f"{seeds_text([cell for cell, _ in drawn])}: what a small plain gradient step does to both sides.",
+        f"{seeds_text([group for group, _ in drawn])}: what a small plain gradient step does to both sides.",
     )
     quarters = [f"{idx + 1}" for idx in range(NUM_PARTS)]
     for pathway, name in enumerate(PATHWAYS):
@@ -270,7 +270,7 @@ def pathway_figure(cells: Sequence[Cell]) -> Figure | None:
             {
                 "type": "bar", "name": name, "marker": {"color": PATHWAY_COLOURS[pathway]},
                 "x": [
-                    [html.escape(cell.calibration) for cell, _ in drawn for _ in quarters],
+                    [html.escape(group.calibration) for group, _ in drawn for _ in quarters],
                     [quarter for _ in drawn for quarter in quarters],
                 ],
                 "y": np.concatenate([shares[:, pathway] for _, shares in drawn]),
@@ -282,16 +282,16 @@ def pathway_figure(cells: Sequence[Cell]) -> Figure | None:
     return figure
 
 
-def scatter_figure(cells: Sequence[Cell]) -> Figure | None:
+def scatter_figure(groups: Sequence[Group]) -> Figure | None:
     """Change of chosen against change of rejected, pair by pair, one facet a calibration on one scale."""
-    drawn = [(cell, points) for cell in cells if (points := pair_points(cell)) is not None]
+    drawn = [(group, points) for group in groups if (points := pair_points(group)) is not None]
     if not drawn:
         return None
     num_pairs = sorted({points.num_pairs for _, points in drawn})
     shown = f", at most {MAX_POINTS} shown" if num_pairs[-1] > MAX_POINTS else ""
     figure = Figure(
         "Displacement, pair by pair",
-        f"One mark a held-out pair, mean over {seeds_text([cell for cell, _ in drawn])}; n = "
+        f"One mark a held-out pair, mean over {seeds_text([group for group, _ in drawn])}; n = "
         f"{' or '.join(map(str, num_pairs))}{shown}; nats. "
         "Above the dashed line at 0 the chosen response rose, below it fell; above the diagonal the margin "
         "grew.",
@@ -299,14 +299,14 @@ def scatter_figure(cells: Sequence[Cell]) -> Figure | None:
     across = _span(np.concatenate([points.r_l for _, points in drawn]))
     up = _span(np.concatenate([points.r_w for _, points in drawn]))
     diagonal = [max(across[0], up[0]), min(across[1], up[1])]
-    look = looks(cell.calibration for cell in cells)
-    for facet, (cell, points) in enumerate(drawn):
+    look = looks(group.calibration for group in groups)
+    for facet, (group, points) in enumerate(drawn):
         figure.data.append(
             {
                 "type": "scatter", "mode": "markers", "x": points.r_l, "y": points.r_w, "showlegend": False,
                 "marker": {
-                    "size": 5, "opacity": 0.55, "color": look[cell.calibration].colour,
-                    "symbol": look[cell.calibration].mark[0],
+                    "size": 5, "opacity": 0.55, "color": look[group.calibration].colour,
+                    "symbol": look[group.calibration].mark[0],
                 },
                 "text": [f"pair {idx}" for idx in points.index],
                 "hovertemplate": "%{text}: rejected %{x:.2f}, chosen %{y:.2f}<extra></extra>",
@@ -324,7 +324,7 @@ def scatter_figure(cells: Sequence[Cell]) -> Figure | None:
                 },
             ]
         )  # fmt: skip
-        figure.facets.append(f"{cell.calibration}: {percent(float((points.r_w < 0).mean()))} fell")
+        figure.facets.append(f"{group.calibration}: {percent(float((points.r_w < 0).mean()))} fell")
     return figure
 
 
@@ -335,7 +335,7 @@ def _span(values: np.ndarray) -> list[float]:
     return [low - pad, high + pad]
 
 
-def objective_figures(cells: Sequence[Cell]) -> list[Figure]:
+def objective_figures(groups: Sequence[Group]) -> list[Figure]:
     """All figures of one objective, those that its runs measured."""
     makers = (band_figure, curve_figure, scatter_figure, cosine_figure, pathway_figure)
-    return [figure for make in makers if (figure := make(cells)) is not None]
+    return [figure for make in makers if (figure := make(groups)) is not None]

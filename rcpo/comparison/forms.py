@@ -5,13 +5,13 @@ import io
 import json
 from collections.abc import Sequence
 
-from rcpo.comparison.cells import Comparison
+from rcpo.comparison.groups import Comparison
 from rcpo.comparison.summary import headline, sentences
-from rcpo.comparison.table import COLUMNS, Row, cell_texts, heads, notes
+from rcpo.comparison.table import COLUMNS, Row, heads, line_texts, notes
 
 
 def as_csv(rows: Sequence[Row], comparison: Comparison) -> str:
-    """One record a cell, every number."""
+    """One record a group, every number."""
     records = [row.record() for row in rows]
     stream = io.StringIO()
     writer = csv.DictWriter(stream, list(records[0]), lineterminator="\n")
@@ -21,17 +21,18 @@ def as_csv(rows: Sequence[Row], comparison: Comparison) -> str:
 
 
 def as_json(rows: Sequence[Row], comparison: Comparison) -> str:
-    """Cells, the runs left out with their reasons, and the settings that all cells share."""
+    """Groups, the runs left out with their reasons, and the settings that all groups share."""
     left_out = [{"path": str(item.run.path), "reason": item.reason} for item in comparison.left_out]
-    cells = [row.record() | {"runs": [str(run.path) for run in row.cell.runs]} for row in rows]
-    tree = {"cells": cells, "left_out": left_out, "common_settings": comparison.common}
+    groups = [row.record() | {"runs": [str(run.path) for run in row.group.runs]} for row in rows]
+    # Programs read the key cells, its name before groups were called so.
+    tree = {"cells": groups, "left_out": left_out, "common_settings": comparison.common}
     return json.dumps(tree, indent=2, default=str) + "\n"
 
 
 def as_markdown(rows: Sequence[Row], comparison: Comparison, pm: str = "±") -> str:
     """An aligned table, what it says in words, and the notes."""
     titles = heads(comparison, COLUMNS)
-    lines = [[text.replace("|", "\\|") for text in cell_texts(row, COLUMNS, pm)] for row in rows]
+    lines = [[text.replace("|", "\\|") for text in line_texts(row, COLUMNS, pm)] for row in rows]
     widths = [max(map(len, texts)) for texts in zip(titles, *lines, strict=True)]
     num_left = titles.index("n")
     rule = ["-" * max(3, width) for width in widths]
@@ -67,7 +68,7 @@ def as_latex(rows: Sequence[Row], comparison: Comparison) -> str:
 
     titles = heads(comparison, COLUMNS)
     left = titles.index("n")
-    body = "\n".join(f"{' & '.join(map(escaped, cell_texts(row, COLUMNS, '±')))} \\\\" for row in rows)
+    body = "\n".join(f"{' & '.join(map(escaped, line_texts(row, COLUMNS, '±')))} \\\\" for row in rows)
     comments = "\n".join(f"% {note}" for note in notes(comparison, "+-"))
     return (
         f"{comments}\n% needs \\usepackage{{booktabs}}\n"

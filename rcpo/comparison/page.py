@@ -12,12 +12,12 @@ from plotly.offline import get_plotlyjs
 import rcpo
 import rcpo.common
 from rcpo.common.console import KEPT_NATS, nats
-from rcpo.comparison.cells import Cell, Comparison
 from rcpo.comparison.curves import panels
 from rcpo.comparison.fallen import ChesChoice, Fallen, FallenPair, find_fallen
 from rcpo.comparison.figures import Figure, heat_map, objective_figures
+from rcpo.comparison.groups import Comparison, Group
 from rcpo.comparison.summary import headline, sentences
-from rcpo.comparison.table import COLUMNS, Row, cell_texts, heads, notes
+from rcpo.comparison.table import COLUMNS, Row, heads, line_texts, notes
 
 HERE = Path(__file__).parent
 ABOUT_FALLEN = (
@@ -38,25 +38,25 @@ POLICY = (
 def make_page(rows: Sequence[Row], comparison: Comparison, ches: ChesChoice = "auto") -> str:
     """The whole page; `ches`: whether the model is loaded to score the pairs that fell."""
     figures: list[Figure] = []
-    groups = panels(comparison)
+    by_label = panels(comparison)
     heat = heat_map(comparison)
     overview = "" if heat is None else _place(heat, figures, "narrow")
-    fallen = find_fallen(groups, ches)
+    fallen = find_fallen(by_label, ches)
     worst = min(
-        groups, key=lambda label: groups[label][0].runs[0].evals["displacement/chosen"][-1], default=""
+        by_label, key=lambda label: by_label[label][0].runs[0].evals["displacement/chosen"][-1], default=""
     )
     sections = [
-        _objective_section(idx, label, cells, figures, _fallen_table(fallen.get(label), label == worst))
-        for idx, (label, cells) in enumerate(groups.items())
+        _objective_section(idx, label, groups, figures, _fallen_table(fallen.get(label), label == worst))
+        for idx, (label, groups) in enumerate(by_label.items())
     ]
-    num_runs = sum(len(cell.runs) for cell in comparison.cells)
+    num_runs = sum(len(group.runs) for group in comparison.groups)
     links = "".join(
-        f'<a href="#objective-{idx}">{html.escape(label)}</a>' for idx, label in enumerate(groups)
+        f'<a href="#objective-{idx}">{html.escape(label)}</a>' for idx, label in enumerate(by_label)
     )
-    body = f"""<h1>{html.escape(_title(groups))}</h1>
+    body = f"""<h1>{html.escape(_title(by_label))}</h1>
 <p class="lead">{html.escape(headline(rows, comparison))}</p>
 {_list(sentences(rows, comparison))}
-<p class="meta">{num_runs} runs in {len(comparison.cells)} cells, {len(comparison.left_out)} runs left out;
+<p class="meta">{num_runs} runs in {len(comparison.groups)} groups, {len(comparison.left_out)} runs left out;
 rcpo {rcpo.__version__}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC.</p>
 <p class="note screen">Drag in a figure to look closer, double-click to go back, click a legend to hide a
 line.</p>
@@ -74,7 +74,7 @@ line.</p>
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,">
-<title>{html.escape(_title(groups))}</title>
+<title>{html.escape(_title(by_label))}</title>
 <style>{(Path(rcpo.common.__file__).parent / "page.css").read_text(encoding="utf-8")}</style>
 </head>
 <body>
@@ -87,8 +87,8 @@ line.</p>
 """
 
 
-def _title(groups: Iterable[str]) -> str:
-    names = list(dict.fromkeys(label.split()[0] for label in groups))
+def _title(labels: Iterable[str]) -> str:
+    names = list(dict.fromkeys(label.split()[0] for label in labels))
     shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
     return f"rcpo: {shown or 'no finished runs'}"
 
@@ -117,14 +117,14 @@ def _main_table(rows: Sequence[Row], comparison: Comparison) -> str:
     num_left, where = titles.index("n"), titles.index("chosen")
     body, previous = [], None
     for row in rows:
-        texts = cell_texts(row, COLUMNS, "±")
+        texts = line_texts(row, COLUMNS, "±")
         kinds = ["left" if idx < num_left else "" for idx in range(len(texts))]
         kinds[where] = _mood(row.means["chosen"][0])
         cells = "".join(
             f'<td class="{kind}">{html.escape(text)}</td>' for kind, text in zip(kinds, texts, strict=True)
         )
-        first = "first" if row.cell.row_label != previous else ""
-        previous = row.cell.row_label
+        first = "first" if row.group.row_label != previous else ""
+        previous = row.group.row_label
         body.append(f'<tr class="{first}">{cells}</tr>')
     head = "".join(
         f'<th class="{"left" if idx < num_left else ""}">{html.escape(title)}</th>'
@@ -132,7 +132,7 @@ def _main_table(rows: Sequence[Row], comparison: Comparison) -> str:
     )
     lines = "<br>".join(html.escape(note) for note in notes(comparison, "±"))
     return (
-        f'<h2>All cells</h2><div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f'<h2>All groups</h2><div class="scroll"><table><thead><tr>{head}</tr></thead>'
         f'<tbody>{"".join(body)}</tbody></table></div><p class="note">{lines}</p>'
     )
 
@@ -143,10 +143,10 @@ def _mood(change: float) -> str:
     return "down" if change < 0 else "up"
 
 
-def _objective_section(idx: int, label: str, cells: list[Cell], figures: list[Figure], fallen: str) -> str:
+def _objective_section(idx: int, label: str, groups: list[Group], figures: list[Figure], fallen: str) -> str:
     """The figures, those of one plot two in a row where there is room, and the pairs that fell."""
     places = "".join(
-        _place(figure, figures, "whole" if figure.facets else "") for figure in objective_figures(cells)
+        _place(figure, figures, "whole" if figure.facets else "") for figure in objective_figures(groups)
     )
     return (
         f'<h2 id="objective-{idx}">{html.escape(label)}</h2>\n<div class="figures">{places}</div>\n{fallen}'
@@ -237,25 +237,25 @@ def _breakable(key: str) -> str:
 
 
 def _settings(comparison: Comparison) -> str:
-    """What cells differ in, cell by cell, and what they share."""
+    """What groups differ in, group by group, and what they share."""
     head = "".join(f'<th class="left">{_breakable(key)}</th>' for key in comparison.differing)
     body = "".join(
-        f'<tr><td class="left">{html.escape(cell.label)}</td>'
+        f'<tr><td class="left">{html.escape(group.label)}</td>'
         + "".join(
-            f'<td class="left">{html.escape(str(cell.settings.get(key, "-")))}</td>'
+            f'<td class="left">{html.escape(str(group.settings.get(key, "-")))}</td>'
             for key in comparison.differing
         )
-        + f"<td>{html.escape(cell.seeds)}</td></tr>"
-        for cell in comparison.cells
+        + f"<td>{html.escape(group.seeds)}</td></tr>"
+        for group in comparison.groups
     )
     common = "".join(
         f'<tr><td class="left">{html.escape(key)}</td><td class="left">{html.escape(str(value))}</td></tr>'
         for key, value in comparison.common.items()
     )
     return (
-        '<h2 id="settings">Settings</h2><p class="note">What the cells differ in; - is a setting that a cell '
-        'does not read.</p><div class="scroll"><table>'
-        f'<thead><tr><th class="left">cell</th>{head}<th>seeds</th></tr></thead>'
-        f"<tbody>{body}</tbody></table></div><details><summary>Settings that all cells share</summary>"
+        '<h2 id="settings">Settings</h2><p class="note">What the groups differ in; - is a setting that '
+        'a group does not read.</p><div class="scroll"><table>'
+        f'<thead><tr><th class="left">group</th>{head}<th>seeds</th></tr></thead>'
+        f"<tbody>{body}</tbody></table></div><details><summary>Settings that all groups share</summary>"
         f'<div class="scroll"><table><tbody>{common}</tbody></table></div></details>'
     )

@@ -18,7 +18,7 @@ import numpy as np
 import rcpo
 from rcpo.common.errors import UserError
 from rcpo.common.files import write_atomically
-from rcpo.comparison.cells import same_logps
+from rcpo.comparison.groups import same_logps
 from rcpo.comparison.held_out import Origin, model_folder, origin_of, tokenized
 from rcpo.comparison.load import Run, one_line
 

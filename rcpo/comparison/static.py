@@ -19,7 +19,6 @@ from matplotlib.patches import Patch
 from rcpo.common.console import percent
 from rcpo.common.files import replacing
 from rcpo.comparison import figures
-from rcpo.comparison.cells import Cell, Comparison
 from rcpo.comparison.curves import (
     COSINE_EDGES,
     NUM_PARTS,
@@ -33,6 +32,7 @@ from rcpo.comparison.curves import (
     panels,
     pathway_shares,
 )
+from rcpo.comparison.groups import Comparison, Group
 from rcpo.comparison.palette import (
     BAND,
     FAINT,
@@ -82,7 +82,7 @@ def write_figures(comparison: Comparison, folder: Path, suffix: str) -> list[Pat
     return written
 
 
-Draw = Callable[[Sequence[Cell]], Picture]
+Draw = Callable[[Sequence[Group]], Picture]
 
 
 def _pictures(comparison: Comparison) -> Iterator[tuple[str, str, Picture]]:
@@ -91,7 +91,7 @@ def _pictures(comparison: Comparison) -> Iterator[tuple[str, str, Picture]]:
     if heat is None:
         return
     yield "displacement-grid", f"{heat.title}: {heat.caption}", draw_grid(comparison)
-    makers: dict[str, tuple[Callable[[Sequence[Cell]], figures.Figure | None], Draw]] = {
+    makers: dict[str, tuple[Callable[[Sequence[Group]], figures.Figure | None], Draw]] = {
         "band": (figures.band_figure, draw_band),
         "curves": (figures.curve_figure, draw_curves),
         "pairs": (figures.scatter_figure, draw_pairs),
@@ -99,15 +99,15 @@ def _pictures(comparison: Comparison) -> Iterator[tuple[str, str, Picture]]:
         "pathways": (figures.pathway_figure, draw_pathways),
     }
     taken: set[str] = set()
-    for label, cells in panels(comparison).items():
+    for label, groups in panels(comparison).items():
         safe = re.sub(r"[^A-Za-z0-9._-]+", "_", label)[:80]
         while safe in taken:
             safe += "_"
         taken.add(safe)
         for kind, (describe, draw) in makers.items():
-            described = describe(cells)
+            described = describe(groups)
             if described is not None:
-                yield f"{kind}-{safe}", f"{label}: {described.title}. {described.caption}", draw(cells)
+                yield f"{kind}-{safe}", f"{label}: {described.title}. {described.caption}", draw(groups)
 
 
 def _facets(count: int, height: float, extra: float = 0.3, share: bool = True) -> tuple[Picture, list[Axes]]:
@@ -123,11 +123,11 @@ def _facets(count: int, height: float, extra: float = 0.3, share: bool = True) -
 
 def draw_grid(comparison: Comparison) -> Picture:
     """The heat map."""
-    groups = panels(comparison)
+    by_label = panels(comparison)
     spec = figures.heat_map(comparison)
     assert spec is not None
     data = spec.data[0]
-    picture = Picture(figsize=(WIDTH_INCHES, 0.5 + 0.3 * len(groups)), layout="constrained")
+    picture = Picture(figsize=(WIDTH_INCHES, 0.5 + 0.3 * len(by_label)), layout="constrained")
     axis = picture.subplots()
     colours = LinearSegmentedColormap.from_list("displacement", [NEGATIVE, NEUTRAL, POSITIVE])
     image = axis.imshow(data["z"], cmap=colours, vmin=data["zmin"], vmax=data["zmax"], aspect="auto")
@@ -136,9 +136,9 @@ def draw_grid(comparison: Comparison) -> Picture:
             strong = abs(data["z"][row][at]) > 0.75 * data["zmax"]
             axis.text(at, row, text.replace("<br>", "\n"), ha="center", va="center", fontsize=5.5,
                       color="white" if strong else INK)  # fmt: skip
-    calibrations = list(dict.fromkeys(cell.calibration for cells in groups.values() for cell in cells))
+    calibrations = list(dict.fromkeys(group.calibration for groups in by_label.values() for group in groups))
     axis.set_xticks(range(len(calibrations)), calibrations)
-    axis.set_yticks(range(len(groups)), list(groups))
+    axis.set_yticks(range(len(by_label)), list(by_label))
     axis.tick_params(length=0, labeltop=True, labelbottom=False)
     axis.spines[:].set_visible(False)
     bar = picture.colorbar(image, label="chosen (nats)")
@@ -146,17 +146,17 @@ def draw_grid(comparison: Comparison) -> Picture:
     return picture
 
 
-def draw_band(cells: Sequence[Cell]) -> Picture:
-    drawn = [(cell, curve) for cell in cells if (curve := band_curve(cell)) is not None]
+def draw_band(groups: Sequence[Group]) -> Picture:
+    drawn = [(group, curve) for group in groups if (curve := band_curve(group)) is not None]
     low, high = band_range([curve for _, curve in drawn])
     picture, axes = _facets(len(drawn), 1.2)
-    for axis, (cell, curve) in zip(axes, drawn, strict=True):
+    for axis, (group, curve) in zip(axes, drawn, strict=True):
         below, above = np.clip(curve.lower, low, high), np.clip(curve.upper, low, high)
         axis.fill_between(curve.x, below, above, color=BAND, alpha=0.25, linewidth=0, label="band")
         axis.plot(curve.x, curve.center, color=BAND, linestyle="--", label="centre")
         axis.plot(curve.x, curve.position, color=INK, label="position")
         axis.set_ylim(low, high)
-        axis.set_title(f"{cell.calibration}: {percent(curve.share_inside)} inside")
+        axis.set_title(f"{group.calibration}: {percent(curve.share_inside)} inside")
         _label_outer(axis, "optimizer step", r"$\log\, d_w / d_l$")
     picture.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return picture
@@ -169,16 +169,16 @@ def _label_outer(axis: Axes, x: str, y: str) -> None:
     axis.label_outer()
 
 
-def draw_curves(cells: Sequence[Cell]) -> Picture:
+def draw_curves(groups: Sequence[Group]) -> Picture:
     picture, axes = _facets(4, 1.2, share=False)
-    look = looks(cell.calibration for cell in cells)
-    for cell in cells:
-        own = look[cell.calibration]
-        curves = [held_out_curve(cell, name) for name in ("chosen", "rejected", "margin")]
-        for idx, (axis, curve) in enumerate(zip(axes, [*curves, alpha_curve(cell)], strict=True)):
+    look = looks(group.calibration for group in groups)
+    for group in groups:
+        own = look[group.calibration]
+        curves = [held_out_curve(group, name) for name in ("chosen", "rejected", "margin")]
+        for idx, (axis, curve) in enumerate(zip(axes, [*curves, alpha_curve(group)], strict=True)):
             mark = own.mark[1] if idx < 3 else ""
             axis.plot(curve.x, curve.mean, color=own.colour, linestyle=own.dash[1], marker=mark,
-                      label=cell.calibration)  # fmt: skip
+                      label=group.calibration)  # fmt: skip
             axis.fill_between(
                 curve.x, curve.mean - curve.error, curve.mean + curve.error, color=own.colour, alpha=0.2,
                 linewidth=0,
@@ -193,32 +193,34 @@ def draw_curves(cells: Sequence[Cell]) -> Picture:
     return picture
 
 
-def draw_pairs(cells: Sequence[Cell]) -> Picture:
-    drawn = [(cell, points) for cell in cells if (points := pair_points(cell)) is not None]
-    look = looks(cell.calibration for cell in cells)
+def draw_pairs(groups: Sequence[Group]) -> Picture:
+    drawn = [(group, points) for group in groups if (points := pair_points(group)) is not None]
+    look = looks(group.calibration for group in groups)
     picture, axes = _facets(len(drawn), 1.3, extra=0.1)
-    for axis, (cell, points) in zip(axes, drawn, strict=True):
-        own = look[cell.calibration]
+    for axis, (group, points) in zip(axes, drawn, strict=True):
+        own = look[group.calibration]
         axis.scatter(
             points.r_l, points.r_w, s=3, color=own.colour, marker=own.mark[1], alpha=0.6, linewidths=0.3
         )
         axis.axhline(0, color=FAINT, linewidth=0.6, linestyle=(0, (4, 3)), zorder=0)
         axis.axline((0, 0), slope=1, color=FAINT, linewidth=0.6, zorder=0)
         axis.set_title(
-            f"{cell.calibration}: {percent(float((points.r_w < 0).mean()))} fell, n = {points.num_pairs}"
+            f"{group.calibration}: {percent(float((points.r_w < 0).mean()))} fell, n = {points.num_pairs}"
         )
         _label_outer(axis, "rejected (nats)", "chosen (nats)")
     return picture
 
 
-def draw_cosine(cells: Sequence[Cell]) -> Picture:
+def draw_cosine(groups: Sequence[Group]) -> Picture:
     picture, (axis,) = _facets(1, 1.6, extra=0.2)
-    look = looks(cell.calibration for cell in cells)
-    for cell in cells:
-        shares = cosine_shares(cell)
+    look = looks(group.calibration for group in groups)
+    for group in groups:
+        shares = cosine_shares(group)
         if shares is not None:
-            own = look[cell.calibration]
-            axis.stairs(shares, COSINE_EDGES, color=own.colour, linestyle=own.dash[1], label=cell.calibration)
+            own = look[group.calibration]
+            axis.stairs(
+                shares, COSINE_EDGES, color=own.colour, linestyle=own.dash[1], label=group.calibration
+            )
     axis.set_xlim(-1, 1)
     axis.set_xlabel("cosine of the score vectors, rho")
     axis.set_ylabel("share of steps")
@@ -226,8 +228,8 @@ def draw_cosine(cells: Sequence[Cell]) -> Picture:
     return picture
 
 
-def draw_pathways(cells: Sequence[Cell]) -> Picture:
-    drawn = [(cell, shares) for cell in cells if (shares := pathway_shares(cell)) is not None]
+def draw_pathways(groups: Sequence[Group]) -> Picture:
+    drawn = [(group, shares) for group in groups if (shares := pathway_shares(group)) is not None]
     picture, (axis,) = _facets(1, 1.6, extra=0.3)
     for number, (_, shares) in enumerate(drawn):
         x = number * (NUM_PARTS + 1) + np.arange(NUM_PARTS)
@@ -238,7 +240,7 @@ def draw_pathways(cells: Sequence[Cell]) -> Picture:
             )
             bottom += share
     middles = [number * (NUM_PARTS + 1) + (NUM_PARTS - 1) / 2 for number in range(len(drawn))]
-    axis.set_xticks(middles, [cell.calibration for cell, _ in drawn])
+    axis.set_xticks(middles, [group.calibration for group, _ in drawn])
     axis.tick_params(axis="x", length=0)
     axis.set_xlabel("quarters of training, by calibration")
     axis.set_ylabel("share of steps")

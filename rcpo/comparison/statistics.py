@@ -1,6 +1,6 @@
 """Is a difference larger than chance? Paired over held-out pairs, with seeds and pairs both random.
 
-Two cells are trained with the same seeds and measured on the same pairs, so every difference delta[s, i]
+Two groups are trained with the same seeds and measured on the same pairs, so every difference delta[s, i]
 (seed s, pair i) is one of two runs that share seed and pair. Another draw of held-out pairs and another draw
 of seeds would both have given another mean: its squared standard error is the sum of the two,
 

@@ -5,16 +5,16 @@ import math
 from collections.abc import Sequence
 
 from rcpo.common.console import KEPT_NATS, nats, percent
-from rcpo.comparison.cells import Cell, Comparison
 from rcpo.comparison.curves import panels
+from rcpo.comparison.groups import Comparison, Group
 from rcpo.comparison.table import COLUMNS, Row, p_text
 
 
 def headline(rows: Sequence[Row], comparison: Comparison) -> str:
     """One or two sentences over all objectives."""
-    chosen = {id(row.cell): row.means["chosen"][0] for row in rows}
-    groups = [(label, _off(cells), cells) for label, cells in panels(comparison).items()]
-    with_off = [(label, off, cells) for label, off, cells in groups if off is not None]
+    chosen = {id(row.group): row.means["chosen"][0] for row in rows}
+    by_label = [(label, _off(groups), groups) for label, groups in panels(comparison).items()]
+    with_off = [(label, off, groups) for label, off, groups in by_label if off is not None]
     if not with_off:
         return (
             "There is no finished calibration=off run here, so nothing can be said of what calibration does."
@@ -32,10 +32,10 @@ def headline(rows: Sequence[Row], comparison: Comparison) -> str:
         what += f"most of all {worst}" if len(falls) > 1 else worst
     text = f"Without calibration {what} ({nats(falls[worst])} nats)."
     mended = [
-        label for label, off, cells in with_off if label in falls
-        and any(chosen[id(cell)] > -KEPT_NATS for cell in cells if cell is not off)
+        label for label, off, groups in with_off if label in falls
+        and any(chosen[id(group)] > -KEPT_NATS for group in groups if group is not off)
     ]  # fmt: skip
-    tried = [label for label, _, cells in with_off if label in falls and len(cells) > 1]
+    tried = [label for label, _, groups in with_off if label in falls and len(groups) > 1]
     if not tried:
         return text
     if not mended:
@@ -48,29 +48,29 @@ def headline(rows: Sequence[Row], comparison: Comparison) -> str:
 
 def sentences(rows: Sequence[Row], comparison: Comparison) -> list[str]:
     """One for each objective that has both `off` and another calibration."""
-    by_cell = {id(row.cell): row for row in rows}
+    by_group = {id(row.group): row for row in rows}
     found = []
-    for label, cells in panels(comparison).items():
-        off = _off(cells)
-        compared = [by_cell[id(cell)] for cell in cells if cell.differences]
+    for label, groups in panels(comparison).items():
+        off = _off(groups)
+        compared = [by_group[id(group)] for group in groups if group.differences]
         if off is None or not compared:
             continue
         best = max(compared, key=lambda row: row.means["chosen"][0])
-        found.append(f"{label}: off {nats(by_cell[id(off)].means['chosen'][0])} nats; {_against(best)}")
+        found.append(f"{label}: off {nats(by_group[id(off)].means['chosen'][0])} nats; {_against(best)}")
     return found
 
 
 def _against(row: Row) -> str:
     """The best calibration, its difference, whether that is more than noise, and its speed."""
-    cell = row.cell
-    found = cell.differences["chosen"]
-    text = f"{cell.calibration} {nats(row.means['chosen'][0])}, a difference of {nats(found.mean)}"
-    if math.isnan(cell.p_holm):
+    group = row.group
+    found = group.differences["chosen"]
+    text = f"{group.calibration} {nats(row.means['chosen'][0])}, a difference of {nats(found.mean)}"
+    if math.isnan(group.p_holm):
         text += " of one pair"
     else:
-        p = p_text(cell.p_holm)
+        p = p_text(group.p_holm)
         p = f"p {p}" if p.startswith("<") else f"p = {p}"
-        larger = "larger" if cell.p_holm < 0.05 else "not larger"
+        larger = "larger" if group.p_holm < 0.05 else "not larger"
         noise = "of the pairs (one seed)" if found.num_seeds == 1 else "of seeds and pairs"
         text += f" [{nats(found.low)}, {nats(found.high)}], {larger} than the noise {noise} ({p})"
     speed = _speed(row)
@@ -79,15 +79,15 @@ def _against(row: Row) -> str:
 
 def _speed(row: Row) -> float:
     """Relative to the baseline's; medians over steps, means over seeds."""
-    baseline = row.cell.baseline
+    baseline = row.group.baseline
     assert baseline is not None
     column = next(column for column in COLUMNS if column.name == "pairs_per_second")
     values = [column.value(run, baseline) for run in baseline.runs]
     return row.means["pairs_per_second"][0] / (sum(values) / len(values))
 
 
-def _off(cells: Sequence[Cell]) -> Cell | None:
-    return next((cell for cell in cells if cell.calibration == "off"), None)
+def _off(groups: Sequence[Group]) -> Group | None:
+    return next((group for group in groups if group.calibration == "off"), None)
 
 
 def _listed(names: Sequence[str]) -> str:

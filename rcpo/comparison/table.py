@@ -1,9 +1,8 @@
 """The table of a comparison: its columns, its rows and what stands below it. `rcpo.comparison.forms` writes
 it.
 
-Cells with no comparable run have a row of dashes: nothing disappears. Numbers are means over seeds with their
-standard error.
-"""
+Groups with no comparable run have a row of dashes: nothing disappears. Numbers are means over seeds with
+their standard error."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,20 +13,20 @@ import numpy as np
 
 from rcpo.common.console import nats, number, percent
 from rcpo.common.errors import UserError
-from rcpo.comparison.cells import PER_PAIR, Cell, Comparison, LeftOut
+from rcpo.comparison.groups import PER_PAIR, Comparison, Group, LeftOut
 from rcpo.comparison.load import Run
 from rcpo.comparison.statistics import mean_and_error
 
 
-def _last(name: str) -> Callable[[Run, Cell], float]:
-    return lambda run, cell: float(run.evals[f"displacement/{name}"][-1])
+def _last(name: str) -> Callable[[Run, Group], float]:
+    return lambda run, group: float(run.evals[f"displacement/{name}"][-1])
 
 
-def _speed(run: Run, cell: Cell) -> float:
+def _speed(run: Run, group: Group) -> float:
     return _of(run.curves.get("speed/pairs_per_second"), np.nanmedian)
 
 
-def _memory(run: Run, cell: Cell) -> float:
+def _memory(run: Run, group: Group) -> float:
     return _of(run.curves.get("speed/peak_memory_gb"), np.nanmax)
 
 
@@ -35,14 +34,14 @@ def _of(values: np.ndarray | None, reduce: Callable[[np.ndarray], Any]) -> float
     return math.nan if values is None or np.isnan(values).all() else float(reduce(values))
 
 
-def in_band(run: Run, cell: Cell) -> float:
+def in_band(run: Run, group: Group) -> float:
     """Share of the measured steps inside the band; only of steps that the baseline's runs measured too, where
     there are such: calibrations measure more often than `off` does."""
     measured = run.measured
     if not measured or not len(measured["step"]):
         return math.nan
     chosen = np.ones(len(measured["step"]), bool)
-    for other in (cell.baseline or cell).runs:
+    for other in (group.baseline or group).runs:
         if other.measured:
             chosen &= np.isin(measured["step"], other.measured["step"])
     inside = measured["band/inside"]
@@ -56,7 +55,7 @@ class Column:
     name: str
     """In --sort, CSV and JSON."""
     head: str
-    value: Callable[[Run, Cell], float]
+    value: Callable[[Run, Group], float]
     text: Callable[[float], str]
     rank: int
     """The highest is left out first where a terminal is narrow."""
@@ -69,7 +68,7 @@ COLUMNS = (
     Column("accuracy", "accuracy", _last("accuracy"), "{:.2f}".format, 2),
     Column("fell", "fell", _last("chosen_down"), percent, 4),
     Column("in_band", "in band", in_band, percent, 5),
-    Column("worst", "worst", lambda run, cell: float(np.nanmin(run.evals["displacement/chosen"])), nats, 9),
+    Column("worst", "worst", lambda run, group: float(np.nanmin(run.evals["displacement/chosen"])), nats, 9),
     Column("pairs_per_second", "pairs/s", _speed, number, 6),
     Column("memory_gb", "GB", _memory, number, 8),
 )
@@ -78,43 +77,43 @@ MAX_PATHS = 5
 NOTES = (
     "chosen, rejected, margin: held-out change of log-probability in nats, at the end; worst: lowest chosen "
     "of all evaluations; fell: share of chosen responses that became less likely; in band: of the "
-    "steps that measured it and that off measured too, by each cell's own estimator.",
+    "steps that measured it and that off measured too, by each group's own estimator.",
     "{pm}: standard error over the n seeds.",
     "vs off: mean difference of chosen to calibration=off, paired by seed and by held-out pair, with its "
     "95 % interval; p from a t test that takes both pairs and seeds as random (Cochran and Cox), Holm-"
-    "adjusted for {num} cells. Bracketed p: one seed only, so the noise between seeds is not in it.",
+    "adjusted for {num} groups. Bracketed p: one seed only, so the noise between seeds is not in it.",
 )
 
 
 @dataclass(frozen=True)
 class Row:
-    cell: Cell
+    group: Group
     means: dict[str, tuple[float, float]]
     """(mean, standard error) by name of `COLUMNS`; nan where nothing was measured."""
 
     def record(self) -> dict[str, Any]:
         """Flat, for CSV and JSON; None where nothing was measured."""
-        cell = self.cell
+        group = self.group
         record: dict[str, Any] = {
-            "objective": cell.objective, "calibration": cell.calibration, **cell.other, "n": len(cell.runs),
-            "seeds": cell.seeds, "left_out": len(cell.left_out),
+            "objective": group.objective, "calibration": group.calibration, **group.other,
+            "n": len(group.runs), "seeds": group.seeds, "left_out": len(group.left_out),
         }  # fmt: skip
         for name, (mean, error) in self.means.items():
             record |= {name: mean, f"{name}_se": error}
         for name in PER_PAIR:
-            found = cell.differences.get(name)
+            found = group.differences.get(name)
             record |= {
                 f"vs_off_{name}{suffix}": None if found is None else getattr(found, key)
                 for suffix, key in (("", "mean"), ("_low", "low"), ("_high", "high"), ("_p", "p"))
             }
-        found = cell.differences.get("chosen")
+        found = group.differences.get("chosen")
         record |= {
-            "vs_off_chosen_p_holm": cell.p_holm,
+            "vs_off_chosen_p_holm": group.p_holm,
             "vs_off_chosen_se_pairs": found and found.se_pairs,
             "vs_off_chosen_se_seeds": found and found.se_seeds,
             "vs_off_seeds": found and found.num_seeds,
             "vs_off_pairs": found and found.num_pairs,
-            "note": cell.note,
+            "note": group.note,
         }
         return {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -123,15 +122,15 @@ class Row:
 
 
 def make_rows(comparison: Comparison, sort: str | None = None) -> list[Row]:
-    """One row a cell; sorted by a column, falling where `sort` begins with "-", cells without a value
+    """One row a group; sorted by a column, falling where `sort` begins with "-", groups without a value
     last."""
     rows = []
-    for cell in comparison.cells:
+    for group in comparison.groups:
         means = {}
         for column in COLUMNS:
-            values = [value for run in cell.runs if not math.isnan(value := column.value(run, cell))]
+            values = [value for run in group.runs if not math.isnan(value := column.value(run, group))]
             means[column.name] = mean_and_error(values) if values else (math.nan, math.nan)
-        rows.append(Row(cell, means))
+        rows.append(Row(group, means))
     if sort is None:
         return rows
     name, falling = sort.removeprefix("-"), sort.startswith("-")
@@ -139,34 +138,34 @@ def make_rows(comparison: Comparison, sort: str | None = None) -> list[Row]:
     if name not in names:
         raise UserError(f"--sort {sort}: no such column; choose one of {', '.join(names)}, or -NAME to fall")
     if name in ("objective", "calibration"):
-        return sorted(rows, key=lambda row: getattr(row.cell, name), reverse=falling)
+        return sorted(rows, key=lambda row: getattr(row.group, name), reverse=falling)
 
     def key(row: Row) -> tuple[bool, float]:
-        found = row.cell.differences.get("chosen")
+        found = row.group.differences.get("chosen")
         value = (found.mean if found else math.nan) if name == "vs_off" else row.means[name][0]
         return math.isnan(value), -value if falling else value
 
     return sorted(rows, key=key)
 
 
-def cell_texts(row: Row, columns: Sequence[Column], pm: str) -> list[str]:
+def line_texts(row: Row, columns: Sequence[Column], pm: str) -> list[str]:
     """Under `heads`."""
-    cell = row.cell
-    texts = [cell.objective, cell.calibration, *cell.other.values(), str(len(cell.runs))]
+    group = row.group
+    texts = [group.objective, group.calibration, *group.other.values(), str(len(group.runs))]
     for column in columns:
         mean, error = row.means[column.name]
         text = "-" if math.isnan(mean) else column.text(mean)
         with_error = not math.isnan(error) and column.name in ("chosen", "rejected", "margin", "worst")
         texts.append(f"{text} {pm} {error:.2f}" if with_error else text)
-    return [*texts, *difference_texts(cell)]
+    return [*texts, *difference_texts(group)]
 
 
-def difference_texts(cell: Cell) -> list[str]:
+def difference_texts(group: Group) -> list[str]:
     """The difference to off with its interval, and p."""
-    found = cell.differences.get("chosen")
+    found = group.differences.get("chosen")
     if found is None:
-        return ["" if cell.baseline is None or not cell.note else cell.note, ""]
-    p = p_text(cell.p_holm)
+        return ["" if group.baseline is None or not group.note else group.note, ""]
+    p = p_text(group.p_holm)
     return [
         f"{nats(found.mean)} [{nats(found.low)}, {nats(found.high)}]",
         f"({p})" if found.num_seeds == 1 else p,
@@ -180,7 +179,7 @@ def p_text(p: float) -> str:
 
 
 def heads(comparison: Comparison, columns: Sequence[Column]) -> list[str]:
-    other = list(comparison.cells[0].other) if comparison.cells else []
+    other = list(comparison.groups[0].other) if comparison.groups else []
     return ["objective", "calibration", *other, "n", *(column.head for column in columns), "vs off", "p"]
 
 
@@ -197,9 +196,9 @@ def left_out_lines(left_out: Sequence[LeftOut]) -> list[str]:
 
 
 def notes(comparison: Comparison, pm: str) -> list[str]:
-    """What the numbers are, then every run that is left out, then every cell that is of another kind."""
+    """What the numbers are, then every run that is left out, then every group that is of another kind."""
     lines = [note.format(pm=pm, num=comparison.num_comparisons) for note in NOTES[:2]]
     if comparison.num_comparisons:
         lines.append(NOTES[2].format(num=comparison.num_comparisons))
     lines += left_out_lines(comparison.left_out)
-    return lines + [f"{cell.label}: {cell.note}" for cell in comparison.cells if cell.note]
+    return lines + [f"{group.label}: {group.note}" for group in comparison.groups if group.note]

@@ -8,10 +8,10 @@ from rich.table import Table
 from rich.text import Text
 
 from rcpo.common.console import KEPT_NATS
-from rcpo.comparison.cells import Comparison
 from rcpo.comparison.forms import as_markdown
+from rcpo.comparison.groups import Comparison
 from rcpo.comparison.summary import headline, sentences
-from rcpo.comparison.table import COLUMNS, Column, Row, cell_texts, heads, notes
+from rcpo.comparison.table import COLUMNS, Column, Row, heads, line_texts, notes
 
 WIDE = 10_000
 
@@ -49,12 +49,12 @@ def _table(rows: Sequence[Row], comparison: Comparison, columns: Sequence[Column
         table.add_column(title, justify="left" if idx < num_left else "right")
     previous = None
     for row in rows:
-        texts = [Text(text) for text in cell_texts(row, columns, pm)]
+        texts = [Text(text) for text in line_texts(row, columns, pm)]
         chosen = row.means["chosen"][0]
         if abs(chosen) >= KEPT_NATS:
             texts[where].stylize("red" if chosen < 0 else "green")
-        if previous not in (None, row.cell.row_label):
+        if previous not in (None, row.group.row_label):
             table.add_section()
-        previous = row.cell.row_label
+        previous = row.group.row_label
         table.add_row(*texts)
     return table

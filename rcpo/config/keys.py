@@ -18,7 +18,7 @@ from rcpo.objectives import REGISTRY, config_key
 
 INTRO = """# Configuration: every group, option and key
 
-<!-- Written by `python -m rcpo.config.keys > conf/README.md`; change the schema or the YAML files. -->
+<!-- `python -m rcpo.config.keys > conf/README.md` writes this; change the schema or the YAML. -->
 
 `rcpo train` and `rcpo score` take two kinds of words. GROUP=OPTION selects a file of this folder:
 `calibration=on` is `conf/calibration/on.yaml`. KEY=VALUE sets one value: `train.steps=300`.
@@ -35,7 +35,7 @@ rcpo train --config-dir DIR objective=mine     # an option of your own: DIR/obje
 - In a YAML file, quote `"off"` and `"on"`: YAML 1.1 reads them as false and true.
 - rcpo checks the whole config once, before it writes anything. An unknown key, a wrong type or an
   impossible combination is one line and exit code 2.
-- `conf/cluster/` has SLURM profiles, which `rcpo sweep --slurm` reads and `rcpo train` does not:
+- `conf/cluster/` has SLURM profiles. `rcpo sweep` reads them, `rcpo train` does not:
   [slurm/README.md](../slurm/README.md).
 """
 GROUPS = """## Groups and options

@@ -53,7 +53,7 @@ def old_set_aside(path: Path) -> Iterator[None]:
         yield
         return
     beside = path.with_name(f".{path.name}.replaced")
-    with training(path):
+    with run_lock_held(path):
         shutil.rmtree(beside, ignore_errors=True)
         path.rename(beside)
     try:
@@ -66,7 +66,7 @@ def old_set_aside(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def training(path: Path) -> Iterator[None]:
+def run_lock_held(path: Path) -> Iterator[None]:
     """While open, this process trains the run at `path` and no other one does. Raises UserError when another
     does already."""
     if not (path / "config.yaml").is_file():
@@ -78,6 +78,10 @@ def training(path: Path) -> Iterator[None]:
             yield
     except HeldError as error:
         raise _is_trained(path, error) from None
+
+
+training = run_lock_held
+"""Its name in `rcpo.launch.start`."""
 
 
 def _is_trained(path: Path, error: HeldError) -> UserError:

@@ -19,7 +19,7 @@ from rcpo.data.tokenize import TokenizedPair
 from rcpo.ranks.distributed import gather, rank, sum_over_ranks, world_size
 
 
-class Scorer(Protocol):
+class LogProbModel(Protocol):
     """What gives log-probabilities without gradients: the engine of a policy, or a reference model."""
 
     @property
@@ -36,13 +36,13 @@ def eval_batch(config: ResolvedConfig) -> int:
 
 
 def measure_logprobs(
-    scorer: Scorer,
+    model: LogProbModel,
     pairs: Sequence[TokenizedPair],
     pad_id: int,
     pairs_per_device: int,
     on_batch: Callable[[int], None] = lambda num_pairs: None,
 ) -> SideLogProbs:
-    """z_w, z_l of `pairs` under the current weights of `scorer`; the same on every rank. Collective.
+    """z_w, z_l of `pairs` under the current weights of `model`; the same on every rank. Collective.
 
     Every rank runs the same number of forward passes, because at ZeRO 3 a forward pass is itself a
     collective: where batches do not divide by the ranks, the last ones are computed twice and one copy is
@@ -52,11 +52,11 @@ def measure_logprobs(
     batches = [
         by_length[start : start + pairs_per_device] for start in range(0, len(pairs), pairs_per_device)
     ]
-    result = torch.zeros(2, len(pairs), dtype=torch.float32, device=scorer.device)
+    result = torch.zeros(2, len(pairs), dtype=torch.float32, device=model.device)
     for first in range(0, len(batches), world_size()):
         mine = first + rank()
         members = batches[min(mine, len(batches) - 1)]
-        z = scorer.logprobs_without_grad(collate([pairs[idx] for idx in members], pad_id).to(scorer.device))
+        z = model.logprobs_without_grad(collate([pairs[idx] for idx in members], pad_id).to(model.device))
         if mine < len(batches):
             result[:, members] = z.view(2, len(members))
         on_batch(sum(len(batch) for batch in batches[first : first + world_size()]))
@@ -65,7 +65,7 @@ def measure_logprobs(
 
 
 def measure_token_logprobs(
-    scorer: Scorer, pairs: Sequence[TokenizedPair], pad_id: int, pairs_per_device: int
+    model: LogProbModel, pairs: Sequence[TokenizedPair], pad_id: int, pairs_per_device: int
 ) -> list[Tensor]:
     """Per pair the token log-probs of the chosen and then the rejected response, (|y_w| + |y_l|,) fp32 on the
     CPU; the same on every rank. Collective."""
@@ -76,8 +76,8 @@ def measure_token_logprobs(
     ]
     for first in range(0, len(batches), world_size()):
         members = batches[min(first + rank(), len(batches) - 1)]
-        batch = collate([pairs[idx] for idx in members], pad_id).to(scorer.device)
-        logps = scorer.logprobs_without_grad(batch, tokens=True).cpu()
+        batch = collate([pairs[idx] for idx in members], pad_id).to(model.device)
+        logps = model.logprobs_without_grad(batch, tokens=True).cpu()
         sides = logps.split(batch.lengths.tolist())
         for place, idx in enumerate(members):
             found[idx] = torch.cat([sides[place], sides[place + len(members)]])

@@ -52,7 +52,7 @@ class FrozenModel:
 
     @torch.no_grad()
     def logprobs_without_grad(self, batch: PairBatch, tokens: bool = False) -> Tensor:
-        """As `rcpo.models.evaluation.Scorer` says."""
+        """As `rcpo.models.evaluation.LogProbModel` says."""
         z: Tensor = self._policy(batch, tokens)
         return z
 
@@ -99,6 +99,6 @@ class AdapterOff:
         self.device = engine.device
 
     def logprobs_without_grad(self, batch: PairBatch, tokens: bool = False) -> Tensor:
-        """As `rcpo.models.evaluation.Scorer` says."""
+        """As `rcpo.models.evaluation.LogProbModel` says."""
         with new_adapter_off(self._engine.policy.model):
             return self._engine.logprobs_without_grad(batch, tokens)

@@ -22,7 +22,7 @@ from rcpo.data.inputs import Inputs
 from rcpo.data.pairs import SideLogProbs
 from rcpo.data.tokenize import TokenizedPair
 from rcpo.models.engine import Engine
-from rcpo.models.evaluation import Scorer, eval_batch, measure_logprobs, measure_token_logprobs
+from rcpo.models.evaluation import LogProbModel, eval_batch, measure_logprobs, measure_token_logprobs
 from rcpo.models.logprobs import sum_per_side
 from rcpo.ranks.distributed import barrier, from_rank_zero, rank
 from rcpo.reference.cache import USED_ONCE, ReferenceCache, shared_reference, weights_fingerprint
@@ -122,7 +122,7 @@ class ReferenceSource:
         if self._is_live or self._is_complete or not has_own_weights(self._config):
             return
         with loaded_when_asked(self._config, device) as model:
-            values = self._scored(self._fingerprint, self._trained, model)
+            values = self._logprobs_of(self._fingerprint, self._trained, model)
             self._own = self._table(values, SideLogProbs(torch.empty(0), torch.empty(0)))
             self._add_tokens(self._own, model)
 
@@ -154,7 +154,7 @@ class ReferenceSource:
             self._own.held_out = self._start(engine) if self._kept is None else self._kept.held_out
             return self._own
         pairs, num_trained = [*self._trained, *self._inputs.held_out], len(self._trained)
-        values = self._scored(self._fingerprint, pairs, lambda: engine)
+        values = self._logprobs_of(self._fingerprint, pairs, lambda: engine)
         held_out = SideLogProbs(values.z_w[num_trained:], values.z_l[num_trained:])
         table = self._table(SideLogProbs(values.z_w[:num_trained], values.z_l[:num_trained]), held_out)
         self._add_tokens(table, lambda: engine)
@@ -163,7 +163,7 @@ class ReferenceSource:
     def _start(self, engine: Engine) -> SideLogProbs:
         """The held-out pairs under the policy's initial weights, whose cache is not the reference's."""
         fingerprint = weights_fingerprint(self._config.model) if rank() == 0 else ""
-        return self._scored(fingerprint, self._inputs.held_out, lambda: engine)
+        return self._logprobs_of(fingerprint, self._inputs.held_out, lambda: engine)
 
     def _table(self, trained: SideLogProbs, held_out: SideLogProbs) -> ReferenceTable:
         """From values of the visited training pairs."""
@@ -174,23 +174,23 @@ class ReferenceSource:
             sides.append(side)
         return ReferenceTable(SideLogProbs(*sides), held_out, fingerprint=self._fingerprint)
 
-    def _add_tokens(self, table: ReferenceTable, scorer: Callable[[], Scorer]) -> None:
+    def _add_tokens(self, table: ReferenceTable, model: Callable[[], LogProbModel]) -> None:
         """The training pairs token by token, by a pass of their own, which no cache saves."""
         if self._tokens:
-            logps = measure_token_logprobs(scorer(), self._trained, self._inputs.pad_id, self._batch)
+            logps = measure_token_logprobs(model(), self._trained, self._inputs.pad_id, self._batch)
             table.tokens = dict(zip(self._visited, logps, strict=True))
 
-    def _scored(
-        self, fingerprint: str, pairs: Sequence[TokenizedPair], scorer: Callable[[], Scorer]
+    def _logprobs_of(
+        self, fingerprint: str, pairs: Sequence[TokenizedPair], model: Callable[[], LogProbModel]
     ) -> SideLogProbs:
-        """Log-probs of `pairs` from the cache of these weights; what it lacks, `scorer` computes for it."""
+        """Log-probs of `pairs` from the cache of these weights; what it lacks, `model` computes for it."""
         cache = ReferenceCache(fingerprint) if rank() == 0 else None
         started = time.perf_counter()
 
         def compute(missing: Sequence[TokenizedPair]) -> SideLogProbs:
             shown = passes_shown(RunConsole(), "reference log-probs", len(missing))
             with shown if rank() == 0 else contextlib.nullcontext(lambda num_done: None) as on_batch:
-                return measure_logprobs(scorer(), missing, self._inputs.pad_id, self._batch, on_batch)
+                return measure_logprobs(model(), missing, self._inputs.pad_id, self._batch, on_batch)
 
         values, num_computed = shared_reference(cache, pairs, compute)
         logger.info(

@@ -24,7 +24,7 @@ WANTED = (
     "rcpo/builtin/tiny/tokenizer_config.json",
 )  # fmt: skip
 """Paths in the source tree."""
-SUFFIXES = {".py", ".yaml", ".json", ".safetensors", ".typed", ".sbatch", ".css", ".js"}
+SUFFIXES = {".py", ".yaml", ".json", ".safetensors", ".typed", ".sbatch", ".css", ".js", ".md"}
 """All that a wheel holds of rcpo, beside its own dist-info."""
 
 pytestmark = [
@@ -77,7 +77,8 @@ def test_the_wheel_holds_the_package_conf_and_model_and_nothing_else(built: Path
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert wheel.stat().st_size < 5e6
     shipped = {f"rcpo/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.yaml")}
-    assert {name for name in own if name.startswith("rcpo/conf/")} == shipped
+    assert {name for name in own if name.startswith("rcpo/conf/")} == {*shipped, "rcpo/conf/README.md"}
+    assert {Path(name).name for name in own if name.endswith(".md")} == {"README.md"}
 
 
 def test_the_sdist_holds_sources_and_tests_and_nothing_else(built: Path) -> None:

@@ -101,8 +101,8 @@ def test_a_column_has_the_decimals_of_its_largest_number() -> None:
 
 
 def test_unrounded_it_is_the_same_too(made: Case) -> None:
-    cells = compare(made.runs).cells
-    (fallen,) = find_fallen({"dpo": cells}, "auto").values()
+    groups = compare(made.runs).groups
+    (fallen,) = find_fallen({"dpo": groups}, "auto").values()
     for pair in fallen.pairs:
         assert pair.ches is not None
         assert pair.ches.ches == pytest.approx(made.scores["ches"][pair.index], rel=1e-5, abs=1e-4)
@@ -190,8 +190,8 @@ def test_where_scoring_all_is_not_cheap_the_ten_alone_are_scored(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pair_ches, "CHEAP_WORK", 0)
-    cells = compare(case.runs).cells
-    (fallen,) = find_fallen({"dpo": cells}, "auto").values()
+    groups = compare(case.runs).groups
+    (fallen,) = find_fallen({"dpo": groups}, "auto").values()
     assert [pair.ches.ches for pair in fallen.pairs if pair.ches] == pytest.approx(
         [case.scores["ches"][idx] for idx in (2, 4, 3, 1)], rel=1e-4
     )

@@ -52,7 +52,7 @@ def records(text: str) -> dict[tuple[str, str], dict[str, str]]:
     return {(row["objective"], row["calibration"]): row for row in csv.DictReader(io.StringIO(text))}
 
 
-def test_csv_has_a_row_a_cell_with_the_numbers_worked_by_hand(
+def test_csv_has_a_line_a_group_with_the_numbers_worked_by_hand(
     grid: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """off: chosen (-1, 1, 2, -4), mean -0.5; the lowest evaluation is the last. Rejected -2, so the margins
@@ -94,7 +94,7 @@ def test_json_says_which_runs_made_a_number_and_why_others_did_not(
     grid: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tree = json.loads(typed(capsys, str(grid), "--json"))
-    assert [len(cell["runs"]) for cell in tree["cells"]] == [2, 2, 1, 0]
+    assert [len(group["runs"]) for group in tree["cells"]] == [2, 2, 1, 0]
     assert tree["cells"][0]["vs_off_chosen"] is None
     assert tree["left_out"] == [{"path": str(grid / "ipo-on-0"), "reason": "failed: out of memory"}]
     assert tree["common_settings"]["data.source"] == "arithmetic"
@@ -150,7 +150,7 @@ def test_latex_is_a_whole_tabular_with_escaped_text(
 def test_rows_are_filtered_and_sorted(
     grid: Path, capsys: pytest.CaptureFixture[str], words: list[str], cells: list[str]
 ) -> None:
-    """Cells without a value come last, whichever way the others go."""
+    """Groups without a value come last, whichever way the others go."""
     rows = records(typed(capsys, str(grid), "--csv", *words))
     assert [" ".join(cell) for cell in rows] == cells
 

@@ -12,7 +12,6 @@ import plotly.graph_objects
 import pytest
 
 from helpers.compare_folders import make_run
-from rcpo.comparison.cells import Comparison, compare_runs
 from rcpo.comparison.curves import (
     alpha_curve,
     band_curve,
@@ -25,6 +24,7 @@ from rcpo.comparison.curves import (
 )
 from rcpo.comparison.figures import heat_map, objective_figures
 from rcpo.comparison.find import find_runs
+from rcpo.comparison.groups import Comparison, compare_runs
 from rcpo.comparison.load import load_run
 from rcpo.comparison.palette import looks
 from rcpo.comparison.static import write_figures
@@ -48,7 +48,7 @@ def test_held_out_curves_are_means_over_seeds_at_the_steps_of_both(tmp_path: Pat
     """Means of chosen 1 and 3 at the end, half in the middle: 0, 1, 2 with error 0, 0.5, 1."""
     for seed, value in ((0, 1.0), (1, 3.0)):
         make_run(tmp_path / str(seed), seed=seed, change=((value,) * 4, REJECTED))
-    curve = held_out_curve(compare(tmp_path).cells[0], "chosen")
+    curve = held_out_curve(compare(tmp_path).groups[0], "chosen")
     assert curve.x.tolist() == [0, 4, 8]
     assert curve.mean.tolist() == [0, 1, 2]
     assert curve.error.tolist() == pytest.approx([0, 0.5, 1])
@@ -58,10 +58,10 @@ def test_training_curves_have_a_point_a_step_or_a_mean_of_several(tmp_path: Path
     """8 steps: 8 points. 180 steps: 60 points, each of 3 steps; alpha 1.2 throughout; position 0.1 a step, so
     0.2 in the first bin of steps 1, 2, 3."""
     make_run(tmp_path / "short" / "a", calibration="on")
-    short = compare(tmp_path / "short").cells[0]
+    short = compare(tmp_path / "short").groups[0]
     assert alpha_curve(short).x.tolist() == [*range(1, 9)]
     make_run(tmp_path / "long" / "a", calibration="on", steps=180)
-    long = compare(tmp_path / "long").cells[0]
+    long = compare(tmp_path / "long").groups[0]
     curve = band_curve(long)
     assert curve is not None
     assert curve.x[:3].tolist() == pytest.approx([2, 5, 8])
@@ -78,7 +78,7 @@ def test_a_band_measured_every_fourth_step_has_a_point_each(tmp_path: Path) -> N
     for name, values in run.curves.items():
         if name.startswith(("band", "score")):
             values[chosen] = np.nan
-    curve = band_curve(compare_runs([run]).cells[0])
+    curve = band_curve(compare_runs([run]).groups[0])
     assert curve is not None
     assert curve.x.tolist() == pytest.approx([*range(1, 41, 4)])
 
@@ -87,8 +87,8 @@ def test_shares_of_cosine_and_pathways_add_up_to_one(tmp_path: Path) -> None:
     """Cosines are 0.5 and -0.5 in turn. Of 8 steps each quarter has two; pathways are the step modulo 4."""
     for seed in (0, 1):
         make_run(tmp_path / str(seed), seed=seed)
-    cell = compare(tmp_path).cells[0]
-    cosine, pathways = cosine_shares(cell), pathway_shares(cell)
+    group = compare(tmp_path).groups[0]
+    cosine, pathways = cosine_shares(group), pathway_shares(group)
     assert cosine is not None
     assert sorted(cosine.tolist())[-3:] == [0, 0.5, 0.5]
     assert pathways is not None
@@ -99,15 +99,15 @@ def test_pairs_are_means_over_seeds_and_many_are_thinned(tmp_path: Path) -> None
     for seed, value in ((0, 1.0), (1, 3.0)):
         make_run(tmp_path / str(seed), seed=seed, change=((value, 0.0, 0.0, 0.0), REJECTED))
     comparison = compare(tmp_path)
-    points = pair_points(comparison.cells[0])
+    points = pair_points(comparison.groups[0])
     assert points is not None
     assert points.r_w.tolist() == [2, 0, 0, 0]
     assert points.r_l.tolist() == [*REJECTED]
-    run = comparison.cells[0].runs[0]
+    run = comparison.groups[0].runs[0]
     assert run.pairs is not None
     many = type(run.pairs)(np.zeros(2500), np.zeros(2500), np.zeros((2, 2500)))
     object.__setattr__(run, "pairs", many)
-    thinned = pair_points(type(comparison.cells[0])("dpo", "off", {}, {}, [run]))
+    thinned = pair_points(type(comparison.groups[0])("dpo", "off", {}, {}, [run]))
     assert thinned is not None
     assert (len(thinned.r_w), thinned.num_pairs, thinned.index[1]) == (834, 2500, 3)
 
@@ -127,7 +127,7 @@ def test_the_frame_of_the_bands_shows_all_positions_but_not_far_edges() -> None:
 
 
 def test_every_calibration_has_a_look_of_its_own() -> None:
-    """Off is the same in every figure; two cells never share a colour while there are colours left."""
+    """Off is the same in every figure; two groups never share a colour while there are colours left."""
     many = ["off", "on", "on ema_beta=0.9", "exact", "feedback", "fixed alpha=2", "fixed alpha=3"]
     found = looks(many)
     assert len({(look.colour, look.dash, look.mark) for look in found.values()}) == len(many)
@@ -156,10 +156,10 @@ def test_runs_of_any_shape_get_figures_that_plotly_accepts(
         for seed in range(num_seeds):
             make_run(tmp_path / f"{calibration}-{seed}", "dpo", calibration, seed, **SHAPES[shape])
     comparison = compare(tmp_path)
-    (cells,) = panels(comparison).values()
+    (groups,) = panels(comparison).values()
     heat = heat_map(comparison)
     assert heat is not None
-    figures = [heat, *objective_figures(cells)]
+    figures = [heat, *objective_figures(groups)]
     expected = 6 - 3 * (shape == "no band") - (shape == "no per-pair results")
     assert len(figures) == expected
     for figure in figures:
@@ -173,8 +173,8 @@ def test_runs_of_any_shape_get_figures_that_plotly_accepts(
 def test_the_bands_figure_has_a_facet_a_calibration_on_one_scale(tmp_path: Path) -> None:
     for calibration in ("off", "on", "exact"):
         make_run(tmp_path / calibration, "dpo", calibration)
-    (cells,) = panels(compare(tmp_path)).values()
-    spec = objective_figures(cells)[0].spec()
+    (groups,) = panels(compare(tmp_path)).values()
+    spec = objective_figures(groups)[0].spec()
     assert spec["facets"] == ["off: 62% inside", "on: 62% inside", "exact: 62% inside"]
     assert spec["layout"]["yaxis"]["range"] == spec["layout"]["yaxis3"]["range"]
     position = [trace for trace in spec["data"] if trace["name"] == "position"]

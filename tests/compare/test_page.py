@@ -45,8 +45,8 @@ def test_the_pairs_whose_winner_fell_most_come_with_their_text(tmp_path: Path) -
     make_run(
         tmp_path / "runs" / "on", "dpo", "on", settings=settings, change=((0.0, 1.0, 2.0, 0.5), REJECTED)
     )
-    cells = compare(tmp_path / "runs").cells
-    pairs = find_fallen({"dpo": cells}, "no")["dpo"].pairs
+    groups = compare(tmp_path / "runs").groups
+    pairs = find_fallen({"dpo": groups}, "no")["dpo"].pairs
     assert [(pair.index, pair.changes) for pair in pairs] == [
         (3, {"off": -4.0, "on": 0.5}),
         (0, {"off": -1.0, "on": 0.0}),

@@ -54,7 +54,7 @@ def test_one_seed_is_the_paired_t_test_over_pairs() -> None:
     assert found.high == pytest.approx(3 + 4.3027 * math.sqrt(7 / 3), rel=1e-4)
 
 
-def test_nothing_can_be_said_of_one_pair_and_equal_cells_do_not_differ() -> None:
+def test_nothing_can_be_said_of_one_pair_and_equal_groups_do_not_differ() -> None:
     assert math.isnan(paired_difference(np.array([[2.0]])).p)
     same = paired_difference(np.zeros((2, 3)))
     assert (same.mean, same.low, same.high, same.p) == (0, 0, 0, 1)

@@ -1,4 +1,5 @@
-"""`rcpo compare --wandb`: W&B's own client reads from a server on this machine; the same cells as folders."""
+"""`rcpo compare --wandb`: W&B's own client reads from a server on this machine; the same groups as
+folders."""
 
 import csv
 import io
@@ -71,7 +72,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 def test_a_project_gives_the_same_table_as_the_folders(
     grid: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every number of every cell, the paired differences to off among them; band edges are infinite at odd
+    """Every number of every group, the paired differences to off among them; band edges are infinite at odd
     steps."""
     from_wandb = list(csv.DictReader(io.StringIO(typed(capsys, "--wandb", "team/grid", "--csv"))))
     from_folders = list(csv.DictReader(io.StringIO(typed(capsys, str(grid), "--csv"))))
@@ -90,7 +91,7 @@ def test_a_project_gives_the_same_table_as_the_folders(
 
 def test_a_group_is_read_alone(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(typed(capsys, "--wandb", "team/grid/main", "--json"))
-    assert sorted(name for cell in found["cells"] for name in cell["runs"]) == [
+    assert sorted(name for group in found["cells"] for name in group["runs"]) == [
         f"team/grid/dpo-{calibration}-{seed}" for calibration in ("off", "on") for seed in (0, 1)
     ]
     assert found["left_out"] == []

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import yaml
 
-from rcpo.comparison.cells import Comparison, compare_runs
 from rcpo.comparison.find import find_runs
+from rcpo.comparison.groups import Comparison, compare_runs
 from rcpo.comparison.load import load_run
 from rcpo.config.compose import compose
 from rcpo.config.validate import validate

@@ -1,75 +1,164 @@
-"""README says what is so: its commands compose, its tables list what exists, its files are there."""
+"""The READMEs say what is so: short lines, links that lead somewhere, files that exist, tables of what there
+is.
 
+Their commands are in `tests/processes/test_readme_commands.py`.
+"""
+
+import ast
 import re
-import shlex
+from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from helpers import ROOT
-from rcpo.cli import COMMANDS
-from rcpo.config.compose import compose
-from rcpo.config.validate import validate
+from helpers.forked import in_a_fork
+from helpers.readmes import anchors, code, links, readmes, spans, text_of
+from rcpo.config.keys import page
 from rcpo.monitor.model_card import formula
-from rcpo.objectives import REGISTRY, load_objective
+from rcpo.objectives import REGISTRY, load_objective, pairwise
+from rcpo.sweep.definition import read_definition
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = [line[4:] for line in README.split("\n") if line.startswith("    ")]
-SPANS = re.findall(r"`(rcpo [a-z][^`]*)`", README)
-COMMANDS_SHOWN = [line.split("&& ")[-1] for line in BLOCKS if "rcpo train" in line] + [
-    span for span in SPANS if span.startswith("rcpo train") and "..." not in span
-]
+FRONT = ROOT / "README.md"
+INSIDE = ROOT / "rcpo/README.md"
+COLUMNS, LINES, NUM_WORDS = 100, 200, 20
+READERS_OWN = ("conf/objective/mine.yaml",)
+"""Files that the reader is told to write."""
+
+each_readme = pytest.mark.parametrize("readme", readmes(), ids=lambda file: str(file.relative_to(ROOT)))
+
+
+def rows(readme: Path, head: str) -> list[list[str]]:
+    """Cells of the table that begins with `head`."""
+    lines = text_of(readme).splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith(head)) + 2
+    table = []
+    for line in lines[start:]:
+        if not line.startswith("|"):
+            break
+        table.append([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
+    return table
+
+
+def test_the_front_page_is_short() -> None:
+    lines = text_of(FRONT).splitlines()
+    assert len(lines) <= LINES
+    assert [line for line in lines if len(line) > COLUMNS] == []
+
+
+@each_readme
+def test_prose_and_commands_are_wrapped(readme: Path) -> None:
+    """Tables are as wide as they must be."""
+    lines = text_of(readme).splitlines()
+    assert [line for line in lines if len(line) > COLUMNS and not line.startswith("|")] == []
 
 
 def test_the_two_commands_are_there() -> None:
-    assert "pip install -e . && rcpo train objective=simpo calibration=on" in BLOCKS
-    assert "pip install -e '.[test]' && pytest" in BLOCKS
-    assert len(COMMANDS_SHOWN) >= 5
+    lines = "".join(code(FRONT, "sh")).splitlines()
+    assert "pip install -e . && rcpo train objective=simpo calibration=on" in lines
+    assert "pip install -e '.[test]' && pytest" in lines
 
 
-@pytest.mark.parametrize("command", COMMANDS_SHOWN)
-def test_every_train_command_composes_and_validates(command: str) -> None:
-    """Names of groups, options, keys and values are right; the machine and the files are another matter."""
-    words = shlex.split(command.replace("rcpo.cli", "rcpo"))
-    words = words[words.index("train") + 1 :]
-    if {"--help", "--cfg", "--config-dir"} & set(words):
-        return
-    tree = compose(words)
-    assert tree is not None
-    validate(tree)
+@each_readme
+def test_links_lead_somewhere(readme: Path) -> None:
+    for target in links(readme):
+        if target.startswith("https://arxiv.org/"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (readme.parent / path).resolve() if path else readme
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
 
 
-def test_every_command_named_exists() -> None:
-    assert {span.split()[1] for span in SPANS} <= set(COMMANDS)
+def test_every_readme_is_linked_from_the_front_page() -> None:
+    linked = {(ROOT / target.partition("#")[0]).resolve() for target in links(FRONT)}
+    assert set(readmes()) - {FRONT} <= linked
+
+
+def test_the_configuration_is_what_the_schema_says() -> None:
+    assert text_of(ROOT / "conf/README.md") == page(), "type: python -m rcpo.config.keys > conf/README.md"
+    assert "no option has it" not in page()
 
 
 def test_the_objectives_table_is_the_registry() -> None:
     """One line an objective: its formula, its defaults and whether it needs a reference."""
-    rows = {
-        row[0]: row for row in re.findall(r"^\| `(\w+)` \| (.+) \| (.*) \| (yes|no) \|.*\|$", README, re.M)
-    }
-    assert sorted(rows) == sorted(REGISTRY)
-    for name, (_, loss, defaults, reference) in rows.items():
+    table = rows(ROOT / "rcpo/objectives/README.md", "| name | loss per pair")
+    found = {cells[0].strip("`"): cells[1:4] for cells in table}
+    assert sorted(found) == sorted(REGISTRY)
+    for name, (loss, defaults, reference) in found.items():
         objective = load_objective(name)
         assert loss == formula(objective).replace("|", "\\|").split(", per pair")[0]
         params = ", ".join(f"{key} {value}" for key, value in objective.params().items())
         assert defaults == ("terms" if name == "mix" else params)
         assert reference == ("yes" if objective.needs_reference else "no")
-    assert f"any of {len(REGISTRY)} objectives" in README
-
-
-def test_every_file_named_exists() -> None:
-    """Paths of the file map, the walk of one batch and the pictures."""
-    paths = set(re.findall(r"(?<![\w/-])((?:rcpo|conf|tests|\.readme|\.ci)/[\w./-]*)", README))
-    walked = {f"rcpo/{path}" for path in re.findall(r"`((?!rcpo/|tests/)(?:\w+/)*\w+\.py)`", README)}
-    found = {path.rstrip(".") for path in paths} | walked
-    found.remove("conf/objective/mine.yaml")  # the reader's own
-    assert len(found) > 30
-    assert [path for path in sorted(found) if not (ROOT / path).exists()] == []
+    assert f"any of {len(REGISTRY)} objectives" in " ".join(text_of(FRONT).split())
 
 
 def test_every_metric_named_is_written() -> None:
-    """Prefixes of the metrics table are the ones that rcpo writes."""
+    """First keys of the lines of the metrics table are ones that rcpo writes."""
     source = "".join(path.read_text() for path in (ROOT / "rcpo").rglob("*.py"))
-    for key in re.findall(r"^\| `(\w+/\w+)`", README, re.M):
-        prefix, name = key.split("/")
-        assert f'"{key}"' in source or (prefix == "population" and name == "cosine"), key
+    table = rows(ROOT / "rcpo/runs/README.md", "| key | meaning")
+    keys = [cells[0].split("`")[1] for cells in table]
+    assert len(keys) > 10
+    for key in keys:
+        assert f'"{key}"' in source or key == "population/cosine", key
+
+
+@each_readme
+def test_every_file_named_exists(readme: Path) -> None:
+    """Paths from the top of the repository or, in rcpo/README.md, from rcpo/."""
+    paths = {span for span in spans(readme) if re.fullmatch(r"(rcpo|conf|tests|sweeps|slurm)/[\w./-]+", span)}
+    if readme == INSIDE:
+        paths |= {f"rcpo/{span}" for span in spans(readme) if re.fullmatch(r"[a-z]+/\w+\.py", span)}
+    assert [path for path in sorted(paths) if path not in READERS_OWN and not (ROOT / path).exists()] == []
+
+
+def test_the_drawn_rooms_are_the_rooms() -> None:
+    (drawing,) = code(INSIDE, "text")
+    drawn = [room for line in drawing.splitlines() for room in re.split(r" {2,}", line[:26].strip()) if room]
+    there = [file.parent.name for file in (ROOT / "rcpo").glob("*/__init__.py")]
+    assert sorted(drawn) == sorted(there)
+    table = rows(INSIDE, "| room | its files")
+    assert {re.sub(r"\[(\w+)\].*", r"\1", cells[0]) for cells in table} == set(there)
+    for room, files in table:
+        folder = ROOT / "rcpo" / re.sub(r"\[(\w+)\].*", r"\1", room)
+        for name in re.findall(r"`(\w+\.py)`", files):
+            assert (folder / name).is_file() or (folder.parent / name).is_file(), f"{room}: {name}"
+
+
+def test_the_glossary_has_twenty_words() -> None:
+    words = [cells[0] for cells in rows(INSIDE, "| word | what it is")]
+    assert len(words) == len(set(words)) == NUM_WORDS
+
+
+@each_readme
+def test_python_is_python(readme: Path) -> None:
+    for block in code(readme, "python"):
+        ast.parse(block)
+
+
+def test_the_objective_of_the_readme_works_where_it_belongs() -> None:
+    """Its function beside the others of a family, its YAML file, and the lines that use an objective."""
+    readme = ROOT / "rcpo/objectives/README.md"
+    function, usage = code(readme, "python")
+    (config,) = code(readme, "yaml")
+    names: dict[str, Any] = {}
+    exec(usage, names)
+    assert names["loss"].shape == names["d_w"].shape == (1,)
+
+    def work() -> None:
+        exec(function, vars(pairwise))
+        own = yaml.safe_load(config)
+        objective = load_objective(own.pop("name"), **own)
+        assert formula(objective) == "softplus(-beta mt)"
+        assert objective(names["pair"]).shape == (1,)
+
+    in_a_fork(work)
+
+
+def test_the_sweep_file_of_the_readme_is_one(tmp_path: Path) -> None:
+    (text,) = code(ROOT / "sweeps/README.md", "yaml")
+    (tmp_path / "mine.yaml").write_text(text)
+    definition = read_definition(str(tmp_path / "mine.yaml"))
+    assert [len(values) for values in definition.axes.values()] == [3, 2, 3]

@@ -1,4 +1,4 @@
-"""What is one cell, what is left out and said to be, and what is compared with what: on run folders."""
+"""What is one group, what is left out and said to be, and what is compared with what: on run folders."""
 
 import json
 import shutil
@@ -10,8 +10,8 @@ import torch
 
 from helpers.compare_folders import START, make_run
 from rcpo.common.errors import UserError
-from rcpo.comparison.cells import Comparison, compare_runs
 from rcpo.comparison.find import find_runs
+from rcpo.comparison.groups import Comparison, compare_runs
 from rcpo.comparison.load import load_run
 from rcpo.runs.folder import RunFolder
 
@@ -21,15 +21,15 @@ def compare(path: Path) -> Comparison:
 
 
 def labels(comparison: Comparison) -> list[tuple[str, str, int]]:
-    """Row label, calibration and number of seeds of each cell."""
-    return [(cell.row_label, cell.calibration, len(cell.runs)) for cell in comparison.cells]
+    """Row label, calibration and number of seeds of each group."""
+    return [(group.row_label, group.calibration, len(group.runs)) for group in comparison.groups]
 
 
 def reasons(comparison: Comparison) -> dict[str, str]:
     return {item.run.path.name: item.reason for item in comparison.left_out}
 
 
-def test_seeds_are_one_cell_and_off_comes_first(tmp_path: Path) -> None:
+def test_seeds_are_one_group_and_off_comes_first(tmp_path: Path) -> None:
     for calibration in ("on", "off", "exact"):
         for seed in (0, 1):
             make_run(tmp_path / f"a-{calibration}-{seed}", "dpo", calibration, seed)
@@ -139,21 +139,21 @@ def test_the_same_seed_twice_counts_once(tmp_path: Path) -> None:
     assert reasons(comparison) == {"b": f"repeats seed 0 of {tmp_path / 'a'}"}
 
 
-def test_cells_of_other_data_have_a_row_of_their_own_with_a_note(tmp_path: Path) -> None:
+def test_groups_of_other_data_have_a_row_of_their_own_with_a_note(tmp_path: Path) -> None:
     make_run(tmp_path / "a", "dpo", "off")
     make_run(tmp_path / "b", "dpo", "on")
     make_run(tmp_path / "c", "dpo", "on", settings={"data.seed": 7})
     comparison = compare(tmp_path)
-    assert [cell.note for cell in comparison.cells] == ["", "", "other data or model than most cells"]
-    assert [cell.baseline is None for cell in comparison.cells] == [True, False, True]
+    assert [group.note for group in comparison.groups] == ["", "", "other data or model than most groups"]
+    assert [group.baseline is None for group in comparison.groups] == [True, False, True]
 
 
-def test_a_cell_measured_on_other_pairs_than_off_is_not_compared_with_it(tmp_path: Path) -> None:
+def test_a_group_measured_on_other_pairs_than_off_is_not_compared_with_it(tmp_path: Path) -> None:
     make_run(tmp_path / "a", "dpo", "off")
     make_run(tmp_path / "b", "dpo", "on", start=torch.flip(START, [1]))
-    cell = compare(tmp_path).cells[1]
-    assert cell.differences == {}
-    assert cell.note == "other held-out pairs or model than off"
+    group = compare(tmp_path).groups[1]
+    assert group.differences == {}
+    assert group.note == "other held-out pairs or model than off"
 
 
 def test_differences_are_paired_by_seed_and_pair(tmp_path: Path) -> None:
@@ -165,32 +165,32 @@ def test_differences_are_paired_by_seed_and_pair(tmp_path: Path) -> None:
     make_run(tmp_path / "on-0", "dpo", "on", 0, change=((0.0, 1.0, 2.0, -1.0), rejected))
     make_run(tmp_path / "on-1", "dpo", "on", 1, change=((1.0, 1.0, 2.0, 2.0), rejected))
     make_run(tmp_path / "on-5", "dpo", "on", 5, change=((90.0, 90.0, 90.0, 90.0), rejected))
-    cell = compare(tmp_path).cells[1]
-    found = cell.differences["chosen"]
+    group = compare(tmp_path).groups[1]
+    found = group.differences["chosen"]
     assert (found.mean, found.num_seeds, found.num_pairs) == (pytest.approx(1.5), 2, 4)
     assert found.se_seeds == pytest.approx(0.5)
-    assert cell.differences["margin"].mean == pytest.approx(1.5)
-    assert cell.differences["rejected"].p == 1
-    assert cell.differences["fell"].mean == pytest.approx((-0.25 - 0.5) / 2)
-    assert cell.p_holm == found.p
+    assert group.differences["margin"].mean == pytest.approx(1.5)
+    assert group.differences["rejected"].p == 1
+    assert group.differences["fell"].mean == pytest.approx((-0.25 - 0.5) / 2)
+    assert group.p_holm == found.p
 
 
-def test_the_baseline_is_the_off_cell_of_the_same_training(tmp_path: Path) -> None:
+def test_the_baseline_is_the_off_group_of_the_same_training(tmp_path: Path) -> None:
     """Another beta or learning rate is another training; other hardware is not."""
     make_run(tmp_path / "a", "dpo", "off", settings={"objective.beta": 0.5})
     make_run(tmp_path / "b", "dpo", "off", settings={"optim.lr": 0.01})
     make_run(tmp_path / "c", "dpo", "on", settings={"optim.lr": 0.01, "deepspeed.stage": 2})
     make_run(tmp_path / "d", "dpo", "on")
-    cells = {cell.runs[0].path.name: cell for cell in compare(tmp_path).cells}
-    assert cells["c"].baseline is cells["b"]
-    assert cells["d"].baseline is None
+    groups = {group.runs[0].path.name: group for group in compare(tmp_path).groups}
+    assert groups["c"].baseline is groups["b"]
+    assert groups["d"].baseline is None
 
 
 def test_without_per_pair_results_there_are_means_but_no_difference(tmp_path: Path) -> None:
     make_run(tmp_path / "a", "dpo", "off")
     make_run(tmp_path / "b", "dpo", "on", with_pairs=False)
-    cell = compare(tmp_path).cells[1]
-    assert (len(cell.runs), cell.differences, cell.note) == (1, {}, "no per-pair results")
+    group = compare(tmp_path).groups[1]
+    assert (len(group.runs), group.differences, group.note) == (1, {}, "no per-pair results")
 
 
 def test_runs_are_found_in_folders_sweeps_and_patterns_each_once(tmp_path: Path) -> None:
@@ -222,5 +222,5 @@ def test_another_held_out_set_of_the_same_size_is_not_the_same(tmp_path: Path) -
     for seed, digest in enumerate(("a", "a", "b")):
         make_run(tmp_path / f"run-{seed}", seed=seed, inputs={"held_out_pairs": digest})
     found = compare(tmp_path)
-    assert [len(cell.runs) for cell in found.cells] == [2]
+    assert [len(group.runs) for group in found.groups] == [2]
     assert reasons(found)["run-2"].startswith("measured on other held-out pairs")

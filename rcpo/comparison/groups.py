@@ -1,7 +1,8 @@
-"""Runs to cells: what a cell is, which runs belong into it, which are left out and why, what they differ in.
+"""Runs to groups: what a group is, which runs belong into it, which are left out and why, what they differ
+in.
 
-A cell is all runs whose configs agree in everything but the seed. Two runs of one cell that were measured on
-other pairs, or started from another model, than the rest are told by their first evaluation, and left out.
+A group is all runs whose configs agree in everything but the seed. Two runs of one group that were measured
+on other pairs, or started from another model, than the rest are told by their first evaluation, and left out.
 """
 
 import fnmatch
@@ -34,9 +35,9 @@ IGNORED = (
     "model.trust_remote_code",
     "model.lora.save",
 )
-"""Settings that change neither training nor its speed: runs that differ in them are one cell."""
+"""Settings that change neither training nor its speed: runs that differ in them are one group."""
 HARDWARE = ("launch.*", "deepspeed.*", "train.device", "train.pairs_per_device")
-"""Settings that change the speed alone: other cells, but with the same baseline."""
+"""Settings that change the speed alone: other groups, but with the same baseline."""
 DATA_AND_MODEL = ("data.*", "model.*", "train.max_length", "train.max_prompt_length")
 OF_CALIBRATION = {
     "off": (),
@@ -60,25 +61,25 @@ class LeftOut:
 
 
 @dataclass
-class Cell:
+class Group:
     """Runs that differ in their seed alone."""
 
     objective: str
-    """Its name, with the parameters in which cells of that objective differ."""
+    """Its name, with the parameters in which groups of that objective differ."""
     calibration: str
     other: dict[str, str]
-    """Further settings in which cells differ."""
+    """Further settings in which groups differ."""
     settings: Settings
-    """All that distinguish a cell."""
+    """All that distinguish a group."""
     runs: list[Run]
     """Done, whole and comparable; one a seed."""
     left_out: list[LeftOut] = field(default_factory=list)
-    baseline: "Cell | None" = None
-    """The calibration=off cell of the same objective and training, where there is one."""
+    baseline: "Group | None" = None
+    """The calibration=off group of the same objective and training, where there is one."""
     differences: dict[str, Difference] = field(default_factory=dict)
     """Against the baseline, by name of `PER_PAIR`."""
     p_holm: float = float("nan")
-    """p of the chosen difference, adjusted for all cells that have a baseline."""
+    """p of the chosen difference, adjusted for all groups that have a baseline."""
     note: str = ""
 
     @property
@@ -97,22 +98,22 @@ class Cell:
 
 @dataclass(frozen=True)
 class Comparison:
-    cells: list[Cell]
+    groups: list[Group]
     differing: list[str]
-    """Settings in which cells differ."""
+    """Settings in which groups differ."""
     common: Settings
     """Settings in which they do not."""
     num_comparisons: int
     unreadable: list[LeftOut]
-    """Runs that could not be put into a cell."""
+    """Runs that could not be put into a group."""
 
     @property
     def left_out(self) -> list[LeftOut]:
-        return [*self.unreadable, *(item for cell in self.cells for item in cell.left_out)]
+        return [*self.unreadable, *(item for group in self.groups for item in group.left_out)]
 
 
 def compare_runs(runs: Sequence[Run]) -> Comparison:
-    """Cells in order of appearance of their objectives, `off` first, with differences against it. Raises
+    """Groups in order of appearance of their objectives, `off` first, with differences against it. Raises
     UserError when no config can be read."""
     unreadable = [LeftOut(run, run.problem or "has no config") for run in runs if not run.settings]
     if len(unreadable) == len(runs):
@@ -124,22 +125,22 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
         grouped.setdefault(repr(sorted(distinguishing(run).items(), key=str)), []).append(run)
     settings = [distinguishing(members[0]) for members in grouped.values()]
     differing = _differing(settings)
-    cells = [
-        _make_cell(members, own, settings) for members, own in zip(grouped.values(), settings, strict=True)
+    groups = [
+        _make_group(members, own, settings) for members, own in zip(grouped.values(), settings, strict=True)
     ]
-    objectives = list(dict.fromkeys(cell.objective for cell in cells))
-    cells.sort(
-        key=lambda cell: (
-            objectives.index(cell.objective),
-            cell.row_label,
-            _place(cell.settings.get("calibration.name")),
-            cell.calibration,
+    objectives = list(dict.fromkeys(group.objective for group in groups))
+    groups.sort(
+        key=lambda group: (
+            objectives.index(group.objective),
+            group.row_label,
+            _place(group.settings.get("calibration.name")),
+            group.calibration,
         )
     )
-    num_comparisons = _compare_with_off(cells)
-    _mark_other_data(cells)
+    num_comparisons = _compare_with_off(groups)
+    _mark_other_data(groups)
     common = {key: value for key, value in settings[0].items() if key not in differing}
-    return Comparison(cells, differing, common, num_comparisons, unreadable)
+    return Comparison(groups, differing, common, num_comparisons, unreadable)
 
 
 def _place(calibration: object) -> int:
@@ -149,7 +150,7 @@ def _place(calibration: object) -> int:
 
 
 def distinguishing(run: Run) -> Settings:
-    """The settings that make a run's cell."""
+    """The settings that make a run's group."""
     reads = OF_CALIBRATION.get(run.calibration)
     kept = {}
     for key, value in run.settings.items():
@@ -171,7 +172,7 @@ def _differing(settings: Sequence[Settings], within: str = "") -> list[str]:
     return [key for key in keys if len({repr(own.get(key, "absent")) for own in settings}) > 1]
 
 
-def _make_cell(members: list[Run], own: Settings, everything: Sequence[Settings]) -> Cell:
+def _make_group(members: list[Run], own: Settings, everything: Sequence[Settings]) -> Group:
     def labelled(section: str) -> str:
         """Name, and the parameters in which those of this name differ."""
         name = own.get(f"{section}.name", "?")
@@ -190,14 +191,14 @@ def _make_cell(members: list[Run], own: Settings, everything: Sequence[Settings]
         for key in _differing(everything)
         if not key.startswith(("objective.", "calibration."))
     }
-    cell = Cell(labelled("objective"), labelled("calibration"), other, own, [])
+    group = Group(labelled("objective"), labelled("calibration"), other, own, [])
     for run in members:
-        reason = run.problem or _other_start(run, cell.runs) or _same_seed(run, cell.runs)
+        reason = run.problem or _other_start(run, group.runs) or _same_seed(run, group.runs)
         if reason is None:
-            cell.runs.append(run)
+            group.runs.append(run)
         else:
-            cell.left_out.append(LeftOut(run, reason))
-    return cell
+            group.left_out.append(LeftOut(run, reason))
+    return group
 
 
 def _other_start(run: Run, others: list[Run]) -> str | None:
@@ -230,42 +231,42 @@ def same_logps(one: np.ndarray, other: np.ndarray) -> bool:
     return bool(np.abs(one - other).mean() <= 0.02 + 0.01 * np.abs(one).mean())
 
 
-def _training(cell: Cell) -> Settings:
-    """All that must agree between a cell and its baseline."""
+def _training(group: Group) -> Settings:
+    """All that must agree between a group and its baseline."""
     return {
         key: value
-        for key, value in cell.settings.items()
+        for key, value in group.settings.items()
         if not matches(key, HARDWARE) and not key.startswith("calibration.")
     }
 
 
-def _compare_with_off(cells: list[Cell]) -> int:
-    """Fill in baselines and differences; returns how many cells were compared."""
-    for cell in cells:
-        training = _training(cell)
+def _compare_with_off(groups: list[Group]) -> int:
+    """Fill in baselines and differences; returns how many groups were compared."""
+    for group in groups:
+        training = _training(group)
         baselines = [
-            other for other in cells if other.settings.get("calibration.name") == "off"
-            and other is not cell and _training(other) == training
+            other for other in groups if other.settings.get("calibration.name") == "off"
+            and other is not group and _training(other) == training
         ]  # fmt: skip
-        if cell.settings.get("calibration.name") == "off" or not baselines:
+        if group.settings.get("calibration.name") == "off" or not baselines:
             continue
-        cell.baseline = baselines[0]
-        cell.differences, cell.note = _differences(cell, baselines[0])
-    compared = [cell for cell in cells if cell.differences]
-    adjusted = holm([cell.differences["chosen"].p for cell in compared])
-    for cell, p in zip(compared, adjusted, strict=True):
-        cell.p_holm = p
+        group.baseline = baselines[0]
+        group.differences, group.note = _differences(group, baselines[0])
+    compared = [group for group in groups if group.differences]
+    adjusted = holm([group.differences["chosen"].p for group in compared])
+    for group, p in zip(compared, adjusted, strict=True):
+        group.p_holm = p
     return len(compared)
 
 
-def _differences(cell: Cell, baseline: Cell) -> tuple[dict[str, Difference], str]:
+def _differences(group: Group, baseline: Group) -> tuple[dict[str, Difference], str]:
     """Over the seeds that both have, or nothing and why."""
-    if not cell.runs or not baseline.runs:
+    if not group.runs or not baseline.runs:
         return {}, ""
-    if not same_start(cell.runs[0], baseline.runs[0]):
+    if not same_start(group.runs[0], baseline.runs[0]):
         return {}, "other held-out pairs or model than off"
     off = {run.seed: run.pairs for run in baseline.runs}
-    shared = [(run.pairs, off[run.seed]) for run in cell.runs if run.seed in off]
+    shared = [(run.pairs, off[run.seed]) for run in group.runs if run.seed in off]
     if not shared:
         return {}, "no seed in common with off"
     both = [(mine, its) for mine, its in shared if mine is not None and its is not None]
@@ -275,16 +276,18 @@ def _differences(cell: Cell, baseline: Cell) -> tuple[dict[str, Difference], str
     return {name: paired_difference(delta) for name, delta in values.items()}, ""
 
 
-def _mark_other_data(cells: list[Cell]) -> None:
-    """A note at cells whose data, held-out pairs or model are not those of most cells."""
+def _mark_other_data(groups: list[Group]) -> None:
+    """A note at groups whose data, held-out pairs or model are not those of most groups."""
     kinds = [
-        repr(sorted((key, value) for key, value in cell.settings.items() if matches(key, DATA_AND_MODEL)))
-        for cell in cells
+        repr(sorted((key, value) for key, value in group.settings.items() if matches(key, DATA_AND_MODEL)))
+        for group in groups
     ]
     usual = Counter(kinds).most_common(1)[0][0]
-    first = next((cell for cell, kind in zip(cells, kinds, strict=True) if kind == usual and cell.runs), None)
-    for cell, kind in zip(cells, kinds, strict=True):
+    first = next(
+        (group for group, kind in zip(groups, kinds, strict=True) if kind == usual and group.runs), None
+    )
+    for group, kind in zip(groups, kinds, strict=True):
         if kind != usual:
-            cell.note = cell.note or "other data or model than most cells"
-        elif first is not None and cell.runs and not same_start(cell.runs[0], first.runs[0]):
-            cell.note = cell.note or f"other held-out pairs or model than {first.label}"
+            group.note = group.note or "other data or model than most groups"
+        elif first is not None and group.runs and not same_start(group.runs[0], first.runs[0]):
+            group.note = group.note or f"other held-out pairs or model than {first.label}"

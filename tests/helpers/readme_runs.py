@@ -1,0 +1,77 @@
+"""Commands of READMEs, run small: a folder with what their placeholders name, a child for each command."""
+
+import gzip
+import json
+import os
+import shutil
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import yaml
+
+from helpers import ROOT, forked
+from helpers.readmes import words
+from rcpo.data.arithmetic import arithmetic_records
+from rcpo.models.load import model_source
+
+SMALL = ("train.steps=2", "train.pairs_per_step=4", "train.eval_every=1", "train.save_every=1",
+         "data.eval_pairs=8", "data.train_pairs=32", "tracking=none")  # fmt: skip
+"""Further words of `rcpo train`."""
+SWEEP = {"overrides": list(SMALL), "axes": {"objective": ["dpo"], "calibration": ["off", "on"]}, "seeds": [0]}
+"""What stands in for sweeps/demo.yaml: two cells of two steps."""
+FIRST_RUN = "runs/RUN"
+"""Where the first `rcpo train` goes."""
+STANDS_FOR = {
+    "RUN": FIRST_RUN, "FILE": "sweeps/demo.yaml", "SWEEP": "sweeps-out/demo", "PICTURE": "picture.png",
+    "TITLE": "a title",
+}  # fmt: skip
+SECONDS = 120
+"""The longest that a command may take."""
+
+
+SCRIPT = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+"""What `python FILE WORDS` does, in a process that runs already."""
+
+
+def furnish(place: Path) -> None:
+    """Make what the placeholders name: models, pairs, a sweep file, a folder of options. The first
+    `rcpo train` makes RUN."""
+    for name in ("MODEL", "SMOLLM2", "BASE", "SFT"):
+        shutil.copytree(model_source("builtin:tiny"), place / name)
+    records, _ = arithmetic_records(40, 8, seed=0)
+    rows = []
+    for record in records:
+        pair = {"prompt": record.prompt, "chosen": record.chosen, "rejected": record.rejected}
+        again = {"question": record.prompt, "good": record.chosen, "bad": record.rejected, "NAME": 0.5}
+        rows.append(json.dumps(pair | again) + "\n")
+    (place / "PAIRS.jsonl").write_text("".join(rows))
+    (place / "HH.jsonl.gz").write_bytes(gzip.compress("".join(rows).encode()))
+    for folder in ("sweeps", "DIR/objective"):
+        (place / folder).mkdir(parents=True)
+    (place / "sweeps/demo.yaml").write_text(yaml.safe_dump(SWEEP))
+    (place / "DIR/objective/mine.yaml").write_text("# My own.\nname: dpo\nbeta: 0.3\n")
+
+
+def typed(command: str, number: int, place: Path) -> list[str]:
+    """The words as they are run: names in place of placeholders, few steps, a script's absolute path."""
+    line = [STANDS_FOR.get(word, word).replace("=RUN/", f"={FIRST_RUN}/") for word in words(command)]
+    line = [f"OUT-{number}" if word == "OUT" else word for word in line]
+    line = [str(ROOT / word) if word.startswith("tests/") else word for word in line]
+    if line[-1] == "RUN...":
+        line[-1:] = sorted(str(cell) for cell in (place / "sweeps-out/demo/cells").iterdir())
+    if line[:2] == ["rcpo", "train"] and not {"--help", "--cfg"} & set(line):
+        is_first = not (place / FIRST_RUN).exists()
+        line += [*SMALL, f"run_dir={FIRST_RUN if is_first else f'runs/{number}'}"]
+    if line[:2] == ["rcpo", "score"]:
+        line += [word for word in SMALL if word.startswith("data.")]
+    return ["train.steps=4" if word == "train.steps=300" else word for word in line]
+
+
+def run(line: list[str], place: Path) -> CompletedProcess[str]:
+    """Run `line` in the folder `place`, in a child of the fork server."""
+    env = os.environ | {"RCPO_CACHE": str(place.with_name("cache")), "HF_HUB_OFFLINE": "1"}
+    env = {key: value for key, value in env.items() if not key.startswith("WANDB")}
+    if line[0] == "rcpo":
+        return forked.rcpo(*line[1:], cwd=place, env=env, seconds=SECONDS)
+    assert line[0] == "python"
+    return forked.script(SCRIPT, *line[1:], cwd=place, env=env, seconds=SECONDS)
