@@ -16,7 +16,7 @@ def check_combinations(config: Config) -> None:
     """Rules that join several keys."""
     _check_model(config)
     composition_of(config.objective)
-    objective_of(config.objective)
+    objective_of(config.objective, fresh=True)
     train, data = config.train, config.data
     if train.steps is not None and train.epochs is not None:
         raise UserError(

@@ -76,8 +76,8 @@ WRONG = {
     "`rcpo train --help` lists them",
     "objective=simp": "objective=simp: no such option; did you mean objective=simpo? The options are "
     + ", ".join(sorted(REGISTRY)),
-    "objective=dpo,simpo": "objective=dpo,simpo: is several values; `rcpo train` makes one run; "
-    "type one command for each",
+    "objective=dpo,simpo": "objective=dpo,simpo: is several values; `rcpo train` makes one run; for all of "
+    "them write grid.yaml with the line axes: {objective: [dpo, simpo]} and type rcpo sweep grid.yaml",
     "+typo=1": "typo: no such key; `rcpo train --help` lists them (remove +typo=...)",
     "+train.typo=1": "train.typo: no such key; `rcpo train --help` lists them (remove +train.typo=...)",
     "+objective.betta=1": "objective.betta=1: dpo has no such parameter; did you mean objective.beta?",
@@ -99,7 +99,7 @@ WRONG = {
     "train.steps=[1": "train.steps=[1: cannot be read as KEY=VALUE; "
     "quote values that hold signs as KEY='\"VALUE\"'",
     "--nope": "--nope: no such flag; `rcpo train --help` lists them",
-    "-m": "-m: `rcpo train` makes one run; type one command for each",
+    "-m": "-m: `rcpo train` makes one run; leave it out, or type rcpo sweep FILE for a grid",
     "deepspeed.extra=5": "deepspeed.extra=5: must be an object; type deepspeed.extra=VALUE",
 }
 """A word, and the whole message."""
