@@ -1,7 +1,7 @@
 """The run folder on disk: names, small files, and what a resumed run finds. Written by rank 0 alone.
 
 config.yaml  run.json  metrics.jsonl  eval.jsonl  reference.safetensors  eval/  logs/  checkpoints/  final/
-wandb/"""
+wandb/  objective_module.py"""
 
 import json
 import os
@@ -21,6 +21,7 @@ from rcpo.common.errors import UserError
 from rcpo.common.files import write_atomically
 from rcpo.common.source import git_commit, source_hash
 from rcpo.data.pairs import SideLogProbs
+from rcpo.runs.own_module import keep_module, module_change
 from rcpo.runs.rows import decode_row, encode_row
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ class RunFolder:
             world_size=config.world_size(),
             wandb_id=os.urandom(6).hex(),
             **(_start_facts() if status == "running" else {}),
+            **keep_module(self.path, config.objective.get("module")),
         )
 
     def reopen(self) -> None:
@@ -91,6 +93,7 @@ class RunFolder:
             wandb_id=known.get("wandb_id") or os.urandom(6).hex(),
             **(_start_facts() if is_start else {"host": platform.node()}),
             **_code_change(known),
+            **module_change(self.path, known),
         )
 
     def read_run(self) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import yaml
 from rcpo.common.errors import UserError
 from rcpo.config.resolved import ResolvedConfig, resolved_of
 from rcpo.runs.folder import RunFolder
+from rcpo.runs.own_module import refuse_lost_module
 
 
 def config_tree(config: ResolvedConfig) -> dict[str, Any]:
@@ -30,4 +31,6 @@ def open_run(path: str) -> tuple[RunFolder, ResolvedConfig]:
         ) from None
     if not isinstance(tree, dict):
         raise UserError(f"{folder.config}: is not a config; give another run")
-    return RunFolder(folder.path.absolute()), resolved_of(tree)
+    folder = RunFolder(folder.path.absolute())
+    refuse_lost_module(folder.path, tree)
+    return folder, resolved_of(tree)
