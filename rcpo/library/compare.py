@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
+from rcpo.common.errors import UserError
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -83,7 +85,9 @@ class Comparison:
     _repr_markdown_ = markdown
 
 
-def compare(paths: Place | Iterable[Place], where: Sequence[str] = (), sort: str | None = None) -> Comparison:
+def compare(
+    paths: "Place | Iterable[Place]", where: Sequence[str] = (), sort: str | None = None
+) -> Comparison:
     """Compare runs: run folders, sweep folders, folders of runs, patterns, or `Run` and `Sweep` objects.
 
         rcpo.compare("runs").table
@@ -100,6 +104,8 @@ def compare(paths: Place | Iterable[Place], where: Sequence[str] = (), sort: str
 
     is_one = isinstance(paths, str | os.PathLike) or hasattr(paths, "path")
     places: list[Any] = [paths] if is_one else list(paths)  # type: ignore[arg-type]
+    if not places:
+        raise UserError("compare: names no run; give run folders, a sweep folder or Run objects")
     words = [os.fspath(getattr(place, "path", place)) for place in places]
     runs = [load_run(path) for path in find_runs(words)]
     compared = compare_runs(select(runs, [where] if isinstance(where, str) else where))

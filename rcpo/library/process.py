@@ -9,6 +9,7 @@ import gc
 import logging
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ def process_kept() -> Iterator[None]:
             "rcpo.train: another run trains in this process; wait for it, or start a process for this one"
         )
     try:
-        with _signals_kept(), _logging_kept(), _torch_kept(), _hydra_kept(), _variable_kept("DS_ACCELERATOR"):
+        with _signals_kept(), _logging_kept(), _torch_kept(), _hydra_kept(), _interpreter_kept():
             yield
     finally:
         _trains.release()
@@ -122,12 +123,15 @@ def _hydra_kept() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _variable_kept(name: str) -> Iterator[None]:
-    saved = os.environ.get(name)
+def _interpreter_kept() -> Iterator[None]:
+    """torch.distributed lets every traceback begin with its rank; DeepSpeed is told its device in the
+    environment."""
+    hook, accelerator = sys.excepthook, os.environ.get("DS_ACCELERATOR")
     try:
         yield
     finally:
-        if saved is None:
-            os.environ.pop(name, None)
+        sys.excepthook = hook
+        if accelerator is None:
+            os.environ.pop("DS_ACCELERATOR", None)
         else:
-            os.environ[name] = saved
+            os.environ["DS_ACCELERATOR"] = accelerator

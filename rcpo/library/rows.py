@@ -59,11 +59,13 @@ def _dicts(rows: Any, name: str) -> Iterator[Mapping[str, Any]]:
     elif hasattr(rows, "to_dict") and hasattr(rows, "columns"):  # pandas
         rows = rows.to_dict("records")
     if not isinstance(rows, Iterable):
-        raise UserError(f"{name}: is a {type(rows).__name__}; give a list of dicts, a Dataset or a DataFrame")
+        kind = type(rows).__name__
+        raise UserError(f"{name}: is of type {kind}; give a list of dicts, a Dataset or a DataFrame")
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
+            kind = type(row).__name__
             raise UserError(
-                f"{name}[{number}]: is a {type(row).__name__}; give dicts with prompt, chosen and rejected"
+                f"{name}[{number}]: is of type {kind}; give dicts with prompt, chosen and rejected"
             )
         yield row
 

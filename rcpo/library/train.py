@@ -23,7 +23,7 @@ OF_DATA = ("data", "data.path", "data.split", "data.eval_path", "data.eval_split
 
 
 def train(
-    *words: str, pairs: Pairs | None = None, held_out: Pairs | None = None, overwrite: bool = False
+    *words: str, pairs: "Pairs | None" = None, held_out: "Pairs | None" = None, overwrite: bool = False
 ) -> Run:
     """Train as `rcpo train WORDS` does, and return the run.
 
@@ -49,14 +49,18 @@ def train(
 
 
 def _check_words(words: tuple[object, ...]) -> None:
+    from rcpo.config.compose import only_prints
+
     for word in words:
         if not isinstance(word, str):
             raise UserError(f'{word!r}: is no word; write rcpo.train("objective=simpo", "calibration=on")')
         if word == "--overwrite":
             raise UserError("--overwrite: is an argument in Python; write overwrite=True")
+        if only_prints([word]):
+            raise UserError(f"{word}: prints something and trains nothing; type rcpo train {word} for that")
 
 
-def _kept_data(words: tuple[str, ...], pairs: Pairs | None, held_out: Pairs | None) -> dict[str, Path]:
+def _kept_data(words: tuple[str, ...], pairs: "Pairs | None", held_out: "Pairs | None") -> dict[str, Path]:
     """Keys of the data section for the rows that were given, kept as files."""
     if pairs is None:
         if held_out is not None:
@@ -80,8 +84,7 @@ def _prepare(words: tuple[str, ...], data: dict[str, Path]) -> "ResolvedConfig":
 
     own = ["data=file", *(f"data.{key}={path.name}" for key, path in data.items())] if data else []
     tree = compose([*(word for word in words if word not in own), *own])
-    if tree is None:
-        raise UserError(f"{' '.join(words)}: prints something and trains nothing; type rcpo train for that")
+    assert tree is not None  # only_prints has been asked
     # Not as words: a path may hold what Hydra's grammar gives a meaning to.
     tree["data"] |= {key: str(path) for key, path in data.items()}
     config = resolve(validate(tree), joined_world_size())
