@@ -55,16 +55,16 @@ def resume(path: str, allowed: Sequence[str] = ()) -> int:
     if joined_world_size() is not None:
         return _joined(lambda: _reopen(path, allowed), resume=True)
     reopened = _reopen(path, allowed)
-    _refuse_several_nodes(reopened)
+    _refuse_several_nodes(path, reopened)
     return _run_here(reopened, resume=True)
 
 
-def _refuse_several_nodes(reopened: Prepared) -> None:
+def _refuse_several_nodes(path: str, reopened: Prepared) -> None:
     nodes = reopened.config.launch.nodes
     if nodes > 1:
         raise UserError(
-            f"{reopened.run.path}: was trained on {nodes} nodes; start `rcpo resume` on each with torchrun or "
-            "srun, one task per GPU"
+            f"{path}: was trained on {nodes} nodes; start `rcpo resume` on each with torchrun or srun, one "
+            "task per GPU"
         )
 
 
@@ -120,7 +120,7 @@ def resume_raising(path: str, allowed: Sequence[str] = ()) -> None:
     """`resume` likewise, with the run's lock held."""
     with training(Path(path)):
         reopened = _reopen(path, allowed)
-        _refuse_several_nodes(reopened)
+        _refuse_several_nodes(path, reopened)
         _train_raising(reopened, resume=True)
 
 
