@@ -185,11 +185,13 @@ def _explain(error: Exception, argv: list[str]) -> str:
         close = difflib.get_close_matches(match[2], options, n=1, cutoff=0.7)
         hint = f"did you mean {match[1]}={close[0]}? The options are" if close else "choose one of"
         return f"{match[1]}={match[2]}: no such option; {hint} {', '.join(options)}"
+    if match := re.match(r"In '(experiment/[^']+)': Could not override '[^']*@experiment\.", lines[0]):
+        return f"{match[1]}.yaml: must begin with the line '# @package _global_'; write that first"
     if match := re.match(r"Additional config directory '([^']+)' not found", lines[0]):
         return f"--config-dir {match[1]}: no such folder; give one that is there"
     if match := re.match(r"Could not override '([^']+)'", lines[0]):
         return _explain_unknown_key(match[1], argv)
-    if match := re.match(r"Ambiguous value for argument '([^']+)'", lines[0]):
+    if lines[0].startswith(("Ambiguous value for argument", "Sweep parameters")):
         return grid_line(argv)
     if match := re.match(r"Multiple values for ([^.\s]+)", lines[0]):
         return f"+{match[1]}: has an option already; type {match[1]}=OPTION without the +"

@@ -65,6 +65,10 @@ WRONG = {
     + ", ".join(sorted(path.stem for path in (conf_dir() / "calibration").glob("*.yaml"))),
     "train.stepz=3": "train.stepz: no such key; did you mean train.steps? `rcpo train --help` lists them",
     "cluster=cpu": "cluster: is a SLURM profile, for sweeps; type rcpo sweep FILE --slurm PROFILE",
+    "cluster=cpuu": "cluster=cpuu: no such option; did you mean cluster=cpu? The options are cpu, example",
+    "experiment=none": "experiment=none: no such option; choose one of example",
+    "seed=range(0,3)": "seed=range(0,3): is several values; `rcpo train` makes one run; for all of them "
+    "write grid.yaml with the line axes: {seed: [0, 1, 2]} and type rcpo sweep grid.yaml",
     "nogroup=3": "nogroup: no such key; `rcpo train --help` lists them",
     "objective.betta=1": "objective.betta: objective=dpo has no such key; did you mean objective.beta? "
     "`rcpo train --help` lists them",
