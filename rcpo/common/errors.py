@@ -34,6 +34,14 @@ class StoppedError(UserError):
     status = "preempted"
 
 
+def error_of(exit_code: int, line: str) -> BaseException:
+    """What a process that went on would have raised, from another one's exit code and line."""
+    if exit_code == 130:
+        return KeyboardInterrupt(line)
+    kinds = {kind.exit_code: kind for kind in (UserError, NonFiniteError, SaveError, StoppedError)}
+    return kinds[exit_code](line) if exit_code in kinds else RuntimeError(line)
+
+
 def shortened(text: str) -> str:
     """`text` as a message shows it: the beginning alone of what is too long to read."""
     return text if len(text) <= 120 else f"{text[:80]}... ({len(text)} characters)"

@@ -36,6 +36,8 @@ IGNORED = (
     "model.lora.save",
 )
 """Settings that change neither training nor its speed: runs that differ in them are one group."""
+ABSENT = (("objective.module", None),)
+"""Settings that runs of before the key was there do not have, and that mean the same."""
 HARDWARE = ("launch.*", "deepspeed.*", "train.device", "train.pairs_per_device")
 """Settings that change the speed alone: other groups, but with the same baseline."""
 DATA_AND_MODEL = ("data.*", "model.*", "train.max_length", "train.max_prompt_length")
@@ -157,7 +159,7 @@ def distinguishing(run: Run) -> Settings:
         section, _, rest = key.partition(".")
         if section == "calibration" and rest != "name" and reads is not None and not matches(rest, reads):
             continue
-        if not matches(key, IGNORED):
+        if not matches(key, IGNORED) and (key, value) not in ABSENT:
             kept[key] = value
     return kept
 

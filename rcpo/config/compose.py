@@ -26,6 +26,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 import rcpo
 from rcpo.common.errors import UserError, shortened
+from rcpo.config.words import MULTIRUN, grid_line, hydra_words, placed_module
 
 
 def conf_dir() -> Path:
@@ -41,8 +42,6 @@ PRINTING = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion",
 """Hydra's flags that print something and train nothing."""
 FLAGS = (*PRINTING, "--package", "-p", "--resolve", "--config-dir", "-cd")
 """All flags. Hydra has others, which would move the run folder or compose something else."""
-OPEN = ("deepspeed.extra", "data.columns")
-"""Keys whose own keys are not known beforehand, and so need no + on the command line."""
 
 
 def only_prints(argv: list[str]) -> bool:
@@ -55,15 +54,18 @@ def compose(argv: list[str]) -> dict[str, Any] | None:
 
     Raises UserError (one line) for an unknown group, option or key, a malformed override, or an unset value.
     """
-    if flag := next((word for word in argv if word in ("-m", "--multirun")), None):
-        raise UserError(f"{flag}: `rcpo train` makes one run; type one command for each")
+    if any(word in MULTIRUN for word in argv):
+        raise UserError(grid_line(argv))
     _refuse_words(argv)
     composed: list[DictConfig] = []
     _run_hydra(argv, composed.append)
     try:
-        return None if not composed else _plain(composed[0])
+        tree = None if not composed else _plain(composed[0])
     except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         raise UserError(_explain(error, argv)) from None
+    if tree is not None:
+        placed_module(tree.get("objective"), [Path.cwd(), *config_dirs(argv)])
+    return tree
 
 
 def _refuse_words(argv: list[str]) -> None:
@@ -85,7 +87,7 @@ def _run_hydra(argv: list[str], use: Callable[[DictConfig], None]) -> None:
     stderr = io.StringIO()  # argparse prints a usage there that rcpo does not want
     entry = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(use)
     saved_argv, saved_full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv = ["rcpo train", *(_hydra_word(word) for word in argv)]
+    sys.argv = ["rcpo train", *hydra_words(argv, [*config_dirs(argv), conf_dir()])]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, so that the one line below is all that the user sees
     try:
         with contextlib.redirect_stderr(stderr):
@@ -153,15 +155,6 @@ def config_dirs(argv: list[str]) -> list[Path]:
     return [] if known.config_dir is None else [known.config_dir]
 
 
-def _hydra_word(word: str) -> str:
-    """How Hydra spells it. calibration=true/false mean on/off, which is what YAML 1.1 makes of them
-    elsewhere."""
-    match = re.fullmatch(r"calibration=(true|false)", word, flags=re.IGNORECASE)
-    if match is not None:
-        return f"calibration={'on' if match[1].lower() == 'true' else 'off'}"
-    return f"++{word}" if re.split(r"[.=]", word)[:2] in [key.split(".") for key in OPEN] else word
-
-
 def _plain(cfg: DictConfig) -> dict[str, Any]:
     """A plain dict with interpolations resolved and every value set."""
     tree = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
@@ -193,12 +186,14 @@ def _explain(error: Exception, argv: list[str]) -> str:
         close = difflib.get_close_matches(match[2], options, n=1, cutoff=0.7)
         hint = f"did you mean {match[1]}={close[0]}? The options are" if close else "choose one of"
         return f"{match[1]}={match[2]}: no such option; {hint} {', '.join(options)}"
+    if match := re.match(r"In '(experiment/[^']+)': Could not override '[^']*@experiment\.", lines[0]):
+        return f"{match[1]}.yaml: must begin with the line '# @package _global_'; write that first"
     if match := re.match(r"Additional config directory '([^']+)' not found", lines[0]):
         return f"--config-dir {match[1]}: no such folder; give one that is there"
     if match := re.match(r"Could not override '([^']+)'", lines[0]):
         return _explain_unknown_key(match[1], argv)
-    if match := re.match(r"Ambiguous value for argument '([^']+)'", lines[0]):
-        return f"{match[1]}: is several values; `rcpo train` makes one run; type one command for each"
+    if lines[0].startswith(("Ambiguous value for argument", "Sweep parameters")):
+        return grid_line(argv)
     if match := re.match(r"Multiple values for ([^.\s]+)", lines[0]):
         return f"+{match[1]}: has an option already; type {match[1]}=OPTION without the +"
     if match := re.match(r"Error merging override (.+)", lines[0]):

@@ -16,6 +16,7 @@ import torch
 from rcpo.common.errors import UserError, shortened
 from rcpo.config.resolved import ResolvedConfig, as_resolved
 from rcpo.config.schema import Config, LaunchConfig, ModelConfig, TrackingConfig
+from rcpo.objectives import objective_of
 
 TINY = "builtin:tiny"
 """`model.path` of the model that ships with rcpo."""
@@ -51,6 +52,8 @@ def resolve(
     return as_resolved(
         dataclasses.replace(
             config,
+            # The parameters that were not given too: no YAML file lists those of a user's own objective.
+            objective=config.objective | objective_of(config.objective).params(),
             name=name,
             run_dir=_run_dir(config.run_dir or f"runs/{name}"),
             train=train,

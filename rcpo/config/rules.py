@@ -16,7 +16,7 @@ def check_combinations(config: Config) -> None:
     """Rules that join several keys."""
     _check_model(config)
     composition_of(config.objective)
-    objective_of(config.objective)
+    objective_of(config.objective, fresh=True)
     train, data = config.train, config.data
     if train.steps is not None and train.epochs is not None:
         raise UserError(
@@ -35,7 +35,7 @@ def check_combinations(config: Config) -> None:
     if config.deepspeed.offload == "optimizer" and config.deepspeed.stage == 0:
         raise UserError("deepspeed.offload=optimizer: needs ZeRO 1, 2 or 3; type deepspeed.stage=2")
     _check_tracking(config.tracking)
-    _check_calibration(config.calibration)
+    check_calibration(config.calibration)
     _check_reference(config)
     if config.calibration.scope == "lora_last" and config.model.lora.rank is None:
         raise UserError(
@@ -153,7 +153,8 @@ def _check_reference(config: Config) -> None:
         )
 
 
-def _check_calibration(calibration: CalibrationConfig) -> None:
+def check_calibration(calibration: CalibrationConfig) -> None:
+    """Rules that join several keys of one calibration."""
     if calibration.alpha != 1.0 and calibration.name != "fixed":
         raise UserError(
             f"calibration.alpha={calibration.alpha}: is for a constant alpha; type calibration=fixed as well"

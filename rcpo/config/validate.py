@@ -12,6 +12,7 @@ from rcpo.config.rules import check_combinations
 from rcpo.config.schema import Config
 
 Kind = TypeVar("Kind", bound=Config)
+Section = TypeVar("Section")
 
 
 def validate(tree: dict[str, Any]) -> Config:
@@ -22,13 +23,20 @@ def validate(tree: dict[str, Any]) -> Config:
 
 def validate_as(kind: type[Kind], tree: dict[str, Any]) -> Kind:
     """The same for a config with narrower types (`rcpo.config.resolved`)."""
-    try:
-        # As JSON, because in Python mode strict dataclasses take instances only, no dicts.
-        config: Kind = TypeAdapter(kind).validate_json(json.dumps(tree, default=str))
-    except ValidationError as error:
-        raise UserError(_one_line(error)) from None
+    config = section_of(kind, tree)
     check_combinations(config)
     return config
+
+
+def section_of(kind: type[Section], tree: dict[str, Any]) -> Section:
+    """A section of a config, or all of it, checked field by field. Raises UserError with one line for the
+    first fault."""
+    try:
+        # As JSON, because in Python mode strict dataclasses take instances only, no dicts.
+        section: Section = TypeAdapter(kind).validate_json(json.dumps(tree, default=str))
+    except ValidationError as error:
+        raise UserError(_one_line(error)) from None
+    return section
 
 
 def _one_line(error: ValidationError) -> str:

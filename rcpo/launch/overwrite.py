@@ -31,6 +31,7 @@ def refuse_irreplaceable(config: ResolvedConfig) -> None:
             f"{INSTEAD}"
         )
     reads = {
+        "objective.module": config.objective.get("module"),
         "model.path": config.model.path,
         "model.lora.adapter": config.model.lora.adapter,
         "model.chat_template": config.model.chat_template,

@@ -11,11 +11,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 from rcpo.common.errors import StoppedError
 from rcpo.ranks.distributed import free_port
@@ -42,6 +44,15 @@ class Fault:
     reason: str
     exit_code: int = 1
     """What the rank ended with by itself (`rcpo.common.errors`)."""
+
+
+class Ending(NamedTuple):
+    """How the ranks of a launch ended."""
+
+    exit_code: int
+    """0, that of a UserError of a rank (`rcpo.common.errors`), 1 for a fault, or 130 after Ctrl-C."""
+    line: str = ""
+    """What a user reads of it; empty where all is well."""
 
 
 class _Ranks:
@@ -135,7 +146,11 @@ class _Ranks:
 
 @contextlib.contextmanager
 def _signals_forwarded(ranks: _Ranks) -> Iterator[None]:
-    """While open, SIGINT, SIGTERM and SIGUSR2 of this process go to every rank."""
+    """While open, SIGINT, SIGTERM and SIGUSR2 of this process go to every rank; in a thread, which hears
+    none, they stay as they are."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     saved = {number: signal.signal(number, ranks.forward) for number in (signal.SIGINT, *SIGNALS)}
     try:
         yield
@@ -144,9 +159,9 @@ def _signals_forwarded(ranks: _Ranks) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def run_ranks(run: RunFolder, num_ranks: int, resume: bool) -> int:
-    """Start one process a rank on this host and wait; when one fails the others are ended. Returns the exit
-    code: 0, that of a UserError of a rank (`rcpo.common.errors`), 1 for a fault, or 130 after Ctrl-C."""
+def run_ranks(run: RunFolder, num_ranks: int, resume: bool) -> Ending:
+    """Start one process a rank on this host and wait; when one fails the others are ended. run.json gets how
+    they ended."""
     with tempfile.TemporaryDirectory(prefix="rcpo-") as folder:
         ranks = _Ranks(run, num_ranks, resume, Path(folder))
         with _signals_forwarded(ranks):
@@ -157,21 +172,19 @@ def run_ranks(run: RunFolder, num_ranks: int, resume: bool) -> int:
             finally:
                 ranks.end()
     if all(process.returncode == 0 for process in ranks.processes):
-        return 0
+        return Ending(0)
     if ranks.received == signal.SIGINT:
         run.update_run(status="interrupted", exit_reason="SIGINT", ended=now())
-        print(interrupted_line(run), file=sys.stderr)
-        return 130
+        return Ending(130, interrupted_line(run))
     fault, status = _cause(faults, ranks.received), "failed"
     line = fault.reason
     if fault.exit_code == StoppedError.exit_code:
         status = StoppedError.status
     elif fault.exit_code == 1:
         line = f"rank {fault.rank} {fault.reason}; its log is {log_path(run.logs, fault.rank)}"
-    print(f"rcpo: {line}", file=sys.stderr)
     reason = fault.reason if fault.exit_code != 1 else f"rank {fault.rank} {fault.reason}"
     run.update_run(status=status, exit_reason=reason, ended=now())
-    return fault.exit_code
+    return Ending(fault.exit_code, line)
 
 
 def _cause(faults: list[Fault], received: int | None) -> Fault:
@@ -186,4 +199,4 @@ def _cause(faults: list[Fault], received: int | None) -> Fault:
 
 def interrupted_line(run: RunFolder) -> str:
     """What a user reads after Ctrl-C."""
-    return f"rcpo: interrupted; `rcpo resume {run.path}` continues from the newest checkpoint"
+    return f"interrupted; `rcpo resume {run.path}` continues from the newest checkpoint"

@@ -7,16 +7,18 @@ Owns the order "check everything, make the run folder, start", and ending all ra
 
 import contextlib
 import shutil
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
-from rcpo.common.errors import UserError
+from rcpo.common.errors import UserError, error_of
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.inputs import Inputs
 from rcpo.launch.changes import changed_config
 from rcpo.launch.overwrite import old_set_aside, refuse_irreplaceable, training
 from rcpo.launch.processes import run_ranks
-from rcpo.launch.worker import run_worker
+from rcpo.launch.worker import run_worker, train_raising
 from rcpo.ranks.distributed import initialize, rank, spoken_for, world_size
 from rcpo.ranks.environment import joined_world_size
 from rcpo.runs.folder import RunFolder
@@ -55,12 +57,17 @@ def resume(path: str, allowed: Sequence[str] = ()) -> int:
     if joined_world_size() is not None:
         return _joined(lambda: _reopen(path, allowed), resume=True)
     reopened = _reopen(path, allowed)
-    if reopened.config.launch.nodes > 1:
-        raise UserError(
-            f"{path}: was trained on {reopened.config.launch.nodes} nodes; start `rcpo resume` on each with "
-            "torchrun or srun, one task per GPU"
-        )
+    _refuse_several_nodes(path, reopened)
     return _run_here(reopened, resume=True)
+
+
+def _refuse_several_nodes(path: str, reopened: Prepared) -> None:
+    nodes = reopened.config.launch.nodes
+    if nodes > 1:
+        raise UserError(
+            f"{path}: was trained on {nodes} nodes; start `rcpo resume` on each with torchrun or srun, one "
+            "task per GPU"
+        )
 
 
 def _make_run(prepare: Callable[[], ResolvedConfig | None], overwrite: bool = False) -> Prepared | None:
@@ -101,9 +108,46 @@ def _reopen(path: str, allowed: Sequence[str]) -> Prepared:
 def _run_here(prepared: Prepared, resume: bool) -> int:
     run, config, inputs = prepared
     num_ranks = config.world_size()
-    code = run_worker(run, config, resume, inputs) if num_ranks == 1 else run_ranks(run, num_ranks, resume)
+    if num_ranks == 1:
+        code = run_worker(run, config, resume, inputs)
+    else:
+        code, line = run_ranks(run, num_ranks, resume)
+        if line:
+            print(f"rcpo: {line}", file=sys.stderr)
     _discard_if_empty(run, code, resume)
     return code
+
+
+def start_raising(prepare: Callable[[], ResolvedConfig], overwrite: bool = False) -> RunFolder:
+    """`start` for a process that goes on afterwards (`rcpo.library`): what stops the run is raised."""
+    made = _make_run(prepare, overwrite)
+    assert made is not None
+    with training(made.run.path):
+        _train_raising(made, resume=False)
+    return made.run
+
+
+def resume_raising(path: str, allowed: Sequence[str] = ()) -> None:
+    """`resume` likewise, with the run's lock held."""
+    with training(Path(path)):
+        reopened = _reopen(path, allowed)
+        _refuse_several_nodes(path, reopened)
+        _train_raising(reopened, resume=True)
+
+
+def _train_raising(prepared: Prepared, resume: bool) -> None:
+    run, config, inputs = prepared
+    num_ranks = config.world_size()
+    try:
+        if num_ranks == 1:
+            train_raising(run, config, resume, inputs)
+        else:
+            code, line = run_ranks(run, num_ranks, resume)
+            if code:
+                raise error_of(code, line)
+    except UserError as error:
+        _discard_if_empty(run, error.exit_code, resume)
+        raise
 
 
 def _discard_if_empty(run: RunFolder, code: int, resume: bool) -> None:

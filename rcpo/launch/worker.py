@@ -36,36 +36,61 @@ def run_worker(
     """Train as this process's rank, on `inputs` where they have been read already; returns the exit code: 0,
     that of a UserError (`rcpo.common.errors`), or 130 after Ctrl-C. A fault is raised, after it has been
     recorded."""
+    from rcpo.launch.processes import interrupted_line
+    from rcpo.ranks.distributed import rank
+
+    with _joined_to_ranks(run, config) as device:
+        # Among ranks that rcpo.launch.processes started, it is the one that speaks at the end.
+        speaks = rank() == 0 and not _is_started_rank()
+        try:
+            with _outcome_recorded(run, rank()):
+                _train(run, config, device, resume, inputs)
+            return 0
+        except UserError as error:
+            logger.error("%s", error)
+            if speaks:
+                print(f"rcpo: {error}", file=sys.stderr)
+            return error.exit_code
+        except KeyboardInterrupt:
+            if speaks:
+                print(f"rcpo: {interrupted_line(run)}", file=sys.stderr)
+            return 130
+
+
+def train_raising(
+    run: "RunFolder", config: "ResolvedConfig", resume: bool, inputs: "Inputs | None" = None
+) -> None:
+    """`run_worker` for a run of one rank in a process that goes on afterwards (`rcpo.library`): what stops
+    the run is raised, after it has been recorded."""
+    with _joined_to_ranks(run, config) as device:
+        try:
+            with _outcome_recorded(run, 0):
+                _train(run, config, device, resume, inputs)
+        except UserError as error:
+            logger.error("%s", error)
+            raise
+
+
+@contextlib.contextmanager
+def _joined_to_ranks(run: "RunFolder", config: "ResolvedConfig") -> "Iterator[torch.device]":
+    """While open, this process is a rank of the run, with its log, its allocator and its signal handlers;
+    gives its device."""
     import torch
 
-    from rcpo.launch.processes import interrupted_line
     from rcpo.ranks import stopping
     from rcpo.ranks.allocator import keep_freed_memory
     from rcpo.ranks.distributed import initialize, rank, shut_down
     from rcpo.ranks.logs import log_to_file
 
-    device = initialize(config.train.device or "cpu")
+    device = initialize(config.train.device)
     log_to_file(run.logs, rank())
     torch.backends.cuda.matmul.allow_tf32 = False
     if device.type == "cpu":
         keep_freed_memory()
     if rank() == 0:
         stopping.stop_at_once()
-    # Among ranks that rcpo.launch.processes started, it is the one that speaks at the end.
-    speaks = rank() == 0 and not _is_started_rank()
     try:
-        with _outcome_recorded(run, rank()):
-            _train(run, config, device, resume, inputs)
-        return 0
-    except UserError as error:
-        logger.error("%s", error)
-        if speaks:
-            print(f"rcpo: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        if speaks:
-            print(interrupted_line(run), file=sys.stderr)
-        return 130
+        yield device
     finally:
         stopping.stop_silently()
         shut_down()

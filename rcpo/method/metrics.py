@@ -70,6 +70,19 @@ def displacement_row(z_w: Tensor, z_l: Tensor, start_w: Tensor, start_l: Tensor)
     return row
 
 
+def statistics_of(
+    means: Mapping[str, float], geometry: ScoreGeometry | None, probe_r_w: float | None
+) -> StepStatistics:
+    """What a calibrator may learn from a step, from the global batch's means of `QUANTITIES`."""
+    return StepStatistics(
+        mean_d_w=means["incentive/chosen"],
+        mean_d_l=means["incentive/rejected"],
+        geometry=geometry,
+        mean_r_w=means["displacement/chosen"],
+        probe_r_w=probe_r_w,
+    )
+
+
 def step_row(
     means: dict[str, float],
     statistics: StepStatistics,

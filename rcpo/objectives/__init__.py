@@ -6,7 +6,9 @@ calibrated at once. To add one, write a function in the family file where it bel
 and a `conf/objective/NAME.yaml` of the same name; `tests/helpers/objective_cases.py` wants two hand-worked
 values.
 
-    registry.py        PairLogProbs, Objective, @objective, load_objective
+    loss.py            PairLogProbs, Objective
+    registry.py        @objective (register, to users), load_objective
+    own.py             objective.module: objectives from users' own files; trial.py tries them out
     parameters.py      kinds and ranges of parameters
     numerics.py        exp and sigmoid that stay finite
     pairwise.py        functions of the margin r_w - r_l
@@ -24,15 +26,12 @@ r_l, m = z_w - z_l, a bar divides by the side's length |y|.
 # Importing a family registers its objectives.
 from rcpo.objectives import anchored, mix, pairwise, pointwise, ratio, reference_free
 from rcpo.objectives.composition import Composition, composition_of, objective_of
-from rcpo.objectives.registry import (
-    REGISTRY,
-    BatchStatistic,
-    Objective,
-    PairLogProbs,
-    config_key,
-    load_objective,
-    objective,
-)
+from rcpo.objectives.loss import BatchStatistic, Objective, PairLogProbs
+from rcpo.objectives.parameters import config_key
+from rcpo.objectives.registry import REGISTRY, load_objective, objective, objective_names
+
+register = objective
+"""The decorator under the name that users know: `rcpo.objectives.register`."""
 
 __all__ = [
     "REGISTRY",
@@ -46,9 +45,11 @@ __all__ = [
     "load_objective",
     "mix",
     "objective",
+    "objective_names",
     "objective_of",
     "pairwise",
     "pointwise",
     "ratio",
     "reference_free",
+    "register",
 ]

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rcpo.objectives.loss import BatchStatistic, PairLogProbs
 from rcpo.objectives.parameters import require, require_not_negative, require_positive
-from rcpo.objectives.registry import BatchStatistic, PairLogProbs, objective
+from rcpo.objectives.registry import objective
 
 
 @dataclass(frozen=True)

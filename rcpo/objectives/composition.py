@@ -1,4 +1,5 @@
-"""What every objective accepts beside its own parameters: weights of pairs, and what takes the mean's place.
+"""What every objective accepts beside its own parameters: weights of pairs, what takes the mean's place, and
+the module that registers an objective of a user's own.
 
 Owns these keys of the `objective` section, their rules, and the one way from that section to an `Objective`.
 The keys' defaults as users see them are in conf/every_objective.yaml. Does not own what they mean:
@@ -11,8 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from rcpo.common.errors import UserError
+from rcpo.objectives.loss import Objective
+from rcpo.objectives.own import import_own
 from rcpo.objectives.parameters import ParameterError, check_kind, require_not_negative, require_positive
-from rcpo.objectives.registry import TOP, Objective, load_at, one_line
+from rcpo.objectives.registry import TOP, load_at, one_line
 
 SAMPLE_WEIGHTS = (None, "weight", "dora")
 AGGREGATES = ("mean", "kl_dro")
@@ -41,6 +44,8 @@ class Composition:
     dro_lambda: float = 1.0
     """lambda of kl_dro, > 0, in units of the loss: towards infinity the mean, towards 0 the worst pair.
     Published code: 1."""
+    module: str | None = None
+    """File or Python module of a user's own that registers objectives (`rcpo.objectives.own`); null: none."""
 
     def __post_init__(self) -> None:
         if self.sample_weight not in SAMPLE_WEIGHTS:
@@ -88,8 +93,11 @@ def composition_of(section: Mapping[str, Any]) -> Composition:
         raise UserError(one_line(TOP, error)) from None
 
 
-def objective_of(section: Mapping[str, Any]) -> Objective:
-    """The objective of an `objective` section {name, its parameters, keys of the composition}. Raises
-    UserError with one line, as `load_objective` does."""
+def objective_of(section: Mapping[str, Any], fresh: bool = False) -> Objective:
+    """The objective of an `objective` section {name, its parameters, keys of the composition}; `fresh`:
+    import its module again where the file has changed. Raises UserError with one line, as `load_objective`
+    does."""
+    if section.get("module") is not None:
+        import_own(section["module"], fresh)
     params = {str(key): value for key, value in section.items() if key not in DEFAULTS}
     return load_at(TOP, str(params.pop("name", None)), params, also=tuple(DEFAULTS))

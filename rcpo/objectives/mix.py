@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from rcpo.common.errors import UserError
-from rcpo.objectives.registry import BatchStatistic, Objective, PairLogProbs, load_at, objective
+from rcpo.objectives.loss import BatchStatistic, Objective, PairLogProbs
+from rcpo.objectives.registry import load_at, objective
 
 EXAMPLE = "objective.terms='[{name: dpo, weight: 1}, {name: sft, weight: 0.2}]'"
 

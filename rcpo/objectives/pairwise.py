@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from rcpo.objectives.loss import PairLogProbs
 from rcpo.objectives.numerics import exp_linear, sigmoid
 from rcpo.objectives.parameters import require, require_not_negative, require_positive
-from rcpo.objectives.registry import PairLogProbs, objective
+from rcpo.objectives.registry import objective
 
 
 def normalized_margin(pair: PairLogProbs) -> Tensor:

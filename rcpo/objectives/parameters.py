@@ -44,12 +44,16 @@ def require_not_negative(config: Any, *names: str) -> None:
 
 
 def check_kind(key: str, value: Any, default: Any) -> None:
-    """Raise ParameterError unless `value` is of its default's kind: true or false, a list, or a finite
-    number."""
+    """Raise ParameterError unless `value` is of its default's kind: true or false, a list, text, or a finite
+    number; where the default is none of these, anything goes."""
     if isinstance(default, bool):
         fits, kind = isinstance(value, bool), "true or false"
     elif isinstance(default, list):
         fits, kind = isinstance(value, list | tuple), "a list"
+    elif isinstance(default, str):
+        fits, kind = isinstance(value, str), "text"
+    elif not isinstance(default, int | float):
+        return
     else:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         fits, kind = number and math.isfinite(value), "a finite number"

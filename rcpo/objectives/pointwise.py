@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
+from rcpo.objectives.loss import BatchStatistic, PairLogProbs
 from rcpo.objectives.numerics import sigmoid
 from rcpo.objectives.parameters import require_positive
-from rcpo.objectives.registry import BatchStatistic, PairLogProbs, objective
+from rcpo.objectives.registry import objective
 
 
 def mean_log_ratio(pair: PairLogProbs) -> Tensor:

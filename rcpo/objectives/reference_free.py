@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rcpo.objectives.loss import PairLogProbs
 from rcpo.objectives.numerics import expm1_linear
 from rcpo.objectives.parameters import require, require_not_negative, require_positive
-from rcpo.objectives.registry import PairLogProbs, objective
+from rcpo.objectives.registry import objective
 
 
 @dataclass(frozen=True)

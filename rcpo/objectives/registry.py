@@ -1,131 +1,22 @@
-"""What an objective is, and the table of all of them by name.
+"""The table of all objectives by name: the decorator that registers one, the loader that checks parameters.
 
-Owns `PairLogProbs` (what a loss sees), `Objective` (a loss with its parameters and batch statistics), the
-decorator that registers one and the loader that checks parameters. Does not own any formula: those are in the
-family files beside it. Called by `rcpo.config.schema` (checks), `rcpo.training.loop` (loads),
-`rcpo.training.step` and `rcpo.method.incentives` (evaluate)."""
+Does not own any formula: those are in the family files beside it, and in users' own modules
+(`rcpo.objectives.own`). Called by `rcpo.objectives.composition` for what a config asks for."""
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from rcpo.common.errors import UserError
+from rcpo.common.installed import OBJECTIVES, load_from, names_in
+from rcpo.objectives.loss import BatchStatistic, LossFunction, Objective
 from rcpo.objectives.parameters import ParameterError, check_kind, config_key
+from rcpo.objectives.trial import try_out
 
 TOP = "objective"
 """The config section that holds an objective; terms of a mix live at objective.terms[i]."""
-
-
-class PairLogProbs(NamedTuple):
-    """What an objective sees of a batch of B pairs; every tensor is (B,) and floating point."""
-
-    z_w: Tensor
-    """log pi(y_w|x), summed over the chosen response's tokens, in nats."""
-    z_l: Tensor
-    """log pi(y_l|x), summed over the rejected response's tokens, in nats."""
-    ref_w: Tensor
-    """z_w under the frozen reference; zeros where the objective declares `needs_reference=False`."""
-    ref_l: Tensor
-    """z_l under the frozen reference."""
-    len_w: Tensor
-    """|y_w|, number of chosen response tokens, at least 1."""
-    len_l: Tensor
-    """|y_l|, number of rejected response tokens, at least 1."""
-    state: tuple[float, ...] = ()
-    """The objective's batch statistics, from the optimizer step before; () stands for their values at the
-    start."""
-
-    @property
-    def r_w(self) -> Tensor:
-        """z_w - ref_w, (B,)."""
-        return self.z_w - self.ref_w
-
-    @property
-    def r_l(self) -> Tensor:
-        """z_l - ref_l, (B,)."""
-        return self.z_l - self.ref_l
-
-    def margin(self) -> Tensor:
-        """mt = r_w - r_l, the implicit reward margin divided by beta, (B,)."""
-        return self.r_w - self.r_l
-
-
-LossFunction = Callable[[PairLogProbs, Any], Tensor]
-
-
-@dataclass(frozen=True)
-class BatchStatistic:
-    """Detached numbers that a loss reads from `PairLogProbs.state`, learnt from the previous step's global
-    batch.
-
-    Lag one makes the loss independent of how the batch is split over ranks and micro-batches.
-    """
-
-    column: Callable[[PairLogProbs], Tensor]
-    """One number per pair (B,), whose mean over the global batch is what the state learns from."""
-    start: Callable[[float], tuple[float, ...]]
-    """State before the first step, from the mean of |y_w| + |y_l| over the first global batch."""
-    advance: Callable[[tuple[float, ...], float], tuple[float, ...]]
-    """Next state from the state and the global batch's mean of `column`."""
-
-    @property
-    def width(self) -> int:
-        """How many numbers of the state are this statistic's."""
-        return len(self.start(1.0))
-
-
-@dataclass(frozen=True)
-class Objective:
-    """A registered loss with its parameters: call it with `PairLogProbs`, get the loss per pair (B,)."""
-
-    name: str
-    loss: LossFunction
-    config: Any
-    needs_reference: bool
-    """Whether ref_w and ref_l enter the loss; where they do not, they are read for the metrics only."""
-    statistics: tuple[BatchStatistic, ...] = ()
-    """Batch statistics, in the order of their numbers in the state; most objectives have none."""
-    weighs_tokens: bool = False
-    """Whether z and r are sums over tokens weighted by importance
-    (`rcpo.models.logprobs.importance_weighted`)."""
-
-    def __call__(self, pair: PairLogProbs) -> Tensor:
-        if self.statistics and not pair.state:
-            pair = pair._replace(state=self.initial_state(float((pair.len_w + pair.len_l).mean())))
-        return self.loss(pair, self.config)
-
-    def params(self) -> dict[str, Any]:
-        """The parameters as a plain dict, with the keys of the YAML file."""
-        return {config_key(name): value for name, value in dataclasses.asdict(self.config).items()}
-
-    @property
-    def num_statistics(self) -> int:
-        """Columns to average over the global batch; 0 for most objectives."""
-        return len(self.statistics)
-
-    def statistic_columns(self, pair: PairLogProbs) -> Tensor:
-        """The columns whose global-batch means `advance` wants: (num_statistics, B), detached."""
-        if not self.statistics:
-            return pair.z_w.new_zeros(0, len(pair.z_w))
-        return torch.stack([statistic.column(pair).detach() for statistic in self.statistics])
-
-    def initial_state(self, mean_total_length: float) -> tuple[float, ...]:
-        """State before the first step; `mean_total_length` is the mean of |y_w| + |y_l| over the first global
-        batch."""
-        return tuple(number for statistic in self.statistics for number in statistic.start(mean_total_length))
-
-    def advance(self, state: tuple[float, ...], means: Sequence[float]) -> tuple[float, ...]:
-        """State for the next step from this one's and the global batch's means, once per optimizer step."""
-        numbers: list[float] = []
-        for statistic, mean in zip(self.statistics, means, strict=True):
-            own = state[len(numbers) : len(numbers) + statistic.width]
-            numbers += statistic.advance(own, mean)
-        return tuple(numbers)
 
 
 @dataclass(frozen=True)
@@ -152,25 +43,85 @@ class Entry:
 
 
 REGISTRY: dict[str, Entry] = {}
+"""The objectives that rcpo ships."""
+OWN: dict[str, Entry] = {}
+"""Objectives of users' own, registered in this process; a name registered again is replaced, as a cell of a
+notebook that runs again does."""
+
+
+@dataclass(frozen=True)
+class NoParameters:
+    """The config of an objective that has none."""
 
 
 def objective(
     name: str,
-    config_type: type,
+    config_type: type = NoParameters,
     *,
     needs_reference: bool | Callable[[Any], bool],
     statistics: tuple[BatchStatistic, ...] | Callable[[Any], tuple[BatchStatistic, ...]] = (),
     weighs_tokens: bool = False,
 ) -> Callable[[LossFunction], LossFunction]:
-    """Register a loss function under `name`, which is also its YAML file's name and its test id."""
+    """Register a loss function under `name`, which is also its name in a config: objective=NAME.
+
+        @rcpo.objectives.register("my_loss", MyConfig, needs_reference=True)
+        def my_loss(pair: PairLogProbs, config: MyConfig) -> Tensor:
+            return -F.logsigmoid(config.beta * pair.margin())   # one number a pair, (B,)
+
+    `config_type` is a frozen dataclass whose fields, all with defaults, are the parameters. Public as
+    `rcpo.objectives.register`. Raises ValueError for a name that rcpo's own objectives have.
+    """
 
     def register(loss: LossFunction) -> LossFunction:
+        is_own = not loss.__module__.startswith(f"{__package__}.")
         if name in REGISTRY:
-            raise ValueError(f"objective {name!r} is registered twice")
-        REGISTRY[name] = Entry(loss, config_type, needs_reference, statistics, weighs_tokens)
+            fault = "is one of rcpo's; choose another name" if is_own else "is registered twice"
+            raise ValueError(f"objective {name!r} {fault}")
+        _check_config_type(name, config_type)
+        table = OWN if is_own else REGISTRY
+        table[name] = Entry(loss, config_type, needs_reference, statistics, weighs_tokens)
         return loss
 
     return register
+
+
+def _check_config_type(name: str, config_type: type) -> None:
+    """Raise TypeError where the parameters of a config could not be read or be left out."""
+    missing = (dataclasses.MISSING, dataclasses.MISSING)
+    if not dataclasses.is_dataclass(config_type) or any(
+        (field.default, field.default_factory) == missing for field in dataclasses.fields(config_type)
+    ):
+        raise TypeError(f"objective {name!r}: its config must be a dataclass whose fields all have defaults")
+
+
+def objective_names() -> list[str]:
+    """Every name that can be asked for: rcpo's own, those registered in this process, and those of installed
+    packages, which are not imported for it."""
+    return sorted({*REGISTRY, *OWN, *names_in(OBJECTIVES)})
+
+
+def _entry_at(path: str, name: str) -> Entry:
+    """The entry of that name. Raises UserError where there is none, or its package cannot be imported."""
+    if name in REGISTRY:
+        return REGISTRY[name]
+    key = path if path == TOP else f"{path}.name"
+    if name not in OWN:
+        try:
+            is_installed = load_from(OBJECTIVES, name)
+        # Somebody else's module: anything can go wrong in it.
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise UserError(
+                f"{key}={name}: the package that has it cannot be imported ({reason}); mend or remove it"
+            ) from None
+        if is_installed and name not in OWN:
+            raise UserError(
+                f"{key}={name}: the entry point of that name registers no such objective; tell its package's "
+                "authors"
+            )
+    if name not in OWN:
+        raise UserError(f"{key}={name}: no such objective; choose one of {', '.join(objective_names())}")
+    return OWN[name]
 
 
 def load_objective(name: str, **params: Any) -> Objective:
@@ -184,10 +135,7 @@ def load_objective(name: str, **params: Any) -> Objective:
 
 def load_at(path: str, name: str, params: dict[str, Any], also: tuple[str, ...] = ()) -> Objective:
     """`load_objective` for any section; error messages begin with `path`, and hint at keys in `also` too."""
-    if name not in REGISTRY:
-        key = path if path == TOP else f"{path}.name"
-        raise UserError(f"{key}={name}: no such objective; choose one of {', '.join(sorted(REGISTRY))}")
-    entry = REGISTRY[name]
+    entry = _entry_at(path, name)
     fields = {config_key(field.name): field.name for field in dataclasses.fields(entry.config_type)}
     defaults = entry.config_type()
     for key, value in params.items():
@@ -201,7 +149,12 @@ def load_at(path: str, name: str, params: dict[str, Any], also: tuple[str, ...] 
         config = entry.config_type(**{fields[key]: value for key, value in params.items()})
     except ParameterError as error:
         raise UserError(one_line(path, error)) from None
-    return entry.build(name, config)
+    except ValueError as error:  # a user's own check
+        raise UserError(f"{path}={name}: refuses its parameters ({error}); give others") from None
+    built = entry.build(name, config)
+    if name in OWN:
+        try_out(built)
+    return built
 
 
 def one_line(path: str, error: ParameterError) -> str:

@@ -2,7 +2,7 @@
 needs torch imports it inside, so that looking at a run does not.
 
 config.yaml  run.json  metrics.jsonl  eval.jsonl  reference.safetensors  eval/  logs/  checkpoints/  final/
-wandb/"""
+wandb/  objective_module.py"""
 
 import json
 import os
@@ -18,6 +18,7 @@ import rcpo
 from rcpo.common.errors import UserError
 from rcpo.common.files import replacing, write_atomically
 from rcpo.common.source import git_commit, source_hash
+from rcpo.runs.own_module import keep_module, module_change
 from rcpo.runs.rows import encode_row, read_rows
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class RunFolder:
             world_size=config.world_size(),
             wandb_id=os.urandom(6).hex(),
             **(_start_facts() if status == "running" else {}),
+            **keep_module(self.path, config.objective.get("module")),
         )
 
     def reopen(self) -> None:
@@ -89,6 +91,7 @@ class RunFolder:
             wandb_id=known.get("wandb_id") or os.urandom(6).hex(),
             **(_start_facts() if is_start else {"host": platform.node()}),
             **_code_change(known),
+            **module_change(self.path, known),
         )
 
     def read_run(self) -> dict[str, Any]:

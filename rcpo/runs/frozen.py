@@ -7,6 +7,7 @@ import yaml
 
 from rcpo.common.errors import UserError
 from rcpo.runs.folder import RunFolder
+from rcpo.runs.own_module import refuse_lost_module
 
 if TYPE_CHECKING:
     from rcpo.config.resolved import ResolvedConfig
@@ -34,4 +35,6 @@ def open_run(path: str) -> "tuple[RunFolder, ResolvedConfig]":
         raise UserError(f"{folder.config}: is not a config; give another run")
     from rcpo.config.resolved import resolved_of
 
-    return RunFolder(folder.path.absolute()), resolved_of(tree)
+    folder = RunFolder(folder.path.absolute())
+    refuse_lost_module(folder.path, tree)
+    return folder, resolved_of(tree)

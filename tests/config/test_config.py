@@ -64,6 +64,10 @@ WRONG = {
     + ", ".join(sorted(path.stem for path in (conf_dir() / "calibration").glob("*.yaml"))),
     "train.stepz=3": "train.stepz: no such key; did you mean train.steps? `rcpo train --help` lists them",
     "cluster=cpu": "cluster: is a SLURM profile, for sweeps; type rcpo sweep FILE --slurm PROFILE",
+    "cluster=cpuu": "cluster=cpuu: no such option; did you mean cluster=cpu? The options are cpu, example",
+    "experiment=none": "experiment=none: no such option; choose one of example",
+    "seed=range(0,3)": "seed=range(0,3): is several values; `rcpo train` makes one run; for all of them "
+    "write grid.yaml with the line axes: {seed: [0, 1, 2]} and type rcpo sweep grid.yaml",
     "nogroup=3": "nogroup: no such key; `rcpo train --help` lists them",
     "objective.betta=1": "objective.betta: objective=dpo has no such key; did you mean objective.beta? "
     "`rcpo train --help` lists them",
@@ -75,8 +79,8 @@ WRONG = {
     "`rcpo train --help` lists them",
     "objective=simp": "objective=simp: no such option; did you mean objective=simpo? The options are "
     + ", ".join(sorted(REGISTRY)),
-    "objective=dpo,simpo": "objective=dpo,simpo: is several values; `rcpo train` makes one run; "
-    "type one command for each",
+    "objective=dpo,simpo": "objective=dpo,simpo: is several values; `rcpo train` makes one run; for all of "
+    "them write grid.yaml with the line axes: {objective: [dpo, simpo]} and type rcpo sweep grid.yaml",
     "+typo=1": "typo: no such key; `rcpo train --help` lists them (remove +typo=...)",
     "+train.typo=1": "train.typo: no such key; `rcpo train --help` lists them (remove +train.typo=...)",
     "+objective.betta=1": "objective.betta=1: dpo has no such parameter; did you mean objective.beta?",
@@ -98,7 +102,7 @@ WRONG = {
     "train.steps=[1": "train.steps=[1: cannot be read as KEY=VALUE; "
     "quote values that hold signs as KEY='\"VALUE\"'",
     "--nope": "--nope: no such flag; `rcpo train --help` lists them",
-    "-m": "-m: `rcpo train` makes one run; type one command for each",
+    "-m": "-m: `rcpo train` makes one run; leave it out, or type rcpo sweep FILE for a grid",
     "deepspeed.extra=5": "deepspeed.extra=5: must be an object; type deepspeed.extra=VALUE",
 }
 """A word, and the whole message."""

@@ -25,7 +25,7 @@ ORDER: list[set[str]] = [
     {"bench", "sweep", "quality"},
     {"comparison"},
     {"launch"},
-    {"commands"},
+    {"commands", "library"},
 ]
 """Bottom first; rooms of one set do not know each other. Modules beside the rooms stand above all of them."""
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}

@@ -1,0 +1,112 @@
+"""`rcpo.compare`: runs side by side from Python, as `rcpo compare` has them."""
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+
+from rcpo.common.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from rcpo.comparison.groups import Comparison as Compared
+    from rcpo.comparison.table import Row
+
+
+class HasPath(Protocol):
+    """A `Run` or a `Sweep`."""
+
+    path: Path
+
+
+Place: TypeAlias = "str | os.PathLike[str] | HasPath"
+
+
+class Comparison:
+    """Runs side by side, seeds merged into cells, with differences to calibration=off."""
+
+    def __init__(self, rows: "list[Row]", compared: "Compared") -> None:
+        self._rows, self._compared = rows, compared
+
+    @property
+    def table(self) -> "pd.DataFrame":
+        """One row a cell, the columns of the terminal's table as numbers: means over n seeds; vs_off is the
+        difference of chosen to calibration=off, p its p-value, adjusted for all cells."""
+        import pandas as pd
+
+        from rcpo.comparison.table import COLUMNS
+
+        return pd.DataFrame(
+            {
+                "objective": row.group.objective,
+                "calibration": row.group.calibration,
+                **row.group.other,
+                "n": len(row.group.runs),
+                **{column.name: row.means[column.name][0] for column in COLUMNS},
+                "vs_off": row.group.differences["chosen"].mean if row.group.differences else math.nan,
+                "p": row.group.p_holm,
+            }
+            for row in self._rows
+        )
+
+    @property
+    def records(self) -> "pd.DataFrame":
+        """The same with everything that `rcpo compare --csv` has: standard errors, intervals, notes."""
+        import pandas as pd
+
+        return pd.DataFrame([row.record() for row in self._rows])
+
+    @property
+    def left_out(self) -> list[tuple[Path, str]]:
+        """Runs that are in no mean, each with the reason."""
+        return [(item.run.path, item.reason) for item in self._compared.left_out]
+
+    def markdown(self) -> str:
+        """The table, what it says in words, and its notes."""
+        from rcpo.comparison.forms import as_markdown
+
+        return as_markdown(self._rows, self._compared)
+
+    def html(self, path: str | os.PathLike[str], ches: Literal["auto", "yes", "no"] = "auto") -> Path:
+        """Write the report of `rcpo compare --html`, one file that needs no network; returns its path.
+        `ches`: whether the model is loaded to score the pairs that fell most."""
+        from rcpo.comparison.page import make_page
+
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(make_page(self._rows, self._compared, ches), encoding="utf-8")
+        return target
+
+    def __repr__(self) -> str:
+        return self.markdown()
+
+    _repr_markdown_ = markdown
+
+
+def compare(
+    paths: "Place | Iterable[Place]", where: Sequence[str] = (), sort: str | None = None
+) -> Comparison:
+    """Compare runs: run folders, sweep folders, folders of runs, patterns, or `Run` and `Sweep` objects.
+
+        rcpo.compare("runs").table
+        rcpo.compare([first, second], sort="-chosen").html("report.html")
+        rcpo.compare("sweeps-out/demo", where=["objective=dpo,simpo"])
+
+    Raises UserError where a path holds no run, or no run fulfils `where`.
+    """
+    from rcpo.comparison.find import find_runs
+    from rcpo.comparison.groups import compare_runs
+    from rcpo.comparison.load import load_run
+    from rcpo.comparison.select import select
+    from rcpo.comparison.table import make_rows
+
+    is_one = isinstance(paths, str | os.PathLike) or hasattr(paths, "path")
+    places: list[Any] = [paths] if is_one else list(paths)  # type: ignore[arg-type]
+    if not places:
+        raise UserError("compare: names no run; give run folders, a sweep folder or Run objects")
+    words = [os.fspath(getattr(place, "path", place)) for place in places]
+    runs = [load_run(path) for path in find_runs(words)]
+    compared = compare_runs(select(runs, [where] if isinstance(where, str) else where))
+    return Comparison(make_rows(compared, sort), compared)

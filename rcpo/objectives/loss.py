@@ -1,0 +1,121 @@
+"""What an objective is: `PairLogProbs` (what a loss sees), `BatchStatistic` and `Objective` (a loss with its
+parameters).
+
+Knows no formula and no names: those are in the family files beside it and in `rcpo.objectives.registry`."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rcpo.objectives.parameters import config_key
+
+
+class PairLogProbs(NamedTuple):
+    """What an objective sees of a batch of B pairs; every tensor is (B,) and floating point."""
+
+    z_w: Tensor
+    """log pi(y_w|x), summed over the chosen response's tokens, in nats."""
+    z_l: Tensor
+    """log pi(y_l|x), summed over the rejected response's tokens, in nats."""
+    ref_w: Tensor
+    """z_w under the frozen reference; zeros where the objective declares `needs_reference=False`."""
+    ref_l: Tensor
+    """z_l under the frozen reference."""
+    len_w: Tensor
+    """|y_w|, number of chosen response tokens, at least 1."""
+    len_l: Tensor
+    """|y_l|, number of rejected response tokens, at least 1."""
+    state: tuple[float, ...] = ()
+    """The objective's batch statistics, from the optimizer step before; () stands for their values at the
+    start."""
+
+    @property
+    def r_w(self) -> Tensor:
+        """z_w - ref_w, (B,)."""
+        return self.z_w - self.ref_w
+
+    @property
+    def r_l(self) -> Tensor:
+        """z_l - ref_l, (B,)."""
+        return self.z_l - self.ref_l
+
+    def margin(self) -> Tensor:
+        """mt = r_w - r_l, the implicit reward margin divided by beta, (B,)."""
+        return self.r_w - self.r_l
+
+
+LossFunction = Callable[[PairLogProbs, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class BatchStatistic:
+    """Detached numbers that a loss reads from `PairLogProbs.state`, learnt from the previous step's global
+    batch.
+
+    Lag one makes the loss independent of how the batch is split over ranks and micro-batches.
+    """
+
+    column: Callable[[PairLogProbs], Tensor]
+    """One number per pair (B,), whose mean over the global batch is what the state learns from."""
+    start: Callable[[float], tuple[float, ...]]
+    """State before the first step, from the mean of |y_w| + |y_l| over the first global batch."""
+    advance: Callable[[tuple[float, ...], float], tuple[float, ...]]
+    """Next state from the state and the global batch's mean of `column`."""
+
+    @property
+    def width(self) -> int:
+        """How many numbers of the state are this statistic's."""
+        return len(self.start(1.0))
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A registered loss with its parameters: call it with `PairLogProbs`, get the loss per pair (B,)."""
+
+    name: str
+    loss: LossFunction
+    config: Any
+    needs_reference: bool
+    """Whether ref_w and ref_l enter the loss; where they do not, they are read for the metrics only."""
+    statistics: tuple[BatchStatistic, ...] = ()
+    """Batch statistics, in the order of their numbers in the state; most objectives have none."""
+    weighs_tokens: bool = False
+    """Whether z and r are sums over tokens weighted by importance
+    (`rcpo.models.logprobs.importance_weighted`)."""
+
+    def __call__(self, pair: PairLogProbs) -> Tensor:
+        if self.statistics and not pair.state:
+            pair = pair._replace(state=self.initial_state(float((pair.len_w + pair.len_l).mean())))
+        return self.loss(pair, self.config)
+
+    def params(self) -> dict[str, Any]:
+        """The parameters as a plain dict, with the keys of the YAML file."""
+        return {config_key(name): value for name, value in dataclasses.asdict(self.config).items()}
+
+    @property
+    def num_statistics(self) -> int:
+        """Columns to average over the global batch; 0 for most objectives."""
+        return len(self.statistics)
+
+    def statistic_columns(self, pair: PairLogProbs) -> Tensor:
+        """The columns whose global-batch means `advance` wants: (num_statistics, B), detached."""
+        if not self.statistics:
+            return pair.z_w.new_zeros(0, len(pair.z_w))
+        return torch.stack([statistic.column(pair).detach() for statistic in self.statistics])
+
+    def initial_state(self, mean_total_length: float) -> tuple[float, ...]:
+        """State before the first step; `mean_total_length` is the mean of |y_w| + |y_l| over the first global
+        batch."""
+        return tuple(number for statistic in self.statistics for number in statistic.start(mean_total_length))
+
+    def advance(self, state: tuple[float, ...], means: Sequence[float]) -> tuple[float, ...]:
+        """State for the next step from this one's and the global batch's means, once per optimizer step."""
+        numbers: list[float] = []
+        for statistic, mean in zip(self.statistics, means, strict=True):
+            own = state[len(numbers) : len(numbers) + statistic.width]
+            numbers += statistic.advance(own, mean)
+        return tuple(numbers)

@@ -1,0 +1,69 @@
+"""An objective of a user's own, tried out on three pairs: mistakes that a run would show late, or never.
+
+Called by `rcpo.objectives.registry` whenever such an objective is loaded; takes a millisecond. rcpo's own are
+tested instead.
+"""
+
+import torch
+from torch import Tensor
+
+from rcpo.common.errors import UserError
+from rcpo.objectives.loss import Objective, PairLogProbs
+
+PAIRS = PairLogProbs(
+    z_w=torch.tensor([-12.0, -35.0, -20.5]),
+    z_l=torch.tensor([-14.0, -30.0, -22.0]),
+    ref_w=torch.tensor([-13.0, -34.0, -20.0]),
+    ref_l=torch.tensor([-13.5, -31.0, -20.5]),
+    len_w=torch.tensor([6.0, 15.0, 9.0]),
+    len_l=torch.tensor([7.0, 12.0, 11.0]),
+)
+
+
+def try_out(objective: Objective) -> None:
+    """Raise UserError where the loss cannot be trained on: it fails, is no number a pair, has no derivative,
+    joins the pairs of a batch, or reads a reference that it says it does not need."""
+    pairs = PAIRS._replace(z_w=PAIRS.z_w.clone().requires_grad_(), z_l=PAIRS.z_l.clone().requires_grad_())
+    loss = _loss(objective, pairs)
+    if not (loss.requires_grad and loss.is_floating_point()):
+        raise _fault(objective, "its loss has no derivative by z_w or z_l; compute it from them, in torch")
+    state = objective.initial_state(20.0)
+    pairs = PAIRS._replace(state=state)
+    together = _loss(objective, pairs)
+    tensors = PAIRS._asdict()
+    del tensors["state"]
+    alone = [
+        _loss(objective, pairs._replace(**{name: tensor[idx : idx + 1] for name, tensor in tensors.items()}))
+        for idx in range(len(together))
+    ]
+    if not torch.allclose(together, torch.cat(alone), rtol=1e-4, atol=1e-5, equal_nan=True):
+        raise _fault(
+            objective,
+            "the loss of a pair depends on the other pairs of its batch, so that it would change with how a "
+            "batch is split; use a BatchStatistic",
+        )
+    if objective.needs_reference:
+        return
+    moved = pairs._replace(ref_w=pairs.ref_w - 1, ref_l=pairs.ref_l + 1)
+    if not torch.equal(_loss(objective, moved), together):
+        raise _fault(objective, "it reads ref_w or ref_l; register it with needs_reference=True")
+
+
+def _loss(objective: Objective, pairs: PairLogProbs) -> Tensor:
+    try:
+        loss = objective(pairs)
+    # A function of the user's: anything can go wrong in it.
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise _fault(objective, f"it fails on three pairs ({reason}); mend it") from None
+    num_pairs = len(pairs.z_w)
+    if not isinstance(loss, Tensor) or loss.shape != (num_pairs,):
+        what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise _fault(
+            objective, f"gave {what} for {num_pairs} pairs; return one loss a pair, (B,), without their mean"
+        )
+    return loss
+
+
+def _fault(objective: Objective, text: str) -> UserError:
+    return UserError(f"objective={objective.name}: {text}")
