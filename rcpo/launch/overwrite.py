@@ -81,9 +81,5 @@ def run_lock_held(path: Path) -> Iterator[None]:
         raise _is_trained(path, error) from None
 
 
-training = run_lock_held
-"""Its name in `rcpo.launch.start`."""
-
-
 def _is_trained(path: Path, error: HeldError) -> UserError:
     return UserError(f"run_dir={path}: is being trained by {error}; stop that one first, or {INSTEAD}")

@@ -16,7 +16,7 @@ from rcpo.common.errors import UserError, error_of
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.inputs import Inputs
 from rcpo.launch.changes import changed_config
-from rcpo.launch.overwrite import old_set_aside, refuse_irreplaceable, training
+from rcpo.launch.overwrite import old_set_aside, refuse_irreplaceable, run_lock_held
 from rcpo.launch.processes import run_ranks
 from rcpo.launch.worker import run_worker, train_raising
 from rcpo.ranks.distributed import initialize, rank, spoken_for, world_size
@@ -47,7 +47,7 @@ def start(prepare: Callable[[], ResolvedConfig | None], overwrite: bool = False)
     made = _make_run(prepare, overwrite)
     if made is None:
         return 0
-    with training(made.run.path):
+    with run_lock_held(made.run.path):
         return _run_here(made, resume=False)
 
 
@@ -122,14 +122,14 @@ def start_raising(prepare: Callable[[], ResolvedConfig], overwrite: bool = False
     """`start` for a process that goes on afterwards (`rcpo.library`): what stops the run is raised."""
     made = _make_run(prepare, overwrite)
     assert made is not None
-    with training(made.run.path):
+    with run_lock_held(made.run.path):
         _train_raising(made, resume=False)
     return made.run
 
 
 def resume_raising(path: str, allowed: Sequence[str] = ()) -> None:
     """`resume` likewise, with the run's lock held."""
-    with training(Path(path)):
+    with run_lock_held(Path(path)):
         reopened = _reopen(path, allowed)
         _refuse_several_nodes(path, reopened)
         _train_raising(reopened, resume=True)
@@ -187,7 +187,7 @@ def _joined(open_or_make: Callable[[], Prepared | None], resume: bool) -> int:
             raise UserError(fault)
         return 2
     is_new_here = rank() == 0 and not resume  # `rcpo resume` holds the lock already
-    with training(run.path) if is_new_here else contextlib.nullcontext():
+    with run_lock_held(run.path) if is_new_here else contextlib.nullcontext():
         code = run_worker(run, config, resume, None if prepared is None else prepared.inputs)
         if rank() == 0:
             _discard_if_empty(run, code, resume)
