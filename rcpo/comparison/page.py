@@ -1,25 +1,25 @@
-"""The HTML report: one file that needs no network. Everything that comes from runs or data is escaped."""
+"""The HTML report: one file that needs no network. What it says is here, how it looks in report.html.j2."""
 
-import html
 import json
 import math
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, NamedTuple
 
+from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 import rcpo
-import rcpo.common
 from rcpo.common.console import KEPT_NATS, nats
+from rcpo.common.page import Cell, render
 from rcpo.comparison.curves import panels
 from rcpo.comparison.fallen import ChesChoice, Fallen, FallenPair, find_fallen
 from rcpo.comparison.figures import Figure, heat_map, objective_figures
-from rcpo.comparison.groups import Comparison, Group
+from rcpo.comparison.groups import Comparison
 from rcpo.comparison.summary import headline, sentences
 from rcpo.comparison.table import COLUMNS, Row, heads, line_texts, notes
 
-HERE = Path(__file__).parent
 ABOUT_FALLEN = (
     "Change of the chosen log-probability in nats, mean over seeds, by calibration; pair: its place in the "
     "held-out set; text as the data gives it now."
@@ -35,56 +35,51 @@ POLICY = (
 """Of the page: it asks nobody for anything."""
 
 
+class Table(NamedTuple):
+    heads: list[Cell]
+    rows: list[list[Cell]]
+    firsts: list[bool]
+    """Whether a row is the first of its objective."""
+
+
 def make_page(rows: Sequence[Row], comparison: Comparison, ches: ChesChoice = "auto") -> str:
     """The whole page; `ches`: whether the model is loaded to score the pairs that fell."""
-    figures: list[Figure] = []
     by_label = panels(comparison)
     heat = heat_map(comparison)
-    overview = "" if heat is None else _place(heat, figures, "narrow")
+    figures: list[Figure] = [] if heat is None else [heat]
     fallen = find_fallen(by_label, ches)
     worst = min(
         by_label, key=lambda label: by_label[label][0].runs[0].evals["displacement/chosen"][-1], default=""
     )
-    sections = [
-        _objective_section(idx, label, groups, figures, _fallen_table(fallen.get(label), label == worst))
-        for idx, (label, groups) in enumerate(by_label.items())
-    ]
-    num_runs = sum(len(group.runs) for group in comparison.groups)
-    links = "".join(
-        f'<a href="#objective-{idx}">{html.escape(label)}</a>' for idx, label in enumerate(by_label)
-    )
-    body = f"""<h1>{html.escape(_title(by_label))}</h1>
-<p class="lead">{html.escape(headline(rows, comparison))}</p>
-{_list(sentences(rows, comparison))}
-<p class="meta">{num_runs} runs in {len(comparison.groups)} groups, {len(comparison.left_out)} runs left out;
-rcpo {rcpo.__version__}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC.</p>
-<p class="note screen">Drag in a figure to look closer, double-click to go back, click a legend to hide a
-line.</p>
-<nav>{links}<a href="#settings">settings</a></nav>
-{overview}
-{_main_table(rows, comparison)}
-{"".join(sections)}
-{_settings(comparison)}"""
+    sections = []
+    for label, groups in by_label.items():
+        own = objective_figures(groups)
+        section: dict[str, Any] = {"label": label, "figures": list(enumerate(own, len(figures)))}
+        figures += own
+        section |= {"fallen": fallen.get(label), "is_open": label == worst}
+        if label in fallen:
+            section |= {"about": ABOUT_FALLEN + _about_ches(fallen[label]), "table": _fallen(fallen[label])}
+        sections.append(section)
     # In JSON inside of HTML the one dangerous character is "<", which ends a script.
     specs = json.dumps([figure.spec() for figure in figures], allow_nan=False).replace("<", "\\u003c")
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<title>{html.escape(_title(by_label))}</title>
-<style>{(Path(rcpo.common.__file__).parent / "page.css").read_text(encoding="utf-8")}</style>
-</head>
-<body>
-{body}
-<script>{get_plotlyjs()}</script>
-<script type="application/json" id="figures">{specs}</script>
-<script>{(HERE / "report.js").read_text(encoding="utf-8")}</script>
-</body>
-</html>
-"""
+    return render(
+        "comparison/report.html.j2",
+        policy=POLICY,
+        title=_title(by_label),
+        lead=headline(rows, comparison),
+        sentences=[line.split(": ", 1) for line in sentences(rows, comparison)],
+        comparison=comparison,
+        num_runs=sum(len(group.runs) for group in comparison.groups),
+        version=rcpo.__version__,
+        time=f"{datetime.now(UTC):%Y-%m-%d %H:%M}",
+        heat=heat,
+        main=_main_table(rows, comparison),
+        notes=notes(comparison, "±"),
+        sections=sections,
+        plotly=Markup(get_plotlyjs()),
+        specs=Markup(specs),
+        script=Markup((Path(__file__).parent / "report.js").read_text(encoding="utf-8")),
+    )
 
 
 def _title(labels: Iterable[str]) -> str:
@@ -93,48 +88,17 @@ def _title(labels: Iterable[str]) -> str:
     return f"rcpo: {shown or 'no finished runs'}"
 
 
-def _place(figure: Figure, figures: list[Figure], kind: str = "") -> str:
-    """Where `report.js` draws the figure."""
-    figures.append(figure)
-    return (
-        f'<figure class="{kind}"><h3>{html.escape(figure.title)}</h3>'
-        f'<div id="figure-{len(figures) - 1}"></div>'
-        f"<figcaption>{html.escape(figure.caption)}</figcaption></figure>\n"
-    )
-
-
-def _list(lines: Sequence[str]) -> str:
-    """Lines of the form NAME: TEXT."""
-    items = [
-        f"<b>{html.escape(name)}</b>: {html.escape(text)}"
-        for name, _, text in (line.partition(": ") for line in lines)
-    ]
-    return f"<ul>{''.join(f'<li>{item}</li>' for item in items)}</ul>" if items else ""
-
-
-def _main_table(rows: Sequence[Row], comparison: Comparison) -> str:
+def _main_table(rows: Sequence[Row], comparison: Comparison) -> Table:
     titles = heads(comparison, COLUMNS)
     num_left, where = titles.index("n"), titles.index("chosen")
-    body, previous = [], None
+    kinds = ["left" if idx < num_left else "" for idx in range(len(titles))]
+    body = []
     for row in rows:
-        texts = line_texts(row, COLUMNS, "±")
-        kinds = ["left" if idx < num_left else "" for idx in range(len(texts))]
-        kinds[where] = _mood(row.means["chosen"][0])
-        cells = "".join(
-            f'<td class="{kind}">{html.escape(text)}</td>' for kind, text in zip(kinds, texts, strict=True)
-        )
-        first = "first" if row.group.row_label != previous else ""
-        previous = row.group.row_label
-        body.append(f'<tr class="{first}">{cells}</tr>')
-    head = "".join(
-        f'<th class="{"left" if idx < num_left else ""}">{html.escape(title)}</th>'
-        for idx, title in enumerate(titles)
-    )
-    lines = "<br>".join(html.escape(note) for note in notes(comparison, "±"))
-    return (
-        f'<h2>All groups</h2><div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f'<tbody>{"".join(body)}</tbody></table></div><p class="note">{lines}</p>'
-    )
+        own = [*kinds[:where], _mood(row.means["chosen"][0]), *kinds[where + 1 :]]
+        body.append([Cell(*both) for both in zip(line_texts(row, COLUMNS, "±"), own, strict=True)])
+    labels = [row.group.row_label for row in rows]
+    firsts = [label != before for label, before in zip(labels, [None, *labels], strict=False)]
+    return Table([Cell(*both) for both in zip(titles, kinds, strict=True)], body, firsts)
 
 
 def _mood(change: float) -> str:
@@ -143,43 +107,18 @@ def _mood(change: float) -> str:
     return "down" if change < 0 else "up"
 
 
-def _objective_section(idx: int, label: str, groups: list[Group], figures: list[Figure], fallen: str) -> str:
-    """The figures, those of one plot two in a row where there is room, and the pairs that fell."""
-    places = "".join(
-        _place(figure, figures, "whole" if figure.facets else "") for figure in objective_figures(groups)
-    )
-    return (
-        f'<h2 id="objective-{idx}">{html.escape(label)}</h2>\n<div class="figures">{places}</div>\n{fallen}'
-    )
-
-
-def _fallen_table(fallen: Fallen | None, is_open: bool) -> str:
-    """The ten pairs whose winner fell most, in a part that opens."""
-    if fallen is None:
-        return ""
+def _fallen(fallen: Fallen) -> Table:
+    """The ten pairs whose chosen response fell most."""
     pairs = fallen.pairs
-    heads = [f"<th>{html.escape(name)}</th>" for name in ("pair", *pairs[0].changes)]
-    columns = [[f"<td>{pair.index}</td>{_changes(pair)}" for pair in pairs]]
-    for titles, cells in (_ches_columns(fallen), _text_columns(pairs)):
-        heads += titles
-        columns.append(cells)
-    rows = "".join(f"<tr>{''.join(parts)}</tr>" for parts in zip(*columns, strict=True))
-    missing = ""
-    if fallen.no_text is not None:
-        missing = f'<p class="note">Without their text: {html.escape(fallen.no_text)}</p>'
-    return (
-        f'<details class="fallen"{" open" if is_open else ""}><summary>'
-        f"The {len(pairs)} pairs whose winner fell most under "
-        f"{html.escape(fallen.calibration)}</summary>"
-        f'<p class="note">{html.escape(ABOUT_FALLEN)}{html.escape(_about_ches(fallen))}</p>'
-        f"{missing}"
-        f'<div class="scroll"><table><thead><tr>{"".join(heads)}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div></details>"
-    )
-
-
-def _changes(pair: FallenPair) -> str:
-    return "".join(f'<td class="{_mood(change)}">{nats(change)}</td>' for change in pair.changes.values())
+    titles = [Cell(name) for name in ("pair", *pairs[0].changes)]
+    rows = [
+        [Cell(str(pair.index)), *(Cell(nats(change), _mood(change)) for change in pair.changes.values())]
+        for pair in pairs
+    ]
+    for more, cells in (_ches_columns(fallen), _text_columns(pairs)):
+        titles += more
+        rows = [row + own for row, own in zip(rows, cells, strict=True)]
+    return Table(titles, rows, [])
 
 
 def _about_ches(fallen: Fallen) -> str:
@@ -195,14 +134,14 @@ def _about_ches(fallen: Fallen) -> str:
     )
 
 
-def _ches_columns(fallen: Fallen) -> tuple[list[str], list[str]]:
-    """Heads, and a row's cells for each pair; one cell that says why over all rows where there is no CHES."""
+def _ches_columns(fallen: Fallen) -> tuple[list[Cell], list[list[Cell]]]:
+    """Heads, and each pair's cells; one cell that says why over all rows where there is no CHES."""
     pairs = fallen.pairs
     if fallen.no_ches is not None and fallen.no_text is None:
-        why = f'<td class="left reason" rowspan="{len(pairs)}">none: {html.escape(fallen.no_ches)}</td>'
-        return ['<th class="left">CHES</th>'], [why, *[""] * (len(pairs) - 1)]
+        why = Cell(f"none: {fallen.no_ches}", "left reason", len(pairs))
+        return [Cell("CHES", "left")], [[why], *([] for _ in pairs[1:])]
     if any(pair.ches is None for pair in pairs):
-        return [], [""] * len(pairs)
+        return [], [[] for _ in pairs]
     scores = [pair.ches for pair in pairs if pair.ches is not None]
     columns = {
         "CHES": same_decimals([score.ches for score in scores]),
@@ -210,8 +149,8 @@ def _ches_columns(fallen: Fallen) -> tuple[list[str], list[str]]:
     }
     if fallen.correlation is not None:
         columns["percentile"] = [f"{pair.percentile:.0f}" for pair in pairs]
-    rows = ["".join(f"<td>{text}</td>" for text in texts) for texts in zip(*columns.values(), strict=True)]
-    return [f"<th>{head}</th>" for head in columns], rows
+    rows = [[Cell(text) for text in texts] for texts in zip(*columns.values(), strict=True)]
+    return [Cell(head) for head in columns], rows
 
 
 def same_decimals(values: Sequence[float]) -> list[str]:
@@ -221,41 +160,9 @@ def same_decimals(values: Sequence[float]) -> list[str]:
     return [f"{value:.{decimals}f}" for value in values]
 
 
-def _text_columns(pairs: Sequence[FallenPair]) -> tuple[list[str], list[str]]:
-    """Heads, and a row's cells for each pair; none where the words are not there."""
+def _text_columns(pairs: Sequence[FallenPair]) -> tuple[list[Cell], list[list[Cell]]]:
+    """Heads, and each pair's cells; none where the words are not there."""
     if any(pair.texts is None for pair in pairs):
-        return [], [""] * len(pairs)
-    rows = [
-        "".join(f'<td class="text">{html.escape(text)}</td>' for text in pair.texts or ()) for pair in pairs
-    ]
-    return [f'<th class="left">{name}</th>' for name in ("prompt", "chosen", "rejected")], rows
-
-
-def _breakable(key: str) -> str:
-    """A dotted key that may go on in a new line behind a dot."""
-    return html.escape(key).replace(".", ".<wbr>").replace("_", "_<wbr>")
-
-
-def _settings(comparison: Comparison) -> str:
-    """What groups differ in, group by group, and what they share."""
-    head = "".join(f'<th class="left">{_breakable(key)}</th>' for key in comparison.differing)
-    body = "".join(
-        f'<tr><td class="left">{html.escape(group.label)}</td>'
-        + "".join(
-            f'<td class="left">{html.escape(str(group.settings.get(key, "-")))}</td>'
-            for key in comparison.differing
-        )
-        + f"<td>{html.escape(group.seeds)}</td></tr>"
-        for group in comparison.groups
-    )
-    common = "".join(
-        f'<tr><td class="left">{html.escape(key)}</td><td class="left">{html.escape(str(value))}</td></tr>'
-        for key, value in comparison.common.items()
-    )
-    return (
-        '<h2 id="settings">Settings</h2><p class="note">What the groups differ in; - is a setting that '
-        'a group does not read.</p><div class="scroll"><table>'
-        f'<thead><tr><th class="left">group</th>{head}<th>seeds</th></tr></thead>'
-        f"<tbody>{body}</tbody></table></div><details><summary>Settings that all groups share</summary>"
-        f'<div class="scroll"><table><tbody>{common}</tbody></table></div></details>'
-    )
+        return [], [[] for _ in pairs]
+    rows = [[Cell(text, "text") for text in pair.texts or ()] for pair in pairs]
+    return [Cell(name, "left") for name in ("prompt", "chosen", "rejected")], rows

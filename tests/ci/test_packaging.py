@@ -24,7 +24,7 @@ WANTED = (
     "rcpo/builtin/tiny/tokenizer_config.json",
 )  # fmt: skip
 """Paths in the source tree."""
-SUFFIXES = {".py", ".yaml", ".json", ".safetensors", ".typed", ".sbatch", ".css", ".js", ".md"}
+SUFFIXES = {".py", ".yaml", ".json", ".safetensors", ".typed", ".sbatch", ".css", ".js", ".j2", ".md"}
 """All that a wheel holds of rcpo, beside its own dist-info."""
 
 pytestmark = [

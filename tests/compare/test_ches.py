@@ -78,7 +78,7 @@ def case(made: Case, tmp_path: Path) -> Case:
 def test_the_page_has_the_ches_that_rcpo_score_gives_the_same_pairs(made: Case) -> None:
     """Held-out rows 0 to 3, 5 and 6; those that fell, deepest first: the third, fifth, fourth and second."""
     page = made.page()
-    body = page.split("whose winner fell most under off")[1].split("<tbody>")[1].split("</tbody>")[0]
+    body = page.split("whose chosen response fell most under off")[1].split("<tbody>")[1].split("</tbody>")[0]
     rows = [re.findall(r"<td[^>]*>(.*?)</td>", part, re.S) for part in body.split("</tr>")[:-1]]
     places = [2, 4, 3, 1]
     assert [cells[0] for cells in rows] == list(map(str, places))

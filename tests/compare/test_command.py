@@ -226,7 +226,7 @@ def test_a_real_run_is_read(tmp_path: Path) -> None:
     assert row["in_band"]
     page = (tmp_path / "report.html").read_text()
     assert "Without their text" not in page
-    assert ("CHES per token" in page) == ("whose winner fell most" in page)
+    assert ("CHES per token" in page) == ("whose chosen response fell most" in page)
 
 
 def test_a_reader_that_goes_away_is_no_error(grid: Path) -> None:

@@ -53,7 +53,7 @@ def test_the_pairs_whose_winner_fell_most_come_with_their_text(tmp_path: Path) -
     ]
     assert pairs[0].texts == ["question 3", "right 3", "wrong 3"]
     page = page_of(tmp_path / "runs")
-    assert "The 2 pairs whose winner fell most under off" in page
+    assert "The 2 pairs whose chosen response fell most under off" in page
     assert '<td class="text">right 3</td>' in page
 
 

@@ -113,12 +113,3 @@ def test_a_check_that_fails_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(doctor, "CHECKS", (_broken_thing,))
     assert examine() == [Finding("broken thing", "missing", "OSError: the disk is gone", "mend this first")]
-
-
-def test_doctor_takes_no_words(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["doctor", "me"])
-    assert stop.value.code == 2
-    assert (
-        capsys.readouterr().err == "rcpo: me: doctor takes no words; type rcpo doctor or rcpo doctor --json\n"
-    )
