@@ -1,12 +1,13 @@
 """Pairs as flat arrays: the same pairs as lists, cut and picked, and the same batches."""
 
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from rcpo.data.batch import collate
+from rcpo.data.batch import PairBatch, collate
 from rcpo.data.joint import collate_joint
 from rcpo.data.pairs import PackedPairs, Packer, TokenizedPair, TokenizedSide, pack
 
@@ -68,6 +69,11 @@ def test_sides_are_equal_by_what_they_hold() -> None:
     assert of_array not in (TokenizedSide([1, 5, 6], 1), TokenizedSide([1, 5, 7], 2), [1, 5, 6])
 
 
+def flat(batch: PairBatch) -> list[Any]:
+    """The fields of a batch, those of its segments one by one."""
+    return [*batch._replace(segments=None), *(batch.segments or ())]
+
+
 def test_batches_of_read_only_arrays_are_those_of_lists() -> None:
     """The same tensors of the same types, without torch's warning of memory that must not be written."""
     arrays = pack(PAIRS).arrays
@@ -78,7 +84,8 @@ def test_batches_of_read_only_arrays_are_those_of_lists() -> None:
             lambda pairs: collate(pairs, pad_id=0),
             lambda pairs: collate_joint(pairs, 0, share_prefix=True, packing=True),
         ):
-            for left, right in zip(collated(PackedPairs(arrays)), collated(PAIRS), strict=True):
+            both = (flat(collated(pairs)) for pairs in (PackedPairs(arrays), PAIRS))
+            for left, right in zip(*both, strict=True):
                 if isinstance(left, torch.Tensor):
                     assert left.dtype == right.dtype
                     assert torch.equal(left, right)

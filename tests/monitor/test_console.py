@@ -79,7 +79,7 @@ def test_without_calibration_and_band_neither_is_shown() -> None:
 def test_time_left_counts_from_the_end_of_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """First step done at 100 s, third at 104 s: 2 s a step, 7 steps left of 10, so 14 s."""
     clock = iter([100.0, 104.0])
-    monkeypatch.setattr("rcpo.common.console.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("rcpo.monitor.step_line.time.monotonic", lambda: next(clock))
     line = StepLine(10, 0)
     for step in (1, 2, 3):
         line.add(step_row(step))
@@ -96,7 +96,7 @@ def test_elsewhere_than_on_a_terminal_steps_are_lines_at_most_one_in_two_seconds
 ) -> None:
     """A step a second from 1 to 100, log_every=5: the first, the last, and every fifth between."""
     now = [0.0]
-    monkeypatch.setattr("rcpo.common.console.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("rcpo.monitor.step_line.time.monotonic", lambda: now[0])
     sink, stream = plain_sink(log_every=5)
     for step in range(1, 101):
         now[0] = float(step)
@@ -162,7 +162,8 @@ def test_nats_percent_and_duration_by_hand() -> None:
 
 SHOW = """
 import sys
-from rcpo.common.console import ConsoleSink, RunConsole
+from rcpo.common.console import RunConsole
+from rcpo.monitor.step_line import ConsoleSink
 sys.path.insert(0, {tests!r})
 from helpers.console_rows import EVALUATION, step_row
 console = RunConsole()
