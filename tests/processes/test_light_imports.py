@@ -1,0 +1,101 @@
+"""What a login node is asked for: commands that only look load no torch, and say what they cost."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import rcpo
+from helpers.compare_folders import make_run
+from rcpo.sweep.folder import Cell, SweepFolder
+
+HEAVY = (
+    "torch",
+    "transformers",
+    "deepspeed",
+    "datasets",
+    "hydra",
+    "pydantic",
+    "pandas",
+    "plotly",
+    "matplotlib",
+)
+RUN = f"""
+import json, os, resource, sys
+from rcpo.cli import main
+code = 0
+try:
+    main(sys.argv[1:])
+except SystemExit as stop:
+    code = stop.code
+used = resource.getrusage(resource.RUSAGE_SELF)
+heavy = [name for name in {HEAVY} if name in sys.modules]
+facts = {{"code": code, "heavy": heavy, "num": len(sys.modules), "cpu": used.ru_utime + used.ru_stime}}
+os.write(2, (json.dumps(facts) + "\\n").encode())
+"""
+
+
+def facts_of(*words: str | Path) -> dict[str, Any]:
+    """Exit code, heavy modules, number of modules and CPU seconds of a command line in a process of its
+    own."""
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, *map(str, words)], capture_output=True, text=True, timeout=120, check=True
+    )
+    facts: dict[str, Any] = json.loads(done.stderr.splitlines()[-1])
+    print(words[0], facts)
+    return facts
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    for calibration in ("off", "on"):
+        make_run(folder / calibration, "dpo", calibration)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = SweepFolder(tmp_path_factory.mktemp("sweep"))
+    cell = Cell("a", {"objective": "dpo"}, ["objective=dpo"], "digest")
+    run = folder.run(cell)
+    run.path.mkdir(parents=True)
+    run.config.write_text(yaml.safe_dump({"train": {"steps": 10, "epochs": None}}))
+    run.run_json.write_text(json.dumps({"status": "done"}))
+    folder.manifest.write_text(cell.line())
+    folder.sweep_yaml.write_text("{}")
+    return folder.path
+
+
+@pytest.mark.parametrize("words", [("--help",), ("--version",), ("status", "--help"), ("compare", "--help")])
+def test_help_loads_next_to_nothing(words: tuple[str, ...]) -> None:
+    """0.04 s of CPU where it was written; 0.3 s is the limit that users are promised."""
+    facts = facts_of(*words)
+    assert (facts["code"], facts["heavy"]) == (0, [])
+    assert facts["num"] < 250
+
+
+def test_status_loads_no_torch(sweep: Path) -> None:
+    """Promised: 0.6 s of CPU."""
+    facts = facts_of("status", sweep)
+    assert (facts["code"], facts["heavy"]) == (0, [])
+
+
+def test_compare_loads_no_torch_for_runs_that_it_knows(runs: Path) -> None:
+    assert facts_of("compare", runs)["code"] == 0
+    facts = facts_of("compare", runs)
+    assert facts["code"] == 0
+    assert not {"torch", "transformers", "deepspeed"} & set(facts["heavy"])
+
+
+def test_importing_rcpo_loads_no_torch() -> None:
+    command = "import rcpo, sys; print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", command], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "[]\n"
+    assert set(rcpo.__all__) <= set(dir(rcpo))
