@@ -130,7 +130,8 @@ def tokenized(origin: Origin, records: "Sequence[PreferenceRecord]") -> "Sequenc
     from rcpo.models.load import load_tokenizer
 
     tokenizer = load_tokenizer(origin.model)
-    return tokenize_records(records, tokenizer, origin.max_length, origin.max_prompt_length, "drop").pairs
+    limits = (origin.max_length, origin.max_prompt_length, "drop")
+    return tokenize_records(records, tokenizer, *limits, origin.model.chat_template_kwargs).pairs
 
 
 def _section(kind: type[Section], tree: dict[str, Any]) -> Section:

@@ -119,6 +119,9 @@ class ModelConfig:
     """Load pickled weights (*.bin) where there are no safetensors: their tensors alone, never their code."""
     chat_template: Text | None = None
     """null: the tokenizer's own; plain: rcpo's; else a jinja file."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """What the chat template is given beside the messages: '{enable_thinking: false}'. A row's own column
+    chat_template_kwargs comes on top."""
     lora: LoraConfig = Field(default_factory=LoraConfig)
     """Train a low-rank adapter in place of the weights."""
     quantization: Literal["4bit"] | None = None

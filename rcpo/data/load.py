@@ -15,11 +15,14 @@ from typing import Any
 from rcpo.common.errors import UserError
 from rcpo.config.schema import DataConfig
 from rcpo.data.arithmetic import arithmetic_records
+from rcpo.data.messages import parsed_quietly, unused_keys
 from rcpo.data.readers import Place, Rows, read_rows
 from rcpo.data.records import BadRowError, PreferenceRecord, read_record
 from rcpo.data.weights import UNWEIGHTED, WEIGHT_PARTS, Weighing, describe_weights
 
 PARTS = ("prompt", "chosen", "rejected")
+FOR_TEMPLATES = ("tools", "chat_template_kwargs")
+"""Columns that a chat template is handed, where they are there."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,8 @@ def _read_place(
 ) -> tuple[list[PreferenceRecord], dict[str, list[int]]]:
     """Records of one source, and the rows that are none by reason; bad rows stop or are dropped as
     data.on_bad_row says."""
-    names = {part: (config.columns or {}).get(part, part) for part in (*PARTS, *weighing.parts)}
+    parts = (*PARTS, *FOR_TEMPLATES, *weighing.parts)
+    names = {part: (config.columns or {}).get(part, part) for part in parts}
     source = read_rows(place, set(names.values()))
     _check_columns(source.columns, names, place, config)
     records, dropped = _read_records(source, names, place, config.on_bad_row, weighing)
@@ -109,18 +113,51 @@ def _read_place(
             f"none of its {len(source.rows)} rows can train ({reason}); give pairs of another form"
         )
     report.append(f"{place}: {len(source.rows)} rows read, {reasons.total()} dropped{_listed(reasons)}")
+    report += _unused(source, names, place) + _doubled(records, place)
     repeats = len(records) - len({_content(record) for record in records})
     if repeats:
         report.append(f"{place}: {repeats} rows repeat an earlier row (kept)")
     return records, dropped
 
 
+NOTE = "note: "
+"""How a line of the report begins that is said on the console too."""
+
+
+def _unused(source: Rows, names: dict[str, str], place: Place) -> list[str]:
+    """Columns, and keys of messages, that are not trained on."""
+    lines = []
+    columns = [str(name) for name in source.columns if name not in names.values()]
+    if columns:
+        lines.append(f"{NOTE}{place}: columns that are not used: {', '.join(columns)}")
+    keys = unused_keys((parsed_quietly(row.get(names[part])) for part in PARTS) for row in source.rows)
+    if keys:
+        shown = ", ".join(f"{key} ({num} messages)" for key, num in keys.most_common())
+        lines.append(f"{NOTE}{place}: keys of messages that are not used: {shown}")
+    return lines
+
+
+def _doubled(records: list[PreferenceRecord], place: Place) -> list[str]:
+    """Text prompts that both sides begin with once more, and that are scored there."""
+    num = 0
+    for record in records:
+        if isinstance(record.prompt, str) and (start := record.prompt.strip()):
+            num += all(str(side).strip().startswith(start) for side in (record.chosen, record.rejected))
+    if not num:
+        return []
+    return [
+        f"{NOTE}{place}: in {num} rows both sides begin with the prompt, which is then there twice and is "
+        "scored; leave the column prompt out, or cut it from the sides"
+    ]
+
+
 def _check_parts(config: DataConfig, weighing: Weighing) -> None:
     """Parts that data.columns names: known, and those of a weight also read."""
     for part, name in (config.columns or {}).items():
-        if part not in PARTS + WEIGHT_PARTS:
+        if part not in PARTS + FOR_TEMPLATES + WEIGHT_PARTS:
+            known = ", ".join(PARTS + FOR_TEMPLATES + WEIGHT_PARTS)
             raise UserError(
-                f"data.columns.{part}: no such part; the parts are {', '.join(PARTS + WEIGHT_PARTS)}; "
+                f"data.columns.{part}: no such part; the parts are {known}; "
                 "type data.columns='{prompt: NAME, chosen: NAME, rejected: NAME}'"
             )
         if part in WEIGHT_PARTS and part not in weighing.parts:
@@ -137,8 +174,9 @@ def _check_parts(config: DataConfig, weighing: Weighing) -> None:
 
 
 def _check_columns(seen: list[str], names: dict[str, str], place: Place, config: DataConfig) -> None:
-    # A prompt column may be absent, unless the user has named it.
-    needed = [part for part in names if part != "prompt" or "prompt" in (config.columns or {})]
+    # A prompt column may be absent, and what is for templates, unless the user has named it.
+    optional = {"prompt", *FOR_TEMPLATES} - set(config.columns or {})
+    needed = [part for part in names if part not in optional]
     missing = [names[part] for part in needed if names[part] not in seen]
     if missing:
         parts = ", ".join(f"{part}: NAME" for part in needed if names[part] in missing)
@@ -159,7 +197,8 @@ def _read_records(
         try:
             if has_prompt and values["prompt"] is None:
                 raise BadRowError("prompt is null")
-            record = read_record(values["prompt"], values["chosen"], values["rejected"], number)
+            sides = (values["prompt"], values["chosen"], values["rejected"])
+            record = read_record(*sides, number, *(values[part] for part in FOR_TEMPLATES))
             records.append(dataclasses.replace(record, weight=weighing.weight(values)))
         except BadRowError as error:
             if on_bad_row == "error":
@@ -233,7 +272,7 @@ def _drop_held_out(
 
 def _content(record: PreferenceRecord) -> str:
     """Equal for pairs that are equal in all but their row number."""
-    return _key([record.prompt, record.chosen, record.rejected])
+    return _key([record.prompt, record.chosen, record.rejected, record.tools, record.template_kwargs])
 
 
 def _key(parts: Iterable[Any]) -> str:

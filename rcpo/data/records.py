@@ -5,14 +5,14 @@ to train. Does not read files (`rcpo.data.readers`), count or select (`rcpo.data
 (`rcpo.data.tokenize`).
 """
 
+import dataclasses
+import json
 import re
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 from rcpo.common.errors import shortened
-
-Messages: TypeAlias = list[dict[str, str]]
-"""Chat turns, each {"role": ..., "content": ...}."""
+from rcpo.data.messages import BadMessageError, Messages, content_text, parsed, turns
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 """Roles that a prompt may hold; a response is one assistant turn."""
@@ -34,13 +34,19 @@ class PreferenceRecord:
     """Row number in the source, counted from 0, for reports."""
     weight: float = 1.0
     """What multiplies the pair's loss, finite and >= 0 (`rcpo.data.weights`)."""
+    tools: list[Any] | None = None
+    """Definitions of tools, for the chat template."""
+    template_kwargs: dict[str, Any] | None = None
+    """What else this row's chat template is given: {"enable_thinking": false}, say."""
 
 
 class BadRowError(Exception):
     """A row that cannot train. The message is the reason, the same for every row with the same fault."""
 
 
-def read_record(prompt: Any, chosen: Any, rejected: Any, row: int) -> PreferenceRecord:
+def read_record(
+    prompt: Any, chosen: Any, rejected: Any, row: int, tools: Any = None, template_kwargs: Any = None
+) -> PreferenceRecord:
     """Turn one row into a record; `prompt` is None where the source has no prompt of its own.
 
     prompt        sides              becomes
@@ -51,9 +57,16 @@ def read_record(prompt: Any, chosen: Any, rejected: Any, row: int) -> Preference
     text or none  conversations      messages, split at the last assistant turn (also UltraFeedback's rows)
     messages      any of the three   messages
 
+    Messages may be written as text, in JSON or as Python writes them. Tool calls, tool turns and reasoning of
+    messages are kept for the chat template, and so are `tools` (a list, or one as JSON) and
+    `template_kwargs`.
+
     Raises BadRowError. Source of the formats: TRL's "dataset formats". Unlike TRL, an implicit plain prompt
     ends before a word, not within one ("The sky is b" + "lue"), and a response is exactly one assistant turn.
     """
+    prompt, chosen, rejected = (
+        _parsed(*both) for both in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected))
+    )
     for name, side in (("chosen", chosen), ("rejected", rejected)):
         _check_value(name, side)
     if prompt is not None:
@@ -67,7 +80,34 @@ def read_record(prompt: Any, chosen: Any, rejected: Any, row: int) -> Preference
     else:
         record = _messages_record(prompt, chosen, rejected, row)
     _check_parts(record)
-    return record
+    if tools is None and template_kwargs is None:
+        return record
+    return dataclasses.replace(
+        record,
+        tools=_json_value("tools", tools, list),
+        template_kwargs=_json_value("chat_template_kwargs", template_kwargs, dict),
+    )
+
+
+def _parsed(name: str, value: Any) -> Any:
+    try:
+        return parsed(value)
+    except BadMessageError as error:
+        raise BadRowError(f"{name} {error}") from None
+
+
+def _json_value(name: str, value: Any, kind: type) -> Any:
+    """A list or an object of a column, or one as JSON; None where there is none, or nothing in it."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise BadRowError(f"{name} is text, and not JSON") from None
+    if not value:
+        return None
+    if not isinstance(value, kind):
+        raise BadRowError(f"{name} is {type(value).__name__}, not a {'list' if kind is list else 'mapping'}")
+    return value
 
 
 def _check_value(name: str, value: Any) -> None:
@@ -81,14 +121,18 @@ def _check_value(name: str, value: Any) -> None:
     if not value:
         raise BadRowError(f"{name} is empty")
     for message in value:
-        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+        has_content = isinstance(message, dict) and ("content" in message or message.get("tool_calls"))
+        if not has_content or "role" not in message:
             raise BadRowError(f"{name} has a message without role and content")
         if message["role"] not in ROLES:
             role = shortened(repr(message["role"]))
             raise BadRowError(f"{name} has the role {role}; roles are {', '.join(ROLES)}")
-        if not isinstance(message["content"], str):
+        if message.get("content") is None and not message.get("tool_calls"):
             raise BadRowError(f"{name} has a message whose content is not text")
-        _check_text(name, message["content"])
+        try:
+            _check_text(name, content_text(message.get("content")))
+        except BadMessageError as error:
+            raise BadRowError(f"{name} {error}") from None
 
 
 def _check_text(name: str, text: str) -> None:
@@ -128,7 +172,7 @@ def _messages_record(prompt: Any, chosen: Any, rejected: Any, row: int) -> Prefe
     if before_w != before_l:
         raise BadRowError("the sides do not share one prompt before their last assistant turn")
     if isinstance(prompt, list):
-        prompt = _turns(prompt)
+        prompt = turns(prompt)
         if before_w and before_w != prompt:
             raise BadRowError("the prompt is not the beginning of the sides' conversation")
     elif before_w:
@@ -143,15 +187,10 @@ def _messages_record(prompt: Any, chosen: Any, rejected: Any, row: int) -> Prefe
 
 
 def _split_conversation(name: str, side: list[dict[str, Any]]) -> tuple[Messages, Messages]:
-    turns = _turns(side)
-    if turns[-1]["role"] != "assistant":
-        raise BadRowError(f"{name} ends with a turn of the role {turns[-1]['role']}, not assistant")
-    return turns[:-1], turns[-1:]
-
-
-def _turns(messages: list[dict[str, Any]]) -> Messages:
-    """Role and content only; what else a message carries (ids, dates, null tool calls) is not text."""
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+    found = turns(side)
+    if found[-1]["role"] != "assistant":
+        raise BadRowError(f"{name} ends with a turn of the role {found[-1]['role']}, not assistant")
+    return found[:-1], found[-1:]
 
 
 def _hh_messages(name: str, text: str) -> Messages:
@@ -184,14 +223,19 @@ def _check_parts(record: PreferenceRecord) -> None:
 
 
 def _text(part: str | Messages) -> str:
-    return part if isinstance(part, str) else "".join(turn["content"] for turn in part)
+    """All that is said; a turn that calls a tool says its call."""
+    if isinstance(part, str):
+        return part
+    return "".join(
+        turn["content"] + (json.dumps(turn["tool_calls"]) if "tool_calls" in turn else "") for turn in part
+    )
 
 
 MAX_TEXT = 600
 """Characters of one prompt or response in a page."""
 
 
-def as_text(part: str | list[dict[str, str]]) -> str:
+def as_text(part: str | Messages) -> str:
     """Messages as ROLE: CONTENT; a single one as its content."""
     if isinstance(part, str):
         return part.strip()

@@ -6,14 +6,18 @@ learnt once, from a conversation whose response is known, since the text that a 
 conversation have in common may run on into its response.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from rcpo.common.errors import UserError
-from rcpo.data.records import BadRowError, Messages, PreferenceRecord
+from rcpo.data.messages import Messages
+from rcpo.data.records import BadRowError, PreferenceRecord
 
 PLAIN_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -57,12 +61,14 @@ class Rendered:
     is_closed: bool
 
 
-def look_at_template(tokenizer: PreTrainedTokenizerBase) -> Template:
-    """Learn the template's frame from one conversation whose response is known."""
+def look_at_template(
+    tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any] = MappingProxyType({})
+) -> Template:
+    """Learn the template's frame, given these `kwargs`, from one conversation whose response is known."""
     turns = [{"role": "user", "content": "user"}]
     try:
-        prompt = _apply(tokenizer, turns, generation_prompt=True)
-        whole = _apply(tokenizer, [*turns, {"role": "assistant", "content": _PROBE}], generation_prompt=False)
+        prompt = _apply(tokenizer, turns, True, kwargs)
+        whole = _apply(tokenizer, [*turns, {"role": "assistant", "content": _PROBE}], False, kwargs)
     except BadRowError as error:
         raise UserError(f"model.chat_template: {error}; type model.chat_template=plain") from None
     if _PROBE not in whole:
@@ -85,10 +91,18 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return added | set(tokenizer.all_special_ids)
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, turns: Messages, generation_prompt: bool) -> str:
+def _apply(
+    tokenizer: PreTrainedTokenizerBase,
+    turns: Messages,
+    generation_prompt: bool,
+    kwargs: Mapping[str, Any],
+    tools: list[Any] | None = None,
+) -> str:
     try:
         return str(
-            tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation_prompt)
+            tokenizer.apply_chat_template(
+                turns, tools=tools, tokenize=False, add_generation_prompt=generation_prompt, **kwargs
+            )
         )
     except (TemplateError, TypeError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -96,23 +110,45 @@ def _apply(tokenizer: PreTrainedTokenizerBase, turns: Messages, generation_promp
 
 
 def render_messages(
-    tokenizer: PreTrainedTokenizerBase, template: Template, record: PreferenceRecord
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    record: PreferenceRecord,
+    kwargs: Mapping[str, Any] = MappingProxyType({}),
 ) -> Rendered:
+    """Both sides as the template writes them, given `kwargs`. Raises BadRowError where it refuses the row, or
+    leaves out a part of a response."""
     assert isinstance(record.prompt, list)
-    prompt = _apply(tokenizer, record.prompt, generation_prompt=True)
+    prompt = _apply(tokenizer, record.prompt, True, kwargs, record.tools)
     split = len(prompt) - template.overhang
     behind_lead = split + len(template.lead)
     texts = []
     for side in (record.chosen, record.rejected):
         assert isinstance(side, list)
-        whole = _apply(tokenizer, record.prompt + side, generation_prompt=False)
+        whole = _apply(tokenizer, record.prompt + side, False, kwargs, record.tools)
         if whole[:split] != prompt[:split] or not whole.endswith(template.tail):
             raise BadRowError("the chat template renders its prompt or its end in another way than usual")
+        if (lost := _lost_part(side[-1], whole[split:])) is not None:
+            raise BadRowError(f"the chat template leaves out {lost}")
         texts.append(whole[: len(whole) - len(template.tail)] + template.closing)
     # A template may leave its lead out where a response has one of its own, which is then scored.
     if all(text[split:behind_lead] == template.lead for text in texts):
         split = behind_lead
     return Rendered(texts[0], texts[1], split, template.is_closed)
+
+
+def _lost_part(turn: dict[str, Any], written: str) -> str | None:
+    """What of a response is not in what the template has written of it, white space aside."""
+    there = "".join(written.split())
+    if "".join(turn["content"].split()) not in there:
+        return "a part of the response (its reasoning, say)"
+    for key in ("reasoning_content", "thinking"):
+        if isinstance(turn.get(key), str) and "".join(turn[key].split()) not in there:
+            return f"the response's {key}"
+    for call in turn.get("tool_calls", ()):
+        function = call.get("function", call) if isinstance(call, dict) else {}
+        if isinstance(function, dict) and str(function.get("name", "")) not in written:
+            return "the response's tool calls"
+    return None
 
 
 def render_text(record: PreferenceRecord) -> Rendered:

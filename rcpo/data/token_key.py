@@ -12,11 +12,12 @@ import os
 import platform
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -68,6 +69,7 @@ def token_key(
     weighing: Weighing,
     limits: tuple[int, int | None],
     tokenizer: PreTrainedTokenizerBase,
+    template_kwargs: Mapping[str, Any] = MappingProxyType({}),
 ) -> str | None:
     """Key of the pairs; `limits` are train.max_length and train.max_prompt_length. None where a tokenizer's
     behaviour cannot be told from its state: one in Python, or with code of its own."""
@@ -77,7 +79,16 @@ def token_key(
     settings = asdict(config)
     del settings["filter"]  # is applied to the tokenised pairs
     weighed = [type(weighing).__qualname__, vars(weighing)]
-    parts = [_code_digest(), _versions(), content.digests, settings, weighed, limits, state]
+    parts = [
+        _code_digest(),
+        _versions(),
+        content.digests,
+        settings,
+        weighed,
+        limits,
+        state,
+        dict(template_kwargs),
+    ]
     return _digest_of(json.dumps(parts, sort_keys=True).encode())
 
 

@@ -11,10 +11,13 @@ text. Tokenizers without offsets (not "fast") take the common beginning of promp
 which is the same but for odd tokenizers.
 """
 
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from types import MappingProxyType
+from typing import Any
 
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
@@ -50,24 +53,24 @@ def tokenize_records(
     max_length: int,
     max_prompt_length: int | None,
     on_bad_row: str,
+    template_kwargs: Mapping[str, Any] = MappingProxyType({}),
 ) -> TokenizedData:
     """Tokenise both sides of every record under one policy.
 
-    Messages: rendered whole with the chat template and split where the prompt with its generation prompt
-    ends, so that a default system prompt never leaks into a response. The response ends with the template's
-    end-of-turn token; template text behind it is cut. Plain text: prompt and response as they are, one after
-    the other, also where the tokenizer has a chat template (as TRL does). BOS: exactly once at the start
-    where the tokenizer has one, whether or not the template writes it. EOS: exactly once at the end where the
-    tokenizer has one and the template has not closed the turn with a special token of its own. A BOS or EOS
-    that the tokenizer lacks never enters the ids. Truncation, in tokens: a prompt longer than
-    `max_prompt_length` is cut from the left, but keeps BOS; with None it may take what the pair's longer
-    response leaves of `max_length`, at least half. Both sides keep one prompt. Each response is then cut from
-    the right to what is left of `max_length` (EOS is cut too), and is never empty. A row that cannot train (a
-    template's refusal, sides that the tokenizer or the cut made identical) raises UserError with `on_bad_row`
-    "error", and is dropped and counted with "drop". Raises UserError where records are messages and the
-    tokenizer has no chat template.
-    """
-    work = _Work(tokenizer, max_length, max_prompt_length)
+    Messages: rendered whole with the chat template, which is given `template_kwargs` and the row's own, and
+    split where the prompt with its generation prompt ends, so that a default system prompt never leaks into a
+    response. The response ends with the template's end-of-turn token; template text behind it is cut. Plain
+    text: prompt and response as they are, one after the other, also where the tokenizer has a chat template
+    (as TRL does). BOS: exactly once at the start where the tokenizer has one, whether or not the template
+    writes it. EOS: exactly once at the end where the tokenizer has one and the template has not closed the
+    turn with a special token of its own. A BOS or EOS that the tokenizer lacks never enters the ids.
+    Truncation, in tokens: a prompt longer than `max_prompt_length` is cut from the left, but keeps BOS; with
+    None it may take what the pair's longer response leaves of `max_length`, at least half. Both sides keep
+    one prompt. Each response is then cut from the right to what is left of `max_length` (EOS is cut too), and
+    is never empty. A row that cannot train (a template's refusal, sides that the tokenizer or the cut made
+    identical) raises UserError with `on_bad_row` "error", and is dropped and counted with "drop". Raises
+    UserError where records are messages and the tokenizer has no chat template."""
+    work = _Work(tokenizer, max_length, max_prompt_length, template_kwargs)
     packer = Packer()
     dropped = Counter[str]()
     for start in range(0, len(records), _RECORDS_PER_BATCH):
@@ -114,13 +117,18 @@ class _Work:
     """One pass over records: the tokenizer, the limits and the running counts."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, max_length: int, max_prompt_length: int | None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        max_prompt_length: int | None,
+        template_kwargs: Mapping[str, Any],
     ) -> None:
         self._tokenizer = tokenizer
         self._max_length, self._max_prompt_length = max_length, max_prompt_length
         self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         self._special = special_ids(tokenizer)
-        self._template: Template | None = None
+        self._template_kwargs = template_kwargs
+        self._templates: dict[str, Template] = {}
         self._counts = Counter[str]()
 
     def tokenize_batch(self, records: Sequence[PreferenceRecord]) -> list[TokenizedPair | BadRowError]:
@@ -166,9 +174,12 @@ class _Work:
                 "model.chat_template=null: the data are messages and the tokenizer has no chat template; "
                 "type model.chat_template=plain"
             )
-        self._template = self._template or look_at_template(self._tokenizer)
+        kwargs = {**self._template_kwargs, **(record.template_kwargs or {})}
+        key = json.dumps(kwargs, sort_keys=True, default=str)
+        if key not in self._templates:
+            self._templates[key] = look_at_template(self._tokenizer, kwargs)
         try:
-            return render_messages(self._tokenizer, self._template, record)
+            return render_messages(self._tokenizer, self._templates[key], record, kwargs)
         except BadRowError as error:
             return error
 

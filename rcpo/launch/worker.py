@@ -104,6 +104,7 @@ def _train(
     inputs: "Inputs | None",
 ) -> None:
     from rcpo.common.console import RunConsole
+    from rcpo.data.load import NOTE
     from rcpo.monitor.summary import print_report, print_start
     from rcpo.ranks.distributed import rank
     from rcpo.training.loop import train
@@ -116,7 +117,9 @@ def _train(
         console = RunConsole()
         print_start(console, config, len(inputs.train), len(inputs.held_out))
         for line in inputs.report:
-            if line.startswith("data.filter"):  # what a user asked to be left out is said where he looks
+            if line.startswith(
+                ("data.filter", NOTE)
+            ):  # what a user asked to be left out is said where he looks
                 console.print(line, soft_wrap=True)
     summary = train(config, run, inputs, device, resume)
     if rank() == 0:

@@ -98,8 +98,9 @@ def _checked_tokenizer(config: ResolvedConfig) -> PreTrainedTokenizerBase:
 def _tokenise(config: ResolvedConfig, tokenizer: PreTrainedTokenizerBase) -> PairsRead:
     records = load_records(config.data, weighing_of(config.composition))
     limits = (config.train.max_length, config.train.max_prompt_length, config.data.on_bad_row)
-    train = tokenize_records(records.train, tokenizer, *limits)
-    held_out = tokenize_records(records.held_out, tokenizer, *limits)
+    kwargs = config.model.chat_template_kwargs
+    train = tokenize_records(records.train, tokenizer, *limits, kwargs)
+    held_out = tokenize_records(records.held_out, tokenizer, *limits, kwargs)
     for pairs, what in ((train.pairs, "training"), (held_out.pairs, "held-out")):
         if not len(pairs):
             raise UserError(
@@ -128,7 +129,7 @@ def _kept_tokens(config: ResolvedConfig, tokenizer: PreTrainedTokenizerBase) -> 
     if content is not None:
         weighing = weighing_of(config.composition)
         limits = (config.train.max_length, config.train.max_prompt_length)
-        key = token_key(content, config.data, weighing, limits, tokenizer)
+        key = token_key(content, config.data, weighing, limits, tokenizer, config.model.chat_template_kwargs)
     if key is None:
         return make()
     from rcpo.common.files import cache_dir

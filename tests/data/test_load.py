@@ -13,7 +13,7 @@ import yaml
 from helpers import ROOT
 from rcpo.common.errors import UserError
 from rcpo.config.schema import DataConfig
-from rcpo.data.load import load_records
+from rcpo.data.load import NOTE, load_records
 from rcpo.data.records import PreferenceRecord
 
 CONF = ROOT / "conf" / "data"
@@ -151,8 +151,8 @@ def test_columns_are_read_by_their_own_names(tmp_path: Path) -> None:
     data = load_records(config_of(path, columns=names))
     assert sorted(prompts(data.train) + prompts(data.held_out)) == ["q0", "q1"]
     assert fault(config_of(path, columns={"answer": "good"})) == (
-        "data.columns.answer: no such part; the parts are prompt, chosen, rejected, weight, probability; "
-        "type data.columns='{prompt: NAME, chosen: NAME, rejected: NAME}'"
+        "data.columns.answer: no such part; the parts are prompt, chosen, rejected, tools, "
+        "chat_template_kwargs, weight, probability; type data.columns='{prompt: NAME, chosen: NAME, rejected: NAME}'"
     )
 
 
@@ -272,3 +272,28 @@ def test_hh_rlhf_is_read_from_a_folder_of_its_shape(tmp_path: Path) -> None:
             0,
         )
     ]
+
+
+def test_what_is_not_trained_on_is_named(tmp_path: Path) -> None:
+    """Columns, and keys of messages; a prompt that both sides repeat is counted."""
+    rows = [
+        {
+            "prompt": "a b",
+            "chosen": f"a b c{row}",
+            "rejected": f"a b d{row}",
+            "score_chosen": 1,
+            "note": "x",
+        }
+        for row in range(4)
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = load_records(DataConfig(source="file", path=str(tmp_path / "a.jsonl"), eval_pairs=1)).report
+    assert f"{NOTE}{tmp_path}/a.jsonl: columns that are not used: score_chosen, note" in report
+    assert any("in 4 rows both sides begin with the prompt" in line for line in report)
+    turn = {"role": "assistant", "content": "c", "id": 3}
+    rows = [
+        {"prompt": "a", "chosen": [turn], "rejected": [{**turn, "content": f"d{row}"}]} for row in range(4)
+    ]
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = load_records(DataConfig(source="file", path=str(tmp_path / "b.jsonl"), eval_pairs=1)).report
+    assert f"{NOTE}{tmp_path}/b.jsonl: keys of messages that are not used: id (8 messages)" in report

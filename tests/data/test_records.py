@@ -1,6 +1,8 @@
 """Rows to records: TRL's formats, UltraFeedback's and raw HH-RLHF strings, and every reason that a row is
 unfit."""
 
+import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -87,8 +89,8 @@ def test_formats_become_prompt_and_responses(name: str) -> None:
     assert (record.prompt, record.chosen, record.rejected, record.row) == (*expected, 7)
 
 
-def test_only_role_and_content_of_a_message_are_kept() -> None:
-    """UltraFeedback's and tool users' messages carry more, and null where there is none."""
+def test_what_no_template_renders_is_not_kept() -> None:
+    """UltraFeedback's messages carry more, and null where there is no tool call."""
     extra = {"id": 3, "tool_calls": None}
     record = read_record(
         [{**turns("Hi")[0], **extra}], [{**answer("Yes")[0], **extra}], [{**answer("No")[0], **extra}], 0
@@ -187,3 +189,48 @@ def test_unfit_rows_are_refused_with_their_reason(name: str) -> None:
     with pytest.raises(BadRowError) as caught:
         read_record(*row, row=0)
     assert str(caught.value) == reason
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+
+
+def test_tool_calls_tool_turns_and_reasoning_are_kept_for_the_template() -> None:
+    """Arguments as JSON text, as OpenAI writes them, become an object; content may be null beside a call."""
+    as_text = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    prompt = [
+        *turns("Hi"),
+        {"role": "assistant", "content": None, "tool_calls": [as_text]},
+        {"role": "tool", "content": "2", "tool_call_id": "x", "name": "add"},
+    ]
+    chosen = [{"role": "assistant", "content": "Yes", "reasoning_content": "Hm."}]
+    rejected = [{"role": "assistant", "tool_calls": [CALL]}]
+    record = read_record(prompt, chosen, rejected, 0, tools='[{"name": "add"}]', template_kwargs={"x": 1})
+    assert record.prompt[1] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    assert record.prompt[2] == {"role": "tool", "content": "2", "name": "add", "tool_call_id": "x"}
+    assert record.chosen == chosen
+    assert record.rejected == [{"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    assert (record.tools, record.template_kwargs) == ([{"name": "add"}], {"x": 1})
+
+
+def test_content_in_text_parts_is_their_text() -> None:
+    parts = [{"type": "text", "text": "Yes, "}, {"type": "text", "text": "it is."}]
+    record = read_record(turns("Hi"), [{"role": "assistant", "content": parts}], answer("No"), 0)
+    assert record.chosen == answer("Yes, it is.")
+    parts[1] = {"type": "image", "url": "x"}
+    with pytest.raises(BadRowError, match="chosen has a message with a part of the type image"):
+        read_record(turns("Hi"), [{"role": "assistant", "content": parts}], answer("No"), 0)
+
+
+@pytest.mark.parametrize("write", [repr, json.dumps])
+def test_messages_written_as_text_are_messages(write: Callable[[Any], str]) -> None:
+    """As pandas and `datasets` write them into CSV, and as JSON in a column of text."""
+    record = read_record(write(turns('It\'s "so"')), write(answer("Yes")), write(answer("No")), 0)
+    assert (record.prompt, record.chosen) == (turns('It\'s "so"'), answer("Yes"))
+
+
+def test_text_that_looks_like_messages_and_is_none_is_refused() -> None:
+    """numpy's way of writing them leaves the commas out."""
+    broken = "[{'role': 'assistant', 'content': 'a'}\n {'role': 'user', 'content': 'b'}]"
+    with pytest.raises(BadRowError, match="chosen looks like messages written as text, and cannot be read"):
+        read_record("q", broken, "b", 0)
+    assert read_record("q", "[{x", "[{1: 2}]", 0).chosen == "[{x"

@@ -25,7 +25,7 @@ from helpers.tiny_tokenizers import (
 from rcpo.common.errors import UserError
 from rcpo.data.records import read_record
 from rcpo.data.render import apply_chat_template_choice
-from rcpo.data.tokenize import TokenizedPair, TokenizedSide, describe_example
+from rcpo.data.tokenize import TokenizedPair, TokenizedSide, describe_example, tokenize_records
 
 # BOS, EOS and the split, for every kind of tokenizer and template
 
@@ -379,3 +379,56 @@ def test_pairs_are_held_as_flat_arrays() -> None:
     data = tokenize(records, make_bpe())
     num_tokens = sum(len(side.input_ids) for pair in data.pairs for side in sides_of(pair))
     assert sum(column.nbytes for column in data.pairs.arrays) == 4 * num_tokens + 64 * len(records)
+
+
+CUT_THINKING = TURNS.replace("m['content']", "m['content'].split('</think>')[-1]") + GENERATION
+"""As DeepSeek-R1's: what an answer thinks before </think> is cut out of it."""
+TOOLS = (
+    "{% if tools %}{{ '<|turn|>tools ' + tools[0]['name'] + '<|end|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|turn|>' + m['role'] + '\n' + m['content'] }}"
+    "{% for c in m['tool_calls'] or [] %}{{ ' call ' + c['function']['name'] }}{% endfor %}"
+    "{{ '<|end|>\n' }}{% endfor %}" + GENERATION
+)
+
+
+def test_a_response_that_the_template_cuts_is_refused() -> None:
+    """Or counted; reasoning in a field of its own that the template does not write, likewise."""
+    tokenizer = make_bpe()
+    tokenizer.chat_template = CUT_THINKING
+    said = "the chat template leaves out a part of the response"
+    record = read_record(chat("a"), chat("a", "b c</think>d")[1:], chat("a", "e")[1:], 0)
+    with pytest.raises(UserError, match=said):
+        tokenize([record], tokenizer)
+    data = tokenize([record], tokenizer, on_bad_row="drop")
+    assert data.report[-1].startswith(f"1 pairs dropped because {said}")
+    own = [{"role": "assistant", "content": "d", "reasoning_content": "b c"}]
+    with pytest.raises(UserError, match="the chat template leaves out the response's reasoning_content"):
+        tokenize([read_record(chat("a"), own, chat("a", "e")[1:], 0)], tokenizer)
+
+
+def test_tools_and_calls_reach_the_template() -> None:
+    """Definitions stand in the prompt; a call is scored."""
+    tokenizer = make_bpe()
+    tokenizer.chat_template = TOOLS
+    call = [
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
+    ]
+    record = read_record(chat("a"), call, chat("a", "no")[1:], 0, tools=[{"name": "add"}])
+    pair = tokenize([record], tokenizer).pairs[0]
+    assert "tools add" in tokenizer.decode(prompt_of(pair.chosen))
+    assert "call add" in tokenizer.decode(response_of(pair.chosen))
+    tokenizer.chat_template = TURNS + GENERATION
+    with pytest.raises(UserError, match="the chat template leaves out the response's tool calls"):
+        tokenize([record], tokenizer)
+
+
+def test_what_else_a_template_is_given_comes_from_the_config_and_from_the_row() -> None:
+    tokenizer = make_bpe()
+    tokenizer.chat_template = "{{ mood }}" + TURNS + GENERATION
+    row = ("a", [{"role": "assistant", "content": "b"}], [{"role": "assistant", "content": "c"}])
+    records = [read_record(*row, 0), read_record(*row, 1, template_kwargs={"mood": "yes"})]
+    pairs = tokenize_records(records, tokenizer, 512, None, "error", {"mood": "no"}).pairs
+    assert [tokenizer.decode(prompt_of(pair.chosen)).split("<|turn|>")[0] for pair in pairs] == [
+        "<s>no",
+        "<s>yes",
+    ]

@@ -160,6 +160,7 @@ def test_a_resumed_run_with_dropout_is_the_same_run(runs: dict[str, RunFolder], 
     shutil.copytree(runs["dropout"].path, run.path)
     shutil.rmtree(run.checkpoints / "step-000006")
     shutil.rmtree(run.final)
+    run.update_run(status="interrupted")
     done = forked.rcpo("resume", run.path, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     before: list[dict[str, Any]] = metrics(runs["dropout"])

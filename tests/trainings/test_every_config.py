@@ -24,7 +24,8 @@ import torch
 from rcpo.commands.train import prepare
 from rcpo.ranks.distributed import initialize, shut_down
 from rcpo.training.read_inputs import read_inputs
-from rcpo.runs.folder import RunFolder, config_tree
+from rcpo.runs.folder import RunFolder
+from rcpo.runs.frozen import config_tree
 from rcpo.training.loop import train
 
 device = initialize("cpu")
