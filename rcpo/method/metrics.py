@@ -167,7 +167,7 @@ def pathway(chosen_rate: float, rejected_rate: float) -> float:
     nan."""
     if math.isnan(chosen_rate) or math.isnan(rejected_rate):
         return math.nan
-    winner_up, loser_up = chosen_rate >= 0, rejected_rate > 0
+    chosen_up, rejected_up = chosen_rate >= 0, rejected_rate > 0
     return float(
-        {(True, False): 0, (True, True): 1, (False, False): 2, (False, True): 3}[winner_up, loser_up]
+        {(True, False): 0, (True, True): 1, (False, False): 2, (False, True): 3}[chosen_up, rejected_up]
     )

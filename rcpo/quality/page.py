@@ -39,7 +39,7 @@ def make_page(scores: ScoreFile, read: PairsRead) -> str:
         num_held_out=len(scores.of_split(HELD_OUT)["row"]),
         report=read.report,
         quantiles=_table(quantile_heads(), quantile_rows(scores)),
-        measures=list(PAIR_SCORES.values()),
+        pair_scores=list(PAIR_SCORES.values()),
         histograms=[_histogram(name, columns[name]) for name in HISTOGRAMS],
         findings=[(finding.text, finding.listed(NUM_LISTED)) for finding in findings(scores, read)],
         highest=_highest(columns, read),
@@ -87,7 +87,8 @@ def _histogram(name: str, values: Sequence[float]) -> dict[str, Any]:
 def _highest(columns: dict[str, list[Any]], read: PairsRead) -> tuple[list[Cell], list[list[Cell]]]:
     """The pairs with their text, as the data gives it."""
     records = {record.row: record for record in read.records.train}
-    heads = ["row", *(HEADS.get(name) or PAIR_SCORES[name][0] for name in SHOWN), "prompt", "chosen", "rejected"]
+    titles = [HEADS.get(name) or PAIR_SCORES[name][0] for name in SHOWN]
+    heads = ["row", *titles, "prompt", "chosen", "rejected"]
     rows = [
         [
             str(columns["row"][place]),
