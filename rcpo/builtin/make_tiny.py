@@ -13,7 +13,7 @@ near misses, an answer's entropy is log(2)/2 + log(8)/2 = 1.39 nats, 0.20 a toke
 Two choices decide how preference training moves it (AdamW 3e-4, 150 steps, held-out change of z_w).
 The initialisation is twice as wide as Llama's (0.04), so that AdamW's steps are smaller beside the weights:
 in trials calibration ended between -0.1 and +0.2 nats at 0.02, between +0.3 and +0.6 at 0.04; at 0.08 SimPO
-without calibration raised the winner in two runs of three.
+without calibration raised the chosen response in two runs of three.
 The near misses are drawn: with one fixed for each problem, both responses fell with calibration too.
 """
 

@@ -20,7 +20,7 @@ NUM_BINS = 60
 COSINE_EDGES = np.linspace(-1, 1, 41)
 NUM_PARTS = 4
 """Training is cut into this many equal parts for the pathway shares."""
-PATHWAYS = ("winner up, loser down", "both up", "both down", "winner down, loser up")
+PATHWAYS = ("chosen up, rejected down", "both up", "both down", "chosen down, rejected up")
 MAX_POINTS = 1000
 """Pairs shown in a scatter at most: every k-th."""
 

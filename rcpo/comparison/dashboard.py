@@ -41,7 +41,7 @@ SECTIONS: dict[str, tuple[Plot, ...]] = {
         Plot("Slack: inside where it is not negative", ("band/slack",), "log ratio"),
         Plot("Inside", ("band/inside",), "share of steps"),
         Plot("Cosine of the two sides", ("score/cosine",), "cosine"),
-        Plot("Pathway: 0 winner up, loser down; 1 both up; 2 both down; 3 the reverse of 0",
+        Plot("Pathway: 0 chosen up, rejected down; 1 both up; 2 both down; 3 the reverse of 0",
              ("dynamics/pathway",), "pathway"),
         Plot("First-order change", ("dynamics/chosen_rate", "dynamics/rejected_rate"), "nats per lr"),
     ),

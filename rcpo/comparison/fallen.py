@@ -1,5 +1,5 @@
-"""The held-out pairs whose winner fell most, with their words and their CHES under the initial model: a table
-of the report."""
+"""The held-out pairs whose chosen response fell most, with their words and their CHES under the initial
+model: a table of the report."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ class FallenPair:
 
 @dataclass
 class Fallen:
-    """The pairs whose winner fell most under the first of some groups that has per-pair results."""
+    """The pairs whose chosen response fell most under the first of some groups that has per-pair results."""
 
     run: Run
     """One of that group."""
@@ -77,8 +77,8 @@ def find_fallen(by_label: dict[str, list[Group]], choice: ChesChoice) -> dict[st
 
 
 def most_fallen(groups: Sequence[Group]) -> Fallen | None:
-    """The ten pairs whose winner fell most, and what became of them in the other groups that were measured on
-    the same pairs; None where no winner fell."""
+    """The ten pairs whose chosen response fell most, and what became of them in the other groups that were
+    measured on the same pairs; None where no chosen response fell."""
     measured = [(group, run) for group in groups for run in group.runs[:1] if run.pairs is not None]
     if not measured:
         return None

@@ -112,7 +112,7 @@ class Composition(NamedTuple):
 
     tree: dict[str, Any]
     choices: dict[str, str]
-    """The chosen option of each group."""
+    """The selected option of each group."""
     options: dict[str, list[str]]
     """All options of each group."""
 

@@ -25,7 +25,7 @@ def choices_text(words: list[str]) -> str:
     groups = [line for group in listed for line in _group_lines(group, seen.options, seen.choices, folders)]
     return "\n".join(
         [
-            "groups: GROUP=OPTION chooses a file of settings (* is chosen now)",
+            "groups: GROUP=OPTION selects a file of settings (* is selected now)",
             *groups,
             "",
             "keys: KEY=VALUE sets one (shown: its value now; null: rcpo decides; ???: you must give it)",

@@ -30,8 +30,8 @@ rcpo train --config-dir DIR objective=mine     # an option of your own: DIR/obje
 ```
 
 - **null** means that rcpo decides. **???** means that you must give the value.
-- A file in `DIR/experiment/` sets options and keys together. Begin it with `# @package _global_`.
-  The command line still wins.
+- `experiment=NAME` sets options and keys together. Copy `conf/experiment/example.yaml` to
+  `DIR/experiment/NAME.yaml`. The command line still wins.
 - In a YAML file, quote `"off"` and `"on"`: YAML 1.1 reads them as false and true.
 - rcpo checks the whole config once, before it writes anything. An unknown key, a wrong type or an
   impossible combination is one line and exit code 2.
@@ -95,13 +95,13 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _default_options(root: dict[str, Any]) -> dict[str, str]:
-    """The option that config.yaml selects of each group."""
+    """The option that config.yaml selects of each group; profiles of clusters are no options of a run."""
     entries = [item for item in root["defaults"] if isinstance(item, dict)]
     return {
         key: str(option)
         for item in entries
         for key, option in item.items()
-        if " " not in key and "@" not in key
+        if " " not in key and "@" not in key and key != "cluster"
     }
 
 

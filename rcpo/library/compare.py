@@ -25,15 +25,15 @@ Place: TypeAlias = "str | os.PathLike[str] | HasPath"
 
 
 class Comparison:
-    """Runs side by side, seeds merged into cells, with differences to calibration=off."""
+    """Runs side by side, seeds merged into groups, with differences to calibration=off."""
 
     def __init__(self, rows: "list[Row]", compared: "Compared") -> None:
         self._rows, self._compared = rows, compared
 
     @property
     def table(self) -> "pd.DataFrame":
-        """One row a cell, the columns of the terminal's table as numbers: means over n seeds; vs_off is the
-        difference of chosen to calibration=off, p its p-value, adjusted for all cells."""
+        """One row a group, the columns of the terminal's table as numbers: means over n seeds; vs_off is the
+        difference of chosen to calibration=off, p its p-value, adjusted for all groups."""
         import pandas as pd
 
         from rcpo.comparison.table import COLUMNS

@@ -26,7 +26,7 @@ class Run:
 
         run = rcpo.open_run("runs/dpo-on-1")
         run.eval.plot(x="step", y=["displacement/chosen", "displacement/rejected"])
-        run.pairs.nsmallest(5, "r_w")[["prompt", "chosen", "r_w"]]     # the winners that fell most
+        run.pairs.nsmallest(5, "r_w")[["prompt", "chosen", "r_w"]]     # whose chosen fell most
         model, tokenizer = run.model(), run.tokenizer()
     """
 

@@ -111,8 +111,8 @@ def band_metrics(statistics: StepStatistics, alpha: float) -> dict[str, float]:
     dynamics/rejected_rate = alpha d_w <s_w, s_l> - (d_l/alpha) |s_l|^2 with mean incentives d, exact where
     all incentives of a side are equal. weighted: of the incentive-weighted batch means of d_w z_w and d_l
     z_l, alpha |G_w|^2 - <G_w, G_l>/alpha and alpha <G_w, G_l> - |G_l|^2/alpha, exact always.
-    dynamics/pathway: 0 winner up & loser down, 1 both up, 2 both down, 3 winner down & loser up. The band
-    needs both incentive means positive; edges are +-inf where rho <= 0.
+    dynamics/pathway: 0 chosen up & rejected down, 1 both up, 2 both down, 3 chosen down & rejected up. The
+    band needs both incentive means positive; edges are +-inf where rho <= 0.
     """
     geometry = statistics.geometry
     if geometry is None:
@@ -163,10 +163,11 @@ def population_metrics(
 
 
 def pathway(chosen_rate: float, rejected_rate: float) -> float:
-    """0 winner up & loser down, 1 both up, 2 both down, 3 winner down & loser up; nan where a rate is nan."""
+    """0 chosen up & rejected down, 1 both up, 2 both down, 3 chosen down & rejected up; nan where a rate is
+    nan."""
     if math.isnan(chosen_rate) or math.isnan(rejected_rate):
         return math.nan
-    winner_up, loser_up = chosen_rate >= 0, rejected_rate > 0
+    chosen_up, rejected_up = chosen_rate >= 0, rejected_rate > 0
     return float(
-        {(True, False): 0, (True, True): 1, (False, False): 2, (False, True): 3}[winner_up, loser_up]
+        {(True, False): 0, (True, True): 1, (False, False): 2, (False, True): 3}[chosen_up, rejected_up]
     )

@@ -10,7 +10,7 @@ from rcpo.common.console import number
 from rcpo.common.page import Cell, render
 from rcpo.data.records import shortened_texts
 from rcpo.data.score_file import HELD_OUT, TRAIN, ScoreFile
-from rcpo.quality.summary import MEASURES, findings, quantile_heads, quantile_rows
+from rcpo.quality.summary import PAIR_SCORES, findings, quantile_heads, quantile_rows
 from rcpo.training.read_inputs import PairsRead
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -39,7 +39,7 @@ def make_page(scores: ScoreFile, read: PairsRead) -> str:
         num_held_out=len(scores.of_split(HELD_OUT)["row"]),
         report=read.report,
         quantiles=_table(quantile_heads(), quantile_rows(scores)),
-        measures=list(MEASURES.values()),
+        pair_scores=list(PAIR_SCORES.values()),
         histograms=[_histogram(name, columns[name]) for name in HISTOGRAMS],
         findings=[(finding.text, finding.listed(NUM_LISTED)) for finding in findings(scores, read)],
         highest=_highest(columns, read),
@@ -66,7 +66,7 @@ def _histogram(name: str, values: Sequence[float]) -> dict[str, Any]:
     if 0.2 * WIDTH < zero < 0.8 * WIDTH:
         labels.append((zero, "middle", "0"))
     return {
-        "title": MEASURES[name][0],
+        "title": PAIR_SCORES[name][0],
         "width": WIDTH,
         "height": HEIGHT,
         "bars": [
@@ -87,7 +87,8 @@ def _histogram(name: str, values: Sequence[float]) -> dict[str, Any]:
 def _highest(columns: dict[str, list[Any]], read: PairsRead) -> tuple[list[Cell], list[list[Cell]]]:
     """The pairs with their text, as the data gives it."""
     records = {record.row: record for record in read.records.train}
-    heads = ["row", *(HEADS.get(name) or MEASURES[name][0] for name in SHOWN), "prompt", "chosen", "rejected"]
+    titles = [HEADS.get(name) or PAIR_SCORES[name][0] for name in SHOWN]
+    heads = ["row", *titles, "prompt", "chosen", "rejected"]
     rows = [
         [
             str(columns["row"][place]),

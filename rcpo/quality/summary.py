@@ -14,7 +14,7 @@ from rcpo.common.console import number
 from rcpo.data.score_file import TRAIN, ScoreFile
 from rcpo.training.read_inputs import PairsRead
 
-MEASURES = {
+PAIR_SCORES = {
     "ches": ("CHES", "<h_w, h_l> - |h_w|^2, of summed hidden states (arXiv 2410.08847)"),
     "ches_norm": ("CHES, per token", "the same of their means"),
     "margin": ("margin (nats)", "z_w - z_l under the model"),
@@ -43,11 +43,11 @@ class Finding:
 
 
 def quantile_rows(scores: ScoreFile) -> list[list[str]]:
-    """A row for each measure of the training pairs: its title and its percentiles."""
+    """A row for each pair score of the training pairs: its title and its percentiles."""
     columns = scores.of_split(TRAIN)
     return [
         [title, *(number(value) for value in np.percentile(columns[name], PERCENTILES))]
-        for name, (title, _) in MEASURES.items()
+        for name, (title, _) in PAIR_SCORES.items()
     ]
 
 
@@ -100,7 +100,7 @@ def print_summary(console: Console, scores: ScoreFile, read: PairsRead) -> None:
     console.print()
     _print_table(console, quantile_heads(), quantile_rows(scores))
     console.print()
-    for title, meaning in MEASURES.values():
+    for title, meaning in PAIR_SCORES.values():
         console.print(Text(f"{title}: {meaning}", style="dim"), soft_wrap=True)
     for finding in findings(scores, read):
         listed = finding.listed(NUM_LISTED)

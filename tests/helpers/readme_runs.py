@@ -10,7 +10,7 @@ from subprocess import CompletedProcess
 import yaml
 
 from helpers import ROOT, forked
-from helpers.readmes import words
+from helpers.readmes import code, words
 from rcpo.data.arithmetic import arithmetic_records
 from rcpo.models.load import model_source
 
@@ -29,6 +29,11 @@ SECONDS = 120
 """The longest that a command may take."""
 
 
+LIBRARY = """
+import json
+rows = [json.loads(line) for line in open("PAIRS.jsonl")]
+"""
+"""Names that the Python of a README begins with."""
 SCRIPT = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
 """What `python FILE WORDS` does, in a process that runs already."""
 
@@ -50,6 +55,8 @@ def furnish(place: Path) -> None:
         (place / folder).mkdir(parents=True)
     (place / "sweeps/demo.yaml").write_text(yaml.safe_dump(SWEEP))
     (place / "DIR/objective/mine.yaml").write_text("# My own.\nname: dpo\nbeta: 0.3\n")
+    own = code(ROOT / "rcpo/objectives/README.md", "python")[0]
+    (place / "my_losses.py").write_text(own)
 
 
 def typed(command: str, number: int, place: Path) -> list[str]:
@@ -69,9 +76,20 @@ def typed(command: str, number: int, place: Path) -> list[str]:
 
 def run(line: list[str], place: Path) -> CompletedProcess[str]:
     """Run `line` in the folder `place`, in a child of the fork server."""
-    env = os.environ | {"RCPO_CACHE": str(place.with_name("cache")), "HF_HUB_OFFLINE": "1"}
-    env = {key: value for key, value in env.items() if not key.startswith("WANDB")}
+    env = _environment(place)
     if line[0] == "rcpo":
         return forked.rcpo(*line[1:], cwd=place, env=env, seconds=SECONDS)
     assert line[0] == "python"
     return forked.script(SCRIPT, *line[1:], cwd=place, env=env, seconds=SECONDS)
+
+
+def run_python(block: str, place: Path) -> CompletedProcess[str]:
+    """Run the Python of a README in `place`, with few steps where it trains."""
+    small = ", ".join(f'"{word}"' for word in SMALL if not word.startswith("data.train"))
+    block = block.replace("rcpo.train(", f"rcpo.train({small}, ").replace("train.steps=300", "train.steps=4")
+    return forked.script(LIBRARY + block, cwd=place, env=_environment(place), seconds=SECONDS)
+
+
+def _environment(place: Path) -> dict[str, str]:
+    env = os.environ | {"RCPO_CACHE": str(place.with_name("cache")), "HF_HUB_OFFLINE": "1"}
+    return {key: value for key, value in env.items() if not key.startswith("WANDB")}

@@ -7,21 +7,30 @@ Their commands are in `tests/processes/test_readme_commands.py`.
 import ast
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from torch import Tensor
 
+import rcpo
 from helpers import ROOT
 from helpers.forked import in_a_fork
+from helpers.plain_loop import summed
 from helpers.readmes import anchors, code, links, readmes, spans, text_of
+from helpers.tiny_models import MODELS, make_pairs
 from rcpo.config.keys import page
+from rcpo.data.tokenize import TokenizedPair
 from rcpo.monitor.model_card import formula
 from rcpo.objectives import REGISTRY, load_objective, pairwise
+from rcpo.objectives.own import import_own
 from rcpo.sweep.definition import read_definition
 
 FRONT = ROOT / "README.md"
 INSIDE = ROOT / "rcpo/README.md"
+OBJECTIVES, LIBRARY = ROOT / "rcpo/objectives/README.md", ROOT / "rcpo/library/README.md"
 COLUMNS, LINES, NUM_WORDS = 100, 200, 20
 READERS_OWN = ("conf/objective/mine.yaml",)
 """Files that the reader is told to write."""
@@ -83,7 +92,7 @@ def test_the_configuration_is_what_the_schema_says() -> None:
 
 def test_the_objectives_table_is_the_registry() -> None:
     """One line an objective: its formula, its defaults and whether it needs a reference."""
-    table = rows(ROOT / "rcpo/objectives/README.md", "| name | loss per pair")
+    table = rows(OBJECTIVES, "| name | loss per pair")
     found = {cells[0].strip("`"): cells[1:4] for cells in table}
     assert sorted(found) == sorted(REGISTRY)
     for name, (loss, defaults, reference) in found.items():
@@ -138,11 +147,25 @@ def test_python_is_python(readme: Path) -> None:
         ast.parse(block)
 
 
-def test_the_objective_of_the_readme_works_where_it_belongs() -> None:
+def test_an_objective_of_ones_own_is_registered_from_its_file(tmp_path: Path) -> None:
+    """The front page's, and the one with parameters."""
+    for readme in (FRONT, OBJECTIVES):
+        (own,) = [block for block in code(readme, "python") if block.startswith("# my_losses.py")]
+        file = tmp_path / readme.parent.name / "my_losses.py"
+        file.parent.mkdir()
+        file.write_text(own)
+
+        def work(named: str = str(file)) -> None:
+            assert list(import_own(named).entries) == ["mine"]
+            assert formula(load_objective("mine")).startswith("softplus(-")
+
+        in_a_fork(work)
+
+
+def test_the_objective_to_ship_works_where_it_belongs() -> None:
     """Its function beside the others of a family, its YAML file, and the lines that use an objective."""
-    readme = ROOT / "rcpo/objectives/README.md"
-    function, usage = code(readme, "python")
-    (config,) = code(readme, "yaml")
+    _, function, usage = code(OBJECTIVES, "python")
+    (config,) = code(OBJECTIVES, "yaml")
     names: dict[str, Any] = {}
     exec(usage, names)
     assert names["loss"].shape == names["d_w"].shape == (1,)
@@ -155,6 +178,36 @@ def test_the_objective_of_the_readme_works_where_it_belongs() -> None:
         assert objective(names["pair"]).shape == (1,)
 
     in_a_fork(work)
+
+
+@pytest.mark.parametrize("readme", [FRONT, LIBRARY], ids=["front", "library"])
+def test_the_loop_with_a_calibrator_trains(readme: Path) -> None:
+    """Two steps of two micro-batches, on a model that ties its head."""
+    (loop,) = [block for block in code(readme, "python") if block.startswith("calibrator = ")]
+    model = MODELS["llama-tied"]()
+    pairs = make_pairs(8, seed=3)
+
+    def of(batch: list[TokenizedPair]) -> SimpleNamespace:
+        with torch.no_grad():
+            z = summed(model, batch)
+        len_w, len_l = (
+            torch.tensor([len(side.input_ids) - side.num_prompt for side in sides]).float()
+            for sides in ([pair.chosen for pair in batch], [pair.rejected for pair in batch])
+        )
+        return SimpleNamespace(pairs=batch, ref_w=z.z_w, ref_l=z.z_l, len_w=len_w, len_l=len_l)
+
+    def summed_logprobs(model: Any, batch: SimpleNamespace) -> tuple[Tensor, Tensor]:
+        z = summed(model, batch.pairs)
+        return z.z_w, z.z_l
+
+    names: dict[str, Any] = {
+        "rcpo": rcpo, "model": model, "summed_logprobs": summed_logprobs,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "loader": [[of(pairs[0:2]), of(pairs[2:4])], [of(pairs[4:6]), of(pairs[6:8])]],
+    }  # fmt: skip
+    exec(loop, names)
+    assert names["row"]["step"] == 2
+    assert names["row"]["calibration/alpha"] != 1
 
 
 def test_the_sweep_file_of_the_readme_is_one(tmp_path: Path) -> None:

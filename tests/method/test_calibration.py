@@ -305,7 +305,7 @@ def test_a_step_at_the_center_raises_the_winner_and_lowers_the_loser(log_offset:
 
 @pytest.mark.parametrize(("beyond", "falls", "rises"), [(-0.3, True, False), (0.3, False, True)])
 def test_outside_the_band_one_side_goes_the_wrong_way(beyond: float, falls: bool, rises: bool) -> None:
-    """Below the lower edge the winner falls; above the upper edge the loser rises: the edges are where the
+    """Below the lower edge chosen falls; above the upper edge rejected rises: the edges are where the
     theory says."""
     pair = OnePair()
     band = disentanglement_band(0.0, 1.0, pair.geometry)

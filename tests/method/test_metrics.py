@@ -23,7 +23,7 @@ PAIR = PairLogProbs(
 
 
 def test_pair_sums_by_hand() -> None:
-    """z_w/|y_w| = -2, -2, -3; z_l/|y_l| = -2, -3, -1; accuracy 1 + 1/2 + 0; winner down 2; both down 1 (the
+    """z_w/|y_w| = -2, -2, -3; z_l/|y_l| = -2, -3, -1; accuracy 1 + 1/2 + 0; chosen down 2; both down 1 (the
     tie)."""
     incentives = Incentives(torch.tensor([0.5, 0.25, 0.5]), torch.tensor([1.0, -2.0, 4.0]))
     sums = pair_sums(torch.tensor([1.0, 2.0, 4.5]), PAIR, incentives)
@@ -158,6 +158,6 @@ def test_inside_means_pathway_zero(log_ratio: float) -> None:
     ],
 )
 def test_pathway(chosen_rate: float, rejected_rate: float, expected: float) -> None:
-    """0 winner up & loser down, 1 both up, 2 both down, 3 winner down & loser up; standing still counts as
-    good."""
+    """0 chosen up & rejected down, 1 both up, 2 both down, 3 chosen down & rejected up; standing still counts
+    as good."""
     assert pathway(chosen_rate, rejected_rate) == pytest.approx(expected, nan_ok=True)
