@@ -21,8 +21,8 @@ from hydra.core.global_hydra import GlobalHydra
 from transformers import AutoModelForCausalLM
 
 import rcpo
+from helpers.cases import write_inputs
 from helpers.plain_loop import summed
-from helpers.rank_runs import write_inputs
 from rcpo.common.files import cache_dir
 from rcpo.comparison.forms import as_csv
 from rcpo.ranks.distributed import RANK_VARIABLES
@@ -315,6 +315,7 @@ def test_ctrl_c_stops_it_and_resume_goes_on(
     assert again.resume().facts["num_resumed"] == 1, "one that is done is left as it is"
 
 
+@pytest.mark.ci("ranks that Python starts")
 @pytest.mark.timeout(180)
 def test_several_ranks_are_processes_of_their_own_and_import_the_users_module(
     inputs: Path, tmp_path: Path
