@@ -17,7 +17,7 @@ from rcpo.config.resolve import resolve
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.config.validate import validate
 from rcpo.config.words import grid_line, hydra_words
-from rcpo.objectives import PairLogProbs, load_objective, objective_names
+from rcpo.objectives import PairLogProbs, load_objective, objective_names, objective_of
 from rcpo.objectives.own import import_own
 from rcpo.objectives.registry import OWN
 from rcpo.runs.folder import RunFolder
@@ -275,7 +275,7 @@ def test_a_module_that_cannot_train_is_one_line(here: Path, name: str) -> None:
     file = here / "wrong.py"
     file.write_text(text)
     with pytest.raises(rcpo.UserError) as caught:
-        config_of("objective.module=wrong.py", "objective=my_loss")
+        objective_of({"name": "my_loss", "module": str(file)})
     assert str(caught.value).startswith(message.format(file=file))
 
 
