@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from helpers.tiny_models import MODELS
 FORKING = ("trainings", "processes")
 """Folders whose tests ask the fork server."""
 NUMBERS = itertools.count()
+NOT_RUN = pytest.StashKey[Counter[str]]()
 
 
 @pytest.fixture(params=sorted(MODELS))
@@ -50,11 +52,17 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         forked.server()
 
 
-def pytest_sessionfinish() -> None:
+def pytest_sessionfinish(session: pytest.Session) -> None:
     forked.close()
+    if hasattr(session.config, "workeroutput"):  # a worker of pytest-xdist; all of them leave out the same
+        session.config.workeroutput["not_run"] = dict(session.config.stash.get(NOT_RUN, Counter()))
 
 
-NOT_RUN = pytest.StashKey[Counter[str]]()
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """What a worker has left out, told to the one that speaks."""
+    if hasattr(node, "workeroutput") and "not_run" in node.workeroutput:
+        node.config.stash[NOT_RUN] = Counter(node.workeroutput["not_run"])
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:

@@ -28,6 +28,7 @@ SUFFIXES = {".py", ".yaml", ".json", ".safetensors", ".typed", ".sbatch", ".css"
 """All that a wheel holds of rcpo, beside its own dist-info."""
 
 pytestmark = [
+    pytest.mark.ci("packaging"),
     pytest.mark.slow,
     pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason="needs the source tree"),
 ]

@@ -145,13 +145,13 @@ def test_the_command_writes_the_page_whole(tmp_path: Path, capsys: pytest.Captur
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for profiles, where there is a browser."""
-    reason = chromium.missing()
-    if reason is not None:
-        pytest.skip(reason)
+    """A folder for profiles; without a browser the test fails."""
+    if (reason := chromium.missing()) is not None:
+        pytest.fail(reason)
     return tmp_path_factory.mktemp("browser")
 
 
+@pytest.mark.ci("browser")
 @pytest.mark.slow
 def test_a_grid_of_24_runs_of_1000_steps_is_drawn_in_five_seconds(tmp_path: Path, browser: Path) -> None:
     """Six objectives, four calibrations: 31 figures, no fault, nothing on the console. The best of three
@@ -177,6 +177,7 @@ def test_a_grid_of_24_runs_of_1000_steps_is_drawn_in_five_seconds(tmp_path: Path
     assert min(milliseconds) < limit
 
 
+@pytest.mark.ci("browser")
 @pytest.mark.slow
 def test_what_looks_like_a_script_in_the_data_is_text_in_the_browser(tmp_path: Path, browser: Path) -> None:
     settings = write_pairs(tmp_path / "eval.jsonl", EVIL)

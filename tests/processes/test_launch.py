@@ -219,6 +219,7 @@ def test_ranks_do_not_outlive_their_launcher(tmp_path: Path) -> None:
         wait_for_none(run.path, 5)
 
 
+@pytest.mark.ci("torchrun")
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_ranks_of_torchrun_join_one_run(tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ def edit(run: RunFolder, key: str, value: object) -> None:
     run.config.write_text(yaml.safe_dump(tree))
 
 
+@pytest.mark.ci("other ranks and stages")
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_other_ranks_and_stages_resume_to_rounding(tmp_path: Path) -> None:

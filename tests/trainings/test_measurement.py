@@ -11,6 +11,7 @@ from helpers.cases import Case, Layout, make_config, make_run, write_inputs
 from helpers.plain_loop import Sides, geometry_of, loss_and_incentives, summed
 from helpers.rank_runs import train_all
 from helpers.same_run import assert_equal_rows, assert_equals_plain, final_weights, metrics, plain_run
+from helpers.selection import asked_for, matrix
 from rcpo.config.schema import Config
 from rcpo.models.adapters import last_block_parameters
 from rcpo.models.load import load_model
@@ -52,6 +53,9 @@ CALIBRATED = [
 ]
 """Trainings whose alpha comes from what was measured."""
 
+ALWAYS = [CALIBRATED[idx] for idx in (0, 3, 5, 9, 11)]
+"""ZeRO 0 and 3, one and two ranks; scopes head and full, estimators mean and weighted."""
+
 OFF = Case("dpo", "off", "llama-tied", "adamw")
 GEOMETRY = ("metrics.geometry_every=2", "calibration.scope=full", "calibration.estimator=weighted")
 PLAIN_AND_WATCHED = [
@@ -75,7 +79,9 @@ ADAPTERS = {
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Measured, tuple[Config, RunFolder]]:
+def runs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[Measured, tuple[Config, RunFolder]]:
     """All of them, by one launch of one rank and one of two."""
     inputs = tmp_path_factory.mktemp("inputs")
     write_inputs(inputs)
@@ -83,7 +89,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Measured, tuple[Confi
     made = {}
     watched = [one for pair in PLAIN_AND_WATCHED for one in pair]
     adapters = [one for layouts in ADAPTERS.values() for one in layouts]
-    for measured in [*CALIBRATED, *watched, *adapters]:
+    calibrated = [params["measured"] for params in asked_for(request) if "measured" in params]
+    for measured in [*calibrated, *watched, *adapters]:
         case, layout, words = measured
         config = make_config(inputs, folder / str(measured), case, layout, *words)
         made[measured] = config, make_run(config)
@@ -95,7 +102,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Measured, tuple[Confi
 
 @pytest.mark.slow
 @pytest.mark.timeout(700)
-@pytest.mark.parametrize("measured", CALIBRATED, ids=str)
+@pytest.mark.parametrize("measured", matrix(CALIBRATED, ALWAYS.__contains__, "measured trainings"), ids=str)
 def test_a_measured_training_is_the_plain_loop(
     measured: Measured, runs: dict[Measured, tuple[Config, RunFolder]]
 ) -> None:

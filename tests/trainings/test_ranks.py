@@ -9,6 +9,7 @@ import torch
 from helpers.cases import Case, Layout, make_config, make_run, write_inputs
 from helpers.rank_runs import train_all
 from helpers.same_run import assert_equal_rows, assert_equals_plain, final_weights, metrics, plain_run
+from helpers.selection import asked_for, matrix
 from rcpo.config.schema import Config
 from rcpo.runs.folder import RunFolder
 
@@ -25,17 +26,22 @@ CASES = {
     Case("simpo", "feedback", "neox", "adamw"): (*STEERED, "calibration.feedback.source=probe"),
 }
 """Each with its further overrides."""
+ALWAYS = [list(CASES)[idx] for idx in (0, 3, 5)]
+"""off, on and feedback."""
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Case, Layout], tuple[Config, RunFolder]]:
+def runs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[Case, Layout], tuple[Config, RunFolder]]:
     """Every case in every layout, by one launch of one rank and one of two."""
     inputs = tmp_path_factory.mktemp("inputs")
     write_inputs(inputs)
     folder = tmp_path_factory.mktemp("runs")
     made = {}
+    asked = {params["case"] for params in asked_for(request)}
     for case, words in CASES.items():
-        for layout in LAYOUTS:
+        for layout in LAYOUTS if case in asked else ():
             config = make_config(inputs, folder / f"{case}-{layout}", case, layout, *words)
             made[case, layout] = config, make_run(config)
     for num_ranks in (1, 2):
@@ -46,7 +52,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Case, Layout], 
 
 @pytest.mark.slow
 @pytest.mark.timeout(500)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", matrix(CASES, ALWAYS.__contains__, "splits over ranks"), ids=str)
 def test_every_split_of_the_batch_trains_as_the_plain_loop(
     case: Case, runs: dict[tuple[Case, Layout], tuple[Config, RunFolder]]
 ) -> None:
@@ -63,7 +69,7 @@ def test_every_split_of_the_batch_trains_as_the_plain_loop(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", matrix(CASES, ALWAYS.__contains__, "splits over ranks"), ids=str)
 def test_training_has_moved_the_weights(
     case: Case, runs: dict[tuple[Case, Layout], tuple[Config, RunFolder]]
 ) -> None:

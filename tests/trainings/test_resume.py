@@ -19,6 +19,7 @@ from helpers import forked
 from helpers.cases import Case, Layout, make_config, make_run, write_inputs
 from helpers.rank_runs import Job, Moment, do_jobs
 from helpers.same_run import final_weights, metrics
+from helpers.selection import asked_for, matrix
 from rcpo.common.errors import UserError
 from rcpo.runs.folder import RunFolder
 from rcpo.runs.frozen import open_run
@@ -63,12 +64,37 @@ MOMENTS: list[tuple[Case, Layout, tuple[Moment, int]]] = [
 """Checkpoints are written at steps 2, 4 and 6, evaluations at 0, 4 and 6."""
 
 
+ALWAYS = {
+    MOMENTS[1],  # which the tests of damaged files copy
+    (CASE, Layout(1, 4, 0), ("row", 5)),
+    (CASE, Layout(1, 4, 1), ("checkpoint", 4)),
+    (CASE, Layout(1, 4, 1), ("export", 6)),
+    (CASE, Layout(1, 4, 3), ("row", 5)),
+    (CASE, Layout(1, 4, 2), ("nan", 5)),
+    (EXACT, Layout(1, 4, 1), ("row", 5)),
+    (FEEDBACK, Layout(2, 2, 2), ("row", 5)),
+    (POPULATION, Layout(1, 4, 1), ("signal", 4)),
+    (Case("bco", "on", "neox", "adamw"), Layout(1, 4, 1), ("row", 5)),
+}
+"""One of every kind: ZeRO 0 to 3, two ranks, off, on, exact, feedback, batch statistics, every moment."""
+
+
 def name_of(case: Case, layout: Layout, moment: tuple[Moment, int] | None) -> str:
     return f"{case}-{layout}-" + ("whole" if moment is None else f"{moment[0]}{moment[1]}")
 
 
+def selected(request: pytest.FixtureRequest) -> list[tuple[Case, Layout, tuple[Moment, int]]]:
+    """Rows of MOMENTS that run in this session, and those that the tests below need."""
+    rows = {
+        (params["case"], params["layout"], params["moment"])
+        for params in asked_for(request)
+        if "moment" in params
+    }
+    return [row for row in MOMENTS if row in rows | ALWAYS]
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunFolder]:
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunFolder]:
     """By name: each case never killed, and killed and resumed, by one launch of one rank and one of two."""
     inputs = tmp_path_factory.mktemp("inputs")
     write_inputs(inputs)
@@ -76,7 +102,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunFolder]:
     jobs: dict[str, list[Job]] = {}
     runs = {}
     ranks_of = {}
-    for case, layout, moment in MOMENTS:
+    for case, layout, moment in selected(request):
         for at in (None, moment):
             name = name_of(case, layout, at)
             if name in runs:
@@ -95,7 +121,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunFolder]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("case", "layout", "moment"), MOMENTS, ids=str)
+@pytest.mark.parametrize(
+    ("case", "layout", "moment"), matrix(MOMENTS, ALWAYS.__contains__, "kill and resume"), ids=str
+)
 def test_killed_and_resumed_equals_never_killed(
     case: Case, layout: Layout, moment: tuple[Moment, int], runs: dict[str, RunFolder]
 ) -> None:
@@ -126,10 +154,10 @@ def test_killed_and_resumed_equals_never_killed(
 
 @pytest.mark.slow
 def test_the_row_after_a_resume_has_its_products_with_the_measurement_before(
-    runs: dict[str, RunFolder],
+    request: pytest.FixtureRequest, runs: dict[str, RunFolder]
 ) -> None:
     """Every row but the first has population/*, the one after the checkpoint too."""
-    for case, layout, moment in MOMENTS:
+    for case, layout, moment in selected(request):
         if "metrics.population=true" in WORDS.get(case, ()):
             rows = metrics(runs[name_of(case, layout, moment)])
             assert ["population/cosine" in row for row in rows] == [False, *[True] * 5]

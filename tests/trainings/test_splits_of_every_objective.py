@@ -9,21 +9,27 @@ import torch
 from helpers.cases import Case, Layout, make_config, make_run, write_inputs
 from helpers.rank_runs import train_all
 from helpers.same_run import assert_equal_rows, final_weights, metrics
+from helpers.selection import asked_for, matrix
 from rcpo.objectives import REGISTRY
 from rcpo.runs.folder import RunFolder
 
 LAYOUTS = (Layout(1, 8, 0), Layout(2, 2, 2))
 WORDS = ("calibration.every=1", "calibration.warmup_steps=0", "train.steps=3", "train.eval_every=0")
 
+ALWAYS = ("acpo", "bco", "simpo")
+"""With and without batch statistics; `tests/method/test_splits.py` has all objectives, without DeepSpeed."""
+
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, Layout], RunFolder]:
+def runs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, Layout], RunFolder]:
     """Each objective in both layouts, by one launch of one rank and one of two."""
     inputs = tmp_path_factory.mktemp("inputs")
     write_inputs(inputs)
     folder: Path = tmp_path_factory.mktemp("runs")
     made = {}
-    for name in REGISTRY:
+    for name in (params["name"] for params in asked_for(request)):
         for layout in LAYOUTS:
             case = Case(name, "exact", "llama-tied", "sgd")
             made[name, layout] = make_run(
@@ -36,7 +42,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, Layout], R
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", sorted(REGISTRY))
+@pytest.mark.parametrize("name", matrix(sorted(REGISTRY), ALWAYS.__contains__, "splits with DeepSpeed"))
 def test_ranks_and_micro_batches_change_nothing(name: str, runs: dict[tuple[str, Layout], RunFolder]) -> None:
     """After 3 steps: weights to 1e-5, every metric of every step to fp32 tolerance. apo_down's d_w is
     zero at r = 0, so that the direction of G_w in its first two steps is rounding."""

@@ -15,6 +15,7 @@ from helpers import forked
 from helpers.cases import RELEASING, Case, Layout, make_config, make_run, write_inputs
 from helpers.rank_runs import train_all
 from helpers.same_run import assert_equals_plain, final_weights, plain_run
+from helpers.selection import asked_for, matrix
 from rcpo.config.schema import Config
 from rcpo.runs.folder import RunFolder
 
@@ -29,15 +30,23 @@ CASES = {
 """What is trained at which stages: each architecture tied and untied, both optimizers."""
 RUNS = [(case, stage) for case, stages in CASES.items() for stage in stages]
 
+ALWAYS = {*((Case("simpo", "on", "llama-tied", "adamw"), stage) for stage in STAGES)} | {
+    (Case("dpo", "on", "neox", "sgd"), 3)
+}
+"""Every stage, and what the tests below read."""
+
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Case, int], tuple[Config, RunFolder]]:
+def runs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[Case, int], tuple[Config, RunFolder]]:
     """Every case at its stages by one launch of two ranks, 2 pairs x 2 micro-batches each."""
     inputs = tmp_path_factory.mktemp("inputs")
     write_inputs(inputs)
     folder = tmp_path_factory.mktemp("runs")
     made = {}
-    for case, stage in RUNS:
+    asked = {(params["case"], params["stage"]) for params in asked_for(request) if "case" in params}
+    for case, stage in [row for row in RUNS if row in asked | ALWAYS]:
         layout = Layout(2, 2, stage)
         config = make_config(inputs, folder / f"{case}-{layout}", case, layout, "train.save_every=3", CLIP)
         made[case, stage] = config, make_run(config)
@@ -47,7 +56,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Case, int], tup
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("case", "stage"), RUNS, ids=str)
+@pytest.mark.parametrize(("case", "stage"), matrix(RUNS, ALWAYS.__contains__, "ZeRO stages"), ids=str)
 def test_every_stage_trains_as_the_plain_loop(
     case: Case, stage: int, runs: dict[tuple[Case, int], tuple[Config, RunFolder]]
 ) -> None:
