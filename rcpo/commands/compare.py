@@ -13,7 +13,7 @@ from rcpo.common.files import write_atomically
 
 if TYPE_CHECKING:
     from rcpo.comparison.groups import Comparison
-    from rcpo.comparison.load import Run
+    from rcpo.comparison.load import ComparedRun
 
 SEE_HELP = "`rcpo compare --help` lists words and flags"
 
@@ -121,7 +121,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def load(paths: Sequence[str], address: str | None = None) -> "list[Run]":
+def load(paths: Sequence[str], address: str | None = None) -> "list[ComparedRun]":
     """Runs of folders, or of an address in W&B. Raises UserError where there are none."""
     if address is not None:
         from rcpo.comparison.from_wandb import load_wandb_runs, parse_address

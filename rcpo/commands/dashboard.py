@@ -11,7 +11,7 @@ from rcpo.common.errors import UserError
 
 if TYPE_CHECKING:
     from rcpo.comparison.from_wandb import Address
-    from rcpo.comparison.load import Run
+    from rcpo.comparison.load import ComparedRun
 
 SEE_HELP = "`rcpo dashboard --help` lists words and flags"
 
@@ -122,7 +122,7 @@ def require_library() -> None:
         raise UserError("dashboard needs wandb-workspaces; type pip install 'rcpo[dashboard]'") from None
 
 
-def table_of(runs: "list[Run]") -> str:
+def table_of(runs: "list[ComparedRun]") -> str:
     """The table of `rcpo compare`, its sentences and its notes, as Markdown."""
     from rcpo.comparison.forms import as_markdown
     from rcpo.comparison.groups import compare_runs

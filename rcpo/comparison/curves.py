@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rcpo.comparison.groups import Comparison, Group
-from rcpo.comparison.load import Run
+from rcpo.comparison.load import ComparedRun
 
 NUM_BINS = 60
 """Points of a training curve at most."""
@@ -193,7 +193,7 @@ def pathway_shares(group: Group) -> np.ndarray | None:
         return counts / counts.sum(1, keepdims=True)
 
 
-def _pathway_counts(run: Run) -> np.ndarray:
+def _pathway_counts(run: ComparedRun) -> np.ndarray:
     counts = np.zeros((NUM_PARTS, len(PATHWAYS)))
     if "dynamics/pathway" not in run.curves:
         return counts

@@ -9,7 +9,7 @@ import numpy as np
 
 from rcpo.comparison.groups import Group
 from rcpo.comparison.held_out import data_settings, held_out_records, model_settings
-from rcpo.comparison.load import Run
+from rcpo.comparison.load import ComparedRun
 from rcpo.comparison.pair_ches import Ches, ches_of_pairs
 from rcpo.comparison.statistics import spearman
 from rcpo.data.records import shortened_texts
@@ -40,7 +40,7 @@ class FallenPair:
 class Fallen:
     """The pairs whose chosen response fell most under the first of some groups that has per-pair results."""
 
-    run: Run
+    run: ComparedRun
     """One of that group."""
     calibration: str
     """Of that group."""

@@ -1,7 +1,7 @@
-"""Runs as W&B has them: read through its public API into the same `Run`s as folders give.
+"""Runs as W&B has them: read through its public API into the same `ComparedRun`s as folders give.
 
-`fetch_runs` alone talks to W&B; what it gives are plain containers, which `as_run` turns into a `Run`. Runs
-that rcpo did not make, that have not ended well, or of which W&B lacks steps are `Run`s with a problem.
+`fetch_runs` alone talks to W&B; what it gives are plain containers, which `as_run` turns into a
+`ComparedRun`. One that rcpo did not make, that has not ended well, or of which W&B lacks steps has a problem.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rcpo.common.errors import UserError
-from rcpo.comparison.load import CURVES, Pairs, Run, flatten, one_line, problem_of_evals
+from rcpo.comparison.load import CURVES, ComparedRun, Pairs, flatten, one_line, problem_of_evals
 from rcpo.comparison.metrics_cache import Columns, columns_of
 from rcpo.monitor.wandb_media import PAIRS, PAIRS_COLUMNS
 
@@ -57,7 +57,7 @@ def parse_address(word: str) -> Address:
     return Address(parts[0], parts[1], parts[2] if len(parts) > 2 else None)
 
 
-def load_wandb_runs(address: Address) -> list[Run]:
+def load_wandb_runs(address: Address) -> list[ComparedRun]:
     """Every run at the address, oldest first. Raises UserError where W&B cannot be read or has none there."""
     runs = [as_run(fetched) for fetched in fetch_runs(address)]
     if not runs:
@@ -120,11 +120,11 @@ SECTIONS = ("objective", "calibration")
 """Sections whose name every config of rcpo's has."""
 
 
-def as_run(fetched: Fetched) -> Run:
+def as_run(fetched: Fetched) -> ComparedRun:
     """What comparisons use of a run that was fetched."""
     path, status = Path(fetched.path), "done" if fetched.state == "finished" else fetched.state
     if not _is_ours(fetched.config):
-        return Run(path, {}, status, "was not made by rcpo", {}, {}, None)
+        return ComparedRun(path, {}, status, "was not made by rcpo", {}, {}, None)
     steps, evaluations = _rows(fetched.history)
     curves = columns_of(steps)
     curves = {name: values for name, values in curves.items() if name in CURVES}
@@ -136,7 +136,7 @@ def as_run(fetched: Fetched) -> Run:
         problem = problem or problem_of_evals(evals, pairs) or _lost_steps(fetched, evals)
     except UserError as error:
         problem = problem or str(error)
-    return Run(path, flatten(fetched.config), status, problem, curves, evals, pairs)
+    return ComparedRun(path, flatten(fetched.config), status, problem, curves, evals, pairs)
 
 
 def _rows(history: Iterable[dict[str, Any]]) -> tuple[list[dict[str, float]], list[dict[str, float]]]:

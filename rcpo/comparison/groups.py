@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from rcpo.common.errors import UserError
-from rcpo.comparison.load import Run, one_line
+from rcpo.comparison.load import ComparedRun, one_line
 from rcpo.comparison.statistics import Difference, holm, paired_difference
 
 IGNORED = (
@@ -58,7 +58,7 @@ Settings = dict[str, Any]
 class LeftOut:
     """A run that is in no mean, and why."""
 
-    run: Run
+    run: ComparedRun
     reason: str
 
 
@@ -73,7 +73,7 @@ class Group:
     """Further settings in which groups differ."""
     settings: Settings
     """All that distinguish a group."""
-    runs: list[Run]
+    runs: list[ComparedRun]
     """Done, whole and comparable; one a seed."""
     left_out: list[LeftOut] = field(default_factory=list)
     baseline: "Group | None" = None
@@ -114,7 +114,7 @@ class Comparison:
         return [*self.unreadable, *(item for group in self.groups for item in group.left_out)]
 
 
-def compare_runs(runs: Sequence[Run]) -> Comparison:
+def compare_runs(runs: Sequence[ComparedRun]) -> Comparison:
     """Groups in order of appearance of their objectives, `off` first, with differences against it. Raises
     UserError when no config can be read."""
     unreadable = [LeftOut(run, run.problem or "has no config") for run in runs if not run.settings]
@@ -122,7 +122,7 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
         raise UserError(
             f"{runs[0].path}: {unreadable[0].reason}; there is nothing to compare; give other runs"
         )
-    grouped: dict[str, list[Run]] = {}
+    grouped: dict[str, list[ComparedRun]] = {}
     for run in (run for run in runs if run.settings):
         grouped.setdefault(repr(sorted(distinguishing(run).items(), key=str)), []).append(run)
     settings = [distinguishing(members[0]) for members in grouped.values()]
@@ -151,7 +151,7 @@ def _place(calibration: object) -> int:
     return known.index(str(calibration)) if calibration in known else len(known)
 
 
-def distinguishing(run: Run) -> Settings:
+def distinguishing(run: ComparedRun) -> Settings:
     """The settings that make a run's group."""
     reads = OF_CALIBRATION.get(run.calibration)
     kept = {}
@@ -174,7 +174,7 @@ def _differing(settings: Sequence[Settings], within: str = "") -> list[str]:
     return [key for key in keys if len({repr(own.get(key, "absent")) for own in settings}) > 1]
 
 
-def _make_group(members: list[Run], own: Settings, everything: Sequence[Settings]) -> Group:
+def _make_group(members: list[ComparedRun], own: Settings, everything: Sequence[Settings]) -> Group:
     def labelled(section: str) -> str:
         """Name, and the parameters in which those of this name differ."""
         name = own.get(f"{section}.name", "?")
@@ -203,20 +203,20 @@ def _make_group(members: list[Run], own: Settings, everything: Sequence[Settings
     return group
 
 
-def _other_start(run: Run, others: list[Run]) -> str | None:
+def _other_start(run: ComparedRun, others: list[ComparedRun]) -> str | None:
     if others and not same_start(run, others[0]):
         return f"measured on other held-out pairs, or from another model, than {others[0].path}"
     return None
 
 
-def _same_seed(run: Run, others: list[Run]) -> str | None:
+def _same_seed(run: ComparedRun, others: list[ComparedRun]) -> str | None:
     for other in others:
         if other.seed == run.seed:
             return f"repeats seed {run.seed} of {other.path}"
     return None
 
 
-def same_start(one: Run, other: Run) -> bool:
+def same_start(one: ComparedRun, other: ComparedRun) -> bool:
     """Whether the first evaluations are of the same pairs and the same model: by the digest of the pairs
     where both runs have one, and by their log-probs; True where one has no per-pair results."""
     if one.held_out is not None and other.held_out is not None and one.held_out != other.held_out:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rcpo.common.errors import UserError
-from rcpo.comparison.load import Run
+from rcpo.comparison.load import ComparedRun
 
 if TYPE_CHECKING:
     from rcpo.config.schema import ModelConfig
@@ -45,7 +45,7 @@ def model_folder(model: "ModelConfig") -> Path:
     return Path(rcpo.builtin.__file__).parent / "tiny" if model.path == TINY else Path(model.path)
 
 
-def data_settings(run: Run) -> dict[str, Any]:
+def data_settings(run: ComparedRun) -> dict[str, Any]:
     """Equal for runs with the same held-out pairs: filters are of training pairs alone."""
     return {
         key: value
@@ -54,12 +54,12 @@ def data_settings(run: Run) -> dict[str, Any]:
     }
 
 
-def model_settings(run: Run) -> dict[str, Any]:
+def model_settings(run: ComparedRun) -> dict[str, Any]:
     """Equal for runs that start from the same model."""
     return {key: value for key, value in run.settings.items() if key.startswith("model.")}
 
 
-def held_out_records(run: Run) -> "list[PreferenceRecord] | str":
+def held_out_records(run: ComparedRun) -> "list[PreferenceRecord] | str":
     """The records of the run's held-out pairs in their order, or in words why there are none."""
     # Reading data needs the whole config machinery, and with it torch.
     from pydantic import ValidationError
@@ -100,7 +100,7 @@ def _that_can_be_measured(records: "list[PreferenceRecord]", origin: Origin) -> 
     return [record for record in records if record.row in kept]
 
 
-def origin_of(run: Run) -> Origin:
+def origin_of(run: ComparedRun) -> Origin:
     """The model that the run started from. Code in its folder is never run for a report, and an adapter that
     the run adds changes nothing at its start. Raises UserError where the config has none."""
     from pydantic import ValidationError
@@ -144,7 +144,7 @@ def _section(kind: type[Section], tree: dict[str, Any]) -> Section:
     )
 
 
-def _tree_of(run: Run, prefix: str) -> dict[str, Any]:
+def _tree_of(run: ComparedRun, prefix: str) -> dict[str, Any]:
     """The flat settings below `prefix` as nested dicts."""
     tree: dict[str, Any] = {}
     for key, value in run.settings.items():

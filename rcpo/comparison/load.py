@@ -1,7 +1,7 @@
-"""One run folder as a `Run`: its config, status, curves and per-pair results, read without torch.
+"""One run folder as a `ComparedRun`: its config, status, curves and per-pair results, read without torch.
 
-A run that cannot be read whole is a `Run` with a `problem`, never an error: one bad folder does not hide the
-others.
+A run that cannot be read whole is a `ComparedRun` with a `problem`, never an error: one bad folder does not
+hide the others.
 """
 
 import json
@@ -56,7 +56,9 @@ class Pairs:
 
 
 @dataclass(frozen=True)
-class Run:
+class ComparedRun:
+    """What comparisons use of a run; `rcpo.Run` is the run that users hold."""
+
     path: Path
     settings: dict[str, Any]
     """The frozen config, flat: optim.lr."""
@@ -93,7 +95,7 @@ class Run:
         return {name: values[chosen] for name, values in self.curves.items()}
 
 
-def load_run(path: Path) -> Run:
+def load_run(path: Path) -> ComparedRun:
     """Everything of a run that comparisons use."""
     settings: dict[str, Any] = {}
     status, curves, evals, pairs, held_out = "unknown", Columns(), Columns(), None, None
@@ -107,7 +109,7 @@ def load_run(path: Path) -> Run:
         problem = problem or problem_of_evals(evals, pairs)
     except UserError as error:
         problem = str(error)
-    return Run(path, settings, status, problem, curves, evals, pairs, held_out)
+    return ComparedRun(path, settings, status, problem, curves, evals, pairs, held_out)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

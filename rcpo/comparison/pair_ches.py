@@ -20,7 +20,7 @@ from rcpo.common.errors import UserError
 from rcpo.common.files import write_atomically
 from rcpo.comparison.groups import same_logps
 from rcpo.comparison.held_out import Origin, model_folder, origin_of, tokenized
-from rcpo.comparison.load import Run, one_line
+from rcpo.comparison.load import ComparedRun, one_line
 
 if TYPE_CHECKING:
     from rcpo.data.records import PreferenceRecord
@@ -54,7 +54,7 @@ class Ches(NamedTuple):
 
 
 def ches_of_pairs(
-    run: Run, records: "Sequence[PreferenceRecord]", wanted: Sequence[int], is_asked: bool
+    run: ComparedRun, records: "Sequence[PreferenceRecord]", wanted: Sequence[int], is_asked: bool
 ) -> dict[int, Ches] | str:
     """CHES of the run's held-out pairs by their place, at least of the `wanted`, or in words why there is
     none. `is_asked`: whatever it takes."""
@@ -125,7 +125,7 @@ def _check_bytes(origin: Origin, num_bytes: int) -> None:
         raise UserError(f"the weights of {origin.model.path} are {num_bytes / 1e9:.1f} GB; {ANYWAY}")
 
 
-def _check_start(run: Run, scores: Sequence[Row | None]) -> None:
+def _check_start(run: ComparedRun, scores: Sequence[Row | None]) -> None:
     """Raise UserError where the log-probs of the pairs are not those that the run began with: the weights,
     the tokenizer or its template have changed since."""
     assert run.pairs is not None

@@ -4,10 +4,10 @@ import re
 from collections.abc import Sequence
 
 from rcpo.common.errors import UserError
-from rcpo.comparison.load import Run
+from rcpo.comparison.load import ComparedRun
 
 
-def select(runs: list[Run], conditions: Sequence[str]) -> list[Run]:
+def select(runs: list[ComparedRun], conditions: Sequence[str]) -> list[ComparedRun]:
     """The runs that fulfil all of KEY=VALUE[,VALUE...]. Raises UserError where none does."""
     for condition in conditions:
         key, equals, values = condition.partition("=")

@@ -14,19 +14,19 @@ import numpy as np
 from rcpo.common.console import nats, number, percent
 from rcpo.common.errors import UserError
 from rcpo.comparison.groups import PER_PAIR, Comparison, Group, LeftOut
-from rcpo.comparison.load import Run
+from rcpo.comparison.load import ComparedRun
 from rcpo.comparison.statistics import mean_and_error
 
 
-def _last(name: str) -> Callable[[Run, Group], float]:
+def _last(name: str) -> Callable[[ComparedRun, Group], float]:
     return lambda run, group: float(run.evals[f"displacement/{name}"][-1])
 
 
-def _speed(run: Run, group: Group) -> float:
+def _speed(run: ComparedRun, group: Group) -> float:
     return _of(run.curves.get("speed/pairs_per_second"), np.nanmedian)
 
 
-def _memory(run: Run, group: Group) -> float:
+def _memory(run: ComparedRun, group: Group) -> float:
     return _of(run.curves.get("speed/peak_memory_gb"), np.nanmax)
 
 
@@ -34,7 +34,7 @@ def _of(values: np.ndarray | None, reduce: Callable[[np.ndarray], Any]) -> float
     return math.nan if values is None or np.isnan(values).all() else float(reduce(values))
 
 
-def in_band(run: Run, group: Group) -> float:
+def in_band(run: ComparedRun, group: Group) -> float:
     """Share of the measured steps inside the band; only of steps that the baseline's runs measured too, where
     there are such: calibrations measure more often than `off` does."""
     measured = run.measured
@@ -55,7 +55,7 @@ class Column:
     name: str
     """In --sort, CSV and JSON."""
     head: str
-    value: Callable[[Run, Group], float]
+    value: Callable[[ComparedRun, Group], float]
     text: Callable[[float], str]
     rank: int
     """The highest is left out first where a terminal is narrow."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from rcpo.common.errors import UserError
+from rcpo.common.files import write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,7 +77,7 @@ class Comparison:
 
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(make_page(self._rows, self._compared, ches), encoding="utf-8")
+        write_atomically(target, make_page(self._rows, self._compared, ches))
         return target
 
     def __repr__(self) -> str:

@@ -3,14 +3,12 @@
 import hashlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rcpo.common.errors import UserError
-from rcpo.common.files import cache_dir
+from rcpo.common.files import cache_dir, path_beside, put_in_place, remove
 
 HASH_LETTERS = 16
 
@@ -25,13 +23,10 @@ def kept_rows(rows: Any, name: str) -> Path:
     folder = cache_dir() / "pairs"
     digest = hashlib.sha256()
     num_rows = 0
+    beside = path_beside(folder / "rows.jsonl", by_many=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor, beside = tempfile.mkstemp(dir=folder, prefix=".rows-")
-    except OSError as error:
-        raise UserError(f"{name}: {folder} cannot be written ({error.strerror}); set RCPO_CACHE") from None
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
+        with beside.open("wb") as stream:
             for row in _dicts(rows, name):
                 line = (_as_json(row) + "\n").encode()
                 digest.update(line)
@@ -40,10 +35,11 @@ def kept_rows(rows: Any, name: str) -> Path:
         if num_rows == 0:
             raise UserError(f"{name}: holds no row; give dicts with prompt, chosen and rejected")
         path = folder / f"pairs-{digest.hexdigest()[:HASH_LETTERS]}.jsonl"
-        os.replace(beside, path)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
+        put_in_place(beside, path)
+    except OSError as error:
+        raise UserError(f"{name}: {folder} cannot be written ({error.strerror}); set RCPO_CACHE") from None
+    finally:
+        remove(beside)
     return path
 
 

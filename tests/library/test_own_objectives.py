@@ -1,7 +1,6 @@
 """Objectives of users' own: registering, the words that choose one, the module that a config names, entry
 points, what is said to mistakes, and what a run folder keeps."""
 
-import importlib.metadata
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -176,16 +175,6 @@ def test_cells_of_a_sweep_have_it(here: Path) -> None:
 # Entry points
 
 
-class Point:
-    """What importlib.metadata finds of an installed package."""
-
-    def __init__(self, name: str, module: str) -> None:
-        self.name, self._module = name, module
-
-    def load(self) -> object:
-        return importlib.import_module(self._module)
-
-
 @pytest.fixture
 def installed(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(here)
@@ -194,13 +183,12 @@ def installed(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (here / "theirs.py").write_text(PLAIN.format(loss="-pair.margin()").replace("my_loss", "theirs"))
     (here / "empty.py").write_text("")
     (here / "broken.py").write_text("import nothing_of_that_name\n")
-    points = [Point(name, name) for name in ("theirs", "empty", "broken")]
-
-    def entry_points(group: str) -> list[Point]:
-        assert group == "rcpo.objectives"
-        return points
-
-    monkeypatch.setattr("rcpo.common.installed.entry_points", entry_points)
+    package = here / "theirs-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text(
+        "[rcpo.objectives]\ntheirs = theirs\nempty = empty\nbroken = broken\n"
+    )
 
 
 @pytest.mark.usefixtures("installed")
