@@ -52,7 +52,7 @@ class _Running:
     """The ranks of a job."""
 
     def __init__(self, job: Job, num_ranks: int) -> None:
-        self._job = job
+        self._job, self.run = job, job.run
         folder = Path(job.run).parent
         shared = dict(
             zip(RANK_VARIABLES, ("", str(num_ranks), "", "127.0.0.1", str(free_port())), strict=True)
@@ -112,14 +112,18 @@ def train_all(runs: Sequence[RunFolder], num_ranks: int, timeout_seconds: float)
 
 
 def do_jobs(jobs: Sequence[Job], num_ranks: int, timeout_seconds: float) -> None:
-    """Do the jobs on `num_ranks` ranks each; an AssertionError shows the output of one that failed, and
-    nothing of them is left running."""
-    waiting, running = list(reversed(jobs)), list[_Running]()
+    """Do the jobs on `num_ranks` ranks each, those of one run in their order; an AssertionError shows the
+    output of one that failed, and nothing of them is left running."""
+    waiting, running = list(jobs), list[_Running]()
     deadline = time.monotonic() + timeout_seconds
     try:
         while waiting or running:
-            while waiting and (len(running) + 1) * num_ranks <= max(LANES, num_ranks):
-                running.append(_Running(waiting.pop(), num_ranks))
+            taken = {job.run for job in running}
+            free = [job for job in waiting if job.run not in taken]
+            if free and (len(running) + 1) * num_ranks <= max(LANES, num_ranks):
+                waiting.remove(free[0])
+                running.append(_Running(free[0], num_ranks))
+                continue
             forked.server().listen(0.01 if jobs[0].killed_after_seconds is not None else 1)
             running = [job for job in running if not job.is_done()]
             assert time.monotonic() < deadline, "\n".join(job.said() for job in running)

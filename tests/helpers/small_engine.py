@@ -1,0 +1,101 @@
+"""The method without DeepSpeed: `train_step` over a plain torch optimizer, in this process.
+
+`SmallEngine` has the verbs of `rcpo.models.engine.Engine` that a step uses, for one rank at ZeRO 0.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from helpers.tiny_models import HIDDEN, VOCABULARY
+from rcpo.config.resolved import ResolvedConfig
+from rcpo.data.batch import PairBatch, collate
+from rcpo.data.tokenize import TokenizedPair
+from rcpo.method.calibrators import build_calibrator
+from rcpo.models.engine import build_optimizer
+from rcpo.models.policy import Policy
+from rcpo.training.aggregate import aggregate_of
+from rcpo.training.measurement import Measurements
+from rcpo.training.state import Method, TrainState
+from rcpo.training.step import MicroBatch, train_step
+
+
+class SmallEngine:
+    """A policy, a torch optimizer and the number of micro-batches whose mean is a step's gradient."""
+
+    stage = 0
+    device = torch.device("cpu")
+    vocabulary, hidden_size = VOCABULARY, HIDDEN
+
+    def __init__(self, model: PreTrainedModel, config: ResolvedConfig, num_micro_batches: int) -> None:
+        self.policy = Policy(model).train()
+        self._num_micro_batches = num_micro_batches
+        self._optimizer = build_optimizer(config.optim, self.trainable_parameters())
+        self._grad_clip = config.train.grad_clip
+        self._largest = torch.zeros(())
+        for parameter in self.trainable_parameters():
+            parameter.register_hook(self._watch)
+
+    def _watch(self, gradient: Tensor) -> None:
+        self._largest = torch.maximum(self._largest, gradient.abs().max())
+
+    def trainable_parameters(self) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+
+    def logprobs(self, batch: PairBatch) -> Tensor:
+        z: Tensor = self.policy(batch)
+        return z
+
+    @torch.no_grad()
+    def logprobs_without_grad(self, batch: PairBatch, tokens: bool = False) -> Tensor:
+        self.policy.eval()
+        z: Tensor = self.policy(batch, tokens)
+        self.policy.train()
+        return z
+
+    def backward(self, loss: Tensor, is_last: bool = True) -> None:
+        (loss / self._num_micro_batches).backward()
+
+    def largest_gradient(self) -> Tensor:
+        largest, self._largest = self._largest, torch.zeros(())
+        return largest
+
+    def end_micro_batch(self) -> None:
+        """Nothing to tell to anyone."""
+
+    def step(self) -> None:
+        if self._grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.trainable_parameters(), self._grad_clip)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+
+def train_small(
+    model: PreTrainedModel,
+    pairs: Sequence[TokenizedPair],
+    config: ResolvedConfig,
+    num_steps: int,
+    split: Sequence[int],
+) -> list[dict[str, float]]:
+    """Train `model` in place against what it was, each step on all of `pairs`, cut into micro-batches of
+    equal `split`; returns the metrics rows."""
+    engine = SmallEngine(model, config, len(split))
+    objective = config.objective_function
+    measurements = Measurements(config, engine)  # type: ignore[arg-type]
+    state = TrainState(0, build_calibrator(config.calibration), objective.initial_state(8.0))
+    method = Method(engine, objective, aggregate_of(config.composition), len(pairs))  # type: ignore[arg-type]
+    micro_batches, start = [], 0
+    for size in split:
+        batch = collate(pairs[start : start + size], 0)
+        if objective.weighs_tokens:
+            batch = batch._replace(ref_logps=engine.logprobs_without_grad(batch, tokens=True))
+        ref_w, ref_l = engine.logprobs_without_grad(batch).chunk(2)
+        micro_batches.append(MicroBatch(batch, ref_w, ref_l, torch.ones(size)))
+        start += size
+    rows = []
+    for step in range(num_steps):
+        trained = train_step(method, state, micro_batches, measurements.at(step, state.calibrator))
+        rows.append({"step": step + 1} | trained.row)
+    return rows
