@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from helpers.selection import matrix
 from rcpo.common.errors import UserError
 from rcpo.launch.processes import FAULT_FILE, Fault, _Ranks
 from rcpo.launch.start import resume
@@ -125,7 +126,7 @@ def test_a_rank_that_dies_ends_the_run_and_resume_finishes_it(tmp_path: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", matrix([1, 2], lambda number: number == 2, "signals"))
 def test_ctrl_c_interrupts_the_run(tmp_path: Path, processes: int) -> None:
     """Exit code 130, one line that names `rcpo resume`, run.json says interrupted."""
     run = RunFolder(tmp_path / "run")
@@ -145,7 +146,12 @@ def test_ctrl_c_interrupts_the_run(tmp_path: Path, processes: int) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    ("processes", "number"), [(1, signal.SIGTERM), (2, signal.SIGUSR2), (2, signal.SIGTERM)]
+    ("processes", "number"),
+    matrix(
+        [(1, signal.SIGTERM), (2, signal.SIGUSR2), (2, signal.SIGTERM)],
+        lambda row: row == (2, signal.SIGTERM),
+        "signals",
+    ),
 )
 def test_a_scheduler_s_signal_checkpoints_and_stops_all_ranks(
     tmp_path: Path, processes: int, number: signal.Signals

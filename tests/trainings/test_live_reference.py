@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from helpers.cases import Case, Layout, make_config, make_run, write_inputs
 from helpers.rank_runs import train_all
 from helpers.same_run import assert_equal_rows, final_weights, metrics
+from helpers.selection import asked_for, matrix
 from helpers.tiny_models import make_llama, make_neox
 from rcpo.config.schema import Config, ModelConfig
 from rcpo.data.batch import collate
@@ -54,10 +55,21 @@ ALONE = "reference.pairs_per_device=1"
 PAIRED = [(name, layout) for name, layouts in LAYOUTS.items() for layout in layouts]
 
 
-class Runs:
-    """All runs of this file, trained."""
+ALWAYS = {
+    ("plain", TWO[1]),
+    ("lora", ONE[0]),
+    ("own", TWO[1]),
+    ("tokens", TWO[1]),
+    ("own-lora", Layout(2, 2, 2)),
+}
+"""A policy's own reference, one behind an adapter, one of its own weights, token by token; ZeRO 0, 2 and
+3."""
 
-    def __init__(self, folder: Path) -> None:
+
+class Runs:
+    """All runs of this file that are asked for, trained."""
+
+    def __init__(self, folder: Path, asked: set[tuple[str, Layout]]) -> None:
         self.folder = folder
         write_inputs(folder)
         self.other = folder / "reference"
@@ -66,7 +78,7 @@ class Runs:
         for place in (self.other, folder / "of-batches"):
             AutoTokenizer.from_pretrained(folder / "llama").save_pretrained(place)
         self.made: dict[tuple[str, Layout, str], tuple[Config, RunFolder]] = {}
-        for name, layout in PAIRED:
+        for name, layout in [pair for pair in PAIRED if pair in asked]:
             for kind in ("cached", "live"):
                 self.add(name, layout, kind, ALONE)
         for kind in ("cached", "live"):
@@ -88,13 +100,14 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("live"))
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    asked = {(params["name"], params["layout"]) for params in asked_for(request) if "layout" in params}
+    return Runs(tmp_path_factory.mktemp("live"), asked | ALWAYS)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(450)
-@pytest.mark.parametrize(("name", "layout"), PAIRED, ids=str)
+@pytest.mark.parametrize(("name", "layout"), matrix(PAIRED, ALWAYS.__contains__, "live references"), ids=str)
 def test_live_is_cached_bit_for_bit(name: str, layout: Layout, runs: Runs) -> None:
     """Every number of every step and evaluation, and the weights after three steps of fp32."""
     cached, live = (runs.run(name, layout, kind) for kind in ("cached", "live"))
