@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from helpers import forked
+from helpers import forked, tools
 from helpers.tiny_models import MODELS
 
 FORKING = ("trainings", "processes")
@@ -52,6 +52,14 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 def pytest_sessionfinish() -> None:
     forked.close()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test that lacks its tool fails, with what to install."""
+    for mark in item.iter_markers("ci"):
+        if "needs" in mark.kwargs and (fault := tools.missing(mark.kwargs["needs"])):
+            pytest.fail(fault, pytrace=False)
 
 
 NOT_RUN = pytest.StashKey[Counter[str]]()

@@ -6,7 +6,6 @@ import os
 import pty
 import select
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -101,8 +100,7 @@ FISH_OFFERED = {
 }
 
 
-@pytest.mark.ci
-@pytest.mark.skipif(shutil.which("fish") is None, reason="fish is not installed: apt-get install fish")
+@pytest.mark.ci("shells", needs="fish")
 @pytest.mark.parametrize("load", ['eval "$(rcpo completion fish)"', "rcpo completion fish | source"])
 def test_fish_offers_the_same_with_its_meaning(folder: Path, environment: dict[str, str], load: str) -> None:
     asked = "; ".join(f"complete -C{shlex.quote(line)}; echo ==" for line in FISH_OFFERED)
@@ -137,8 +135,7 @@ def typed_in_zsh(folder: Path, environment: dict[str, str]) -> Iterator[Callable
         os.waitpid(process, 0)
 
 
-@pytest.mark.ci
-@pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed: apt-get install zsh")
+@pytest.mark.ci("shells", needs="zsh")
 def test_zsh_completes_a_command_a_group_and_a_key(folder: Path, environment: dict[str, str]) -> None:
     with typed_in_zsh(folder, environment) as type_and_see:
         type_and_see('autoload -Uz compinit; compinit -D -u; eval "$(rcpo completion zsh)"\n', "> ")

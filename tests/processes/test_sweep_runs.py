@@ -22,8 +22,6 @@ from rcpo.runs.folder import RunFolder
 from rcpo.sweep.folder import SweepFolder
 from rcpo.sweep.status import read_statuses
 
-pytestmark = pytest.mark.slow
-
 SMALL = "tracking=none, data.train_pairs=64, data.eval_pairs=8, train.pairs_per_step=4, train.eval_every=0"
 GRID = f"""
 overrides: [{SMALL}, train.steps=3]

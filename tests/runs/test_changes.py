@@ -44,7 +44,6 @@ def edit(run: RunFolder, key: str, value: object) -> None:
     run.config.write_text(yaml.safe_dump(tree))
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_other_ranks_and_stages_resume_to_rounding(tmp_path: Path) -> None:
     """Rows, alpha and weights equal those of the run that was never killed, to fp32 tolerance; the schedule

@@ -93,7 +93,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Measured, tuple[Confi
     return made
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(700)
 @pytest.mark.parametrize("measured", CALIBRATED, ids=str)
 def test_a_measured_training_is_the_plain_loop(
@@ -107,7 +106,6 @@ def test_a_measured_training_is_the_plain_loop(
     assert abs(metrics(run)[-1]["calibration/alpha"] - 1) > 1e-3
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(700)
 @pytest.mark.parametrize(
     ("plain", "watched"), PLAIN_AND_WATCHED, ids=[str(pair[0].layout) for pair in PLAIN_AND_WATCHED]
@@ -128,7 +126,6 @@ def test_measuring_a_plain_training_changes_no_bit_of_it(
     assert kept == metrics(one)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(700)
 def test_every_stage_measures_the_same(runs: dict[Measured, tuple[Config, RunFolder]]) -> None:
     """The watched trainings of all stages and numbers of ranks: equal rows."""
@@ -137,7 +134,6 @@ def test_every_stage_measures_the_same(runs: dict[Measured, tuple[Config, RunFol
         assert_equal_rows(rows[0], other)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(700)
 @pytest.mark.parametrize("estimator", ADAPTERS)
 def test_the_last_blocks_adapters_are_measured(

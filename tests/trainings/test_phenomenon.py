@@ -34,7 +34,6 @@ def evaluations(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str
     }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("objective", FALLS_BY_NATS)
 def test_plain_training_displaces_and_calibration_holds(
     objective: str, evaluations: dict[tuple[str, str], list[dict[str, Any]]]
@@ -49,7 +48,6 @@ def test_plain_training_displaces_and_calibration_holds(
     assert max(off["displacement/rejected"], on["displacement/rejected"]) < -0.5
 
 
-@pytest.mark.slow
 def test_all_runs_start_from_the_same_model(
     evaluations: dict[tuple[str, str], list[dict[str, Any]]],
 ) -> None:

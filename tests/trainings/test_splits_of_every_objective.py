@@ -34,7 +34,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, Layout], R
     return made
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", sorted(REGISTRY))
 def test_ranks_and_micro_batches_change_nothing(name: str, runs: dict[tuple[str, Layout], RunFolder]) -> None:

@@ -45,7 +45,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Case, int], tup
     return made
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("case", "stage"), RUNS, ids=str)
 def test_every_stage_trains_as_the_plain_loop(
@@ -60,7 +59,6 @@ def test_every_stage_trains_as_the_plain_loop(
     assert max(row["train/grad_norm"] for row in plain.rows) > config.train.grad_clip
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_exported_checkpoint_is_the_trained_model(
     stage: int, runs: dict[tuple[Case, int], tuple[Config, RunFolder]], tmp_path: Path
@@ -84,7 +82,6 @@ def test_exported_checkpoint_is_the_trained_model(
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("w3 w36")["input_ids"] == [3, 36]
 
 
-@pytest.mark.slow
 def test_stage_3_really_shards_these_parameters(
     runs: dict[tuple[Case, int], tuple[Config, RunFolder]],
 ) -> None:
@@ -101,7 +98,6 @@ def test_stage_3_really_shards_these_parameters(
         assert abs(sum(group.numel() for group in groups) - whole / 2) < 0.05 * whole
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(100)
 def test_deepspeed_settings_of_the_command_line_arrive(tmp_path: Path) -> None:
     """A key below deepspeed.extra as a user types it: found in the composed config."""
