@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from helpers import forked
+from helpers import forked, tools
 from helpers.tiny_models import MODELS
 
 FORKING = ("trainings", "processes")
@@ -63,6 +63,14 @@ def pytest_testnodedown(node: Any) -> None:
     """What a worker has left out, told to the one that speaks."""
     if hasattr(node, "workeroutput") and "not_run" in node.workeroutput:
         node.config.stash[NOT_RUN] = Counter(node.workeroutput["not_run"])
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test that lacks its tool fails, with what to install."""
+    for mark in item.iter_markers("ci"):
+        if "needs" in mark.kwargs and (fault := tools.missing(mark.kwargs["needs"])):
+            pytest.fail(fault, pytrace=False)
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:

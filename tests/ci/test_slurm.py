@@ -21,14 +21,14 @@ from typing import Any
 
 import pytest
 
-from helpers.slurm_cluster import CPUS, Cluster, missing
+from helpers.slurm_cluster import CPUS, Cluster
 from helpers.slurm_stage import NUM_STEPS, Stage, Sweep, comparable, events, said
 from rcpo.cli import dispatch
 from rcpo.sweep.folder import SweepFolder
 from rcpo.sweep.slurm import submit as slurm
 from rcpo.sweep.states import CellStatus, State
 
-pytestmark = [pytest.mark.ci("SLURM"), pytest.mark.slurm, pytest.mark.slow]
+pytestmark = pytest.mark.ci("SLURM", needs="slurm")
 
 MAX_ARRAY_SIZE = 3
 ONE_RANK = {"time": "00:10:00", "processes": "1", "mem": "1000M"}
@@ -188,8 +188,6 @@ class Played:
 
 @pytest.fixture(scope="module")
 def played(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
-    if (fault := missing()) is not None:
-        pytest.fail(fault)
     folder = tmp_path_factory.mktemp("slurm")
     cluster = Cluster(folder / "cluster", num_nodes=4, spare=2, max_array_size=MAX_ARRAY_SIZE)
     stage = Stage(cluster, folder)

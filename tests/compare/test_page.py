@@ -1,41 +1,18 @@
-"""The HTML report: one file that asks for nothing, escapes what it shows, and is drawn in a real browser."""
+"""The HTML report: one file that asks for nothing and escapes what it shows. `tests/ci/test_browser.py` opens
+it."""
 
 import html
 import json
-import os
 import re
 from pathlib import Path
 
-import matplotlib.image
 import pytest
 
-from helpers import chromium
-from helpers.compare_folders import START, compare, make_run
+from helpers.compare_folders import compare, make_run
+from helpers.compare_page import EVIL, REJECTED, page_of, write_pairs
 from rcpo import cli
 from rcpo.comparison.fallen import find_fallen
-from rcpo.comparison.page import make_page
-from rcpo.comparison.table import make_rows
 from rcpo.data.records import PreferenceRecord, shortened_texts
-
-REJECTED = (-2.0, -2.0, -2.0, -2.0)
-EVIL = "</script><script>document.title='taken'</script><img src=x onerror=\"fail()\"> & \"q\" 'a'"
-
-
-def page_of(path: Path) -> str:
-    comparison = compare(path)
-    return make_page(make_rows(comparison), comparison, "no")
-
-
-def write_pairs(path: Path, words: str = "right") -> dict[str, object]:
-    """Four pairs to hold out and one to train on; the settings of a run that does so."""
-    rows = [
-        {"prompt": f"question {idx}", "chosen": f"{words} {idx}", "rejected": f"wrong {idx}"}
-        for idx in range(4)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    train = path.with_name("train.jsonl")
-    train.write_text(json.dumps({"prompt": "p", "chosen": "c", "rejected": "r"}) + "\n")
-    return {"data.source": "file", "data.path": str(train), "data.eval_path": str(path), "data.eval_pairs": 4}
 
 
 def test_the_pairs_whose_winner_fell_most_come_with_their_text(tmp_path: Path) -> None:
@@ -141,57 +118,3 @@ def test_the_command_writes_the_page_whole(tmp_path: Path, capsys: pytest.Captur
     assert said.err == f"wrote {page}\n"
     assert page.read_text().endswith("</html>\n")
     assert [path.name for path in page.parent.iterdir()] == ["report.html"]
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for profiles; without a browser the test fails."""
-    if (reason := chromium.missing()) is not None:
-        pytest.fail(reason)
-    return tmp_path_factory.mktemp("browser")
-
-
-@pytest.mark.ci("browser")
-@pytest.mark.slow
-def test_a_grid_of_24_runs_of_1000_steps_is_drawn_in_five_seconds(tmp_path: Path, browser: Path) -> None:
-    """Six objectives, four calibrations: 31 figures, no fault, nothing on the console. The best of three
-    times, and longer where more processes run than there are cores."""
-    for objective in ("dpo", "ipo", "simpo", "cpo", "ddro", "kto"):
-        for calibration in ("off", "on", "exact", "feedback"):
-            start = START.repeat(1, 64)
-            change = [list(side) * 64 for side in ((-1.0, 1.0, 2.0, -4.0), REJECTED)]
-            run = tmp_path / "runs" / f"{objective}-{calibration}"
-            make_run(run, objective, calibration, steps=1000, start=start, change=change)
-    page = tmp_path / "report.html"
-    page.write_text(page_of(tmp_path / "runs"))
-    limit = 5000 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
-    milliseconds = []
-    for _ in range(3):
-        seen = chromium.visit(page, browser)
-        assert seen.console == []
-        assert (seen.said("faults"), seen.said("figures")) == ("0", "31")
-        assert len(re.findall(r'<div id="figure-\d+"', seen.html)) == 31
-        milliseconds.append(float(seen.said("drawn-ms")))
-        if milliseconds[-1] < limit:
-            break
-    assert min(milliseconds) < limit
-
-
-@pytest.mark.ci("browser")
-@pytest.mark.slow
-def test_what_looks_like_a_script_in_the_data_is_text_in_the_browser(tmp_path: Path, browser: Path) -> None:
-    settings = write_pairs(tmp_path / "eval.jsonl", EVIL)
-    for calibration in ("off", "on"):
-        make_run(tmp_path / "runs" / calibration, EVIL, calibration, settings=settings)
-    page = tmp_path / "report.html"
-    page.write_text(page_of(tmp_path / "runs"))
-    seen = chromium.visit(page, browser)
-    assert seen.console == []
-    assert (seen.said("faults"), seen.said("figures")) == ("0", "6")
-    assert "<title>rcpo: " in seen.html
-    assert "<img" not in seen.html
-    picture = tmp_path / "page.png"
-    chromium.visit(page, browser, width=600, picture=picture)
-    image = matplotlib.image.imread(picture)
-    assert image.shape[1] == 600
-    assert image[..., :3].std() > 0.1

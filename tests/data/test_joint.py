@@ -124,7 +124,6 @@ def test_a_model_that_cannot_is_refused_by_name() -> None:
     refuse_joint_layout(make_llama(), True)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_run_is_the_same_in_every_layout(tmp_path: Path) -> None:
     """6 steps with `on` and with `exact`, whose measured steps do without: every metric to fp32 tolerance."""

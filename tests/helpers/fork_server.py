@@ -14,20 +14,24 @@ import contextlib
 import ctypes
 import gc
 import importlib
+import inspect
 import json
 import os
 import pkgutil
 import selectors
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import traceback
+import weakref
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 HEAVY = (
-    "torch", "transformers", "deepspeed", "datasets", "peft", "matplotlib.pyplot",
+    "torch", "transformers", "deepspeed", "datasets", "peft", "wandb", "matplotlib.pyplot",
     "matplotlib.backends.backend_agg", "safetensors.torch", "transformers.models.llama.modeling_llama",
     "transformers.models.gpt_neox.modeling_gpt_neox",
     # What DeepSpeed imports when an engine is made, more than a second of it for its Muon optimizer alone.
@@ -50,8 +54,6 @@ def import_everything() -> None:
     from hydra.core.plugins import Plugins
 
     Plugins.instance()  # finds Hydra's own plugins, which takes as long as a small command
-    # Its folder for media goes with the first child that ends.
-    assert "wandb" not in sys.modules
 
 
 class Server:
@@ -118,8 +120,8 @@ class Server:
                 os.killpg(child, signal.SIGKILL)
 
 
-def be_the_child(request: dict[str, Any]) -> None:
-    """Become the process that was asked for; does not return."""
+def be_the_child(request: dict[str, Any]) -> NoReturn:
+    """Become the process that was asked for."""
     os.setsid()
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -128,20 +130,29 @@ def be_the_child(request: dict[str, Any]) -> None:
         os.dup2(opened, number)
         os.close(opened)
     os.chdir(request["cwd"])
+    subprocess.Popen = ForkingPopen  # type: ignore[misc]
+    module, _, function = request["target"].partition(":")
+    call_and_exit(
+        lambda: getattr(importlib.import_module(module), function)(*request["args"]), request["env"]
+    )
+
+
+def call_and_exit(call: Callable[[], object], env: Mapping[str, str]) -> NoReturn:
+    """Be a process that does this and nothing else, with what an interpreter does at its end: it waits for
+    threads, runs the exit handlers and flushes."""
+    weakref.finalize._registry.clear()  # type: ignore[attr-defined]  # temporary folders are the parent's
     os.environ.clear()
-    os.environ.update(request["env"])
-    if encoding := request["env"].get("PYTHONIOENCODING"):
+    os.environ.update(env)
+    if encoding := env.get("PYTHONIOENCODING"):
         sys.stdout.reconfigure(encoding=encoding)  # type: ignore[union-attr]
     code = 1
     try:
-        module, _, function = request["target"].partition(":")
-        code = exit_code(getattr(importlib.import_module(module), function)(*request["args"]))
+        code = exit_code(call())
     except SystemExit as stop:
         code = exit_code(stop.code)
     except BaseException:
         traceback.print_exc()
     finally:
-        # What an interpreter does at its end: wait for threads, run the exit handlers, flush.
         with contextlib.suppress(BaseException):
             threading._shutdown()  # type: ignore[attr-defined]
         with contextlib.suppress(BaseException):
@@ -150,6 +161,46 @@ def be_the_child(request: dict[str, Any]) -> None:
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
         os._exit(code)
+
+
+class ForkingPopen(subprocess.Popen):  # type: ignore[type-arg]
+    """subprocess.Popen in the children: `python -m rcpo.MODULE WORDS` is a fork that runs the module's
+    `main`, so that the ranks of a launch and the cells of a sweep import nothing either."""
+
+    def _execute_child(self, args: Any, *more: Any) -> None:
+        if not (isinstance(args, list) and args[:2] == [sys.executable, "-m"] and args[2][:5] == "rcpo."):
+            super()._execute_child(args, *more)  # type: ignore[misc]
+            return
+        names = inspect.signature(super()._execute_child).parameters  # type: ignore[misc]
+        given = dict(zip(list(names)[1:], more, strict=True))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._be_the_module(args[2], args[3:], given)
+        self._child_created = True
+        pipes = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
+        self._close_pipe_fds(*(given[name] for name in pipes))  # type: ignore[attr-defined]
+
+    def _be_the_module(self, module: str, words: list[str], given: dict[str, Any]) -> NoReturn:
+        """What execve and an interpreter's start do: no signal has a handler, only the given files are
+        open."""
+        if given["start_new_session"]:
+            os.setsid()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(
+                    number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+                )
+        for number, name in enumerate(("p2cread", "c2pwrite", "errwrite")):
+            if given[name] >= 0:
+                os.dup2(given[name], number)
+        os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+        if given["cwd"] is not None:
+            os.chdir(given["cwd"])
+        env = os.environ if given["env"] is None else given["env"]
+        sys.argv = [module, *words]
+        call_and_exit(lambda: importlib.import_module(module).main(words), dict(env))
 
 
 def exit_code(value: object) -> int:

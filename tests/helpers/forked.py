@@ -179,9 +179,16 @@ def close() -> None:
         _server = None
 
 
-def start_rcpo(*words: object, cwd: Path, env: Mapping[str, str] | None = None) -> Child:
+def start_rcpo(
+    *words: object,
+    cwd: Path,
+    env: Mapping[str, str] | None = None,
+    output: Path | None = None,
+    errors: Path | None = None,
+) -> Child:
     """Start `rcpo WORDS` in a forked child."""
-    return server().start("helpers.fork_server:command_line", *map(str, words), cwd=cwd, env=env)
+    target = "helpers.fork_server:command_line"
+    return server().start(target, *map(str, words), cwd=cwd, env=env, output=output, errors=errors)
 
 
 def rcpo(
@@ -212,11 +219,12 @@ def script(
     cwd: Path,
     env: Mapping[str, str] | None = None,
     input: str | None = None,
+    output: Path | None = None,
     seconds: float = 120,
 ) -> CompletedProcess[str]:
     """Run `python -c CODE WORDS` in a forked child to its end."""
     child = server().start(
-        "helpers.fork_server:script", code, *map(str, words), cwd=cwd, env=env, input=input
+        "helpers.fork_server:script", code, *map(str, words), cwd=cwd, env=env, input=input, output=output
     )
     return child.completed(seconds)
 

@@ -1,7 +1,7 @@
 """A private SLURM of virtual nodes on this machine, for tests: munged, slurmctld and a slurmd for each node.
 
 No systemd, no cgroups, no database, nothing in /etc: all files lie in one folder. Needs root, because slurmd
-does, and Debian's packages slurmctld, slurmd, slurm-client and munge. By hand:
+does, and Debian's packages (`tools.py`). By hand:
 
     python tests/helpers/slurm_cluster.py FOLDER          # starts it, prints `export SLURM_CONF=...`
     python tests/helpers/slurm_cluster.py FOLDER --stop
@@ -12,7 +12,6 @@ Partition `main` preempts nothing; jobs of `urgent` make those of `main` stop an
 import contextlib
 import os
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
@@ -21,8 +20,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "scancel", "srun")
 MARK = "RCPO_TEST_NODE"
 """Environment variable of a slurmd and of what it starts itself: which node of which cluster it plays."""
 SECONDS_TO_START = 30
@@ -72,15 +69,6 @@ PropagateResourceLimits=NONE
 PartitionName=main Nodes=ALL Default=YES State=UP PriorityTier=1 GraceTime=20 OverTimeLimit=0
 PartitionName=urgent Nodes=ALL State=UP PriorityTier=2 PreemptMode=OFF
 """
-
-
-def missing() -> str | None:
-    """Why no SLURM can run here, in one line; None when it can."""
-    if os.geteuid() != 0:
-        return "a private SLURM needs root"
-    if all(shutil.which(name) for name in PROGRAMS):
-        return None
-    return f"no SLURM here; type apt-get install {' '.join(PACKAGES)}"
 
 
 def wait_until(is_true: Callable[[], object], seconds: float, what: str) -> None:
@@ -225,7 +213,10 @@ if __name__ == "__main__":
     if sys.argv[2:] == ["--stop"]:
         cluster.stop()
     else:
-        if fault := missing():
+        sys.path.insert(0, str(Path(__file__).parents[1]))
+        from helpers.tools import missing
+
+        if fault := missing("slurm"):
             sys.exit(fault)
         cluster.start()
         print(f"export SLURM_CONF={cluster.conf}")

@@ -300,7 +300,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Run, tuple[Config, Ru
     return made
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(700)
 @pytest.mark.parametrize("group", GROUPS, ids=lambda group: str(group[0]))
 def test_every_split_trains_as_the_plain_loop(
@@ -314,14 +313,12 @@ def test_every_split_trains_as_the_plain_loop(
         assert_equal_rows(metrics(runs[run][1]), metrics(first))
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(700)
 def test_a_mix_is_the_same_on_one_rank_and_on_two(runs: dict[Run, tuple[Config, RunFolder]]) -> None:
     one, two = (metrics(runs[run][1]) for run in MIX)
     assert_equal_rows(one, two)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(700)
 def test_the_weights_of_a_run_are_those_of_the_file(runs: dict[Run, tuple[Config, RunFolder]]) -> None:
     """The plain loop takes them from the tokenised pairs, so they need a look of their own. With a = 1/4 and

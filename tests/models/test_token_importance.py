@@ -98,7 +98,6 @@ def test_it_is_no_term_of_a_mix() -> None:
     assert not load_objective("dpo").weighs_tokens
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_run_does_not_depend_on_its_split(tmp_path: Path) -> None:
     """8x1 at ZeRO 0, 1x8 with shared prefixes, and 2 ranks at ZeRO 2, with `on`: rows and weights to fp32

@@ -6,7 +6,6 @@ import os
 import pty
 import select
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -101,19 +100,12 @@ FISH_OFFERED = {
 }
 
 
-def program(name: str) -> str:
-    """Its path; without it the test fails."""
-    found = shutil.which(name)
-    assert found is not None, f"no {name} here; type apt-get install {name}"
-    return found
-
-
-@pytest.mark.ci("zsh and fish")
+@pytest.mark.ci("shells", needs="fish")
 @pytest.mark.parametrize("load", ['eval "$(rcpo completion fish)"', "rcpo completion fish | source"])
 def test_fish_offers_the_same_with_its_meaning(folder: Path, environment: dict[str, str], load: str) -> None:
     asked = "; ".join(f"complete -C{shlex.quote(line)}; echo ==" for line in FISH_OFFERED)
     said = subprocess.run(
-        [program("fish"), "--no-config", "-c", f"{load}; {asked}"],
+        ["fish", "--no-config", "-c", f"{load}; {asked}"],
         cwd=folder, env=environment, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     answers = [answer.strip() for answer in said.stdout.split("==\n")]
@@ -123,11 +115,10 @@ def test_fish_offers_the_same_with_its_meaning(folder: Path, environment: dict[s
 @contextlib.contextmanager
 def typed_in_zsh(folder: Path, environment: dict[str, str]) -> Iterator[Callable[[str, str], None]]:
     """A zsh on a terminal of its own; gives the function that types a text and waits for another."""
-    shell = program("zsh")
     process, terminal = pty.fork()
     if process == 0:
         os.chdir(folder)
-        os.execvpe(shell, ["zsh", "-f", "-i"], environment | {"TERM": "dumb", "PS1": "> "})
+        os.execvpe("zsh", ["zsh", "-f", "-i"], environment | {"TERM": "dumb", "PS1": "> "})
 
     def type_and_see(text: str, wanted: str) -> None:
         os.write(terminal, text.encode())
@@ -144,7 +135,7 @@ def typed_in_zsh(folder: Path, environment: dict[str, str]) -> Iterator[Callable
         os.waitpid(process, 0)
 
 
-@pytest.mark.ci("zsh and fish")
+@pytest.mark.ci("shells", needs="zsh")
 def test_zsh_completes_a_command_a_group_and_a_key(folder: Path, environment: dict[str, str]) -> None:
     with typed_in_zsh(folder, environment) as type_and_see:
         type_and_see('autoload -Uz compinit; compinit -D -u; eval "$(rcpo completion zsh)"\n', "> ")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from helpers.selection import matrix
+from helpers import forked
 from rcpo.common.errors import UserError
 from rcpo.launch.processes import FAULT_FILE, Fault, _Ranks
 from rcpo.launch.start import resume
@@ -27,6 +27,7 @@ TRAIN = [
     "data.train_pairs=64", "data.eval_pairs=8", "train.device=cpu",
 ]  # fmt: skip
 SECONDS_TO_START = 120
+REST = pytest.mark.ci("signals and real ranks")
 
 
 def processes_of(run_dir: Path) -> dict[int, str]:
@@ -88,7 +89,7 @@ def wait_for_none(run_dir: Path, seconds: float) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.slow
+@REST
 @pytest.mark.timeout(400)
 def test_a_rank_that_dies_ends_the_run_and_resume_finishes_it(tmp_path: Path) -> None:
     """SIGKILL of rank 1: soon (a few seconds on an idle machine) exit code 1, one line with the rank and its
@@ -109,12 +110,7 @@ def test_a_rank_that_dies_ends_the_run_and_resume_finishes_it(tmp_path: Path) ->
     assert "Traceback" not in stderr
     state = run.read_run()
     assert (state["status"], state["exit_reason"]) == ("failed", "rank 1 was ended by signal 9 (SIGKILL)")
-    done = subprocess.run(
-        [sys.executable, "-m", "rcpo.cli", "resume", str(run.path)],
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    done = forked.rcpo("resume", run.path, cwd=tmp_path, seconds=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [row["step"] for row in run.rows(run.metrics)] == list(range(1, 61))
     finished = run.read_run()
@@ -124,9 +120,8 @@ def test_a_rank_that_dies_ends_the_run_and_resume_finishes_it(tmp_path: Path) ->
     assert [path.name for path in sorted(run.logs.iterdir())] == ["rank-0000.log", "rank-0001.log"]
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("processes", matrix([1, 2], lambda number: number == 2, "signals"))
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=REST), 2])
 def test_ctrl_c_interrupts_the_run(tmp_path: Path, processes: int) -> None:
     """Exit code 130, one line that names `rcpo resume`, run.json says interrupted."""
     run = RunFolder(tmp_path / "run")
@@ -143,15 +138,14 @@ def test_ctrl_c_interrupts_the_run(tmp_path: Path, processes: int) -> None:
     assert (state["status"], state["exit_reason"]) == ("interrupted", "SIGINT")
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("processes", "number"),
-    matrix(
-        [(1, signal.SIGTERM), (2, signal.SIGUSR2), (2, signal.SIGTERM)],
-        lambda row: row == (2, signal.SIGTERM),
-        "signals",
-    ),
+    [
+        (1, signal.SIGTERM),
+        pytest.param(2, signal.SIGUSR2, marks=REST),
+        pytest.param(2, signal.SIGTERM, marks=REST),
+    ],
 )
 def test_a_scheduler_s_signal_checkpoints_and_stops_all_ranks(
     tmp_path: Path, processes: int, number: signal.Signals
@@ -175,15 +169,12 @@ def test_a_scheduler_s_signal_checkpoints_and_stops_all_ranks(
     state = run.read_run()
     assert (state["status"], state["exit_reason"]) == ("preempted", line)
     assert [path.name for path in run.checkpoints.iterdir()] == [f"step-{done:06d}"]
-    command = [sys.executable, "-m", "rcpo.cli", "resume", str(run.path)]
-    command += ["--allow-change", f"train.steps={done + 3}"]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    finished = forked.rcpo("resume", run.path, "--allow-change", f"train.steps={done + 3}", cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert [row["step"] for row in run.rows(run.metrics)] == list(range(1, done + 4))
     assert run.read_run()["status"] == "done"
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_signal_before_the_first_step_stops_at_once(tmp_path: Path) -> None:
     """While the reference pass runs there is nothing to save: exit code 75, preempted, and a later resume
@@ -212,7 +203,7 @@ def words_of(stderr: str) -> list[str]:
     return [line for line in stderr.splitlines() if line.startswith("rcpo: ")]
 
 
-@pytest.mark.slow
+@REST
 @pytest.mark.timeout(300)
 def test_ranks_do_not_outlive_their_launcher(tmp_path: Path) -> None:
     """SIGKILL of the process that the user started: both ranks end within seconds by themselves."""
@@ -226,7 +217,6 @@ def test_ranks_do_not_outlive_their_launcher(tmp_path: Path) -> None:
 
 
 @pytest.mark.ci("torchrun")
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_ranks_of_torchrun_join_one_run(tmp_path: Path) -> None:
     """2 ranks by torchrun: one run folder, a log each, no second launcher; another number of ranks cannot
@@ -273,7 +263,6 @@ def test_the_fault_that_came_first_is_the_cause(tmp_path: Path) -> None:
     assert ranks.faults()[0].reason == "was ended by signal 9 (SIGKILL)"
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(100)
 def test_a_started_rank_tells_why_it_failed(tmp_path: Path) -> None:
     """`python -m rcpo.launch.worker` on a folder that is no run, as a started rank: exit code 2, nothing

@@ -8,23 +8,19 @@ import contextlib
 import io
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from helpers import ROOT
+from helpers import ROOT, forked
 from rcpo import cli
 from rcpo.commands.sync import find_offline, is_synced
 from rcpo.common.locks import read_holder, run_lock
 from rcpo.runs.folder import RunFolder
 from rcpo.sweep.folder import SweepFolder
 from rcpo.sweep.status import read_statuses
-
-pytestmark = pytest.mark.slow
 
 SMALL = "tracking=none, data.train_pairs=64, data.eval_pairs=8, train.pairs_per_step=4, train.eval_every=0"
 GRID = f"""
@@ -38,10 +34,6 @@ axes: {{objective: [dpo, simpo, ipo]}}
 """
 
 
-def command(*words: object) -> list[str]:
-    return [sys.executable, "-m", "rcpo.cli", *map(str, words)]
-
-
 def environment(folder: Path) -> dict[str, str]:
     own = {"RCPO_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     return {key: value for key, value in os.environ.items() if not key.startswith("WANDB")} | own
@@ -49,9 +41,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 def rcpo(folder: Path, *words: object, code: int = 0) -> tuple[str, str]:
     """stdout and stderr of a command that must end with `code`."""
-    done = subprocess.run(
-        command(*words), cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=240
-    )
+    done = forked.rcpo(*words, cwd=folder, env=environment(folder), seconds=240)
     assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout, done.stderr
 
@@ -132,19 +122,17 @@ def test_a_dry_run_costs_a_sweep_at_the_speed_of_its_finished_cells(
     assert sorted(folder.rglob("*")) == before
 
 
-def wait_until(is_so: Callable[[], bool], what: str, process: subprocess.Popen[str]) -> None:
+def wait_until(is_so: Callable[[], bool], what: str, process: forked.Child) -> None:
     deadline = time.monotonic() + 120
     while not is_so():
-        assert process.poll() is None, f"ended with {process.returncode} before {what}"
+        assert process.poll() is None, f"ended with {process.code} before {what}\n{process.said()}"
         assert time.monotonic() < deadline, what
         time.sleep(0.1)
 
 
-def started(folder: Path, *words: object) -> subprocess.Popen[str]:
-    log = (folder / "runner.log").open("a")
-    return subprocess.Popen(
-        command(*words), cwd=folder, env=environment(folder), stdout=log, stderr=log, text=True
-    )
+def started(folder: Path, *words: object) -> forked.Child:
+    log = folder / "runner.log"
+    return forked.start_rcpo(*words, cwd=folder, env=environment(folder), output=log, errors=log)
 
 
 def num_rows(run: RunFolder) -> int:
@@ -181,22 +169,22 @@ def test_a_sweep_is_cancelled_goes_on_and_is_killed(tmp_path: Path, monkeypatch:
             "both go on", runner,
         )  # fmt: skip
         refused = said_here(tmp_path, monkeypatch, "sweep", "long.yaml", code=2)
-        assert f"is being run by process {runner.pid} on " in refused
+        assert f"is being run by process {runner.started()} on " in refused
         refused = said_here(tmp_path, monkeypatch, "resume", first.path, code=2)
         assert "is being trained by process " in refused
         hanging = int(read_holder(run_lock(first.path))["pid"])
         os.kill(hanging, signal.SIGSTOP)
-        runner.send_signal(signal.SIGINT)
+        runner.send(signal.SIGINT)
         wait_until(lambda: second.read_run()["status"] == "preempted", "the second stops", runner)
         time.sleep(0.5)
         assert runner.poll() is None
-        runner.send_signal(signal.SIGINT)
+        runner.send(signal.SIGINT)
         assert runner.wait(20) == 130
     finally:
         if runner.poll() is None:
-            runner.send_signal(signal.SIGINT)
+            runner.send(signal.SIGINT)
             time.sleep(1)
-            runner.send_signal(signal.SIGINT)
+            runner.send(signal.SIGINT)
             runner.wait(20)
     assert states(tmp_path, "sweeps-out/long") == {
         "dpo": "interrupted", "simpo": "preempted", "ipo": "pending",
@@ -269,7 +257,7 @@ def test_sync_finds_what_is_offline_and_wants_a_key(tmp_path: Path, monkeypatch:
     assert (is_synced(old), is_synced(new)) == (True, False)
     home = environment(tmp_path) | {"HOME": str(tmp_path)}
     home.pop("NETRC", None)
-    done = subprocess.run(command("sync", tmp_path), env=home, capture_output=True, text=True, timeout=60)
+    done = forked.rcpo("sync", tmp_path, cwd=tmp_path, env=home)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith("rcpo: W&B: no API key is configured")
     assert "has no offline W&B files" in said_here(tmp_path, monkeypatch, "sync", "cells", code=2)

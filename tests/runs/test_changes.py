@@ -45,7 +45,6 @@ def edit(run: RunFolder, key: str, value: object) -> None:
 
 
 @pytest.mark.ci("other ranks and stages")
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_other_ranks_and_stages_resume_to_rounding(tmp_path: Path) -> None:
     """Rows, alpha and weights equal those of the run that was never killed, to fp32 tolerance; the schedule

@@ -50,7 +50,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return made
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_predicted_and_realised_changes_agree(name: str, runs: dict[str, tuple[Config, RunFolder]]) -> None:
     """Change of mean(d z) (weighted) or of mean(z) (mean) of each side over the step, in fp64 from the

@@ -44,7 +44,6 @@ def where(run: RunFolder) -> str:
 
 
 @pytest.mark.ci("kills at random moments")
-@pytest.mark.slow
 @pytest.mark.timeout(max(600, 60 * NUM_KILLS))
 def test_killed_at_random_moments_and_resumed_equals_never_killed(tmp_path: Path) -> None:
     """The moments are drawn evenly over the length of a run but for its first quarter, which reads inputs and

@@ -105,7 +105,6 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Runs(tmp_path_factory.mktemp("live"), asked | ALWAYS)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(450)
 @pytest.mark.parametrize(("name", "layout"), matrix(PAIRED, ALWAYS.__contains__, "live references"), ids=str)
 def test_live_is_cached_bit_for_bit(name: str, layout: Layout, runs: Runs) -> None:
@@ -120,7 +119,6 @@ def test_live_is_cached_bit_for_bit(name: str, layout: Layout, runs: Runs) -> No
         assert torch.equal(weight, expected[key]), key
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(450)
 def test_other_batches_agree_to_rounding(runs: Runs) -> None:
     """Scored in fours before the run, in micro-batches of one within it, and once with prompts shared: rows
@@ -133,7 +131,6 @@ def test_other_batches_agree_to_rounding(runs: Runs) -> None:
             torch.testing.assert_close(weight, expected[key], atol=1e-5, rtol=0, msg=key)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(450)
 def test_a_live_reference_of_the_same_batch_is_the_policy_exactly(runs: Runs) -> None:
     """At step 1 both are the initial weights and see the same tensors: r = 0 to the last bit."""
@@ -151,7 +148,6 @@ def summed(folder: Path, config: Config, which: str) -> tuple[torch.Tensor, torc
     return z_w, z_l
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(450)
 @pytest.mark.parametrize("kind", ["cached", "live"])
 def test_reference_path_is_the_objectives_and_the_start_is_evaluations(runs: Runs, kind: str) -> None:
@@ -175,7 +171,6 @@ def test_reference_path_is_the_objectives_and_the_start_is_evaluations(runs: Run
     assert evaluations[-1]["displacement/chosen"] != 0.0
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(450)
 def test_cached_rows_lie_under_the_weights_that_scored_them(runs: Runs) -> None:
     """One file for reference.path, one for each initial policy: training pairs in the former, held-out pairs

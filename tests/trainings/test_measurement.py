@@ -101,7 +101,6 @@ def runs(
     return made
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(700)
 @pytest.mark.parametrize("measured", matrix(CALIBRATED, ALWAYS.__contains__, "measured trainings"), ids=str)
 def test_a_measured_training_is_the_plain_loop(
@@ -115,7 +114,6 @@ def test_a_measured_training_is_the_plain_loop(
     assert abs(metrics(run)[-1]["calibration/alpha"] - 1) > 1e-3
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(700)
 @pytest.mark.parametrize(
     ("plain", "watched"),
@@ -142,7 +140,6 @@ def test_measuring_a_plain_training_changes_no_bit_of_it(
     assert kept == metrics(one)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(700)
 def test_every_stage_measures_the_same(runs: dict[Measured, tuple[Config, RunFolder]]) -> None:
     """The watched trainings of all stages and numbers of ranks that this session has: equal rows."""
@@ -152,7 +149,6 @@ def test_every_stage_measures_the_same(runs: dict[Measured, tuple[Config, RunFol
         assert_equal_rows(rows[0], other)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(700)
 @pytest.mark.parametrize("estimator", matrix(ADAPTERS, "weighted".__eq__, "measured trainings"))
 def test_the_last_blocks_adapters_are_measured(

@@ -39,7 +39,6 @@ def evaluations(
     }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "objective", matrix(FALLS_BY_NATS, lambda name: name == "dpo", "displacement and its cure")
 )
@@ -56,7 +55,6 @@ def test_plain_training_displaces_and_calibration_holds(
     assert max(off["displacement/rejected"], on["displacement/rejected"]) < -0.5
 
 
-@pytest.mark.slow
 def test_all_runs_start_from_the_same_model(
     evaluations: dict[tuple[str, str], list[dict[str, Any]]],
 ) -> None:

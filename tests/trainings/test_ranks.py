@@ -50,7 +50,6 @@ def runs(
     return made
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(500)
 @pytest.mark.parametrize("case", matrix(CASES, ALWAYS.__contains__, "splits over ranks"), ids=str)
 def test_every_split_of_the_batch_trains_as_the_plain_loop(
@@ -68,7 +67,6 @@ def test_every_split_of_the_batch_trains_as_the_plain_loop(
     assert (abs(metrics(first)[-1]["calibration/alpha"] - 1) > 1e-3) == (case.calibration != "off")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", matrix(CASES, ALWAYS.__contains__, "splits over ranks"), ids=str)
 def test_training_has_moved_the_weights(
     case: Case, runs: dict[tuple[Case, Layout], tuple[Config, RunFolder]]

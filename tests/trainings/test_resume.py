@@ -119,7 +119,6 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return runs
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("case", "layout", "moment"), matrix(MOMENTS, ALWAYS.__contains__, "kill and resume"), ids=str
@@ -152,7 +151,6 @@ def test_killed_and_resumed_equals_never_killed(
         assert len(lost["rows"]) == layout.pairs_per_device
 
 
-@pytest.mark.slow
 def test_the_row_after_a_resume_has_its_products_with_the_measurement_before(
     request: pytest.FixtureRequest, runs: dict[str, RunFolder]
 ) -> None:
@@ -176,7 +174,6 @@ def resume_as_rank(run: RunFolder) -> subprocess.CompletedProcess[str]:
     return forked.rcpo("resume", run.path, cwd=run.path.parent, env=os.environ | {"CI": "1"})
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_newest_whole_checkpoint_is_used_and_said(damaged: RunFolder, runs: dict[str, RunFolder]) -> None:
     """One byte of the newest checkpoint's optimizer state changed, and the one before it without its
@@ -205,7 +202,6 @@ def test_the_newest_whole_checkpoint_is_used_and_said(damaged: RunFolder, runs: 
     rcpo.training.checkpoint.check_manifest(newest)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_a_run_whose_checkpoints_are_all_damaged_is_refused(damaged: RunFolder) -> None:
     """Nothing is thrown away and nothing starts again by itself: exit code 2 and one line."""
@@ -235,7 +231,6 @@ def not_utf8(path: Path) -> None:
     path.write_bytes(b"\xff\xfe" + path.read_bytes())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "damage", "said"),
     [

@@ -48,7 +48,6 @@ def skipped(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Layo
     return runs
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_a_lost_step_is_left_out_counted_and_touches_nothing(
@@ -136,7 +135,6 @@ def largest_file(run: RunFolder, step: int) -> int:
     return max(file.stat().st_size for file in files if file.is_file())
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_checkpoint_that_does_not_fit_is_a_line_and_the_one_before_it_stays(

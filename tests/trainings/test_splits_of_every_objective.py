@@ -40,7 +40,6 @@ def runs(
     return made
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", matrix(sorted(REGISTRY), ALWAYS.__contains__, "splits with DeepSpeed"))
 def test_ranks_and_micro_batches_change_nothing(name: str, runs: dict[tuple[str, Layout], RunFolder]) -> None:

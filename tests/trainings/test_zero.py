@@ -54,7 +54,6 @@ def runs(
     return made
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("case", "stage"), matrix(RUNS, ALWAYS.__contains__, "ZeRO stages"), ids=str)
 def test_every_stage_trains_as_the_plain_loop(
@@ -69,7 +68,6 @@ def test_every_stage_trains_as_the_plain_loop(
     assert max(row["train/grad_norm"] for row in plain.rows) > config.train.grad_clip
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_exported_checkpoint_is_the_trained_model(
     stage: int, runs: dict[tuple[Case, int], tuple[Config, RunFolder]], tmp_path: Path
@@ -93,7 +91,6 @@ def test_exported_checkpoint_is_the_trained_model(
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("w3 w36")["input_ids"] == [3, 36]
 
 
-@pytest.mark.slow
 def test_stage_3_really_shards_these_parameters(
     runs: dict[tuple[Case, int], tuple[Config, RunFolder]],
 ) -> None:
@@ -110,7 +107,6 @@ def test_stage_3_really_shards_these_parameters(
         assert abs(sum(group.numel() for group in groups) - whole / 2) < 0.05 * whole
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(100)
 def test_deepspeed_settings_of_the_command_line_arrive(tmp_path: Path) -> None:
     """A key below deepspeed.extra as a user types it: found in the composed config."""
