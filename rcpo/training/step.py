@@ -98,11 +98,9 @@ def train_step(
     quantities = torch.zeros(len(QUANTITIES), dtype=torch.float64, device=engine.device)
     statistics = quantities.new_zeros(objective.num_statistics)
     finite = []
+    backward = backward_apart if measurement.takes_sides_apart else backward_together
     for micro_batch in tilted(method, state, micro_batches):
-        if measurement.takes_sides_apart:
-            priced = backward_apart(method, state, micro_batch, alpha, measurement)
-        else:
-            priced = backward_together(method, state, micro_batch, alpha, measurement)
+        priced = backward(method, state, micro_batch, alpha, measurement)
         engine.end_micro_batch()
         quantities += pair_sums(priced.loss, priced.pair, priced.incentives)
         statistics += objective.statistic_columns(priced.pair).double().sum(1)
