@@ -66,15 +66,17 @@ _PLACES = {
 _MODULES = ("incentives", "objectives")
 
 
-def __getattr__(name: str) -> Any:
-    """PEP 562: a public name, imported when it is first asked for."""
-    if name in _MODULES:
-        return importlib.import_module(f"rcpo.{name}")
-    if name in _PLACES:
-        value = getattr(importlib.import_module(_PLACES[name]), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'rcpo' has no attribute {name!r}")
+if not TYPE_CHECKING:  # or type checkers would take every name for one of rcpo's
+
+    def __getattr__(name: str) -> Any:
+        """PEP 562: a public name, imported when it is first asked for."""
+        if name in _MODULES:
+            return importlib.import_module(f"rcpo.{name}")
+        if name in _PLACES:
+            value = getattr(importlib.import_module(_PLACES[name]), name)
+            globals()[name] = value
+            return value
+        raise AttributeError(f"module 'rcpo' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
