@@ -15,7 +15,7 @@ import rcpo
 PACKAGE = Path(rcpo.__file__).parent
 
 
-class Cell(NamedTuple):
+class TableCell(NamedTuple):
     """A cell of a table, or a head."""
 
     text: str

@@ -12,7 +12,7 @@ from plotly.offline import get_plotlyjs
 
 import rcpo
 from rcpo.common.console import KEPT_NATS, nats
-from rcpo.common.page import Cell, render
+from rcpo.common.page import TableCell, render
 from rcpo.comparison.curves import panels
 from rcpo.comparison.fallen import ChesChoice, Fallen, FallenPair, find_fallen
 from rcpo.comparison.figures import Figure, heat_map, objective_figures
@@ -36,8 +36,8 @@ POLICY = (
 
 
 class Table(NamedTuple):
-    heads: list[Cell]
-    rows: list[list[Cell]]
+    heads: list[TableCell]
+    rows: list[list[TableCell]]
     firsts: list[bool]
     """Whether a row is the first of its objective."""
 
@@ -95,10 +95,10 @@ def _main_table(rows: Sequence[Row], comparison: Comparison) -> Table:
     body = []
     for row in rows:
         own = [*kinds[:where], _mood(row.means["chosen"][0]), *kinds[where + 1 :]]
-        body.append([Cell(*both) for both in zip(line_texts(row, COLUMNS, "±"), own, strict=True)])
+        body.append([TableCell(*both) for both in zip(line_texts(row, COLUMNS, "±"), own, strict=True)])
     labels = [row.group.row_label for row in rows]
     firsts = [label != before for label, before in zip(labels, [None, *labels], strict=False)]
-    return Table([Cell(*both) for both in zip(titles, kinds, strict=True)], body, firsts)
+    return Table([TableCell(*both) for both in zip(titles, kinds, strict=True)], body, firsts)
 
 
 def _mood(change: float) -> str:
@@ -110,9 +110,12 @@ def _mood(change: float) -> str:
 def _fallen(fallen: Fallen) -> Table:
     """The ten pairs whose chosen response fell most."""
     pairs = fallen.pairs
-    titles = [Cell(name) for name in ("pair", *pairs[0].changes)]
+    titles = [TableCell(name) for name in ("pair", *pairs[0].changes)]
     rows = [
-        [Cell(str(pair.index)), *(Cell(nats(change), _mood(change)) for change in pair.changes.values())]
+        [
+            TableCell(str(pair.index)),
+            *(TableCell(nats(change), _mood(change)) for change in pair.changes.values()),
+        ]
         for pair in pairs
     ]
     for more, cells in (_ches_columns(fallen), _text_columns(pairs)):
@@ -134,12 +137,12 @@ def _about_ches(fallen: Fallen) -> str:
     )
 
 
-def _ches_columns(fallen: Fallen) -> tuple[list[Cell], list[list[Cell]]]:
+def _ches_columns(fallen: Fallen) -> tuple[list[TableCell], list[list[TableCell]]]:
     """Heads, and each pair's cells; one cell that says why over all rows where there is no CHES."""
     pairs = fallen.pairs
     if fallen.no_ches is not None and fallen.no_text is None:
-        why = Cell(f"none: {fallen.no_ches}", "left reason", len(pairs))
-        return [Cell("CHES", "left")], [[why], *([] for _ in pairs[1:])]
+        why = TableCell(f"none: {fallen.no_ches}", "left reason", len(pairs))
+        return [TableCell("CHES", "left")], [[why], *([] for _ in pairs[1:])]
     if any(pair.ches is None for pair in pairs):
         return [], [[] for _ in pairs]
     scores = [pair.ches for pair in pairs if pair.ches is not None]
@@ -149,8 +152,8 @@ def _ches_columns(fallen: Fallen) -> tuple[list[Cell], list[list[Cell]]]:
     }
     if fallen.correlation is not None:
         columns["percentile"] = [f"{pair.percentile:.0f}" for pair in pairs]
-    rows = [[Cell(text) for text in texts] for texts in zip(*columns.values(), strict=True)]
-    return [Cell(head) for head in columns], rows
+    rows = [[TableCell(text) for text in texts] for texts in zip(*columns.values(), strict=True)]
+    return [TableCell(head) for head in columns], rows
 
 
 def same_decimals(values: Sequence[float]) -> list[str]:
@@ -160,9 +163,9 @@ def same_decimals(values: Sequence[float]) -> list[str]:
     return [f"{value:.{decimals}f}" for value in values]
 
 
-def _text_columns(pairs: Sequence[FallenPair]) -> tuple[list[Cell], list[list[Cell]]]:
+def _text_columns(pairs: Sequence[FallenPair]) -> tuple[list[TableCell], list[list[TableCell]]]:
     """Heads, and each pair's cells; none where the words are not there."""
     if any(pair.texts is None for pair in pairs):
         return [], [[] for _ in pairs]
-    rows = [[Cell(text, "text") for text in pair.texts or ()] for pair in pairs]
-    return [Cell(name, "left") for name in ("prompt", "chosen", "rejected")], rows
+    rows = [[TableCell(text, "text") for text in pair.texts or ()] for pair in pairs]
+    return [TableCell(name, "left") for name in ("prompt", "chosen", "rejected")], rows

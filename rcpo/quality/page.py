@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from rcpo.common.console import number
-from rcpo.common.page import Cell, render
+from rcpo.common.page import TableCell, render
 from rcpo.data.records import shortened_texts
 from rcpo.data.score_file import HELD_OUT, TRAIN, ScoreFile
 from rcpo.quality.summary import PAIR_SCORES, findings, quantile_heads, quantile_rows
@@ -48,10 +48,10 @@ def make_page(scores: ScoreFile, read: PairsRead) -> str:
 
 def _table(
     heads: Sequence[str], rows: Sequence[Sequence[str]], num_texts: int = 0
-) -> tuple[list[Cell], list[list[Cell]]]:
+) -> tuple[list[TableCell], list[list[TableCell]]]:
     """Heads and rows. The first column names the row, the last `num_texts` are long texts."""
     kinds = ["left", *[""] * (len(heads) - 1 - num_texts), *["left text"] * num_texts]
-    lines = [[Cell(*both) for both in zip(line, kinds, strict=True)] for line in (heads, *rows)]
+    lines = [[TableCell(*both) for both in zip(line, kinds, strict=True)] for line in (heads, *rows)]
     return lines[0], lines[1:]
 
 
@@ -84,7 +84,7 @@ def _histogram(name: str, values: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def _highest(columns: dict[str, list[Any]], read: PairsRead) -> tuple[list[Cell], list[list[Cell]]]:
+def _highest(columns: dict[str, list[Any]], read: PairsRead) -> tuple[list[TableCell], list[list[TableCell]]]:
     """The pairs with their text, as the data gives it."""
     records = {record.row: record for record in read.records.train}
     titles = [HEADS.get(name) or PAIR_SCORES[name][0] for name in SHOWN]
