@@ -75,6 +75,7 @@ ALWAYS = {
     (FEEDBACK, Layout(2, 2, 2), ("row", 5)),
     (POPULATION, Layout(1, 4, 1), ("signal", 4)),
     (Case("bco", "on", "neox", "adamw"), Layout(1, 4, 1), ("row", 5)),
+    (Case("simpo", "off", "neox", "sgd"), Layout(1, 4, 1), ("row", 5)),
 }
 """One of every kind: ZeRO 0 to 3, two ranks, off, on, exact, feedback, batch statistics, every moment."""
 
