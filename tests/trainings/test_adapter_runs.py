@@ -23,7 +23,7 @@ LORA = ["model.lora.rank=3", "calibration.scope=head"]
 ARCHITECTURES = ("llama-tied", "neox")
 STAGES = (0, 1, 2, 3)
 BELOW = ("merge", "stack")
-KIND = "adapters at ZeRO stages"
+KIND = "rows of matrices"
 SPLITS = [(model, other) for model in ARCHITECTURES for other in ("1", "2", "3", "2ranks-2", "2ranks-3")]
 ALWAYS = [("llama-tied", "2"), ("llama-tied", "3"), ("llama-tied", "2ranks-3")]
 

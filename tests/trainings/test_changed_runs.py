@@ -25,7 +25,7 @@ SPREADINGS = [
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    ("layout", "allowed"), matrix(SPREADINGS, SPREADINGS[:2].__contains__, "other ranks and stages"), ids=str
+    ("layout", "allowed"), matrix(SPREADINGS, SPREADINGS[:2].__contains__, "kills and resumes"), ids=str
 )
 def test_other_ranks_and_stages_resume_to_rounding(
     tmp_path: Path, layout: Layout, allowed: tuple[str, ...]

@@ -76,7 +76,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.timeout(700)
-@pytest.mark.parametrize("run", matrix(FIRST, ALWAYS.__contains__, "splits over ranks"), ids=str)
+@pytest.mark.parametrize("run", matrix(FIRST, ALWAYS.__contains__, "rows of matrices"), ids=str)
 def test_every_split_trains_as_the_plain_loop(run: Run, runs: Runs) -> None:
     """Weights to 1e-5 and every number to fp32 tolerance, also the loss, which is the aggregated one."""
     config, first = runs[FIRST[run]]

@@ -51,7 +51,7 @@ def where(run: RunFolder) -> str:
         (0, 2),
         (3, 1),
         *(
-            pytest.param(number, NUM_KILLS // len(CASES), marks=pytest.mark.ci("kills at random moments"))
+            pytest.param(number, NUM_KILLS // len(CASES), marks=pytest.mark.ci("kills and resumes"))
             for number in range(len(CASES))
         ),
     ],

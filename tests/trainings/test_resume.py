@@ -122,7 +122,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("case", "layout", "moment"), matrix(MOMENTS, ALWAYS.__contains__, "kill and resume"), ids=str
+    ("case", "layout", "moment"), matrix(MOMENTS, ALWAYS.__contains__, "kills and resumes"), ids=str
 )
 def test_killed_and_resumed_equals_never_killed(
     case: Case, layout: Layout, moment: tuple[Moment, int], runs: dict[str, RunFolder]

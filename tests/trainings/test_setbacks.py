@@ -56,7 +56,7 @@ def skipped(
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("layout", matrix(LAYOUTS, ALWAYS.__contains__, "setbacks"), ids=str)
+@pytest.mark.parametrize("layout", matrix(LAYOUTS, ALWAYS.__contains__, "rows of matrices"), ids=str)
 def test_a_lost_step_is_left_out_counted_and_touches_nothing(
     layout: Layout, skipped: dict[Layout, RunFolder]
 ) -> None:
@@ -143,7 +143,7 @@ def largest_file(run: RunFolder, step: int) -> int:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("stage", matrix([0, 2, 3], (2).__eq__, "setbacks"))
+@pytest.mark.parametrize("stage", matrix([0, 2, 3], (2).__eq__, "rows of matrices"))
 def test_a_checkpoint_that_does_not_fit_is_a_line_and_the_one_before_it_stays(
     inputs: Path, tmp_path: Path, stage: int, caplog: pytest.LogCaptureFixture
 ) -> None:
