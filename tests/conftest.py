@@ -1,30 +1,36 @@
-"""Fixtures and hooks for all tests: seeds and caches, the fork server's life, and what was not run."""
+"""Fixtures and hooks for all tests: seeds and caches, the order of files, the fork server's life, and what
+was not run. The process that only hands files to workers imports this one too, so it has no torch at its top."""
 
 import itertools
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from transformers import PreTrainedModel
 
 from helpers import forked, tools
-from helpers.tiny_models import MODELS
 
-FORKING = ("trainings", "processes")
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FORKING = ("processes", "trainings")
 """Folders whose tests ask the fork server."""
+ORDER = {name: number for number, name in enumerate(("method", *FORKING))}
 NUMBERS = itertools.count()
 NOT_RUN = pytest.StashKey[Counter[str]]()
 
 
-@pytest.fixture(params=sorted(MODELS))
-def tiny_model(request: pytest.FixtureRequest) -> PreTrainedModel:
+@pytest.fixture(params=["llama", "llama-tied", "neox", "neox-tied"])
+def tiny_model(request: pytest.FixtureRequest) -> "PreTrainedModel":
     """Each architecture, tied and untied, in turn."""
+    from helpers.tiny_models import MODELS
+
     return MODELS[request.param]()
 
 
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
+    import torch
+
     torch.manual_seed(0)
 
 
@@ -40,8 +46,17 @@ def cache_of_its_own(caches: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.option.markexpr == "gpu" and not torch.cuda.is_available():
-        pytest.exit("no CUDA device here, and tests of the kind gpu need one", returncode=2)
+    if config.option.markexpr == "gpu":
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.exit("no CUDA device here, and tests of the kind gpu need one", returncode=2)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come early, so that no worker is left with one at the end; before them, something
+    to do while the fork server imports its libraries."""
+    items.sort(key=lambda item: ORDER.get(item.path.parent.name, len(ORDER)))
 
 
 @pytest.hookimpl(trylast=True)

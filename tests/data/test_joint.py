@@ -1,16 +1,10 @@
 """Joint layouts, train.share_prefix and train.packing: the same z and the same gradient as two padded rows a
 pair."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
-from helpers.cases import Case, Layout, make_config, make_run, write_inputs
-from helpers.rank_runs import train_all
-from helpers.same_run import assert_equal_rows, final_weights
-from helpers.same_run import metrics as rows_of
 from helpers.tiny_models import MODELS, make_llama, make_pairs
 from rcpo.common.errors import UserError
 from rcpo.data.batch import collate
@@ -122,33 +116,3 @@ def test_a_model_that_cannot_is_refused_by_name() -> None:
         refuse_joint_layout(model, True)
     refuse_joint_layout(model, False)  # packed sequences it takes by their positions
     refuse_joint_layout(make_llama(), True)
-
-
-@pytest.mark.timeout(300)
-def test_a_run_is_the_same_in_every_layout(tmp_path: Path) -> None:
-    """6 steps with `on` and with `exact`, whose measured steps do without: every metric to fp32 tolerance."""
-    write_inputs(tmp_path)
-    words = {
-        "plain": (),
-        "shared": ("train.share_prefix=true",),
-        "packed": ("train.packing=true", "train.share_prefix=true"),
-    }
-    runs = {
-        (calibration, name): make_run(
-            make_config(
-                tmp_path, tmp_path / f"{calibration}-{name}", Case("dpo", calibration, "llama", "adamw"),
-                Layout(1, 4, 2), "calibration.warmup_steps=0", *more,
-            )
-        )
-        for calibration in ("on", "exact")
-        for name, more in words.items()
-    }  # fmt: skip
-    train_all(list(runs.values()), 1, 200)
-    for calibration in ("on", "exact"):
-        plain = runs[calibration, "plain"]
-        expected = final_weights(plain)
-        for layout in ("shared", "packed"):
-            joint = runs[calibration, layout]
-            assert_equal_rows(rows_of(plain), rows_of(joint))
-            for name, weight in final_weights(joint).items():
-                torch.testing.assert_close(weight, expected[name], atol=1e-5, rtol=0)

@@ -6,6 +6,7 @@ collected that will ask; `close` ends it with all its children.
 """
 
 import contextlib
+import importlib
 import itertools
 import json
 import os
@@ -22,6 +23,7 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 from helpers import ROOT
+from helpers.fork_server import HEAVY
 
 SECONDS_TO_START = 120
 LANES = 2
@@ -231,6 +233,8 @@ def script(
 
 def in_a_fork(work: Callable[[], None]) -> None:
     """Run `work` in a fork of this process; its AssertionError is this test's."""
+    for name in HEAVY:
+        importlib.import_module(name)  # once, and not in every fork
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:

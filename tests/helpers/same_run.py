@@ -1,5 +1,6 @@
 """Whether two trainings are the same: rows, weights, and the plain loop as the oracle."""
 
+import json
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from helpers.plain_loop import PlainRun, Settings, Steering, train_plainly
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.runs.folder import RunFolder
+from rcpo.runs.frozen import config_tree
 from rcpo.training.read_inputs import read_inputs
 
 
@@ -23,8 +25,22 @@ def final_weights(run: RunFolder) -> dict[str, Tensor]:
     return load_file(run.final / "model.safetensors")
 
 
+_PLAIN: dict[str, PlainRun] = {}
+
+
 def plain_run(config: ResolvedConfig) -> PlainRun:
-    """The same training by `plain_loop`, from the tokenised pairs and the data order of the config."""
+    """The same training by `plain_loop`, from the tokenised pairs and the data order of the config; once for
+    all layouts."""
+    tree = config_tree(config)
+    ours = {key: value for key, value in tree["train"].items() if key != "pairs_per_device"}
+    kept = {key: tree[key] for key in ("objective", "calibration", "model", "data", "optim", "seed")}
+    key = json.dumps([kept, ours], sort_keys=True)
+    if key not in _PLAIN:
+        _PLAIN[key] = _train_plainly(config)
+    return _PLAIN[key]
+
+
+def _train_plainly(config: ResolvedConfig) -> PlainRun:
     case = config.objective["name"], config.calibration.name, config.optim.name
     band = config.calibration
     inputs = read_inputs(config)

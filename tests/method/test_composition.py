@@ -1,7 +1,6 @@
 """What composes with every objective: weights of pairs and KL-DRO, by hand, against differences of the whole
 batch's loss, and in training runs against the plain loop, however the batch is split."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,22 +10,16 @@ import torch
 import yaml
 from torch import Tensor
 
-from helpers.cases import Case, Layout, make_config, make_run, write_inputs
 from helpers.objective_cases import PAIR_A, PAIR_B, s
-from helpers.rank_runs import train_all
-from helpers.same_run import assert_equal_rows, assert_equals_plain, metrics, plain_run
 from rcpo.common.errors import UserError
 from rcpo.config.compose import compose, conf_dir
-from rcpo.config.schema import Config
 from rcpo.config.validate import validate
 from rcpo.data.batch import PairBatch, collate
 from rcpo.data.tokenize import TokenizedPair, TokenizedSide
 from rcpo.method.calibrators import FixedCalibration
 from rcpo.objectives import REGISTRY, Composition, PairLogProbs, composition_of, load_objective, objective_of
 from rcpo.objectives.composition import DEFAULTS
-from rcpo.runs.folder import RunFolder
 from rcpo.training.aggregate import Aggregate, KlDro, Mean, aggregate_of, tilt
-from rcpo.training.read_inputs import read_inputs
 from rcpo.training.state import Method, TrainState
 from rcpo.training.step import MicroBatch, price, tilted
 
@@ -242,93 +235,3 @@ def test_bad_keys_are_one_line(section: dict[str, object], expected: str) -> Non
 def test_a_misspelt_key_is_told_the_right_one() -> None:
     with pytest.raises(UserError, match=r"dpo has no such parameter; did you mean objective\.aggregate\?"):
         objective_of({"name": "dpo", "agregate": "kl_dro"})
-
-
-# Training runs
-
-
-class Run(NamedTuple):
-    case: Case
-    words: tuple[str, ...]
-    layout: Layout
-
-    def __str__(self) -> str:
-        told = "-".join(word.split(".")[-1].replace("=", "_") for word in self.words)
-        return f"{self.case}-{told}-{self.layout}"
-
-
-DRO = ("objective.aggregate=kl_dro", "objective.dro_lambda=0.1", "objective.sample_weight=weight")
-DORA = ("objective.sample_weight=dora", "objective.dora_a=0.25")
-EXACT = ("calibration.every=2", "calibration.warmup_steps=0")
-SPLITS = (Layout(1, 8), Layout(1, 1), Layout(2, 4), Layout(2, 1))
-GROUPS = [
-    [Run(Case("dpo", "off", "llama-tied", "adamw"), DRO, layout) for layout in SPLITS],
-    [Run(Case("simpo", "exact", "neox", "adamw"), (*DRO, *EXACT), layout) for layout in SPLITS],
-    [Run(Case("dpo", "off", "llama", "sgd"), DORA, layout) for layout in SPLITS],
-    [
-        Run(Case("simpo", "exact", "llama-tied", "adamw"), (*DORA, *EXACT), layout)
-        for layout in (*SPLITS, Layout(2, 2, 3))
-    ],
-    [Run(Case("dpo", "on", "neox-tied", "adamw"), DRO, layout) for layout in (Layout(1, 4), Layout(2, 2, 3))],
-]
-"""Each group is one training, split in several ways."""
-MIX = [Run(Case("mix", "off", "llama", "adamw"), DRO, layout) for layout in (Layout(1, 8), Layout(2, 1))]
-
-
-def column(number: int) -> dict[str, float]:
-    """Weights 0, 0.7, 1.4, 2.1 and probabilities 0.1 to 0.9 in turn."""
-    return {"trust": round(0.7 * (number % 4), 1), "probability": round(0.1 + 0.2 * (number % 5), 1)}
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Run, tuple[Config, RunFolder]]:
-    """All of them, by one launch of one rank and one of two."""
-    inputs = tmp_path_factory.mktemp("inputs")
-    write_inputs(inputs)
-    lines = (inputs / "train.jsonl").read_text().splitlines()
-    rows = [json.loads(line) | column(number) for number, line in enumerate(lines)]
-    (inputs / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    folder = tmp_path_factory.mktemp("runs")
-    made = {}
-    for run in [*(run for group in GROUPS for run in group), *MIX]:
-        columns = ["data.columns={weight: trust}"] if DRO[0] in run.words else []
-        config = make_config(inputs, folder / str(run), run.case, run.layout, *run.words, *columns)
-        made[run] = config, make_run(config)
-    for num_ranks in (1, 2):
-        mine = [folder for run, (_, folder) in made.items() if run.layout.ranks == num_ranks]
-        train_all(mine, num_ranks, timeout_seconds=300)
-    return made
-
-
-@pytest.mark.timeout(700)
-@pytest.mark.parametrize("group", GROUPS, ids=lambda group: str(group[0]))
-def test_every_split_trains_as_the_plain_loop(
-    group: list[Run], runs: dict[Run, tuple[Config, RunFolder]]
-) -> None:
-    """Weights to 1e-5 and every number to fp32 tolerance, also the loss, which is the aggregated one."""
-    config, first = runs[group[0]]
-    plain = plain_run(config)
-    for run in group:
-        assert_equals_plain(runs[run][1], plain, 1e-5)
-        assert_equal_rows(metrics(runs[run][1]), metrics(first))
-
-
-@pytest.mark.timeout(700)
-def test_a_mix_is_the_same_on_one_rank_and_on_two(runs: dict[Run, tuple[Config, RunFolder]]) -> None:
-    one, two = (metrics(runs[run][1]) for run in MIX)
-    assert_equal_rows(one, two)
-
-
-@pytest.mark.timeout(700)
-def test_the_weights_of_a_run_are_those_of_the_file(runs: dict[Run, tuple[Config, RunFolder]]) -> None:
-    """The plain loop takes them from the tokenised pairs, so they need a look of their own. With a = 1/4 and
-    a_i = 1/2, p = 0.1 gives 1/(1/4 + 9/2) = 4/19."""
-    config, run = runs[GROUPS[0][0]]
-    assert {pair.row: pair.weight for pair in read_inputs(config).train} == {
-        number: column(number)["trust"] for number in range(20)
-    }
-    dora = {pair.row: pair.weight for pair in read_inputs(runs[GROUPS[2][0]][0]).train}
-    assert dora[0] == pytest.approx(4 / 19)
-    assert dora[4] == pytest.approx(1 / (1 / 4 + 1 / 18))
-    card = (run.final / "README.md").read_text()
-    assert "Composed: each pair's loss times its weight in the data; 0.1 log mean exp(loss/0.1) in" in card

@@ -1,17 +1,10 @@
 """ti_dpo: tokens weighted by 1 - p. z, its gradient and the head's scores against plain autograd; whole
 runs."""
 
-from pathlib import Path
-
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from helpers.cases import Case, Layout, make_config, make_run, write_inputs
-from helpers.rank_runs import train_all
-from helpers.same_run import assert_equal_rows, final_weights
-from helpers.same_run import metrics as rows_of
 from helpers.tiny_models import make_llama, make_pairs
 from rcpo.common.errors import UserError
 from rcpo.data.batch import PairBatch, collate
@@ -96,25 +89,3 @@ def test_it_is_no_term_of_a_mix() -> None:
         load_objective("mix", terms=[{"name": "ti_dpo"}, {"name": "sft"}])
     assert load_objective("ti_dpo").weighs_tokens
     assert not load_objective("dpo").weighs_tokens
-
-
-@pytest.mark.timeout(300)
-def test_a_run_does_not_depend_on_its_split(tmp_path: Path) -> None:
-    """8x1 at ZeRO 0, 1x8 with shared prefixes, and 2 ranks at ZeRO 2, with `on`: rows and weights to fp32
-    tolerance; the first loss is log 2, as policy and reference are one."""
-    write_inputs(tmp_path)
-    case = Case("ti_dpo", "on", "llama", "adamw")
-    layouts = [(Layout(1, 8, 0), ()), (Layout(1, 1, 1), ("train.share_prefix=true",)), (Layout(2, 2, 2), ())]
-    runs = [
-        make_run(make_config(tmp_path, tmp_path / str(layout), case, layout, *more))
-        for layout, more in layouts
-    ]
-    train_all(runs[:2], 1, 120)
-    train_all(runs[2:], 2, 120)
-    rows = rows_of(runs[0])
-    assert rows[0]["train/loss"] == pytest.approx(F.softplus(torch.zeros(())).item(), abs=1e-4)
-    for run in runs[1:]:
-        assert_equal_rows(rows, rows_of(run))
-        expected = final_weights(runs[0])
-        for name, weight in final_weights(run).items():
-            torch.testing.assert_close(weight, expected[name], atol=1e-5, rtol=0)

@@ -27,7 +27,7 @@ TRAIN = [
     "data.train_pairs=64", "data.eval_pairs=8", "train.device=cpu",
 ]  # fmt: skip
 SECONDS_TO_START = 120
-REST = pytest.mark.ci("signals and real ranks")
+REST = pytest.mark.ci("real processes")
 
 
 def processes_of(run_dir: Path) -> dict[int, str]:

@@ -139,7 +139,6 @@ def num_rows(run: RunFolder) -> int:
     return run.metrics.read_bytes().count(b"\n") if run.metrics.is_file() else 0
 
 
-@pytest.mark.ci("a sweep that is cancelled and killed")
 def test_a_sweep_is_cancelled_goes_on_and_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three endless cells, two at a time.
 

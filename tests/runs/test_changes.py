@@ -8,23 +8,12 @@ import pytest
 import yaml
 
 from helpers.cases import Case, Layout, make_config, make_run, write_inputs
-from helpers.rank_runs import Job, do_jobs
-from helpers.same_run import assert_equal_rows, final_weights
-from helpers.same_run import metrics as rows_of
 from rcpo.common.errors import UserError
 from rcpo.launch.changes import changed_config
 from rcpo.runs.folder import RunFolder
 from rcpo.runs.frozen import open_run
 
 CASE = Case("dpo", "on", "llama-tied", "adamw")
-SPREADINGS = [
-    (Layout(2, 2, 2), ("launch.processes=1",)),
-    (Layout(1, 2, 1), ("launch.processes=2", "deepspeed.stage=2")),
-    (Layout(2, 2, 3), ("launch.processes=1", "train.pairs_per_device=4")),
-    (Layout(1, 2, 3), ("launch.processes=2",)),
-    (Layout(2, 2, 0), ("launch.processes=1",)),
-]
-"""Layout of the run that is killed after step 5, and how it is resumed from step 4."""
 
 
 @pytest.fixture
@@ -42,44 +31,6 @@ def edit(run: RunFolder, key: str, value: object) -> None:
         place = place[group]
     place[last] = value
     run.config.write_text(yaml.safe_dump(tree))
-
-
-@pytest.mark.ci("other ranks and stages")
-@pytest.mark.timeout(600)
-def test_other_ranks_and_stages_resume_to_rounding(tmp_path: Path) -> None:
-    """Rows, alpha and weights equal those of the run that was never killed, to fp32 tolerance; the schedule
-    goes on where it was."""
-    write_inputs(tmp_path)
-    pairs, jobs, resumed = [], {1: [], 2: []}, {1: [], 2: []}
-    for layout, allowed in SPREADINGS:
-        whole, cut = (
-            make_run(
-                make_config(
-                    tmp_path, tmp_path / f"{layout}-{name}", CASE, layout, "train.save_every=2",
-                    "optim.schedule=cosine",
-                )
-            )
-            for name in ("whole", "cut")
-        )  # fmt: skip
-        pairs.append((whole, cut, allowed))
-        jobs[layout.ranks] += [Job(str(whole.path)), Job(str(cut.path), killed_at=("row", 5))]
-    for num_ranks in (1, 2):
-        do_jobs(jobs[num_ranks], num_ranks, 300)
-    for _, cut, allowed in pairs:
-        changed = changed_config(cut, allowed, None)
-        changed.write(cut)
-        config = changed.config
-        resumed[config.world_size()].append(Job(str(cut.path), resume=True))
-    for num_ranks in (1, 2):
-        do_jobs(resumed[num_ranks], num_ranks, 300)
-    for whole, cut, allowed in pairs:
-        assert_equal_rows(rows_of(whole), rows_of(cut))
-        expected = final_weights(whole)
-        for name, weight in final_weights(cut).items():
-            assert float((weight - expected[name]).abs().max()) < 1e-6, (allowed, name)
-        assert {change["key"] for change in cut.read_run()["changes"]} == {
-            word.partition("=")[0] for word in allowed
-        }
 
 
 def test_an_edited_config_is_refused_with_what_differs(run: RunFolder) -> None:

@@ -70,7 +70,6 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
         )  # fmt: skip
 
 
-@pytest.mark.ci("bench on two ranks")
 @pytest.mark.timeout(500)
 def test_a_bench_on_two_ranks_as_users_type_it(tmp_path: Path) -> None:
     words = [*TINY, "--calibrations", "off", "--steps", "1", "launch.processes=2", "--json", "b.json"]

@@ -1,6 +1,7 @@
 """SIGKILL at random moments, then resume: the run that was never killed, bit for bit.
 
-RCPO_KILLS=60 makes a long run of it, RCPO_KILLS_SEED other moments; `pytest -s` prints where they fell.
+`RCPO_KILLS=60 pytest -m ci -s tests/trainings/test_kills.py` makes a long run of it and prints where they
+fell, RCPO_KILLS_SEED other moments.
 """
 
 import math
@@ -43,35 +44,41 @@ def where(run: RunFolder) -> str:
     return "evaluation" if steps["metrics"] == steps["eval"] and steps["metrics"] > 0 else "step"
 
 
-@pytest.mark.ci("kills at random moments")
 @pytest.mark.timeout(max(600, 60 * NUM_KILLS))
-def test_killed_at_random_moments_and_resumed_equals_never_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "num_kills"),
+    [
+        (0, 2),
+        (3, 1),
+        *(
+            pytest.param(number, NUM_KILLS // len(CASES), marks=pytest.mark.ci("kills and resumes"))
+            for number in range(len(CASES))
+        ),
+    ],
+)
+def test_killed_at_random_moments_and_resumed_equals_never_killed(
+    tmp_path: Path, number: int, num_kills: int
+) -> None:
     """The moments are drawn evenly over the length of a run but for its first quarter, which reads inputs and
-    loads the model; spread over four kinds of run."""
+    loads the model."""
     write_inputs(tmp_path)
-    draw = random.Random(SEED)
-    found: Counter[str] = Counter()
-    for number, (case, layout) in enumerate(CASES):
-        share = len(range(number, NUM_KILLS, len(CASES)))
-        whole, *killed = (
-            make_run(make_config(tmp_path, tmp_path / f"{number}-{idx}", case, layout, *WORDS))
-            for idx in range(share + 1)
-        )
-        job = Job(str(whole.path), killed_after_seconds=math.inf)
-        do_jobs([job], layout.ranks, 200)
-        length = float(seconds_file(job).read_text())
-        at = [length * (0.25 + 0.75 * (idx + draw.random()) / share) for idx in range(share)]
-        jobs = [
-            Job(str(run.path), killed_after_seconds=moment) for run, moment in zip(killed, at, strict=True)
-        ]
-        do_jobs(jobs, layout.ranks, 60 + 40 * share)
-        found.update(map(where, killed))
-        do_jobs([Job(str(run.path), resume=True) for run in killed], layout.ranks, 60 + 40 * share)
-        expected = final_weights(whole)
-        for run in killed:
-            assert repr(metrics(run)) == repr(metrics(whole)), run.path
-            assert run.eval.read_bytes() == whole.eval.read_bytes(), run.path
-            for name, weight in final_weights(run).items():
-                assert torch.equal(weight, expected[name]), (run.path, name)
-    print(f"\n{NUM_KILLS} kills: {dict(found)}")
-    assert sum(found.values()) == NUM_KILLS
+    draw = random.Random(f"{SEED} {number}")
+    case, layout = CASES[number]
+    whole, *killed = (
+        make_run(make_config(tmp_path, tmp_path / str(idx), case, layout, *WORDS))
+        for idx in range(num_kills + 1)
+    )
+    job = Job(str(whole.path), killed_after_seconds=math.inf)
+    do_jobs([job], layout.ranks, 200)
+    length = float(seconds_file(job).read_text())
+    at = [length * (0.25 + 0.75 * (idx + draw.random()) / num_kills) for idx in range(num_kills)]
+    jobs = [Job(str(run.path), killed_after_seconds=moment) for run, moment in zip(killed, at, strict=True)]
+    do_jobs(jobs, layout.ranks, 60 + 40 * num_kills)
+    print(f"\n{case}, {layout}: {num_kills} kills: {dict(Counter(map(where, killed)))}")
+    do_jobs([Job(str(run.path), resume=True) for run in killed], layout.ranks, 60 + 40 * num_kills)
+    expected = final_weights(whole)
+    for run in killed:
+        assert repr(metrics(run)) == repr(metrics(whole)), run.path
+        assert run.eval.read_bytes() == whole.eval.read_bytes(), run.path
+        for name, weight in final_weights(run).items():
+            assert torch.equal(weight, expected[name]), (run.path, name)

@@ -315,7 +315,7 @@ def test_ctrl_c_stops_it_and_resume_goes_on(
     assert again.resume().facts["num_resumed"] == 1, "one that is done is left as it is"
 
 
-@pytest.mark.ci("ranks that Python starts")
+@pytest.mark.ci("real processes")
 @pytest.mark.timeout(180)
 def test_several_ranks_are_processes_of_their_own_and_import_the_users_module(
     inputs: Path, tmp_path: Path

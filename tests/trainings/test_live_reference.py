@@ -106,7 +106,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.timeout(450)
-@pytest.mark.parametrize(("name", "layout"), matrix(PAIRED, ALWAYS.__contains__, "live references"), ids=str)
+@pytest.mark.parametrize(("name", "layout"), matrix(PAIRED, ALWAYS.__contains__, "rows of matrices"), ids=str)
 def test_live_is_cached_bit_for_bit(name: str, layout: Layout, runs: Runs) -> None:
     """Every number of every step and evaluation, and the weights after three steps of fp32."""
     cached, live = (runs.run(name, layout, kind) for kind in ("cached", "live"))

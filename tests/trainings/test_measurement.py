@@ -102,7 +102,7 @@ def runs(
 
 
 @pytest.mark.timeout(700)
-@pytest.mark.parametrize("measured", matrix(CALIBRATED, ALWAYS.__contains__, "measured trainings"), ids=str)
+@pytest.mark.parametrize("measured", matrix(CALIBRATED, ALWAYS.__contains__, "rows of matrices"), ids=str)
 def test_a_measured_training_is_the_plain_loop(
     measured: Measured, runs: dict[Measured, tuple[Config, RunFolder]]
 ) -> None:
@@ -120,7 +120,7 @@ def test_a_measured_training_is_the_plain_loop(
     matrix(
         PLAIN_AND_WATCHED,
         lambda pair: pair[0].layout in (Layout(1, 2, 0), Layout(2, 2, 3)),
-        "measured trainings",
+        "rows of matrices",
     ),
     ids=[str(pair[0].layout) for pair in PLAIN_AND_WATCHED],
 )
@@ -150,7 +150,7 @@ def test_every_stage_measures_the_same(runs: dict[Measured, tuple[Config, RunFol
 
 
 @pytest.mark.timeout(700)
-@pytest.mark.parametrize("estimator", matrix(ADAPTERS, "weighted".__eq__, "measured trainings"))
+@pytest.mark.parametrize("estimator", matrix(ADAPTERS, "weighted".__eq__, "rows of matrices"))
 def test_the_last_blocks_adapters_are_measured(
     estimator: str, runs: dict[Measured, tuple[Config, RunFolder]]
 ) -> None:

@@ -39,9 +39,7 @@ def evaluations(
     }
 
 
-@pytest.mark.parametrize(
-    "objective", matrix(FALLS_BY_NATS, lambda name: name == "dpo", "displacement and its cure")
-)
+@pytest.mark.parametrize("objective", matrix(FALLS_BY_NATS, lambda name: name == "dpo", "rows of matrices"))
 def test_plain_training_displaces_and_calibration_holds(
     objective: str, evaluations: dict[tuple[str, str], list[dict[str, Any]]]
 ) -> None:

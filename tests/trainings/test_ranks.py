@@ -51,7 +51,7 @@ def runs(
 
 
 @pytest.mark.timeout(500)
-@pytest.mark.parametrize("case", matrix(CASES, ALWAYS.__contains__, "splits over ranks"), ids=str)
+@pytest.mark.parametrize("case", matrix(CASES, ALWAYS.__contains__, "rows of matrices"), ids=str)
 def test_every_split_of_the_batch_trains_as_the_plain_loop(
     case: Case, runs: dict[tuple[Case, Layout], tuple[Config, RunFolder]]
 ) -> None:
@@ -67,7 +67,7 @@ def test_every_split_of_the_batch_trains_as_the_plain_loop(
     assert (abs(metrics(first)[-1]["calibration/alpha"] - 1) > 1e-3) == (case.calibration != "off")
 
 
-@pytest.mark.parametrize("case", matrix(CASES, ALWAYS.__contains__, "splits over ranks"), ids=str)
+@pytest.mark.parametrize("case", matrix(CASES, ALWAYS.__contains__, "rows of matrices"), ids=str)
 def test_training_has_moved_the_weights(
     case: Case, runs: dict[tuple[Case, Layout], tuple[Config, RunFolder]]
 ) -> None:

@@ -75,6 +75,7 @@ ALWAYS = {
     (FEEDBACK, Layout(2, 2, 2), ("row", 5)),
     (POPULATION, Layout(1, 4, 1), ("signal", 4)),
     (Case("bco", "on", "neox", "adamw"), Layout(1, 4, 1), ("row", 5)),
+    (Case("simpo", "off", "neox", "sgd"), Layout(1, 4, 1), ("row", 5)),
 }
 """One of every kind: ZeRO 0 to 3, two ranks, off, on, exact, feedback, batch statistics, every moment."""
 
@@ -121,7 +122,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("case", "layout", "moment"), matrix(MOMENTS, ALWAYS.__contains__, "kill and resume"), ids=str
+    ("case", "layout", "moment"), matrix(MOMENTS, ALWAYS.__contains__, "kills and resumes"), ids=str
 )
 def test_killed_and_resumed_equals_never_killed(
     case: Case, layout: Layout, moment: tuple[Moment, int], runs: dict[str, RunFolder]

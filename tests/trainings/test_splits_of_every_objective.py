@@ -41,7 +41,7 @@ def runs(
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", matrix(sorted(REGISTRY), ALWAYS.__contains__, "splits with DeepSpeed"))
+@pytest.mark.parametrize("name", matrix(sorted(REGISTRY), ALWAYS.__contains__, "rows of matrices"))
 def test_ranks_and_micro_batches_change_nothing(name: str, runs: dict[tuple[str, Layout], RunFolder]) -> None:
     """After 3 steps: weights to 1e-5, every metric of every step to fp32 tolerance. apo_down's d_w is
     zero at r = 0, so that the direction of G_w in its first two steps is rounding."""

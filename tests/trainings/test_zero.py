@@ -55,7 +55,7 @@ def runs(
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("case", "stage"), matrix(RUNS, ALWAYS.__contains__, "ZeRO stages"), ids=str)
+@pytest.mark.parametrize(("case", "stage"), matrix(RUNS, ALWAYS.__contains__, "rows of matrices"), ids=str)
 def test_every_stage_trains_as_the_plain_loop(
     case: Case, stage: int, runs: dict[tuple[Case, int], tuple[Config, RunFolder]]
 ) -> None:
