@@ -183,29 +183,6 @@ def test_nothing_to_compare_is_one_line(tmp_path: Path, capsys: pytest.CaptureFi
     assert "config.yaml cannot be read; there is nothing to compare" in refused(capsys, str(tmp_path))
 
 
-def test_help_and_the_table_need_no_torch(grid: Path) -> None:
-    """So that the answer comes at once."""
-    code = (
-        "import sys; from rcpo.cli import dispatch; dispatch(['compare', '--help']); "
-        f"dispatch(['compare', {str(grid)!r}]); sys.exit('torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    for option in (
-        "--where",
-        "--sort",
-        "--csv",
-        "--json",
-        "--markdown",
-        "--latex",
-        "--html",
-        "--ches",
-        "--pdf",
-        "--png",
-    ):
-        assert option in done.stdout
-
-
 def test_a_real_run_is_read(tmp_path: Path) -> None:
     """What `rcpo train` writes is what `rcpo compare` reads: the numbers of eval.jsonl and metrics.jsonl, and
     the text of the same pairs."""

@@ -1,6 +1,8 @@
 """What a login node is asked for: commands that only look load no torch, and say what they cost."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +85,32 @@ def test_status_loads_no_torch(sweep: Path) -> None:
     """Promised: 0.6 s of CPU."""
     facts = facts_of("status", sweep)
     assert (facts["code"], facts["heavy"]) == (0, [])
+
+
+def test_status_of_a_sweep_on_slurm_loads_no_torch(
+    sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a squeue that knows of no job."""
+    submitted = shutil.copytree(sweep, tmp_path / "sweep")
+    SweepFolder(submitted).slurm.write_text(json.dumps({"submissions": []}))
+    (tmp_path / "squeue").write_text("#!/bin/sh\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    facts = facts_of("status", submitted)
+    assert (facts["code"], facts["heavy"]) == (0, [])
+
+
+def test_a_tab_loads_next_to_nothing() -> None:
+    """The parsers of all commands, and what asks them; Hydra comes with the first word of a config."""
+    command = (
+        "import sys, rcpo.commands.completion; from rcpo.commands import COMMANDS, parser; "
+        "all(map(parser.whole_parser, COMMANDS)); "
+        f"print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", command], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "[]\n"
 
 
 def test_compare_loads_no_torch_for_runs_that_it_knows(runs: Path) -> None:
