@@ -1,6 +1,5 @@
 """Fixtures and hooks for all tests: seeds and caches, the order of files, the fork server's life, and what
-was not run. The process that only hands files to workers imports this one too, so it has no torch at its
-top."""
+was not run. The process that only hands files to workers imports this one too: no torch at its top."""
 
 import itertools
 from collections import Counter

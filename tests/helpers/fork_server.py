@@ -6,7 +6,7 @@ command line and each rank. Its client is `forked.py`.
 when the child is there, `{"name": ..., "pid": ...}`, and one when it has ended, `{"name": ..., "code": ...}`;
 a child that a signal ended has minus the signal's number. What a child starts with is what an interpreter has
 after its imports: the server never makes a tensor, a process group or a thread. When the socket closes, the
-server ends every child with its whole session, and then itself.
+server ends every child with its whole session, and then itself. `FD light` is a server without the imports.
 """
 
 import atexit
@@ -228,7 +228,8 @@ def script(code: str, *words: str) -> None:
 def main() -> None:
     client = socket.socket(fileno=int(sys.argv[1]))
     client.set_inheritable(False)
-    import_everything()
+    if "light" not in sys.argv[2:]:
+        import_everything()
     threads = [Path(f"/proc/self/task/{task}/comm").read_text() for task in os.listdir("/proc/self/task")]
     assert len(threads) == 1, f"a thread would be lost in every child: {threads}"
     gc.collect()

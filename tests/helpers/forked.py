@@ -93,7 +93,8 @@ class Child:
 class ForkServer:
     """The client's end."""
 
-    def __init__(self) -> None:
+    def __init__(self, light: bool = False) -> None:
+        """`light`: nothing is imported."""
         self._socket, other = socket.socketpair()
         self._numbers = itertools.count()
         self._children: dict[str, Child] = {}
@@ -103,7 +104,7 @@ class ForkServer:
         paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
         with other, self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "helpers.fork_server", str(other.fileno())],
+                [sys.executable, "-m", "helpers.fork_server", str(other.fileno()), *["light"] * light],
                 env=os.environ | IMPORTED_WITH | {"PYTHONPATH": os.pathsep.join(paths)},
                 cwd=self.folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[other.fileno()],
                 start_new_session=True,
@@ -215,6 +216,19 @@ def rcpo_all(
     return done
 
 
+def start_script(
+    code: str,
+    *words: object,
+    cwd: Path,
+    env: Mapping[str, str] | None = None,
+    input: str | None = None,
+    output: Path | None = None,
+) -> Child:
+    """Start `python -c CODE WORDS` in a forked child."""
+    target = "helpers.fork_server:script"
+    return server().start(target, code, *map(str, words), cwd=cwd, env=env, input=input, output=output)
+
+
 def script(
     code: str,
     *words: object,
@@ -225,10 +239,7 @@ def script(
     seconds: float = 120,
 ) -> CompletedProcess[str]:
     """Run `python -c CODE WORDS` in a forked child to its end."""
-    child = server().start(
-        "helpers.fork_server:script", code, *map(str, words), cwd=cwd, env=env, input=input, output=output
-    )
-    return child.completed(seconds)
+    return start_script(code, *words, cwd=cwd, env=env, input=input, output=output).completed(seconds)
 
 
 def in_a_fork(work: Callable[[], None]) -> None:

@@ -1,8 +1,6 @@
 """The model that ships with rcpo: its files, its tokenizer, what it answers, and the script that made it."""
 
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rcpo.builtin
+from helpers import forked
 from rcpo.builtin.make_tiny import (
     IGNORED_LABEL,
     build_model,
@@ -137,8 +136,8 @@ def test_the_recipe_is_deterministic(tokenizer):
 def test_command_line_makes_a_loadable_folder(tmp_path, model):
     """Three steps of the real script: the files and tensor shapes of the shipped folder."""
     out = tmp_path / "tiny"
-    command = [sys.executable, "-m", "rcpo.builtin.make_tiny", str(out), "--steps", "3"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    code = "import sys; from rcpo.builtin.make_tiny import main; main(sys.argv[1:])"
+    done = forked.script(code, out, "--steps", 3, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "step 3 of 3: loss" in done.stdout
     assert {path.name for path in out.iterdir()} == {path.name for path in TINY.iterdir()}

@@ -18,6 +18,7 @@ import pytest
 from helpers import ROOT
 from helpers.bad_input_folder import make_folder
 from helpers.command_lines import Answer, run_all
+from helpers.selection import matrix
 
 CATALOGUE_FILE = ROOT / "tests/helpers/bad_input_catalogue.txt"
 LINE = "must be one line of printable text, and not empty; type"
@@ -102,7 +103,7 @@ SUBPROCESSES = [
 ]
 
 
-@pytest.mark.parametrize("line", SUBPROCESSES)
+@pytest.mark.parametrize("line", matrix(SUBPROCESSES, SUBPROCESSES[2].__eq__, "real processes"))
 def test_a_process_of_its_own_says_the_same(answers: dict[str, Answer], line: str) -> None:
     """The installed command, as a shell starts it."""
     command = [str(Path(sys.executable).with_name("rcpo")), *shlex.split(line)]
