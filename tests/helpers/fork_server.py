@@ -23,6 +23,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 import weakref
@@ -141,6 +142,8 @@ def call_and_exit(call: Callable[[], object], env: Mapping[str, str]) -> NoRetur
     """Be a process that does this and nothing else, with what an interpreter does at its end: it waits for
     threads, runs the exit handlers and flushes."""
     weakref.finalize._registry.clear()  # type: ignore[attr-defined]  # temporary folders are the parent's
+    if (media := sys.modules.get("wandb.sdk.data_types._private")) is not None:
+        media.MEDIA_TMP.name = tempfile.mkdtemp("wandb-media")  # which an exit handler of wandb's removes
     os.environ.clear()
     os.environ.update(env)
     if encoding := env.get("PYTHONIOENCODING"):
