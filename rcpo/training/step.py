@@ -25,9 +25,8 @@ import torch
 from torch import Tensor
 
 from rcpo.data.batch import PairBatch
-from rcpo.method.calibrators import StepStatistics
 from rcpo.method.incentives import Incentives, loss_and_incentives
-from rcpo.method.metrics import QUANTITIES, pair_sums, step_row
+from rcpo.method.metrics import QUANTITIES, pair_sums, statistics_of, step_row
 from rcpo.method.scores import CHOSEN, REJECTED
 from rcpo.objectives import Objective, PairLogProbs
 from rcpo.ranks.distributed import sum_parts_over_ranks
@@ -119,13 +118,7 @@ def train_step(
         for name, total in zip(QUANTITIES, totals["quantities"], strict=True)
     }
     measured = measurement.read(totals["products"])
-    seen = StepStatistics(
-        mean_d_w=means["incentive/chosen"],
-        mean_d_l=means["incentive/rejected"],
-        geometry=measured.geometry,
-        mean_r_w=means["displacement/chosen"],
-        probe_r_w=probe_r_w,
-    )
+    seen = statistics_of(means, measured.geometry, probe_r_w)
     row = step_row(means, seen, alpha, state.calibrator, measured.population)
     if any(totals["lost"]):
         raise NonFiniteStepError(row, lost.nonzero().flatten().tolist())
