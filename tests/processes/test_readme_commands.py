@@ -23,6 +23,7 @@ from rcpo.config.validate import validate
 NOT_RUN = {
     r"^pip ": "installs packages; .ci/run does it",
     r"^pytest": "runs this",
+    r"^\.ci/run$": "runs this, among others",
     r"^eval ": "is for a shell; tests/processes/test_completion.py does it",
     r"^sbatch |--slurm": "needs a SLURM cluster; tests/ci/test_slurm.py has one",
     r"gpus_per_node|^torchrun": "needs GPUs; tests/processes/test_launch.py runs torchrun on a CPU",
