@@ -20,7 +20,7 @@ from torch import Tensor
 from rcpo.bench.recorder import BenchDone, Recorder
 from rcpo.bench.work import CACHE, REFERENCE, Block, Work, moved
 from rcpo.common.errors import UserError
-from rcpo.models.evaluation import eval_batch, measure_logprobs
+from rcpo.models.evaluation import eval_batch, evaluate_logprobs
 from rcpo.ranks.allocator import keep_freed_memory
 from rcpo.ranks.distributed import initialize, rank, shut_down
 from rcpo.ranks.logs import log_to_file
@@ -131,7 +131,7 @@ def compute_reference(block: Block, work: Work, device: torch.device) -> dict[st
     pairs = [work.inputs.train[idx] for idx in visited]
     engine = Engine(work.config, 1, device)
     started = time.perf_counter()
-    values = measure_logprobs(engine, pairs, work.inputs.pad_id, eval_batch(work.config))
+    values = evaluate_logprobs(engine, pairs, work.inputs.pad_id, eval_batch(work.config))
     seconds = time.perf_counter() - started
     values = moved(values, pairs)
     if rank() == 0:

@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
     from rcpo.common.console import RunConsole
     from rcpo.config.resolve import resolve
     from rcpo.config.validate import validate
-    from rcpo.data.score_file import ScoreFile, write_scores
+    from rcpo.data.score_file import PairScoreFile, write_pair_scores
     from rcpo.quality.page import make_page
     from rcpo.quality.summary import print_summary
     from rcpo.training.read_inputs import read_pairs
@@ -58,10 +58,10 @@ def run(options: argparse.Namespace) -> int:
     config = _to_score(resolve(validate(tree), None))
     read = read_pairs(config)
     console = RunConsole()
-    scores = ScoreFile(_score(config, read, console), made_with(config))
+    scores = PairScoreFile(_score(config, read, console), made_with(config))
     try:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        write_scores(options.out, *scores)
+        write_pair_scores(options.out, *scores)
         write_atomically(page, make_page(scores, read))
     except OSError as error:
         raise UserError(f"--out {options.out}: cannot be written ({error.strerror})") from None

@@ -57,7 +57,7 @@ class PairBatch(NamedTuple):
     """(R, T) int64 in a joint layout: each side counts from its own start."""
     segments: Segments | None = None
     """Who may see whom in a joint layout."""
-    ref_logps: Tensor | None = None
+    ref_token_logps: Tensor | None = None
     """(N,) fp32: the reference's log-probability of each target, where the objective weighs tokens."""
 
     def to(self, device: torch.device) -> "PairBatch":
@@ -69,7 +69,7 @@ class PairBatch(NamedTuple):
             num_chosen_tokens=self.num_chosen_tokens,
             position_ids=_moved(self.position_ids, device),
             segments=None if self.segments is None else self.segments.to(device),
-            ref_logps=_moved(self.ref_logps, device),
+            ref_token_logps=_moved(self.ref_token_logps, device),
         )
 
     def side(self, chosen: bool) -> "PairBatch":
@@ -84,7 +84,7 @@ class PairBatch(NamedTuple):
                 self.targets[:num_chosen],
                 self.lengths[:num_rows],
                 num_chosen,
-                ref_logps=None if self.ref_logps is None else self.ref_logps[:num_chosen],
+                ref_token_logps=None if self.ref_token_logps is None else self.ref_token_logps[:num_chosen],
             )
         return PairBatch(
             self.input_ids[num_rows:],
@@ -92,7 +92,7 @@ class PairBatch(NamedTuple):
             self.targets[num_chosen:],
             self.lengths[num_rows:],
             0,
-            ref_logps=None if self.ref_logps is None else self.ref_logps[num_chosen:],
+            ref_token_logps=None if self.ref_token_logps is None else self.ref_token_logps[num_chosen:],
         )
 
     @property

@@ -13,7 +13,7 @@ from rcpo.common.errors import UserError
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.config.schema import FilterConfig
 from rcpo.data.pairs import PackedPairs, TokenizedPair, pair_digest
-from rcpo.data.score_file import ADVICE, TRAIN, ScoreFile, read_scores
+from rcpo.data.score_file import ADVICE, TRAIN, PairScoreFile, read_pair_scores
 
 KEY = "data.filter.scores"
 
@@ -47,7 +47,7 @@ def filter_pairs(pairs: PackedPairs, config: ResolvedConfig) -> tuple[PackedPair
     limits = limits_of(config.data.filter)
     if config.data.filter.scores is None or not limits:
         return pairs, []
-    scores = read_scores(config.data.filter.scores, KEY)
+    scores = read_pair_scores(config.data.filter.scores, KEY)
     places = _places(pairs, scores, config.data.filter.scores)
     columns = scores.of_split(TRAIN)
     kept = np.ones(len(pairs), dtype=bool)
@@ -69,7 +69,7 @@ def filter_pairs(pairs: PackedPairs, config: ResolvedConfig) -> tuple[PackedPair
     return pairs.take(np.flatnonzero(kept).tolist()), report
 
 
-def _places(pairs: Sequence[TokenizedPair], scores: ScoreFile, path: str) -> list[int]:
+def _places(pairs: Sequence[TokenizedPair], scores: PairScoreFile, path: str) -> list[int]:
     """Where each pair stands in the training part of the file."""
     columns = scores.of_split(TRAIN)
     by_row = {row: place for place, row in enumerate(columns["row"])}
@@ -89,7 +89,7 @@ def _places(pairs: Sequence[TokenizedPair], scores: ScoreFile, path: str) -> lis
     return places
 
 
-def _made(scores: ScoreFile) -> str:
+def _made(scores: PairScoreFile) -> str:
     """What the file says of its origin, in brackets."""
     shown = ", ".join(f"{key}={value}" for key, value in scores.made_with.items() if value is not None)
     return f" (scored with {shown})" if shown else ""

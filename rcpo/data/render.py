@@ -28,7 +28,7 @@ PLAIN_TEMPLATE = (
 """model.chat_template=plain: turns as "User: ..." and "Assistant: ...", for base models. It ends a prompt
 before the space, so that a response begins with the token that a model trained on text expects."""
 
-_PROBE = "\u241fprobe\u241f"
+_STAND_IN = "\u241fresponse\u241f"
 """Stands for a response where a template is looked at; its first character is in no template."""
 
 
@@ -68,20 +68,20 @@ def look_at_template(
     turns = [{"role": "user", "content": "user"}]
     try:
         prompt = _apply(tokenizer, turns, True, kwargs)
-        whole = _apply(tokenizer, [*turns, {"role": "assistant", "content": _PROBE}], False, kwargs)
+        whole = _apply(tokenizer, [*turns, {"role": "assistant", "content": _STAND_IN}], False, kwargs)
     except BadRowError as error:
         raise UserError(f"model.chat_template: {error}; type model.chat_template=plain") from None
-    if _PROBE not in whole:
+    if _STAND_IN not in whole:
         raise UserError(
             "model.chat_template: the template does not show an assistant turn; "
             "type model.chat_template=plain"
         )
-    tail = whole[whole.index(_PROBE) + len(_PROBE) :]
+    tail = whole[whole.index(_STAND_IN) + len(_STAND_IN) :]
     special = [str(token) for token in tokenizer.convert_ids_to_tokens(list(special_ids(tokenizer)))]
     ends = [tail.index(token) + len(token) for token in special if token in tail]
     closing = tail[: min(ends)] if ends else tail.rstrip()
     kept = next((i for i in range(len(prompt)) if prompt[i : i + 1] != whole[i : i + 1]), len(prompt))
-    lead = whole[kept : whole.index(_PROBE)]
+    lead = whole[kept : whole.index(_STAND_IN)]
     return Template(len(prompt) - kept, lead if lead.strip() else "", tail, closing, bool(ends))
 
 

@@ -30,7 +30,7 @@ SCHEMA = pa.schema(
 ADVICE = "type rcpo score with this run's model=, data= and train.max_length= to write one"
 
 
-class ScoreFile(NamedTuple):
+class PairScoreFile(NamedTuple):
     table: pa.Table
     made_with: dict[str, Any]
     """model.path, model.dtype, train.max_length, ... of the scoring."""
@@ -43,15 +43,15 @@ class ScoreFile(NamedTuple):
         return columns
 
 
-def write_scores(path: Path, table: pa.Table, made_with: dict[str, Any]) -> None:
+def write_pair_scores(path: Path, table: pa.Table, made_with: dict[str, Any]) -> None:
     """Raises OSError."""
     with replacing(path) as beside:
         pq.write_table(table.replace_schema_metadata({MADE_WITH: json.dumps(made_with).encode()}), beside)
 
 
-def read_scores(path: str, key: str) -> ScoreFile:
-    """What `write_scores` wrote; UserError, which names the `key` that gave the path, where it is no such
-    file."""
+def read_pair_scores(path: str, key: str) -> PairScoreFile:
+    """What `write_pair_scores` wrote; UserError, which names the `key` that gave the path, where it is no
+    such file."""
     if not Path(path).is_file():
         raise UserError(f"{key}={path}: no such file; {ADVICE}")
     try:
@@ -60,4 +60,4 @@ def read_scores(path: str, key: str) -> ScoreFile:
         table = table.select(SCHEMA.names).cast(SCHEMA)
     except (pa.ArrowException, OSError, KeyError, ValueError):
         raise UserError(f"{key}={path}: is no file that rcpo score wrote; {ADVICE}") from None
-    return ScoreFile(table, made_with)
+    return PairScoreFile(table, made_with)

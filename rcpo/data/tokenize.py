@@ -33,7 +33,7 @@ from rcpo.data.render import (
     special_ids,
 )
 
-__all__ = ["TokenizedData", "TokenizedPair", "TokenizedSide", "describe_example", "tokenize_records"]
+__all__ = ["TokenizedData", "TokenizedPair", "TokenizedSide", "describe_pair", "tokenize_records"]
 
 _RECORDS_PER_BATCH = 512
 
@@ -91,7 +91,7 @@ def tokenize_records(
     return TokenizedData(packed, [*work.report(), *_describe_lengths(packed), *_describe_dropped(dropped)])
 
 
-def describe_example(pair: TokenizedPair, tokenizer: PreTrainedTokenizerBase) -> str:
+def describe_pair(pair: TokenizedPair, tokenizer: PreTrainedTokenizerBase) -> str:
     """One decoded pair for the log: response tokens, which alone are scored, in « », special tokens in ⟦
     ⟧."""
     prompt = pair.chosen.input_ids[: pair.chosen.num_prompt]

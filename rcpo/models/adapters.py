@@ -98,10 +98,10 @@ def quantization_options(config: ModelConfig) -> dict[str, Any]:
     return {"quantization_config": quantization, "device_map": {"": torch.cuda.current_device()}}
 
 
-def add_adapters(model: PreTrainedModel, config: ModelConfig, source: str) -> None:
+def add_adapters(model: PreTrainedModel, config: ModelConfig, place: str) -> None:
     """Put the adapters of `config.lora` into `model`, in place, and freeze everything but the new one.
 
-    `source` is where the base model was loaded from. At ZeRO 3 the base is sharded already; the new matrices
+    `place` is where the base model was loaded from. At ZeRO 3 the base is sharded already; the new matrices
     are ordinary tensors until DeepSpeed's `initialize` shards them too. A's start depends on the run's seed
     alone, so it is the same on every rank, at every stage. Raises UserError for targets that the model lacks
     and for an adapter that does not fit it. Collective at ZeRO 3.
@@ -125,7 +125,7 @@ def add_adapters(model: PreTrainedModel, config: ModelConfig, source: str) -> No
         lora_alpha=2 * lora.rank if lora.alpha is None else lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets,
-        base_model_name_or_path=str(Path(source).absolute()) if Path(source).is_dir() else source,
+        base_model_name_or_path=str(Path(place).absolute()) if Path(place).is_dir() else place,
     )
     with torch.random.fork_rng():
         torch.manual_seed(torch.initial_seed())

@@ -13,7 +13,7 @@ from rcpo.config.schema import ModelConfig
 from rcpo.models.adapters import (
     add_adapters,
 )
-from rcpo.models.load import from_pretrained, model_source, one_line_errors, quiet_transformers, read_config
+from rcpo.models.load import from_pretrained, model_place, one_line_errors, quiet_transformers, read_config
 from rcpo.models.policy import Policy
 
 
@@ -21,11 +21,11 @@ def check_model(config: ModelConfig) -> None:
     """Raise UserError for a model that cannot be trained as configured: not a causal language model, weights
     that are missing or of other shapes (transformers would go on with random ones), an output head or an
     adapter that rcpo cannot use. Reads names and shapes; holds no weights in memory."""
-    source = model_source(config.path, config.allow_pickle)
+    place = model_place(config.path, config.allow_pickle)
     _check_architecture(config)
     with one_line_errors(config.path, "model"), quiet_transformers():
         model, loading = from_pretrained(
-            source, config, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
+            place, config, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
         )
     missing = sorted({str(name) for name in loading["missing_keys"]})
     other_shapes = sorted({str(entry[0]) for entry in loading["mismatched_keys"]})
@@ -42,7 +42,7 @@ def check_model(config: ModelConfig) -> None:
         if lora.adapter is not None:
             lora = dataclasses.replace(lora, on_adapter="stack")  # to merge, there would have to be weights
         with torch.device("meta"):
-            add_adapters(model, dataclasses.replace(config, lora=lora), source)
+            add_adapters(model, dataclasses.replace(config, lora=lora), place)
 
 
 CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")

@@ -35,7 +35,7 @@ def eval_batch(config: ResolvedConfig) -> int:
     return max(4, 4 * config.train.pairs_per_device)
 
 
-def measure_logprobs(
+def evaluate_logprobs(
     model: LogProbModel,
     pairs: Sequence[TokenizedPair],
     pad_id: int,
@@ -64,7 +64,7 @@ def measure_logprobs(
     return SideLogProbs(z_w, z_l)
 
 
-def measure_token_logprobs(
+def evaluate_token_logprobs(
     model: LogProbModel, pairs: Sequence[TokenizedPair], pad_id: int, pairs_per_device: int
 ) -> list[Tensor]:
     """Per pair the token log-probs of the chosen and then the rejected response, (|y_w| + |y_l|,) fp32 on the
@@ -77,8 +77,8 @@ def measure_token_logprobs(
     for first in range(0, len(batches), world_size()):
         members = batches[min(first + rank(), len(batches) - 1)]
         batch = collate([pairs[idx] for idx in members], pad_id).to(model.device)
-        logps = model.logprobs_without_grad(batch, tokens=True).cpu()
-        sides = logps.split(batch.lengths.tolist())
+        token_logps = model.logprobs_without_grad(batch, tokens=True).cpu()
+        sides = token_logps.split(batch.lengths.tolist())
         for place, idx in enumerate(members):
             found[idx] = torch.cat([sides[place], sides[place + len(members)]])
     for others in gather(found):

@@ -42,7 +42,7 @@ from rcpo.models.adapters import (
 logger = logging.getLogger(__name__)
 
 
-def model_source(path: str, allow_pickle: bool = False) -> str:
+def model_place(path: str, allow_pickle: bool = False) -> str:
     """What transformers is asked to load: the packaged folder for builtin:tiny, else `path` itself.
 
     Raises UserError where a local folder lacks what a model needs; pickled weights count with `allow_pickle`.
@@ -86,9 +86,9 @@ def _check_config_file(folder: Path, path: str) -> None:
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer with the chat template that `config` asks for."""
-    source = model_source(config.path, config.allow_pickle)
+    place = model_place(config.path, config.allow_pickle)
     with one_line_errors(config.path, "tokenizer"), quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=config.trust_remote_code)
     apply_chat_template_choice(tokenizer, config.chat_template)
     return tokenizer
 
@@ -100,10 +100,10 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     (`model.lora.dropout` is the exception that a user asks for; it acts in training passes alone). With
     `model.lora` everything but the new adapter is frozen. Collective at ZeRO 3.
     """
-    source = model_source(config.path, config.allow_pickle)
+    place = model_place(config.path, config.allow_pickle)
     with one_line_errors(config.path, "model"):
-        model = from_pretrained(source, config, **quantization_options(config))
-    add_adapters(model, config, source)
+        model = from_pretrained(place, config, **quantization_options(config))
+    add_adapters(model, config, place)
     trainable, total = count_parameters(model)
     logger.info("trainable parameters: %d of %d (%.2f %%)", trainable, total, 100 * trainable / total)
     if config.gradient_checkpointing:
@@ -128,24 +128,24 @@ def _without_randomness(hf_config: PretrainedConfig) -> None:
 def load_frozen_model(config: ModelConfig) -> PreTrainedModel:
     """A model that gives log-probabilities and never trains. Collective at ZeRO 3."""
     with one_line_errors(config.path, "model"):
-        source = model_source(config.path, config.allow_pickle)
-        model: PreTrainedModel = from_pretrained(source, config)
+        place = model_place(config.path, config.allow_pickle)
+        model: PreTrainedModel = from_pretrained(place, config)
     model.requires_grad_(False)
     return model.eval()
 
 
-def from_pretrained(source: str, config: ModelConfig, **options: Any) -> Any:
+def from_pretrained(place: str, config: ModelConfig, **options: Any) -> Any:
     """What transformers makes of the weights, without dropout; `options` are further ones of its own."""
     transformers_logging.disable_progress_bar()
-    hf_config = AutoConfig.from_pretrained(source, trust_remote_code=config.trust_remote_code)
+    hf_config = AutoConfig.from_pretrained(place, trust_remote_code=config.trust_remote_code)
     _without_randomness(hf_config)
     if config.attention is not None:
         options["attn_implementation"] = config.attention
     use_safetensors: bool | None = True
     if config.allow_pickle:  # a folder that has both is read as safetensors; of a hub id it is not known
-        use_safetensors = any(Path(source).glob("*.safetensors")) if Path(source).is_dir() else None
+        use_safetensors = any(Path(place).glob("*.safetensors")) if Path(place).is_dir() else None
     return AutoModelForCausalLM.from_pretrained(
-        source,
+        place,
         config=hf_config,
         dtype=getattr(torch, config.dtype),
         use_safetensors=use_safetensors,
@@ -157,7 +157,7 @@ def from_pretrained(source: str, config: ModelConfig, **options: Any) -> Any:
 def read_config(config: ModelConfig) -> PretrainedConfig:
     with one_line_errors(config.path, "config"), quiet_transformers():
         return AutoConfig.from_pretrained(
-            model_source(config.path, config.allow_pickle), trust_remote_code=config.trust_remote_code
+            model_place(config.path, config.allow_pickle), trust_remote_code=config.trust_remote_code
         )
 
 

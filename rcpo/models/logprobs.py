@@ -37,8 +37,8 @@ class _TokenLogProbs(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
         num_chosen: int, scores: HeadScores | None, transform: LogitTransform,
     ) -> Tensor:  # fmt: skip
-        logps = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
-        log_norms = torch.empty_like(logps)
+        token_logps = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+        log_norms = torch.empty_like(token_logps)
         kept: dict[int, tuple[Tensor, Tensor]] = {}
         num_kept = 0
         for part in _chunks(hidden.shape[0], num_chosen, weight.shape[0]):
@@ -46,7 +46,7 @@ class _TokenLogProbs(torch.autograd.Function):
             target, largest = exps.gather(1, targets[part, None]).squeeze(1), exps.amax(1)
             sums = exps.sub_(largest[:, None]).exp_().sum(1)
             log_norms[part] = largest + sums.log()
-            logps[part] = target - log_norms[part]
+            token_logps[part] = target - log_norms[part]
             num_kept += exps.numel()
             if num_kept <= KEPT_ELEMENTS and any(ctx.needs_input_grad) and transform.cap is None:
                 kept[part.start] = exps, sums
@@ -54,18 +54,18 @@ class _TokenLogProbs(torch.autograd.Function):
         # The parameters, not saved tensors: ZeRO-3 swaps their storage between forward and backward.
         ctx.weight, ctx.bias, ctx.num_chosen, ctx.scores, ctx.kept = weight, bias, num_chosen, scores, kept
         ctx.transform = transform
-        return logps
+        return token_logps
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_logps,) = grad_outputs
+        (grad_token_logps,) = grad_outputs
         hidden, targets, log_norms = ctx.saved_tensors
         weight, bias, scores, transform = ctx.weight, ctx.bias, ctx.scores, ctx.transform
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight: Tensor | None = None
         grad_bias = _zeros_fp32(bias) if bias is not None and ctx.needs_input_grad[2] else None
         for part in _chunks(hidden.shape[0], ctx.num_chosen, weight.shape[0]):
-            is_chosen, own = part.start < ctx.num_chosen, transform.scale * grad_logps[part]
+            is_chosen, own = part.start < ctx.num_chosen, transform.scale * grad_token_logps[part]
             exps, sums = ctx.kept.pop(part.start, (None, None))
             slope = None
             if exps is None:
@@ -139,7 +139,7 @@ class TokenLogProbHead(nn.Module):
     def forward(self, hidden: Tensor, batch: PairBatch) -> Tensor:
         """Token log-probs (N,) fp32 for `batch`'s response tokens from hidden states (R, T, H)."""
         picked = hidden.flatten(0, 1).index_select(0, batch.token_positions)
-        logps: Tensor = _TokenLogProbs.apply(
+        token_logps: Tensor = _TokenLogProbs.apply(
             picked,
             self.weight,
             self.bias,
@@ -148,7 +148,7 @@ class TokenLogProbHead(nn.Module):
             self.scores,
             self.transform,
         )
-        return logps
+        return token_logps
 
 
 def sum_per_side(token_logps: Tensor, batch: PairBatch) -> Tensor:
@@ -173,7 +173,9 @@ LEAST_IMPORTANCE = 1e-6
 """Added to 1 - p, so that a response all of whose tokens are certain has equal weights."""
 
 
-def importance_weighted(token_logps: Tensor, ref_logps: Tensor, batch: PairBatch) -> tuple[Tensor, Tensor]:
+def importance_weighted(
+    token_logps: Tensor, ref_token_logps: Tensor, batch: PairBatch
+) -> tuple[Tensor, Tensor]:
     """z (2B,) fp32 = sum_t ref_t + sum_t omega_t (logp_t - ref_t), and omega (N,), detached.
 
     omega_t = (1 - p_t) / mean of 1 - p over the response. So z - ref is the importance-weighted log-ratio,
@@ -182,4 +184,4 @@ def importance_weighted(token_logps: Tensor, ref_logps: Tensor, batch: PairBatch
     importance = 1 - token_logps.detach().exp() + LEAST_IMPORTANCE
     means = sum_per_side(importance, batch) / batch.lengths
     omega = importance / means[side_of_token(batch)]
-    return sum_per_side(ref_logps + omega * (token_logps - ref_logps), batch), omega
+    return sum_per_side(ref_token_logps + omega * (token_logps - ref_token_logps), batch), omega

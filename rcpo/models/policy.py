@@ -45,12 +45,12 @@ class Policy(nn.Module):
             mask = self._attention_mask(batch.segments)
             joint = {"attention_mask": mask, "position_ids": batch.position_ids}
         hidden = self.body(input_ids=batch.input_ids, use_cache=False, **joint).last_hidden_state
-        logps: Tensor = self.head(hidden, batch)
+        token_logps: Tensor = self.head(hidden, batch)
         if tokens:
-            return logps
-        if batch.ref_logps is None:
-            return sum_per_side(logps, batch)
-        z, omega = importance_weighted(logps, batch.ref_logps, batch)
+            return token_logps
+        if batch.ref_token_logps is None:
+            return sum_per_side(token_logps, batch)
+        z, omega = importance_weighted(token_logps, batch.ref_token_logps, batch)
         if self.head.scores is not None:
             self.head.scores.importance = omega
         return z

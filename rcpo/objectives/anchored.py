@@ -125,9 +125,9 @@ def acpo(pair: PairLogProbs, config: ACPOConfig) -> Tensor:
     constant in the gradient, d_l = k d_w. Reconstructed from summaries of Huang et al. 2026 (arXiv
     2603.22165), not from the paper's own equations.
     """
-    reward_w, reward_l = config.beta * pair.r_w, config.beta * pair.r_l
+    beta_r_w, beta_r_l = config.beta * pair.r_w, config.beta * pair.r_l
     tau = config.delta * pair.state[0]
-    tiny = torch.finfo(reward_l.dtype).tiny
-    scale = ((tau - reward_w) / (-reward_l).clamp(min=tiny)).clamp(0, 1)
-    scale = torch.where(reward_l >= 0, torch.ones_like(scale), scale).detach()
-    return -F.logsigmoid(reward_w - scale * reward_l)
+    tiny = torch.finfo(beta_r_l.dtype).tiny
+    scale = ((tau - beta_r_w) / (-beta_r_l).clamp(min=tiny)).clamp(0, 1)
+    scale = torch.where(beta_r_l >= 0, torch.ones_like(scale), scale).detach()
+    return -F.logsigmoid(beta_r_w - scale * beta_r_l)

@@ -16,7 +16,7 @@ from rcpo.objectives.parameters import require_positive
 from rcpo.objectives.registry import objective
 
 
-def mean_log_ratio(pair: PairLogProbs) -> Tensor:
+def mean_displacement(pair: PairLogProbs) -> Tensor:
     """(r_w + r_l)/2, (B,): the mean over both sides."""
     return (pair.r_w + pair.r_l) / 2
 
@@ -31,7 +31,7 @@ class PointwiseConfig:
 
 
 KTO_REFERENCE_POINT = BatchStatistic(
-    column=mean_log_ratio,
+    column=mean_displacement,
     start=lambda mean_total_length: (0.0,),
     advance=lambda state, mean: (max(0.0, mean),),
 )
@@ -57,7 +57,7 @@ def _running_mean(state: tuple[float, ...], mean: float) -> tuple[float, ...]:
 
 
 BCO_SHIFT = BatchStatistic(
-    column=mean_log_ratio,
+    column=mean_displacement,
     start=lambda mean_total_length: (0.0, 0.0),
     advance=_running_mean,
 )
@@ -111,8 +111,8 @@ def nca(pair: PairLogProbs, config: NCAConfig) -> Tensor:
     Noise contrastive alignment with one chosen and one rejected response. Chen et al. 2024 (arXiv
     2402.05369).
     """
-    reward_w, reward_l = config.beta * pair.r_w, config.beta * pair.r_l
-    return -F.logsigmoid(reward_w) - 0.5 * F.logsigmoid(-reward_w) - 0.5 * F.logsigmoid(-reward_l)
+    beta_r_w, beta_r_l = config.beta * pair.r_w, config.beta * pair.r_l
+    return -F.logsigmoid(beta_r_w) - 0.5 * F.logsigmoid(-beta_r_w) - 0.5 * F.logsigmoid(-beta_r_l)
 
 
 @dataclass(frozen=True)

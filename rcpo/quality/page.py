@@ -9,7 +9,7 @@ import numpy as np
 from rcpo.common.console import number
 from rcpo.common.page import TableCell, render
 from rcpo.data.records import shortened_texts
-from rcpo.data.score_file import HELD_OUT, TRAIN, ScoreFile
+from rcpo.data.score_file import HELD_OUT, TRAIN, PairScoreFile
 from rcpo.quality.summary import PAIR_SCORES, findings, quantile_heads, quantile_rows
 from rcpo.training.read_inputs import PairsRead
 
@@ -28,7 +28,7 @@ HEADS = {
 """Short ones, where texts need the room."""
 
 
-def make_page(scores: ScoreFile, read: PairsRead) -> str:
+def make_page(scores: PairScoreFile, read: PairsRead) -> str:
     """The whole page."""
     columns = scores.of_split(TRAIN)
     return render(

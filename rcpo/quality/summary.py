@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rcpo.common.console import number
-from rcpo.data.score_file import TRAIN, ScoreFile
+from rcpo.data.score_file import TRAIN, PairScoreFile
 from rcpo.training.read_inputs import PairsRead
 
 PAIR_SCORES = {
@@ -42,7 +42,7 @@ class Finding:
         return ", ".join(self.rows[:num]) + more
 
 
-def quantile_rows(scores: ScoreFile) -> list[list[str]]:
+def quantile_rows(scores: PairScoreFile) -> list[list[str]]:
     """A row for each pair score of the training pairs: its title and its percentiles."""
     columns = scores.of_split(TRAIN)
     return [
@@ -55,7 +55,7 @@ def quantile_heads() -> list[str]:
     return ["training pairs", *(f"{percent} %" for percent in PERCENTILES)]
 
 
-def findings(scores: ScoreFile, read: PairsRead) -> list[Finding]:
+def findings(scores: PairScoreFile, read: PairsRead) -> list[Finding]:
     """Repeated, contradictory and identical sides among the training rows."""
     columns = scores.of_split(TRAIN)
     repeats = _linked(columns, "repeats")
@@ -93,7 +93,7 @@ def _linked(columns: dict[str, list[Any]], name: str) -> list[tuple[int, int]]:
     return [(row, other) for row, other in both if other is not None]
 
 
-def print_summary(console: Console, scores: ScoreFile, read: PairsRead) -> None:
+def print_summary(console: Console, scores: PairScoreFile, read: PairsRead) -> None:
     """The table and the findings; plain ASCII where the console is no terminal."""
     for line in read.report:
         console.print(Text(line), soft_wrap=True)

@@ -26,7 +26,7 @@ from rcpo.config.schema import ModelConfig
 from rcpo.data.pairs import SideLogProbs
 from rcpo.data.tokenize import TokenizedPair, TokenizedSide
 from rcpo.models.adapter_files import below_fingerprint
-from rcpo.models.load import model_source
+from rcpo.models.load import model_place
 from rcpo.ranks.distributed import from_rank_zero
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def weights_fingerprint(config: ModelConfig) -> str:
     An adapter below the trained one counts; the trained one does not, since it starts without effect."""
     digest = hashlib.blake2b(config.dtype.encode(), digest_size=KEY_BYTES)
     digest.update(below_fingerprint(config))
-    source = Path(model_source(config.path, config.allow_pickle))
+    source = Path(model_place(config.path, config.allow_pickle))
     if not source.is_dir():
         from transformers import AutoConfig
 

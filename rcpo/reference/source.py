@@ -22,7 +22,7 @@ from rcpo.data.inputs import Inputs
 from rcpo.data.pairs import SideLogProbs
 from rcpo.data.tokenize import TokenizedPair
 from rcpo.models.engine import Engine
-from rcpo.models.evaluation import LogProbModel, eval_batch, measure_logprobs, measure_token_logprobs
+from rcpo.models.evaluation import LogProbModel, eval_batch, evaluate_logprobs, evaluate_token_logprobs
 from rcpo.models.logprobs import sum_per_side
 from rcpo.ranks.distributed import barrier, from_rank_zero, rank
 from rcpo.reference.cache import USED_ONCE, ReferenceCache, shared_reference, weights_fingerprint
@@ -144,7 +144,7 @@ class ReferenceSource:
 
     def _started_live(self, engine: Engine) -> ReferenceTable:
         """A table without training pairs."""
-        start = measure_logprobs(engine, self._inputs.held_out, self._inputs.pad_id, self._batch)
+        start = evaluate_logprobs(engine, self._inputs.held_out, self._inputs.pad_id, self._batch)
         nothing = SideLogProbs(torch.empty(0), torch.empty(0))
         return ReferenceTable(nothing, start, fingerprint=self._fingerprint)
 
@@ -177,7 +177,7 @@ class ReferenceSource:
     def _add_tokens(self, table: ReferenceTable, model: Callable[[], LogProbModel]) -> None:
         """The training pairs token by token, by a pass of their own, which no cache saves."""
         if self._tokens:
-            logps = measure_token_logprobs(model(), self._trained, self._inputs.pad_id, self._batch)
+            logps = evaluate_token_logprobs(model(), self._trained, self._inputs.pad_id, self._batch)
             table.tokens = dict(zip(self._visited, logps, strict=True))
 
     def _logprobs_of(
@@ -190,7 +190,7 @@ class ReferenceSource:
         def compute(missing: Sequence[TokenizedPair]) -> SideLogProbs:
             shown = passes_shown(RunConsole(), "reference log-probs", len(missing))
             with shown if rank() == 0 else contextlib.nullcontext(lambda num_done: None) as on_batch:
-                return measure_logprobs(model(), missing, self._inputs.pad_id, self._batch, on_batch)
+                return evaluate_logprobs(model(), missing, self._inputs.pad_id, self._batch, on_batch)
 
         values, num_computed = shared_reference(cache, pairs, compute)
         logger.info(

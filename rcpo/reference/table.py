@@ -21,7 +21,7 @@ class ReferenceRows(NamedTuple):
     ref_w: Tensor
     """(B,) fp32, and likewise `ref_l`."""
     ref_l: Tensor
-    ref_logps: Tensor | None
+    ref_token_logps: Tensor | None
     """(N,) fp32, all chosen tokens and then all rejected ones, where the objective weighs tokens."""
 
 
@@ -97,7 +97,7 @@ class ReferenceTable:
         tensors = {
             "train_w": self.train.z_w, "train_l": self.train.z_l,
             "held_out_w": self.held_out.z_w, "held_out_l": self.held_out.z_l,
-        } | {f"{TOKENS}{idx}": logps for idx, logps in self.tokens.items()}  # fmt: skip
+        } | {f"{TOKENS}{idx}": token_logps for idx, token_logps in self.tokens.items()}  # fmt: skip
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         with replacing(path) as beside:
             save_file(contiguous, beside, metadata={"fingerprint": self.fingerprint})
@@ -113,8 +113,8 @@ class ReferenceTable:
                 SideLogProbs(tensors["train_w"], tensors["train_l"]),
                 SideLogProbs(tensors["held_out_w"], tensors["held_out_l"]),
                 {
-                    int(name.removeprefix(TOKENS)): logps
-                    for name, logps in tensors.items()
+                    int(name.removeprefix(TOKENS)): token_logps
+                    for name, token_logps in tensors.items()
                     if name.startswith(TOKENS)
                 },
                 fingerprint,

@@ -20,7 +20,7 @@ from rcpo.data.sampler import PairSampler
 from rcpo.method.calibrators import build_calibrator
 from rcpo.method.metrics import displacement_row
 from rcpo.models.engine import Engine
-from rcpo.models.evaluation import eval_batch, measure_logprobs, peak_memory_gb
+from rcpo.models.evaluation import eval_batch, evaluate_logprobs, peak_memory_gb
 from rcpo.models.load import save_model
 from rcpo.monitor.model_card import model_card
 from rcpo.monitor.plot import plot_run
@@ -139,7 +139,7 @@ def _train_steps(training: Training, watch: StepWatch) -> None:
             sink.log_step(row)
         if state.step == training.num_steps or _due(state.step, config.train.eval_every):
             pairs, pad_id = training.inputs.held_out, training.inputs.pad_id
-            result = measure_logprobs(engine, pairs, pad_id, eval_batch(config))
+            result = evaluate_logprobs(engine, pairs, pad_id, eval_batch(config))
             _record_evaluation(training, result)
         is_saved = _due(state.step, config.train.save_every) and save_or_go_on(training)
         if trained.stop and state.step < training.num_steps:
@@ -165,7 +165,7 @@ def _due(step: int, every: int) -> bool:
 def _measure_probe(training: Training) -> float:
     """Mean r_w of the probe pairs, the first of the held-out ones. Collective."""
     pairs = training.inputs.held_out[: training.config.calibration.feedback.pairs]
-    result = measure_logprobs(training.engine, pairs, training.inputs.pad_id, eval_batch(training.config))
+    result = evaluate_logprobs(training.engine, pairs, training.inputs.pad_id, eval_batch(training.config))
     return float((result.z_w - training.start.z_w[: len(pairs)]).double().mean())
 
 
@@ -198,8 +198,8 @@ def _micro_batches(training: Training, may_join: bool) -> list[MicroBatch]:
     for indices in cut:
         pairs = [training.inputs.train[idx] for idx in indices]
         batch = lay_out(config.train, pairs, training.inputs.pad_id, may_join)
-        ref_w, ref_l, ref_logps = training.reference.rows(indices, batch)
-        batch = batch._replace(ref_logps=ref_logps)
+        ref_w, ref_l, ref_token_logps = training.reference.rows(indices, batch)
+        batch = batch._replace(ref_token_logps=ref_token_logps)
         weight = torch.tensor([pair.weight for pair in pairs])
         micro_batches.append(
             MicroBatch(batch.to(device), ref_w.to(device), ref_l.to(device), weight.to(device))

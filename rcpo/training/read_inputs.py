@@ -16,7 +16,7 @@ from rcpo.data.load import PreferenceData, load_records
 from rcpo.data.pairs import PackedPairs
 from rcpo.data.token_key import content_of, token_key
 from rcpo.data.token_store import Tokens, TokenStore
-from rcpo.data.tokenize import TokenizedData, describe_example, tokenize_records
+from rcpo.data.tokenize import TokenizedData, describe_pair, tokenize_records
 from rcpo.data.weights import weighing_of
 from rcpo.models.adapters import check_adapters
 from rcpo.models.checks import check_model, check_positions, check_vocabulary
@@ -156,6 +156,6 @@ def read_inputs(config: ResolvedConfig) -> Inputs:
         *tokens.report,
         *filtered,
         f"{len(train)} training pairs, {len(tokens.held_out)} held-out pairs",
-        "one training pair as the model sees it:\n" + describe_example(train[0], tokenizer),
+        "one training pair as the model sees it:\n" + describe_pair(train[0], tokenizer),
     ]
     return Inputs(tokenizer, train, list(tokens.held_out), report)

@@ -22,8 +22,8 @@ from rcpo.comparison.fallen import ChesChoice, find_fallen
 from rcpo.comparison.page import make_page, same_decimals
 from rcpo.comparison.statistics import spearman
 from rcpo.comparison.table import make_rows
-from rcpo.data.score_file import HELD_OUT, read_scores
-from rcpo.models.load import model_source
+from rcpo.data.score_file import HELD_OUT, read_pair_scores
+from rcpo.models.load import model_place
 
 ANSWERS = [("six", "two"), ("seven", "eight"), ("two", "six"), ("nine", "ten"), ("Paris", "London"),
            ("five", "five four"), ("three", "one")]  # fmt: skip
@@ -47,7 +47,7 @@ class Case(NamedTuple):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Case:
     folder = tmp_path_factory.mktemp("ches")
-    shutil.copytree(model_source("builtin:tiny"), folder / "model")
+    shutil.copytree(model_place("builtin:tiny"), folder / "model")
     held_out = [row("alice", *answers) for answers in ANSWERS]
     for name, rows in (("train", [row("bob", "seven", "eight")] * 2), ("held-out", held_out)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in rows))
@@ -59,7 +59,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Case:
     words = [f"{key}={value}" for key, value in settings.items() if key != "data.source"]
     words += ["data=file", "train.device=cpu", "--out", str(folder / "scores.parquet")]
     assert cli.dispatch(["score", *words]) == 0
-    scores = read_scores(str(folder / "scores.parquet"), "x").of_split(HELD_OUT)
+    scores = read_pair_scores(str(folder / "scores.parquet"), "x").of_split(HELD_OUT)
     start = torch.tensor([scores["z_w"], scores["z_l"]])
     make_run(folder / "runs" / "off", settings=settings, start=start, change=(FALLS, [-1.0] * 6))
     return Case(folder / "runs", folder / "model", scores)

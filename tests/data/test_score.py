@@ -14,7 +14,7 @@ from helpers.inputs import row
 from helpers.tiny_models import make_llama, make_pairs
 from rcpo.cli import main
 from rcpo.common.errors import NonFiniteError
-from rcpo.data.score_file import HELD_OUT, SCHEMA, TRAIN, read_scores
+from rcpo.data.score_file import HELD_OUT, SCHEMA, TRAIN, read_pair_scores
 from rcpo.data.tokenize import TokenizedPair, TokenizedSide
 from rcpo.models.policy import Policy
 from rcpo.quality.ches import ches, ches_norm, score_pairs
@@ -137,7 +137,7 @@ def test_the_command_writes_scores_and_a_page_and_says_what_is_wrong(
     assert "rows 0 against 2, 1 against 2, 2 against 0\n" in said
     assert "1 row left out because the sides are identical: rows 3\n" in said
     assert said.isascii()
-    scores = read_scores("deep/s.parquet", "x")
+    scores = read_pair_scores("deep/s.parquet", "x")
     assert scores.table.schema.names == SCHEMA.names
     train = scores.of_split(TRAIN)
     assert train["row"] == [0, 1, 2, 4, 5]
@@ -186,7 +186,7 @@ def test_old_scores_are_replaced_when_asked(tmp_path: Path, monkeypatch: pytest.
     write_pairs(tmp_path / "pairs.jsonl")
     (tmp_path / "s.parquet").write_text("old")
     assert run_words(*WORDS, "--out=s.parquet", "--overwrite", "data.train_pairs=2") == 0
-    assert len(read_scores("s.parquet", "x").of_split(TRAIN)["row"]) == 2
+    assert len(read_pair_scores("s.parquet", "x").of_split(TRAIN)["row"]) == 2
 
 
 def test_help_explains(capsys: pytest.CaptureFixture[str]) -> None:

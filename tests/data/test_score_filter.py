@@ -12,7 +12,7 @@ from helpers import forked
 from helpers.inputs import config_of, fault
 from rcpo.commands.train import prepare
 from rcpo.config.schema import Config
-from rcpo.data.score_file import TRAIN, read_scores, write_scores
+from rcpo.data.score_file import TRAIN, read_pair_scores, write_pair_scores
 from rcpo.quality.ches import ModelScores
 from rcpo.quality.pairs import describe_pairs
 from rcpo.quality.score_table import make_table
@@ -26,7 +26,9 @@ def score(path: Path, config: Config, ches: Sequence[float] | None = None) -> No
     pairs = read_pairs(config).train.pairs
     values = [float(num) for num in range(len(pairs))] if ches is None else list(ches)
     scores = [ModelScores(value, -value, value, 0.0) for value in values]
-    write_scores(path, make_table({TRAIN: (describe_pairs(pairs), scores)}), {"model.path": "builtin:tiny"})
+    write_pair_scores(
+        path, make_table({TRAIN: (describe_pairs(pairs), scores)}), {"model.path": "builtin:tiny"}
+    )
 
 
 def filtered(path: Path, **limits: Any) -> Config:
@@ -75,8 +77,8 @@ def test_rows_are_found_whatever_their_order_in_the_file(tmp_path: Path) -> None
     path = tmp_path / "s.parquet"
     score(path, config_of())
     expected = read_inputs(filtered(path, margin_max=9.0)).train
-    table, made_with = read_scores(str(path), "x")
-    write_scores(path, table.take(list(range(NUM_PAIRS))[::-1]), made_with)
+    table, made_with = read_pair_scores(str(path), "x")
+    write_pair_scores(path, table.take(list(range(NUM_PAIRS))[::-1]), made_with)
     assert read_inputs(filtered(path, margin_max=9.0)).train == expected
 
 
@@ -104,8 +106,8 @@ def test_files_that_hold_no_scores_are_refused(tmp_path: Path) -> None:
         filtered(path, margin_max=1)
     )
     score(path, config_of())
-    table, made_with = read_scores(str(path), "x")
-    write_scores(path, table.drop_columns(["ches"]), made_with)
+    table, made_with = read_pair_scores(str(path), "x")
+    write_pair_scores(path, table.drop_columns(["ches"]), made_with)
     assert "is no file that rcpo score wrote" in fault(filtered(path, margin_max=9.0))
 
 

@@ -25,7 +25,7 @@ from helpers.tiny_tokenizers import (
 from rcpo.common.errors import UserError
 from rcpo.data.records import read_record
 from rcpo.data.render import apply_chat_template_choice
-from rcpo.data.tokenize import TokenizedPair, TokenizedSide, describe_example, tokenize_records
+from rcpo.data.tokenize import TokenizedPair, TokenizedSide, describe_pair, tokenize_records
 
 # BOS, EOS and the split, for every kind of tokenizer and template
 
@@ -325,14 +325,14 @@ def test_messages_need_a_template() -> None:
 def test_the_described_example_shows_what_is_scored() -> None:
     tokenizer = make_words()
     pair = tokenize_one("a b", " c d", " e", tokenizer)
-    assert describe_example(pair, tokenizer).splitlines() == [
+    assert describe_pair(pair, tokenizer).splitlines() == [
         "prompt   (3 tokens, not scored): ⟦<s>⟧a b",
         "chosen   (3 tokens, scored): «c d⟦</s>⟧»",
         "rejected (2 tokens, scored): «e⟦</s>⟧»",
     ]
     bpe = make_bpe()
     bpe.chat_template = TEMPLATES["chatml"]
-    shown = describe_example(tokenize_one(chat("q1"), "yes\nyes", "no", bpe), bpe).splitlines()
+    shown = describe_pair(tokenize_one(chat("q1"), "yes\nyes", "no", bpe), bpe).splitlines()
     assert shown[0].endswith("scored): ⟦<s>⟧⟦<|turn|>⟧user\\nq1⟦<|end|>⟧\\n⟦<|turn|>⟧assistant\\n")
     assert shown[1].endswith("«yes\\nyes⟦<|end|>⟧»")
 

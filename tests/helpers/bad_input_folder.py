@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
-from rcpo.models.load import model_source
+from rcpo.models.load import model_place
 
-TINY = Path(model_source("builtin:tiny"))
+TINY = Path(model_place("builtin:tiny"))
 NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 PAIRS = [
     {

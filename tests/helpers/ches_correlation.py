@@ -12,13 +12,13 @@ import sys
 import numpy as np
 
 from rcpo.comparison.statistics import spearman
-from rcpo.data.score_file import HELD_OUT, TRAIN, read_scores
+from rcpo.data.score_file import HELD_OUT, TRAIN, read_pair_scores
 
 SCORES = ("ches", "ches_norm", "margin", "edit_distance", "shared_prefix", "length_difference", "len_w")
 
 
 def main(before_path: str, after_path: str) -> None:
-    before, after = read_scores(before_path, "BEFORE"), read_scores(after_path, "AFTER")
+    before, after = read_pair_scores(before_path, "BEFORE"), read_pair_scores(after_path, "AFTER")
     print("| score | training pairs | held-out pairs |\n|---|---|---|")
     parts = []
     for split in (TRAIN, HELD_OUT):

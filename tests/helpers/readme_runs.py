@@ -12,7 +12,7 @@ import yaml
 from helpers import ROOT, forked
 from helpers.readmes import code, words
 from rcpo.data.arithmetic import arithmetic_records
-from rcpo.models.load import model_source
+from rcpo.models.load import model_place
 
 SMALL = ("train.steps=2", "train.pairs_per_step=4", "train.eval_every=1", "train.save_every=1",
          "data.eval_pairs=8", "data.train_pairs=32", "tracking=none")  # fmt: skip
@@ -42,7 +42,7 @@ def furnish(place: Path) -> None:
     """Make what the placeholders name: models, pairs, a sweep file, a folder of options. The first
     `rcpo train` makes RUN."""
     for name in ("MODEL", "SMOLLM2", "BASE", "SFT"):
-        shutil.copytree(model_source("builtin:tiny"), place / name)
+        shutil.copytree(model_place("builtin:tiny"), place / name)
     records, _ = arithmetic_records(40, 8, seed=0)
     rows = []
     for record in records:

@@ -90,7 +90,7 @@ def train_small(
     for size in split:
         batch = collate(pairs[start : start + size], 0)
         if objective.weighs_tokens:
-            batch = batch._replace(ref_logps=engine.logprobs_without_grad(batch, tokens=True))
+            batch = batch._replace(ref_token_logps=engine.logprobs_without_grad(batch, tokens=True))
         ref_w, ref_l = engine.logprobs_without_grad(batch).chunk(2)
         micro_batches.append(MicroBatch(batch, ref_w, ref_l, torch.ones(size)))
         start += size

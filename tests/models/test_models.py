@@ -16,7 +16,7 @@ from rcpo.common.errors import UserError
 from rcpo.config.compose import conf_dir
 from rcpo.config.schema import LoraConfig, ModelConfig
 from rcpo.config.validate import validate
-from rcpo.models.load import load_model, model_source
+from rcpo.models.load import load_model, model_place
 
 PRESETS = sorted({path.stem for path in (conf_dir() / "model").glob("*.yaml")} - {"hf", "tiny"})
 COMPOSE = """
@@ -114,7 +114,7 @@ def test_all_linear_is_the_papers_list(tmp_path: Path, config: PreTrainedConfig,
 
 def line(path: Path | str) -> str:
     with pytest.raises(UserError) as caught:
-        model_source(str(path))
+        model_place(str(path))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -133,8 +133,8 @@ def test_folders_that_are_no_models_are_named(tmp_path: Path) -> None:
         "has no *.safetensors weights, only pickled ones; convert them, or type model.allow_pickle=true to "
         "load tensors, and nothing but tensors, from them"
     )
-    assert model_source(str(tmp_path), allow_pickle=True) == str(tmp_path)
-    assert model_source("org/model") == "org/model"
+    assert model_place(str(tmp_path), allow_pickle=True) == str(tmp_path)
+    assert model_place("org/model") == "org/model"
 
 
 def test_the_policys_own_dropout_is_off(tmp_path: Path) -> None:

@@ -20,17 +20,17 @@ PAIRS = make_pairs(4, seed=6)
 def with_reference(batch: PairBatch) -> PairBatch:
     """The batch with token log-probs of another model."""
     with torch.no_grad():
-        return batch._replace(ref_logps=Policy(make_llama(seed=1))(batch, tokens=True))
+        return batch._replace(ref_token_logps=Policy(make_llama(seed=1))(batch, tokens=True))
 
 
 def weighted_by_hand(policy: Policy, batch: PairBatch) -> Tensor:
     """sum ref + sum omega (logp - ref), side by side from full logits, omega detached."""
     logits = policy.model(input_ids=batch.input_ids).logits.flatten(0, 1)
     logps = logits.log_softmax(-1)[batch.token_positions, batch.targets]
-    assert batch.ref_logps is not None
+    assert batch.ref_token_logps is not None
     z = []
     for logp, ref in zip(
-        logps.split(batch.lengths.tolist()), batch.ref_logps.split(batch.lengths.tolist()), strict=True
+        logps.split(batch.lengths.tolist()), batch.ref_token_logps.split(batch.lengths.tolist()), strict=True
     ):
         importance = 1 - logp.detach().exp() + 1e-6
         omega = importance * len(logp) / importance.sum()

@@ -23,7 +23,7 @@ from rcpo.common.errors import UserError
 from rcpo.config.resolve import _launch
 from rcpo.config.schema import LaunchConfig
 from rcpo.config.validate import validate
-from rcpo.models.load import model_source
+from rcpo.models.load import model_place
 from rcpo.objectives import REGISTRY
 from rcpo.objectives.composition import DEFAULTS
 
@@ -107,7 +107,7 @@ EXPLAINS = ("--help", "-h", "help", *(f"{name} --help" for name in cli.COMMANDS)
 
 def messy_folder(folder: Path) -> None:
     """Files and model folders, each with one fault, and a folder of a user's own options."""
-    tiny = Path(model_source("builtin:tiny"))
+    tiny = Path(model_place("builtin:tiny"))
     shutil.copytree(tiny, folder / "no-weights", ignore=shutil.ignore_patterns("*.safetensors"))
     shutil.copytree(tiny, folder / "pickled", ignore=shutil.ignore_patterns("*.safetensors"))
     shutil.copytree(tiny, folder / "no-config", ignore=shutil.ignore_patterns("config.json"))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from helpers import forked
 from rcpo.config.compose import conf_dir
-from rcpo.models.load import model_source
+from rcpo.models.load import model_place
 from rcpo.runs.folder import RunFolder
 
 RUN_ALL = """
@@ -49,7 +49,7 @@ SMALL = ["tracking=none", "train.steps=1", "train.pairs_per_step=4", "train.max_
 FEW = ["data.train_pairs=32", "data.eval_pairs=8"]
 FILE = ["data.path=pairs.jsonl", "data.split=null", "data.eval_split=null", *FEW]
 """A local file in place of the hub's data sets, which take the same code path."""
-TINY = f"model.path={model_source('builtin:tiny')}"
+TINY = f"model.path={model_place('builtin:tiny')}"
 """The embedded model as a local folder, in place of a model on the hub."""
 NEEDED = {
     "data/file": FILE,
@@ -107,7 +107,7 @@ def test_every_shipped_option_trains_one_step(trained: tuple[Path, dict[str, str
     assert math.isfinite(row["train/loss"])
     assert 0 < row["train/grad_norm"] < math.inf
     assert [line["step"] for line in run.rows(run.eval)] == [0, 1]
-    before = load_file(Path(model_source("builtin:tiny")) / "model.safetensors")
+    before = load_file(Path(model_place("builtin:tiny")) / "model.safetensors")
     after = load_file(run.final / "model.safetensors")
     assert before.keys() == after.keys()
     assert any(not before[key].equal(after[key]) for key in before)
