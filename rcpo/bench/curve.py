@@ -61,12 +61,12 @@ def head_curve(vocabulary: int, hidden_size: int, device: torch.device) -> list[
     return points
 
 
-def _peak(logps: Callable[[], Tensor], projection: torch.nn.Linear, device: torch.device) -> float:
+def _peak(head: Callable[[], Tensor], projection: torch.nn.Linear, device: torch.device) -> float:
     """GB that forward and backward take at their peak, above what is there with the gradient in place."""
     projection.weight.grad = torch.zeros_like(projection.weight)
     reset_peak(device)
     before = peak_bytes(device)
-    logps().sum().backward()
+    head().sum().backward()
     return (peak_bytes(device) - before) / 1e9
 
 

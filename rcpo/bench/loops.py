@@ -23,23 +23,23 @@ from rcpo.models.logprobs import sum_per_side
 from rcpo.objectives import PairLogProbs, objective_of
 
 
-def plain_logps(model: PreTrainedModel, batch: PairBatch) -> Tensor:
+def plain_token_logps(model: PreTrainedModel, batch: PairBatch) -> Tensor:
     """Token log-probs (N,) from the logits of all positions."""
     logits = model(input_ids=batch.input_ids, use_cache=False).logits.float()
-    logps = F.log_softmax(logits[:, :-1], dim=-1)
-    token_logps = logps.gather(2, batch.input_ids[:, 1:, None]).squeeze(2)
+    log_shares = F.log_softmax(logits[:, :-1], dim=-1)
+    token_logps = log_shares.gather(2, batch.input_ids[:, 1:, None]).squeeze(2)
     return F.pad(token_logps, (0, 1)).flatten()[batch.token_positions]
 
 
-def response_logps(model: PreTrainedModel, batch: PairBatch) -> Tensor:
+def response_token_logps(model: PreTrainedModel, batch: PairBatch) -> Tensor:
     """Token log-probs (N,) from the logits of response positions."""
     hidden = body_of(model)(input_ids=batch.input_ids, use_cache=False).last_hidden_state
     picked = hidden.flatten(0, 1)[batch.token_positions]
-    logps = F.log_softmax(model.get_output_embeddings()(picked).float(), dim=-1)
-    return logps.gather(1, batch.targets[:, None]).squeeze(1)
+    log_shares = F.log_softmax(model.get_output_embeddings()(picked).float(), dim=-1)
+    return log_shares.gather(1, batch.targets[:, None]).squeeze(1)
 
 
-LOOPS = {"plain": plain_logps, "response": response_logps}
+LOOPS = {"plain": plain_token_logps, "response": response_token_logps}
 
 
 def run_loop(name: str, work: Work, recorder: Recorder) -> None:

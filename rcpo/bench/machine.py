@@ -12,7 +12,7 @@ import torch
 
 import rcpo
 from rcpo.bench.work import num_response_tokens, num_tokens
-from rcpo.common.source import git_commit
+from rcpo.common.code_version import git_commit
 from rcpo.data.tokenize import TokenizedPair
 
 PEAK_TFLOPS = {

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from rcpo.bench.work import Block
 from rcpo.models.evaluation import peak_memory_gb
 
-NUM_PROBES = 2
+NUM_DIRECTIONS = 2
 TOP_ITEMS = 15
 """Rows of a profile that are shown."""
 
@@ -72,10 +72,11 @@ class Recorder:
         for number, (name, gradient) in enumerate(gradients.items()):
             generator = torch.Generator().manual_seed(number)
             flat = gradient.detach().double().flatten().cpu()
-            probes = [
-                torch.randn(len(flat), generator=generator, dtype=torch.float64) for _ in range(NUM_PROBES)
+            directions = [
+                torch.randn(len(flat), generator=generator, dtype=torch.float64)
+                for _ in range(NUM_DIRECTIONS)
             ]
-            self.gradient[name] = [float(flat.norm()), *(float(probe @ flat) for probe in probes)]
+            self.gradient[name] = [float(flat.norm()), *(float(direction @ flat) for direction in directions)]
 
     def result(self) -> dict[str, Any]:
         """What the block has found; plain values."""

@@ -154,8 +154,8 @@ def rows_of(values: SideLogProbs, indices: list[int], device: torch.device) -> t
     return values.z_w[indices].to(device), values.z_l[indices].to(device)
 
 
-def write_model(shape: dict[str, int], source: ResolvedConfig, folder: Path) -> None:
-    """A random Llama of `shape` in fp32, with the tokenizer of `source`'s model."""
+def write_model(shape: dict[str, int], like: ResolvedConfig, folder: Path) -> None:
+    """A random Llama of `shape` in fp32, with the tokenizer of `like`'s model."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging as transformers_logging
 
@@ -168,8 +168,8 @@ def write_model(shape: dict[str, int], source: ResolvedConfig, folder: Path) -> 
         num_hidden_layers=shape["layers"],
         num_attention_heads=shape["heads"],
         num_key_value_heads=shape["heads"],
-        max_position_embeddings=source.train.max_length,
+        max_position_embeddings=like.train.max_length,
         tie_word_embeddings=False,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-    load_tokenizer(source.model).save_pretrained(folder)
+    load_tokenizer(like.model).save_pretrained(folder)

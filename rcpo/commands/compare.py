@@ -99,21 +99,21 @@ def run(options: argparse.Namespace) -> int:
     from rcpo.comparison.forms import as_csv, as_json, as_latex, as_markdown
     from rcpo.comparison.groups import compare_runs
     from rcpo.comparison.select import select
-    from rcpo.comparison.table import make_rows
+    from rcpo.comparison.table import make_lines
     from rcpo.comparison.terminal import print_table
 
     runs = select(load(options.paths, options.wandb), options.where)
     comparison = compare_runs(runs)
-    rows = make_rows(comparison, options.sort)
+    lines = make_lines(comparison, options.sort)
     if options.form is None:
-        print_table(RunConsole(), rows, comparison)
+        print_table(RunConsole(), lines, comparison)
     else:
         forms = {"csv": as_csv, "json": as_json, "markdown": as_markdown, "latex": as_latex}
-        say(forms[options.form](rows, comparison))
+        say(forms[options.form](lines, comparison))
     if options.html is not None:
         from rcpo.comparison.page import make_page
 
-        write(options.html, make_page(rows, comparison, options.ches))
+        write(options.html, make_page(lines, comparison, options.ches))
     for suffix in ("pdf", "png"):
         folder = getattr(options, suffix)
         if folder is not None:

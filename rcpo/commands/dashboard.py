@@ -126,7 +126,7 @@ def table_of(runs: "list[ComparedRun]") -> str:
     """The table of `rcpo compare`, its sentences and its notes, as Markdown."""
     from rcpo.comparison.forms import as_markdown
     from rcpo.comparison.groups import compare_runs
-    from rcpo.comparison.table import make_rows
+    from rcpo.comparison.table import make_lines
 
     comparison = compare_runs(runs)
-    return as_markdown(make_rows(comparison), comparison)
+    return as_markdown(make_lines(comparison), comparison)

@@ -34,17 +34,17 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"{step}: must be the step of a checkpoint; type step=N")
     if out.exists():
         raise UserError(f"{out}: exists; export writes a new folder only, give another name")
-    source = _source(options.run, None if step is None else step.removeprefix("step="))
+    folder = _model_folder(options.run, None if step is None else step.removeprefix("step="))
     try:
         with replacing(out) as beside:
-            shutil.copytree(source, beside)
+            shutil.copytree(folder, beside)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror})") from None
-    print(f"wrote {out} from {source}")
+    print(f"wrote {out} from {folder}")
     return 0
 
 
-def _source(run_path: str, step: str | None) -> Path:
+def _model_folder(run_path: str, step: str | None) -> Path:
     from rcpo.runs.frozen import open_run
     from rcpo.training.checkpoint import check_manifest, checkpoint_path, newest_checkpoint
 

@@ -58,14 +58,14 @@ def run(options: argparse.Namespace) -> int:
     config = _to_score(resolve(validate(tree), None))
     read = read_pairs(config)
     console = RunConsole()
-    scores = PairScoreFile(_score(config, read, console), made_with(config))
+    pair_scores = PairScoreFile(_score(config, read, console), made_with(config))
     try:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        write_pair_scores(options.out, *scores)
-        write_atomically(page, make_page(scores, read))
+        write_pair_scores(options.out, *pair_scores)
+        write_atomically(page, make_page(pair_scores, read))
     except OSError as error:
         raise UserError(f"--out {options.out}: cannot be written ({error.strerror})") from None
-    print_summary(console, scores, read)
+    print_summary(console, pair_scores, read)
     console.print(f"wrote {options.out} and {page}", soft_wrap=True)
     return 0
 

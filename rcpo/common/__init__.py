@@ -1,2 +1,2 @@
-"""Words, files and errors that every room uses: `errors`, `files`, `locks`, `console`, `source`. Knows
-nothing of preference pairs, models or runs."""
+"""Words, files and errors that every room uses: `errors`, `files`, `locks`, `console`, `code_version`.
+Knows nothing of preference pairs, models or runs."""

@@ -99,8 +99,8 @@ def alpha_curve(group: Group) -> Curve:
     edges = _bin_edges(np.concatenate([run.curves["step"] for run in runs]))
     values = np.full((len(runs), len(edges) - 1), np.nan)
     for row, run in zip(values, runs, strict=True):
-        for idx, chosen in enumerate(_bins(run.curves["step"], edges)):
-            found = run.curves["calibration/alpha"][chosen]
+        for idx, selected in enumerate(_bins(run.curves["step"], edges)):
+            found = run.curves["calibration/alpha"][selected]
             row[idx] = found.mean() if len(found) else np.nan
     return _merge(_centers(edges), values)
 
@@ -116,10 +116,10 @@ def band_curve(group: Group) -> BandCurve | None:
     )
     edges = _bin_edges(steps)
     rows = []
-    for x, chosen in zip(_centers(edges), _bins(steps, edges), strict=True):
-        if chosen.any():
-            means = [_finite_mean(values[chosen]) for values in (position, center)]
-            rows.append((x, *means, _median(lower[chosen]), _median(upper[chosen])))
+    for x, selected in zip(_centers(edges), _bins(steps, edges), strict=True):
+        if selected.any():
+            means = [_finite_mean(values[selected]) for values in (position, center)]
+            rows.append((x, *means, _median(lower[selected]), _median(upper[selected])))
     x, position, center, lower, upper = np.array(rows).T
     return BandCurve(x, position, center, lower, upper, float(inside.mean()))
 

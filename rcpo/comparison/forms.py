@@ -7,43 +7,43 @@ from collections.abc import Sequence
 
 from rcpo.comparison.groups import Comparison
 from rcpo.comparison.summary import headline, sentences
-from rcpo.comparison.table import COLUMNS, Row, heads, line_texts, notes
+from rcpo.comparison.table import COLUMNS, GroupLine, heads, line_texts, notes
 
 
-def as_csv(rows: Sequence[Row], comparison: Comparison) -> str:
-    """One record a group, every number."""
-    records = [row.record() for row in rows]
+def as_csv(lines: Sequence[GroupLine], comparison: Comparison) -> str:
+    """One row a group, every number."""
+    rows = [line.flat() for line in lines]
     stream = io.StringIO()
-    writer = csv.DictWriter(stream, list(records[0]), lineterminator="\n")
+    writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(records)
+    writer.writerows(rows)
     return stream.getvalue()
 
 
-def as_json(rows: Sequence[Row], comparison: Comparison) -> str:
+def as_json(lines: Sequence[GroupLine], comparison: Comparison) -> str:
     """Groups, the runs left out with their reasons, and the settings that all groups share."""
     left_out = [{"path": str(item.run.path), "reason": item.reason} for item in comparison.left_out]
-    groups = [row.record() | {"runs": [str(run.path) for run in row.group.runs]} for row in rows]
+    groups = [line.flat() | {"runs": [str(run.path) for run in line.group.runs]} for line in lines]
     # Programs read the key cells, its name before groups were called so.
     tree = {"cells": groups, "left_out": left_out, "common_settings": comparison.common}
     return json.dumps(tree, indent=2, default=str) + "\n"
 
 
-def as_markdown(rows: Sequence[Row], comparison: Comparison, pm: str = "±") -> str:
+def as_markdown(lines: Sequence[GroupLine], comparison: Comparison, pm: str = "±") -> str:
     """An aligned table, what it says in words, and the notes."""
     titles = heads(comparison, COLUMNS)
-    lines = [[text.replace("|", "\\|") for text in line_texts(row, COLUMNS, pm)] for row in rows]
-    widths = [max(map(len, texts)) for texts in zip(titles, *lines, strict=True)]
+    body = [[text.replace("|", "\\|") for text in line_texts(line, COLUMNS, pm)] for line in lines]
+    widths = [max(map(len, texts)) for texts in zip(titles, *body, strict=True)]
     num_left = titles.index("n")
     rule = ["-" * max(3, width) for width in widths]
     rule = [*rule[:num_left], *(f"{dashes[:-1]}:" for dashes in rule[num_left:])]
-    table = "\n".join(_markdown_line(line, rule, num_left) for line in [titles, rule, *lines])
+    table = "\n".join(_markdown_line(texts, rule, num_left) for texts in [titles, rule, *body])
     lists = [
-        "\n".join(f"- {line}" for line in lines)
-        for lines in (sentences(rows, comparison), notes(comparison, pm))
-        if lines
+        "\n".join(f"- {text}" for text in texts)
+        for texts in (sentences(lines, comparison), notes(comparison, pm))
+        if texts
     ]
-    return "\n\n".join([table, headline(rows, comparison), *lists]) + "\n"
+    return "\n\n".join([table, headline(lines, comparison), *lists]) + "\n"
 
 
 def _markdown_line(texts: Sequence[str], rule: Sequence[str], num_left: int) -> str:
@@ -60,7 +60,7 @@ LATEX = {char: f"\\{char}" for char in "&%$#_{}"} | {
 }  # fmt: skip
 
 
-def as_latex(rows: Sequence[Row], comparison: Comparison) -> str:
+def as_latex(lines: Sequence[GroupLine], comparison: Comparison) -> str:
     """A booktabs tabular; the notes as comments."""
 
     def escaped(text: str) -> str:
@@ -68,7 +68,7 @@ def as_latex(rows: Sequence[Row], comparison: Comparison) -> str:
 
     titles = heads(comparison, COLUMNS)
     left = titles.index("n")
-    body = "\n".join(f"{' & '.join(map(escaped, line_texts(row, COLUMNS, '±')))} \\\\" for row in rows)
+    body = "\n".join(f"{' & '.join(map(escaped, line_texts(line, COLUMNS, '±')))} \\\\" for line in lines)
     comments = "\n".join(f"% {note}" for note in notes(comparison, "+-"))
     return (
         f"{comments}\n% needs \\usepackage{{booktabs}}\n"

@@ -223,11 +223,11 @@ def same_start(one: ComparedRun, other: ComparedRun) -> bool:
         return False
     if one.pairs is None or other.pairs is None:
         return True
-    return same_logps(one.pairs.start, other.pairs.start)
+    return is_same_z(one.pairs.start, other.pairs.start)
 
 
-def same_logps(one: np.ndarray, other: np.ndarray) -> bool:
-    """Of equal shape, and equal up to rounding: 1 % and 0.02 nats on average."""
+def is_same_z(one: np.ndarray, other: np.ndarray) -> bool:
+    """Log-probs of equal shape, and equal up to rounding: 1 % and 0.02 nats on average."""
     if one.shape != other.shape:
         return False
     return bool(np.abs(one - other).mean() <= 0.02 + 0.01 * np.abs(one).mean())

@@ -91,8 +91,8 @@ class ComparedRun:
         inside = self.curves.get("band/inside")
         if inside is None:
             return {}
-        chosen = ~np.isnan(inside)
-        return {name: values[chosen] for name, values in self.curves.items()}
+        selected = ~np.isnan(inside)
+        return {name: values[selected] for name, values in self.curves.items()}
 
 
 def load_run(path: Path) -> ComparedRun:

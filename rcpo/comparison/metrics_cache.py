@@ -1,6 +1,6 @@
 """metrics.jsonl and eval.jsonl as columns; those of metrics.jsonl kept beside it as parquet.
 
-The cache knows its source by size and time of change: it is never older than what it stands for. It is
+The cache knows its file by size and time of change: it is never older than what it stands for. It is
 written atomically, and left out where the folder cannot be written.
 """
 
@@ -21,7 +21,7 @@ from rcpo.runs.rows import read_json_rows
 Columns = dict[str, np.ndarray]
 """Name to values, fp64, one for each row; nan where the row has none."""
 
-SOURCE = b"rcpo.source"
+STAMP = b"rcpo.source"
 
 
 def read_columns(path: Path) -> Columns:
@@ -35,12 +35,12 @@ def read_columns(path: Path) -> Columns:
 def read_metrics(path: Path, wanted: Collection[str]) -> Columns:
     """The `wanted` columns of metrics.jsonl that are there, from the cache where that is current."""
     cache = path.with_suffix(".parquet")
-    source = _source(path)
-    columns = _read_cache(cache, source, wanted)
+    stamp = _stamp_of(path)
+    columns = _read_cache(cache, stamp, wanted)
     if columns is None:
         columns = read_columns(path)
-        if columns and _source(path) == source:  # else it grows just now
-            _write_cache(cache, source, columns)
+        if columns and _stamp_of(path) == stamp:  # else it grows just now
+            _write_cache(cache, stamp, columns)
     return {name: values for name, values in columns.items() if name in wanted}
 
 
@@ -63,7 +63,7 @@ def columns_of(rows: Iterable[Mapping[str, Any]]) -> Columns:
     return columns
 
 
-def _source(path: Path) -> bytes:
+def _stamp_of(path: Path) -> bytes:
     """What the cache stands for: size and time of change; empty where there is no file."""
     try:
         found = path.stat()
@@ -72,10 +72,10 @@ def _source(path: Path) -> bytes:
     return f"{found.st_size}:{found.st_mtime_ns}".encode()
 
 
-def _read_cache(cache: Path, source: bytes, wanted: Collection[str]) -> Columns | None:
+def _read_cache(cache: Path, stamp: bytes, wanted: Collection[str]) -> Columns | None:
     try:
         with pq.ParquetFile(cache) as file:
-            if (file.schema_arrow.metadata or {}).get(SOURCE) != source:
+            if (file.schema_arrow.metadata or {}).get(STAMP) != stamp:
                 return None
             names = [name for name in file.schema_arrow.names if name in wanted]
             table = file.read(names)
@@ -85,6 +85,6 @@ def _read_cache(cache: Path, source: bytes, wanted: Collection[str]) -> Columns 
     return {name: np.from_dlpack(table[name].combine_chunks()) for name in names}
 
 
-def _write_cache(cache: Path, source: bytes, columns: Columns) -> None:
+def _write_cache(cache: Path, stamp: bytes, columns: Columns) -> None:
     with contextlib.suppress(OSError), replacing(cache, by_many=True) as beside:
-        pq.write_table(pa.table(columns).replace_schema_metadata({SOURCE: source}), beside)
+        pq.write_table(pa.table(columns).replace_schema_metadata({STAMP: stamp}), beside)

@@ -18,7 +18,7 @@ from rcpo.comparison.fallen import ChesChoice, Fallen, FallenPair, find_fallen
 from rcpo.comparison.figures import Figure, heat_map, objective_figures
 from rcpo.comparison.groups import Comparison
 from rcpo.comparison.summary import headline, sentences
-from rcpo.comparison.table import COLUMNS, Row, heads, line_texts, notes
+from rcpo.comparison.table import COLUMNS, GroupLine, heads, line_texts, notes
 
 ABOUT_FALLEN = (
     "Change of the chosen log-probability in nats, mean over seeds, by calibration; pair: its place in the "
@@ -42,7 +42,7 @@ class Table(NamedTuple):
     """Whether a row is the first of its objective."""
 
 
-def make_page(rows: Sequence[Row], comparison: Comparison, ches: ChesChoice = "auto") -> str:
+def make_page(lines: Sequence[GroupLine], comparison: Comparison, ches: ChesChoice = "auto") -> str:
     """The whole page; `ches`: whether the model is loaded to score the pairs that fell."""
     by_label = panels(comparison)
     heat = heat_map(comparison)
@@ -66,14 +66,14 @@ def make_page(rows: Sequence[Row], comparison: Comparison, ches: ChesChoice = "a
         "comparison/report.html.j2",
         policy=POLICY,
         title=_title(by_label),
-        lead=headline(rows, comparison),
-        sentences=[line.split(": ", 1) for line in sentences(rows, comparison)],
+        lead=headline(lines, comparison),
+        sentences=[sentence.split(": ", 1) for sentence in sentences(lines, comparison)],
         comparison=comparison,
         num_runs=sum(len(group.runs) for group in comparison.groups),
         version=rcpo.__version__,
         time=f"{datetime.now(UTC):%Y-%m-%d %H:%M}",
         heat=heat,
-        main=_main_table(rows, comparison),
+        main=_main_table(lines, comparison),
         notes=notes(comparison, "±"),
         sections=sections,
         plotly=Markup(get_plotlyjs()),
@@ -88,15 +88,15 @@ def _title(labels: Iterable[str]) -> str:
     return f"rcpo: {shown or 'no finished runs'}"
 
 
-def _main_table(rows: Sequence[Row], comparison: Comparison) -> Table:
+def _main_table(lines: Sequence[GroupLine], comparison: Comparison) -> Table:
     titles = heads(comparison, COLUMNS)
     num_left, where = titles.index("n"), titles.index("chosen")
     kinds = ["left" if idx < num_left else "" for idx in range(len(titles))]
     body = []
-    for row in rows:
-        own = [*kinds[:where], _mood(row.means["chosen"][0]), *kinds[where + 1 :]]
-        body.append([TableCell(*both) for both in zip(line_texts(row, COLUMNS, "±"), own, strict=True)])
-    labels = [row.group.row_label for row in rows]
+    for line in lines:
+        own = [*kinds[:where], _mood(line.means["chosen"][0]), *kinds[where + 1 :]]
+        body.append([TableCell(*both) for both in zip(line_texts(line, COLUMNS, "±"), own, strict=True)])
+    labels = [line.group.row_label for line in lines]
     firsts = [label != before for label, before in zip(labels, [None, *labels], strict=False)]
     return Table([TableCell(*both) for both in zip(titles, kinds, strict=True)], body, firsts)
 

@@ -1,7 +1,7 @@
 """CHES of held-out pairs under the model that a run started from (arXiv 2410.08847), for the report.
 
 `rcpo.quality.ches` computes it. Owns when that is worth it unasked, the check that the model is the run's,
-and RUN/ches.json, where scores that took their time are kept. Called by `rcpo.comparison.fallen`.
+and RUN/ches.json, where values that took their time are kept. Called by `rcpo.comparison.fallen`.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import numpy as np
 import rcpo
 from rcpo.common.errors import UserError
 from rcpo.common.files import write_atomically
-from rcpo.comparison.groups import same_logps
+from rcpo.comparison.groups import is_same_z
 from rcpo.comparison.held_out import Origin, model_folder, origin_of, tokenized
 from rcpo.comparison.load import ComparedRun, one_line
 
@@ -35,13 +35,13 @@ CHEAP_WORK = 5e11
 WORK_PER_SECOND = 1e11
 """On one core in fp32, as measured with 135 M parameters."""
 KEPT_SECONDS = 1.0
-"""Scores that took longer are kept."""
+"""Values that took longer are kept."""
 PAIRS_PER_BATCH = 4
 WEIGHTS = ("*.safetensors", "*.bin")
 ANYWAY = "type --ches yes to compute it all the same"
 
-Row = tuple[float, float, float, float]
-Scores = dict[str, Row]
+PairValues = tuple[float, float, float, float]
+ValuesByDigest = dict[str, PairValues]
 """Digest of a record to CHES, its length-normalised form, z_w and z_l."""
 
 
@@ -61,25 +61,25 @@ def ches_of_pairs(
     keys = [_digest(record) for record in records]
     try:
         origin = origin_of(run)
-        source = _source(origin)
-        scores = _read_cache(run.path / CACHE, source)
-        if not all(keys[idx] in scores for idx in wanted):
+        stamp = _stamp_of(origin)
+        found = _read_cache(run.path / CACHE, stamp)
+        if not all(keys[idx] in found for idx in wanted):
             began = time.monotonic()
-            scores = _score(origin, records, wanted, is_asked)
+            found = _computed(origin, records, wanted, is_asked)
             if time.monotonic() - began > KEPT_SECONDS:
-                _write_cache(run.path / CACHE, source, scores)
-        _check_start(run, [scores.get(key) for key in keys])
+                _write_cache(run.path / CACHE, stamp, found)
+        _check_start(run, [found.get(key) for key in keys])
     except UserError as error:
         return str(error)
     # Of models each library raises what it likes, and a report does not fail for one column of it.
     except Exception as error:
         return f"the model cannot be run here: {one_line(error)[:200] or type(error).__name__}"
-    return {idx: Ches(*scores[key][:2]) for idx, key in enumerate(keys) if key in scores}
+    return {idx: Ches(*found[key][:2]) for idx, key in enumerate(keys) if key in found}
 
 
-def _score(
+def _computed(
     origin: Origin, records: "Sequence[PreferenceRecord]", wanted: Sequence[int], is_asked: bool
-) -> Scores:
+) -> ValuesByDigest:
     """Of all records where that is cheap, else of the `wanted`. Raises UserError where it is too much to do
     unasked."""
     num_bytes = _weight_bytes(origin)
@@ -99,17 +99,17 @@ def _score(
     if [pair.row for pair in pairs] != [record.row for record in records]:
         raise UserError("the data now gives other held-out pairs than the run measured")
     work = [num_bytes * (len(pair.chosen.input_ids) + len(pair.rejected.input_ids)) for pair in pairs]
-    chosen = sorted(set(wanted)) if sum(work) > CHEAP_WORK else list(range(len(pairs)))
-    todo = sum(work[idx] for idx in chosen)
+    selected = sorted(set(wanted)) if sum(work) > CHEAP_WORK else list(range(len(pairs)))
+    todo = sum(work[idx] for idx in selected)
     if todo > MAX_WORK and not is_asked:
         minutes = todo / WORK_PER_SECOND / 60
         raise UserError(f"it takes about {minutes:.0f} minutes of a processor core; {ANYWAY}")
     if todo > CHEAP_WORK or is_asked:
-        print(f"CHES of {len(chosen)} held-out pairs under {origin.model.path}", file=sys.stderr)
+        print(f"CHES of {len(selected)} held-out pairs under {origin.model.path}", file=sys.stderr)
     policy = Policy(load_model(origin.model)).to(torch.device(device))
     # Any id pads: padding is never attended to and never scored.
-    scored = score_pairs(policy, [pairs[idx] for idx in chosen], 0, PAIRS_PER_BATCH)
-    return {_digest(records[idx]): _as_row(values) for idx, values in zip(chosen, scored, strict=True)}
+    scored = score_pairs(policy, [pairs[idx] for idx in selected], 0, PAIRS_PER_BATCH)
+    return {_digest(records[idx]): _as_row(values) for idx, values in zip(selected, scored, strict=True)}
 
 
 def _weight_bytes(origin: Origin) -> int:
@@ -125,14 +125,14 @@ def _check_bytes(origin: Origin, num_bytes: int) -> None:
         raise UserError(f"the weights of {origin.model.path} are {num_bytes / 1e9:.1f} GB; {ANYWAY}")
 
 
-def _check_start(run: ComparedRun, scores: Sequence[Row | None]) -> None:
+def _check_start(run: ComparedRun, found: Sequence[PairValues | None]) -> None:
     """Raise UserError where the log-probs of the pairs are not those that the run began with: the weights,
     the tokenizer or its template have changed since."""
     assert run.pairs is not None
-    places = [idx for idx, values in enumerate(scores) if values is not None]
-    now = np.array([values[2:] for values in scores if values is not None]).T
+    places = [idx for idx, values in enumerate(found) if values is not None]
+    now = np.array([values[2:] for values in found if values is not None]).T
     start = run.pairs.start[:, places]
-    if not same_logps(start, now):
+    if not is_same_z(start, now):
         path = run.settings.get("model.path")
         raise UserError(
             f"{path} is not what the run began with: these pairs have a mean log-probability of "
@@ -145,8 +145,8 @@ def _digest(record: "PreferenceRecord") -> str:
     return hashlib.blake2b(parts, digest_size=16).hexdigest()
 
 
-def _source(origin: Origin) -> dict[str, Any]:
-    """What the scores of a record depend on; files by size and time of change."""
+def _stamp_of(origin: Origin) -> dict[str, Any]:
+    """What the values of a record depend on; files by size and time of change."""
     folders = [model_folder(origin.model)]
     if origin.model.lora.adapter is not None:
         folders.append(Path(origin.model.lora.adapter))
@@ -157,24 +157,24 @@ def _source(origin: Origin) -> dict[str, Any]:
     return {"rcpo": rcpo.__version__, "origin": repr(origin), "files": stamps}
 
 
-def _read_cache(path: Path, source: dict[str, Any]) -> Scores:
-    """Empty where there is none for `source`."""
+def _read_cache(path: Path, stamp: dict[str, Any]) -> ValuesByDigest:
+    """Empty where there is none for `stamp`."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content["source"] != source:
+        if content["source"] != stamp:
             return {}
         return {key: _as_row(row) for key, row in content["pairs"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
-def _as_row(values: Sequence[float]) -> Row:
+def _as_row(values: Sequence[float]) -> PairValues:
     ches, ches_norm, z_w, z_l = map(float, values)
     return ches, ches_norm, z_w, z_l
 
 
-def _write_cache(path: Path, source: dict[str, Any], scores: Scores) -> None:
+def _write_cache(path: Path, stamp: dict[str, Any], found: ValuesByDigest) -> None:
     """Left out where there is no run folder, or it cannot be written."""
     if path.with_name("config.yaml").is_file():
         with contextlib.suppress(OSError):
-            write_atomically(path, json.dumps({"source": source, "pairs": scores}), by_many=True)
+            write_atomically(path, json.dumps({"source": stamp, "pairs": found}), by_many=True)

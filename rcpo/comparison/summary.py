@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from rcpo.common.console import KEPT_NATS, nats, percent
 from rcpo.comparison.curves import panels
 from rcpo.comparison.groups import Comparison, Group
-from rcpo.comparison.table import COLUMNS, Row, p_text
+from rcpo.comparison.table import COLUMNS, GroupLine, p_text
 
 
-def headline(rows: Sequence[Row], comparison: Comparison) -> str:
+def headline(lines: Sequence[GroupLine], comparison: Comparison) -> str:
     """One or two sentences over all objectives."""
-    chosen = {id(row.group): row.means["chosen"][0] for row in rows}
+    chosen = {id(line.group): line.means["chosen"][0] for line in lines}
     by_label = [(label, _off(groups), groups) for label, groups in panels(comparison).items()]
     with_off = [(label, off, groups) for label, off, groups in by_label if off is not None]
     if not with_off:
@@ -46,25 +46,25 @@ def headline(rows: Sequence[Row], comparison: Comparison) -> str:
     return f"{text} With calibration {names}."
 
 
-def sentences(rows: Sequence[Row], comparison: Comparison) -> list[str]:
+def sentences(lines: Sequence[GroupLine], comparison: Comparison) -> list[str]:
     """One for each objective that has both `off` and another calibration."""
-    by_group = {id(row.group): row for row in rows}
+    by_group = {id(line.group): line for line in lines}
     found = []
     for label, groups in panels(comparison).items():
         off = _off(groups)
         compared = [by_group[id(group)] for group in groups if group.differences]
         if off is None or not compared:
             continue
-        best = max(compared, key=lambda row: row.means["chosen"][0])
+        best = max(compared, key=lambda line: line.means["chosen"][0])
         found.append(f"{label}: off {nats(by_group[id(off)].means['chosen'][0])} nats; {_against(best)}")
     return found
 
 
-def _against(row: Row) -> str:
+def _against(line: GroupLine) -> str:
     """The best calibration, its difference, whether that is more than noise, and its speed."""
-    group = row.group
+    group = line.group
     found = group.differences["chosen"]
-    text = f"{group.calibration} {nats(row.means['chosen'][0])}, a difference of {nats(found.mean)}"
+    text = f"{group.calibration} {nats(line.means['chosen'][0])}, a difference of {nats(found.mean)}"
     if math.isnan(group.p_holm):
         text += " of one pair"
     else:
@@ -73,17 +73,17 @@ def _against(row: Row) -> str:
         larger = "larger" if group.p_holm < 0.05 else "not larger"
         noise = "of the pairs (one seed)" if found.num_seeds == 1 else "of seeds and pairs"
         text += f" [{nats(found.low)}, {nats(found.high)}], {larger} than the noise {noise} ({p})"
-    speed = _speed(row)
+    speed = _speed(line)
     return f"{text}{'' if math.isnan(speed) else f'; at {percent(speed)} of the speed of off'}."
 
 
-def _speed(row: Row) -> float:
+def _speed(line: GroupLine) -> float:
     """Relative to the baseline's; medians over steps, means over seeds."""
-    baseline = row.group.baseline
+    baseline = line.group.baseline
     assert baseline is not None
     column = next(column for column in COLUMNS if column.name == "pairs_per_second")
     values = [column.value(run, baseline) for run in baseline.runs]
-    return row.means["pairs_per_second"][0] / (sum(values) / len(values))
+    return line.means["pairs_per_second"][0] / (sum(values) / len(values))
 
 
 def _off(groups: Sequence[Group]) -> Group | None:

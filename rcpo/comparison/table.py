@@ -1,7 +1,7 @@
-"""The table of a comparison: its columns, its rows and what stands below it. `rcpo.comparison.forms` writes
+"""The table of a comparison: its columns, its lines and what stands below it. `rcpo.comparison.forms` writes
 it.
 
-Groups with no comparable run have a row of dashes: nothing disappears. Numbers are means over seeds with
+Groups with no comparable run have a line of dashes: nothing disappears. Numbers are means over seeds with
 their standard error."""
 
 import math
@@ -40,12 +40,12 @@ def in_band(run: ComparedRun, group: Group) -> float:
     measured = run.measured
     if not measured or not len(measured["step"]):
         return math.nan
-    chosen = np.ones(len(measured["step"]), bool)
+    selected = np.ones(len(measured["step"]), bool)
     for other in (group.baseline or group).runs:
         if other.measured:
-            chosen &= np.isin(measured["step"], other.measured["step"])
+            selected &= np.isin(measured["step"], other.measured["step"])
     inside = measured["band/inside"]
-    return float(inside[chosen].mean() if chosen.any() else inside.mean())
+    return float(inside[selected].mean() if selected.any() else inside.mean())
 
 
 @dataclass(frozen=True)
@@ -86,28 +86,30 @@ NOTES = (
 
 
 @dataclass(frozen=True)
-class Row:
+class GroupLine:
+    """A line of the table: one group, means over its seeds."""
+
     group: Group
     means: dict[str, tuple[float, float]]
     """(mean, standard error) by name of `COLUMNS`; nan where nothing was measured."""
 
-    def record(self) -> dict[str, Any]:
+    def flat(self) -> dict[str, Any]:
         """Flat, for CSV and JSON; None where nothing was measured."""
         group = self.group
-        record: dict[str, Any] = {
+        row: dict[str, Any] = {
             "objective": group.objective, "calibration": group.calibration, **group.other,
             "n": len(group.runs), "seeds": group.seeds, "left_out": len(group.left_out),
         }  # fmt: skip
         for name, (mean, error) in self.means.items():
-            record |= {name: mean, f"{name}_se": error}
+            row |= {name: mean, f"{name}_se": error}
         for name in PER_PAIR:
             found = group.differences.get(name)
-            record |= {
+            row |= {
                 f"vs_off_{name}{suffix}": None if found is None else getattr(found, key)
                 for suffix, key in (("", "mean"), ("_low", "low"), ("_high", "high"), ("_p", "p"))
             }
         found = group.differences.get("chosen")
-        record |= {
+        row |= {
             "vs_off_chosen_p_holm": group.p_holm,
             "vs_off_chosen_se_pairs": found and found.se_pairs,
             "vs_off_chosen_se_seeds": found and found.se_seeds,
@@ -117,43 +119,43 @@ class Row:
         }
         return {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in record.items()
+            for key, value in row.items()
         }
 
 
-def make_rows(comparison: Comparison, sort: str | None = None) -> list[Row]:
-    """One row a group; sorted by a column, falling where `sort` begins with "-", groups without a value
+def make_lines(comparison: Comparison, sort: str | None = None) -> list[GroupLine]:
+    """One line a group; sorted by a column, falling where `sort` begins with "-", groups without a value
     last."""
-    rows = []
+    lines = []
     for group in comparison.groups:
         means = {}
         for column in COLUMNS:
             values = [value for run in group.runs if not math.isnan(value := column.value(run, group))]
             means[column.name] = mean_and_error(values) if values else (math.nan, math.nan)
-        rows.append(Row(group, means))
+        lines.append(GroupLine(group, means))
     if sort is None:
-        return rows
+        return lines
     name, falling = sort.removeprefix("-"), sort.startswith("-")
     names = ["objective", "calibration", *(column.name for column in COLUMNS), "vs_off"]
     if name not in names:
         raise UserError(f"--sort {sort}: no such column; choose one of {', '.join(names)}, or -NAME to fall")
     if name in ("objective", "calibration"):
-        return sorted(rows, key=lambda row: getattr(row.group, name), reverse=falling)
+        return sorted(lines, key=lambda line: getattr(line.group, name), reverse=falling)
 
-    def key(row: Row) -> tuple[bool, float]:
-        found = row.group.differences.get("chosen")
-        value = (found.mean if found else math.nan) if name == "vs_off" else row.means[name][0]
+    def key(line: GroupLine) -> tuple[bool, float]:
+        found = line.group.differences.get("chosen")
+        value = (found.mean if found else math.nan) if name == "vs_off" else line.means[name][0]
         return math.isnan(value), -value if falling else value
 
-    return sorted(rows, key=key)
+    return sorted(lines, key=key)
 
 
-def line_texts(row: Row, columns: Sequence[Column], pm: str) -> list[str]:
+def line_texts(line: GroupLine, columns: Sequence[Column], pm: str) -> list[str]:
     """Under `heads`."""
-    group = row.group
+    group = line.group
     texts = [group.objective, group.calibration, *group.other.values(), str(len(group.runs))]
     for column in columns:
-        mean, error = row.means[column.name]
+        mean, error = line.means[column.name]
         text = "-" if math.isnan(mean) else column.text(mean)
         with_error = not math.isnan(error) and column.name in ("chosen", "rejected", "margin", "worst")
         texts.append(f"{text} {pm} {error:.2f}" if with_error else text)

@@ -11,50 +11,50 @@ from rcpo.common.console import KEPT_NATS
 from rcpo.comparison.forms import as_markdown
 from rcpo.comparison.groups import Comparison
 from rcpo.comparison.summary import headline, sentences
-from rcpo.comparison.table import COLUMNS, Column, Row, heads, line_texts, notes
+from rcpo.comparison.table import COLUMNS, Column, GroupLine, heads, line_texts, notes
 
 WIDE = 10_000
 
 
-def print_table(console: Console, rows: Sequence[Row], comparison: Comparison) -> None:
+def print_table(console: Console, lines: Sequence[GroupLine], comparison: Comparison) -> None:
     """Print the table, what it says and its notes; as Markdown with all columns where the console is no
     terminal."""
     pm = "+-" if console.options.ascii_only else "±"
     if not console.is_interactive:
-        console.print(Text(as_markdown(rows, comparison, pm)), soft_wrap=True, end="")
+        console.print(Text(as_markdown(lines, comparison, pm)), soft_wrap=True, end="")
         return
     columns = list(COLUMNS)
-    table = _table(rows, comparison, columns, pm)
+    table = _table(lines, comparison, columns, pm)
     wide = console.options.update(width=WIDE)
     while columns[1:] and console.measure(table, options=wide).maximum > console.width:
         columns.remove(max(columns, key=lambda column: column.rank))
-        table = _table(rows, comparison, columns, pm)
+        table = _table(lines, comparison, columns, pm)
     console.print(table)
     if len(columns) < len(COLUMNS):
         hidden = ", ".join(column.head for column in COLUMNS if column not in columns)
         console.print(Text(f"Not shown, for want of width: {hidden}.", style="dim"))
-    console.print(Text(headline(rows, comparison), style="bold"))
-    for line in sentences(rows, comparison):
-        console.print(Text(f"  {line}"))
+    console.print(Text(headline(lines, comparison), style="bold"))
+    for sentence in sentences(lines, comparison):
+        console.print(Text(f"  {sentence}"))
     console.print()
     for note in notes(comparison, pm):
         console.print(Text(note, style="yellow" if note.startswith("left out") else "dim"))
 
 
-def _table(rows: Sequence[Row], comparison: Comparison, columns: Sequence[Column], pm: str) -> Table:
+def _table(lines: Sequence[GroupLine], comparison: Comparison, columns: Sequence[Column], pm: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, header_style="dim", padding=(0, 1), pad_edge=False)
     titles = heads(comparison, columns)
     num_left, where = titles.index("n"), titles.index("chosen")
     for idx, title in enumerate(titles):
         table.add_column(title, justify="left" if idx < num_left else "right")
     previous = None
-    for row in rows:
-        texts = [Text(text) for text in line_texts(row, columns, pm)]
-        chosen = row.means["chosen"][0]
+    for line in lines:
+        texts = [Text(text) for text in line_texts(line, columns, pm)]
+        chosen = line.means["chosen"][0]
         if abs(chosen) >= KEPT_NATS:
             texts[where].stylize("red" if chosen < 0 else "green")
-        if previous not in (None, row.group.row_label):
+        if previous not in (None, line.group.row_label):
             table.add_section()
-        previous = row.group.row_label
+        previous = line.group.row_label
         table.add_row(*texts)
     return table

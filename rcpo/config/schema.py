@@ -68,11 +68,11 @@ class CalibrationConfig:
     """mean: r = mean(d_w)/mean(d_l) and scores of the mean log-probabilities (the paper's). weighted: the two
     halves G_w = mean(d_w s_w) and G_l = mean(d_l s_l) of the real gradient."""
     ema_beta: Annotated[float, Field(ge=0, lt=1)] = 0.98
-    """Decay of the EMA of band position and centre, per optimizer step; the paper's 0.98."""
+    """Decay of the EMA of log ratio and band centre, per optimizer step; the paper's 0.98."""
     max_log_alpha: Annotated[float, Field(gt=0, le=20)] = 3.0
     """Limit of |log alpha|; limited steps are counted in calibration/clamped."""
     every: Positive = 1
-    """Optimizer steps from one measurement of the scores to the next."""
+    """Optimizer steps from one measurement to the next."""
     warmup_steps: NonNegative = 0
     """Optimizer steps at the start that are all measured, so that the first averages are not of two or three
     batches."""

@@ -1,4 +1,4 @@
-"""data.filter: leave training pairs out by their scores.
+"""data.filter: leave training pairs out by their pair scores.
 
 Scores come from a file, so that training needs no pass of its own and every rank leaves out the same pairs.
 Held-out pairs stay as they are. Called by `rcpo.training.read_inputs`.
@@ -47,11 +47,11 @@ def filter_pairs(pairs: PackedPairs, config: ResolvedConfig) -> tuple[PackedPair
     limits = limits_of(config.data.filter)
     if config.data.filter.scores is None or not limits:
         return pairs, []
-    scores = read_pair_scores(config.data.filter.scores, KEY)
-    places = _places(pairs, scores, config.data.filter.scores)
-    columns = scores.of_split(TRAIN)
+    pair_scores = read_pair_scores(config.data.filter.scores, KEY)
+    places = _places(pairs, pair_scores, config.data.filter.scores)
+    columns = pair_scores.of_split(TRAIN)
     kept = np.ones(len(pairs), dtype=bool)
-    report = [f"data.filter: scores by model.path={scores.made_with.get('model.path', 'unknown')}"]
+    report = [f"data.filter: scores by model.path={pair_scores.made_with.get('model.path', 'unknown')}"]
     for limit in limits:
         values = np.array([columns[limit.column][place] for place in places], dtype=float)
         bound = float(np.percentile(values, limit.value)) if limit.is_percentile else limit.value
@@ -69,27 +69,27 @@ def filter_pairs(pairs: PackedPairs, config: ResolvedConfig) -> tuple[PackedPair
     return pairs.take(np.flatnonzero(kept).tolist()), report
 
 
-def _places(pairs: Sequence[TokenizedPair], scores: PairScoreFile, path: str) -> list[int]:
+def _places(pairs: Sequence[TokenizedPair], pair_scores: PairScoreFile, path: str) -> list[int]:
     """Where each pair stands in the training part of the file."""
-    columns = scores.of_split(TRAIN)
+    columns = pair_scores.of_split(TRAIN)
     by_row = {row: place for place, row in enumerate(columns["row"])}
     places = []
     for pair in pairs:
         place = by_row.get(pair.row)
         if place is None:
             raise UserError(
-                f"{KEY}={path}: has no scores of training row {pair.row}{_made(scores)}; {ADVICE}"
+                f"{KEY}={path}: has no scores of training row {pair.row}{_made(pair_scores)}; {ADVICE}"
             )
         if columns["digest"][place] != pair_digest(pair):
             raise UserError(
-                f"{KEY}={path}: row {pair.row} has other tokens now than when it was scored{_made(scores)}; "
-                f"{ADVICE}"
+                f"{KEY}={path}: row {pair.row} has other tokens now than when it was scored"
+                f"{_made(pair_scores)}; {ADVICE}"
             )
         places.append(place)
     return places
 
 
-def _made(scores: PairScoreFile) -> str:
+def _made(pair_scores: PairScoreFile) -> str:
     """What the file says of its origin, in brackets."""
-    shown = ", ".join(f"{key}={value}" for key, value in scores.made_with.items() if value is not None)
+    shown = ", ".join(f"{key}={value}" for key, value in pair_scores.made_with.items() if value is not None)
     return f" (scored with {shown})" if shown else ""

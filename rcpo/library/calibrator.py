@@ -19,7 +19,7 @@ from rcpo.config.compose import conf_dir
 from rcpo.config.rules import check_calibration
 from rcpo.config.schema import CalibrationConfig
 from rcpo.config.validate import section_of
-from rcpo.library.sides import HeadSides, ParameterSides, Sides
+from rcpo.library.score_vectors import HeadScoreVectors, ParameterScoreVectors, ScoreVectors
 from rcpo.method.calibrators import build_calibrator
 from rcpo.method.incentives import Incentives, loss_and_incentives
 from rcpo.method.metrics import QUANTITIES, pair_sums, statistics_of, step_row
@@ -77,13 +77,13 @@ class Calibrator:
             )
         self._calibrator = build_calibrator(config, first_pass_steps)
         self._weighted = config.estimator == "weighted"
-        self._sides = _sides_of(kind, self._calibrator.measures_at(0), head, parameters)
+        self._vectors = _vectors_of(kind, self._calibrator.measures_at(0), head, parameters)
         self._group = group
         self._step = 0
         self._state: tuple[float, ...] | None = None
         self._sums: Tensor | None = None
         self._has_reference = True
-        self._sides_due()
+        self._watch_if_due()
 
     @property
     def alpha(self) -> float:
@@ -119,10 +119,10 @@ class Calibrator:
             weight = weight.to(loss)
             loss, d_w, d_l = weight * loss, weight * d_w, weight * d_l
         self._add(loss, pair, Incentives(d_w, d_l))
-        if self._sides is not None and self._calibrator.measures_at(self._step):
+        if self._vectors is not None and self._calibrator.measures_at(self._step):
             one = torch.ones_like(d_w)
             c_w, c_l = (d_w, d_l) if self._weighted else (one, one)
-            self._sides.add((c_w * z_w).sum(), (c_l * z_l).sum())
+            self._vectors.add((c_w * z_w).sum(), (c_l * z_l).sum())
         alpha = self.alpha
         value = (-alpha * d_w * z_w + d_l / alpha * z_l).mean()
         return loss.mean() + (value - value.detach())
@@ -153,7 +153,7 @@ class Calibrator:
         self._state = self.objective.advance(self._state, columns)
         self._step += 1
         self._sums = None
-        self._sides_due()
+        self._watch_if_due()
         row = {"step": self._step, **row, **self._calibrator.counts()}
         return row if self._has_reference else _without_displacement(row)
 
@@ -174,11 +174,11 @@ class Calibrator:
         self._calibrator.load_state_dict(state["calibrator"])
         self._state = None if state["objective_state"] is None else tuple(state["objective_state"])
         self._sums = None
-        self._sides_due()
+        self._watch_if_due()
 
-    def _sides_due(self) -> None:
-        if self._sides is not None:
-            self._sides.watch(self._calibrator.measures_at(self._step))
+    def _watch_if_due(self) -> None:
+        if self._vectors is not None:
+            self._vectors.watch(self._calibrator.measures_at(self._step))
 
     def _pair(
         self,
@@ -233,9 +233,9 @@ class Calibrator:
 
     def _geometry(self, num_pairs: float) -> ScoreGeometry | None:
         """Of the global batch, where this step measures it."""
-        if self._sides is None or not self._calibrator.measures_at(self._step):
+        if self._vectors is None or not self._calibrator.measures_at(self._step):
             return None
-        chosen, rejected = (self._reduced(side) for side in self._sides.take())
+        chosen, rejected = (self._reduced(side) for side in self._vectors.take())
         return ScoreGeometry(
             chosen_squared=float(partial_dot([chosen], [chosen])) / num_pairs**2,
             rejected_squared=float(partial_dot([rejected], [rejected])) / num_pairs**2,
@@ -273,9 +273,9 @@ def _config_of(kind: str, options: dict[str, Any]) -> CalibrationConfig:
     return config
 
 
-def _sides_of(
+def _vectors_of(
     kind: str, measures: bool, head: nn.Module | None, parameters: Iterable[nn.Parameter] | None
-) -> Sides | None:
+) -> ScoreVectors | None:
     """Where score vectors come from; None for a kind that measures none."""
     if not measures:
         return None
@@ -284,7 +284,11 @@ def _sides_of(
             f"Calibrator({kind!r}, ...): measures score vectors; give head=model.get_output_embeddings() or "
             "parameters=model.parameters(), one of the two"
         )
-    return ParameterSides(parameters) if parameters is not None else HeadSides(typing.cast(nn.Module, head))
+    return (
+        ParameterScoreVectors(parameters)
+        if parameters is not None
+        else HeadScoreVectors(typing.cast(nn.Module, head))
+    )
 
 
 def _check(name: str, values: Any, like: Tensor) -> None:

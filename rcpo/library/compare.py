@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from rcpo.comparison.groups import Comparison as Compared
-    from rcpo.comparison.table import Row
+    from rcpo.comparison.table import GroupLine
 
 
 class HasPath(Protocol):
@@ -28,12 +28,12 @@ Place: TypeAlias = "str | os.PathLike[str] | HasPath"
 class Comparison:
     """Runs side by side, seeds merged into groups, with differences to calibration=off."""
 
-    def __init__(self, rows: "list[Row]", compared: "Compared") -> None:
-        self._rows, self._compared = rows, compared
+    def __init__(self, lines: "list[GroupLine]", compared: "Compared") -> None:
+        self._lines, self._compared = lines, compared
 
     @property
     def table(self) -> "pd.DataFrame":
-        """One row a group, the columns of the terminal's table as numbers: means over n seeds; vs_off is the
+        """One line a group, the columns of the terminal's table as numbers: means over n seeds; vs_off is the
         difference of chosen to calibration=off, p its p-value, adjusted for all groups."""
         import pandas as pd
 
@@ -41,15 +41,15 @@ class Comparison:
 
         return pd.DataFrame(
             {
-                "objective": row.group.objective,
-                "calibration": row.group.calibration,
-                **row.group.other,
-                "n": len(row.group.runs),
-                **{column.name: row.means[column.name][0] for column in COLUMNS},
-                "vs_off": row.group.differences["chosen"].mean if row.group.differences else math.nan,
-                "p": row.group.p_holm,
+                "objective": line.group.objective,
+                "calibration": line.group.calibration,
+                **line.group.other,
+                "n": len(line.group.runs),
+                **{column.name: line.means[column.name][0] for column in COLUMNS},
+                "vs_off": line.group.differences["chosen"].mean if line.group.differences else math.nan,
+                "p": line.group.p_holm,
             }
-            for row in self._rows
+            for line in self._lines
         )
 
     @property
@@ -57,7 +57,7 @@ class Comparison:
         """The same with everything that `rcpo compare --csv` has: standard errors, intervals, notes."""
         import pandas as pd
 
-        return pd.DataFrame([row.record() for row in self._rows])
+        return pd.DataFrame([line.flat() for line in self._lines])
 
     @property
     def left_out(self) -> list[tuple[Path, str]]:
@@ -68,7 +68,7 @@ class Comparison:
         """The table, what it says in words, and its notes."""
         from rcpo.comparison.forms import as_markdown
 
-        return as_markdown(self._rows, self._compared)
+        return as_markdown(self._lines, self._compared)
 
     def html(self, path: str | os.PathLike[str], ches: Literal["auto", "yes", "no"] = "auto") -> Path:
         """Write the report of `rcpo compare --html`, one file that needs no network; returns its path.
@@ -77,7 +77,7 @@ class Comparison:
 
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(target, make_page(self._rows, self._compared, ches))
+        write_atomically(target, make_page(self._lines, self._compared, ches))
         return target
 
     def __repr__(self) -> str:
@@ -101,7 +101,7 @@ def compare(
     from rcpo.comparison.groups import compare_runs
     from rcpo.comparison.load import load_run
     from rcpo.comparison.select import select
-    from rcpo.comparison.table import make_rows
+    from rcpo.comparison.table import make_lines
 
     is_one = isinstance(paths, str | os.PathLike) or hasattr(paths, "path")
     places: list[Any] = [paths] if is_one else list(paths)  # type: ignore[arg-type]
@@ -110,4 +110,4 @@ def compare(
     words = [os.fspath(getattr(place, "path", place)) for place in places]
     runs = [load_run(path) for path in find_runs(words)]
     compared = compare_runs(select(runs, [where] if isinstance(where, str) else where))
-    return Comparison(make_rows(compared, sort), compared)
+    return Comparison(make_lines(compared, sort), compared)

@@ -126,7 +126,7 @@ class BandCalibration:
     last_step: int = -1
     """The newest step whose measurement was used, or skipped."""
     position_ema: float = 0.0
-    """EMA of the band position before calibration."""
+    """EMA of the log ratio: of the position before calibration."""
     center_ema: float = 0.0
     """EMA of the band centre."""
     num_skipped: int = 0

@@ -86,8 +86,8 @@ def save(figure: Figure, path: Path) -> None:
 
 def column(rows: Rows, key: str) -> tuple[np.ndarray, np.ndarray]:
     """(steps, values) of the rows that have `key`, fp64; infinite values stay infinite."""
-    chosen = [row for row in rows if key in row]
-    return np.array([row["step"] for row in chosen], float), np.array([row[key] for row in chosen], float)
+    found = [row for row in rows if key in row]
+    return np.array([row["step"] for row in found], float), np.array([row[key] for row in found], float)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:

@@ -28,20 +28,20 @@ HEADS = {
 """Short ones, where texts need the room."""
 
 
-def make_page(scores: PairScoreFile, read: PairsRead) -> str:
+def make_page(pair_scores: PairScoreFile, read: PairsRead) -> str:
     """The whole page."""
-    columns = scores.of_split(TRAIN)
+    columns = pair_scores.of_split(TRAIN)
     return render(
         "quality/scores.html.j2",
         policy=POLICY,
         title=f"rcpo score: {len(columns['row'])} training pairs",
-        made=", ".join(f"{key}={value}" for key, value in scores.made_with.items() if value is not None),
-        num_held_out=len(scores.of_split(HELD_OUT)["row"]),
+        made=", ".join(f"{key}={value}" for key, value in pair_scores.made_with.items() if value is not None),
+        num_held_out=len(pair_scores.of_split(HELD_OUT)["row"]),
         report=read.report,
-        quantiles=_table(quantile_heads(), quantile_rows(scores)),
+        quantiles=_table(quantile_heads(), quantile_rows(pair_scores)),
         pair_scores=list(PAIR_SCORES.values()),
         histograms=[_histogram(name, columns[name]) for name in HISTOGRAMS],
-        findings=[(finding.text, finding.listed(NUM_LISTED)) for finding in findings(scores, read)],
+        findings=[(finding.text, finding.listed(NUM_LISTED)) for finding in findings(pair_scores, read)],
         highest=_highest(columns, read),
     )
 

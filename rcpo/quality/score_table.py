@@ -12,8 +12,8 @@ from rcpo.quality.pairs import PairFacts
 def make_table(parts: dict[str, tuple[Sequence[PairFacts], Sequence[ModelScores]]]) -> pa.Table:
     """The table of facts and scores by split."""
     rows = [
-        {"split": split, **facts._asdict(), **scores._asdict(), "margin": scores.z_w - scores.z_l}
+        {"split": split, **facts._asdict(), **model._asdict(), "margin": model.z_w - model.z_l}
         for split, both in parts.items()
-        for facts, scores in zip(*both, strict=True)
+        for facts, model in zip(*both, strict=True)
     ]
     return pa.Table.from_pylist(rows, schema=SCHEMA)

@@ -42,9 +42,9 @@ class Finding:
         return ", ".join(self.rows[:num]) + more
 
 
-def quantile_rows(scores: PairScoreFile) -> list[list[str]]:
+def quantile_rows(pair_scores: PairScoreFile) -> list[list[str]]:
     """A row for each pair score of the training pairs: its title and its percentiles."""
-    columns = scores.of_split(TRAIN)
+    columns = pair_scores.of_split(TRAIN)
     return [
         [title, *(number(value) for value in np.percentile(columns[name], PERCENTILES))]
         for name, (title, _) in PAIR_SCORES.items()
@@ -55,9 +55,9 @@ def quantile_heads() -> list[str]:
     return ["training pairs", *(f"{percent} %" for percent in PERCENTILES)]
 
 
-def findings(scores: PairScoreFile, read: PairsRead) -> list[Finding]:
+def findings(pair_scores: PairScoreFile, read: PairsRead) -> list[Finding]:
     """Repeated, contradictory and identical sides among the training rows."""
-    columns = scores.of_split(TRAIN)
+    columns = pair_scores.of_split(TRAIN)
     repeats = _linked(columns, "repeats")
     against = _linked(columns, "contradicts")
     identical = read.records.dropped.get(IDENTICAL, [])
@@ -93,16 +93,16 @@ def _linked(columns: dict[str, list[Any]], name: str) -> list[tuple[int, int]]:
     return [(row, other) for row, other in both if other is not None]
 
 
-def print_summary(console: Console, scores: PairScoreFile, read: PairsRead) -> None:
+def print_summary(console: Console, pair_scores: PairScoreFile, read: PairsRead) -> None:
     """The table and the findings; plain ASCII where the console is no terminal."""
     for line in read.report:
         console.print(Text(line), soft_wrap=True)
     console.print()
-    _print_table(console, quantile_heads(), quantile_rows(scores))
+    _print_table(console, quantile_heads(), quantile_rows(pair_scores))
     console.print()
     for title, meaning in PAIR_SCORES.values():
         console.print(Text(f"{title}: {meaning}", style="dim"), soft_wrap=True)
-    for finding in findings(scores, read):
+    for finding in findings(pair_scores, read):
         listed = finding.listed(NUM_LISTED)
         console.print(Text(finding.text + (f": rows {listed}" if listed else "")), soft_wrap=True)
 

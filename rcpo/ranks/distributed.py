@@ -60,9 +60,9 @@ def _said_by_scontrol(*words: str) -> str:
 
 def free_port() -> int:
     """A TCP port that was free on this host a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
         return port
 
 
@@ -105,7 +105,7 @@ def initialize(device: str) -> torch.device:
 
 
 def _use_cpu_accelerator() -> None:
-    """Where DeepSpeed was imported before this run's device was known, it has chosen a GPU by itself."""
+    """Where DeepSpeed was imported before this run's device was known, it has selected a GPU by itself."""
     from deepspeed import accelerator
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 

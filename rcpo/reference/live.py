@@ -1,7 +1,7 @@
 """The models that give reference log-probabilities: a frozen one, or the policy with its new adapter off.
 
 Owns how they are held beside the policy. Which weights they have is in `rcpo.reference.weights`; numbers are
-kept by `rcpo.reference.cache`. Called by `rcpo.reference.source`.
+kept by `rcpo.reference.cache`. Called by `rcpo.reference.maker`.
 """
 
 import contextlib

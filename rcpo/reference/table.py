@@ -27,7 +27,7 @@ class ReferenceRows(NamedTuple):
 
 class Reference(Protocol):
     """Where reference log-probs of training pairs come from: `ReferenceTable`, or
-    `rcpo.reference.source.LiveReference`."""
+    `rcpo.reference.maker.LiveReference`."""
 
     num_bytes: int
     """Memory of a rank that it holds on the device."""

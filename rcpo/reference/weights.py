@@ -1,7 +1,7 @@
 """Which weights the reference has: the policy's initial ones, or those that `reference.path` names.
 
 Reads config and files alone and loads no model. Called by `rcpo.training.read_inputs` for the checks and by
-`rcpo.reference.source`.
+`rcpo.reference.maker`.
 """
 
 import dataclasses

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 import rcpo
+from rcpo.common.code_version import code_hash, git_commit
 from rcpo.common.errors import UserError
 from rcpo.common.files import replacing, write_atomically
-from rcpo.common.source import git_commit, source_hash
 from rcpo.runs.own_module import keep_module, module_change
 from rcpo.runs.rows import encode_row, read_rows
 
@@ -72,7 +72,7 @@ class RunFolder:
             status=status,
             created=now(),
             git_commit=git_commit(),
-            source_hash=source_hash(),
+            source_hash=code_hash(),
             world_size=config.world_size(),
             wandb_id=os.urandom(6).hex(),
             **(_start_facts() if status == "running" else {}),
@@ -158,13 +158,13 @@ def _code_change(known: dict[str, Any]) -> dict[str, Any]:
     """What run.json gets, and a warning, when a run goes on under other code than it last had."""
     changes = known.get("code_changes", [])
     last = changes[-1] if changes else known
-    if last.get("source_hash") in (None, source_hash()):
+    if last.get("source_hash") in (None, code_hash()):
         return {}
     print(
-        f"rcpo: warning: rcpo's code has changed since this run was made (source {last['source_hash']}, "
-        f"commit {last.get('git_commit')}; now {source_hash()}, commit {git_commit()})",
+        f"rcpo: warning: rcpo's code has changed since this run was made (hash {last['source_hash']}, "
+        f"commit {last.get('git_commit')}; now {code_hash()}, commit {git_commit()})",
         file=sys.stderr,
         flush=True,
     )
-    change = {"time": now(), "git_commit": git_commit(), "source_hash": source_hash()}
+    change = {"time": now(), "git_commit": git_commit(), "source_hash": code_hash()}
     return {"code_changes": [*changes, change]}

@@ -29,7 +29,7 @@ from rcpo.monitor.summary import summarize
 from rcpo.objectives import Objective
 from rcpo.ranks import stopping
 from rcpo.ranks.distributed import rank, world_size
-from rcpo.reference.source import ReferenceSource
+from rcpo.reference.maker import ReferenceMaker
 from rcpo.runs.folder import RunFolder
 from rcpo.training.aggregate import aggregate_of
 from rcpo.training.agreement import check_agreement
@@ -70,14 +70,14 @@ def train(
     num_steps = inputs.num_steps(config)
     checkpoint = checkpoint_to_resume(run) if resume else None
     visited = sampler.visited(num_steps)
-    source = ReferenceSource(config, run, inputs, visited, objective.weighs_tokens, checkpoint is not None)
-    source.run_own_model(device)
+    maker = ReferenceMaker(config, run, inputs, visited, objective.weighs_tokens, checkpoint is not None)
+    maker.run_own_model(device)
     engine = Engine(config, num_steps, device)
     check_agreement(config, inputs, engine)
     measurements = Measurements(config, engine)
     calibrator = build_calibrator(config.calibration, sampler.num_fresh_steps)
     state = TrainState(0, calibrator, _initial_state(objective, inputs, sampler))
-    reference, start = source.open(engine)
+    reference, start = maker.open(engine)
     rehearse(config, inputs, engine, sampler, num_steps, reference)
     if checkpoint is not None:
         values, scores = load_checkpoint(checkpoint, engine)
@@ -99,7 +99,7 @@ def train(
     )
     with stopping.deferred(), _closed_on_failure(sinks):
         if checkpoint is None:
-            _record_evaluation(training, start)
+            _note_evaluation(training, start)
         _train_steps(training, watch or StepWatch())
         return _finish(training)
 
@@ -113,7 +113,7 @@ def _train_steps(training: Training, watch: StepWatch) -> None:
         micro_batches = _micro_batches(training, measurement.takes_joint_layouts)
         num_tokens = _num_tokens(training.inputs, training.sampler.global_batch(state.step))
         lr = engine.lr()
-        probe_r_w = _measure_probe(training) if state.calibrator.probes_at(state.step) else None
+        probe_r_w = _evaluate_probe(training) if state.calibrator.probes_at(state.step) else None
         watch.before(training, micro_batches)
         try:
             trained = train_step(
@@ -140,7 +140,7 @@ def _train_steps(training: Training, watch: StepWatch) -> None:
         if state.step == training.num_steps or _due(state.step, config.train.eval_every):
             pairs, pad_id = training.inputs.held_out, training.inputs.pad_id
             result = evaluate_logprobs(engine, pairs, pad_id, eval_batch(config))
-            _record_evaluation(training, result)
+            _note_evaluation(training, result)
         is_saved = _due(state.step, config.train.save_every) and save_or_go_on(training)
         if trained.stop and state.step < training.num_steps:
             stop_with_checkpoint(training, is_saved)
@@ -162,7 +162,7 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _measure_probe(training: Training) -> float:
+def _evaluate_probe(training: Training) -> float:
     """Mean r_w of the probe pairs, the first of the held-out ones. Collective."""
     pairs = training.inputs.held_out[: training.config.calibration.feedback.pairs]
     result = evaluate_logprobs(training.engine, pairs, training.inputs.pad_id, eval_batch(training.config))
@@ -216,7 +216,7 @@ def _start_sinks(config: ResolvedConfig, run: RunFolder, num_steps: int, start_s
     return build_sinks(config, run, num_steps, start_step)
 
 
-def _record_evaluation(training: Training, result: SideLogProbs) -> None:
+def _note_evaluation(training: Training, result: SideLogProbs) -> None:
     """Displacement of the held-out pairs against step 0, to every sink; per-pair results to the run
     folder."""
     if rank() != 0:

@@ -7,7 +7,7 @@
     ApartMeasurement   the calibrator wants the two halves of the real gradient over parameters: the sides go
                        backward one after the other. At ZeRO 3 one forward pass of one side more, about a
                        sixth of a step.
-    ProbeMeasurement   geometry of parameters that must not touch the training (metrics.geometry_every), or of
+    BesideMeasurement  geometry of parameters that must not touch the training (metrics.geometry_every), or of
                        unweighted scores: two backward passes beside the ordinary one, whose gradients are
                        captured and withheld from the engine. The training is bit-identical; the step takes
                        twice its time.
@@ -230,7 +230,7 @@ class ApartMeasurement(Measurement):
         return self._reader.read(products)
 
 
-class ProbeMeasurement(Measurement):
+class BesideMeasurement(Measurement):
     """Geometry of a set of parameters beside an ordinary step, which it leaves as it is, bit for bit."""
 
     takes_joint_layouts = False
@@ -279,7 +279,7 @@ class Measurements:
         self._unmeasured = Measurement()
         self._head: HeadMeasurement | None = None
         self._apart: ApartMeasurement | None = None
-        self._probe: ProbeMeasurement | None = None
+        self._beside: BesideMeasurement | None = None
         self._reader: Reader | None = None
         self._loaded: dict[str, Tensor] = {}
 
@@ -304,8 +304,8 @@ class Measurements:
             return self._unmeasured
         if self._config.calibration.scope == "head":
             return self._of_head()
-        apart, probe = self._of_parameters()
-        return apart if wanted and self._weighted else probe
+        apart, beside = self._of_parameters()
+        return apart if wanted and self._weighted else beside
 
     @property
     def _weighted(self) -> bool:
@@ -317,8 +317,8 @@ class Measurements:
             self._head = HeadMeasurement(self._engine, self._make_reader(), pairs_per_step)
         return self._head
 
-    def _of_parameters(self) -> tuple[ApartMeasurement, ProbeMeasurement]:
-        if self._apart is None or self._probe is None:
+    def _of_parameters(self) -> tuple[ApartMeasurement, BesideMeasurement]:
+        if self._apart is None or self._beside is None:
             if self._config.calibration.scope == "lora_last":
                 parameters = last_block_parameters(self._engine.policy.model)
             else:
@@ -326,5 +326,5 @@ class Measurements:
             scores = ParameterScores(parameters, self._engine.device)
             reader = ParameterReader(parameters, scores, self._make_reader())
             self._apart = ApartMeasurement(scores, reader)
-            self._probe = ProbeMeasurement(scores, reader, self._weighted)
-        return self._apart, self._probe
+            self._beside = BesideMeasurement(scores, reader, self._weighted)
+        return self._apart, self._beside

@@ -21,7 +21,7 @@ from rcpo.comparison import pair_ches
 from rcpo.comparison.fallen import ChesChoice, find_fallen
 from rcpo.comparison.page import make_page, same_decimals
 from rcpo.comparison.statistics import spearman
-from rcpo.comparison.table import make_rows
+from rcpo.comparison.table import make_lines
 from rcpo.data.score_file import HELD_OUT, read_pair_scores
 from rcpo.models.load import model_place
 
@@ -41,7 +41,7 @@ class Case(NamedTuple):
 
     def page(self, choice: ChesChoice = "auto") -> str:
         comparison = compare(self.runs)
-        return html.unescape(make_page(make_rows(comparison), comparison, choice))
+        return html.unescape(make_page(make_lines(comparison), comparison, choice))
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from helpers.compare_folders import compare
 from rcpo.comparison.page import make_page
-from rcpo.comparison.table import make_rows
+from rcpo.comparison.table import make_lines
 
 REJECTED = (-2.0, -2.0, -2.0, -2.0)
 EVIL = "</script><script>document.title='taken'</script><img src=x onerror=\"fail()\"> & \"q\" 'a'"
@@ -13,7 +13,7 @@ EVIL = "</script><script>document.title='taken'</script><img src=x onerror=\"fai
 
 def page_of(path: Path) -> str:
     comparison = compare(path)
-    return make_page(make_rows(comparison), comparison, "no")
+    return make_page(make_lines(comparison), comparison, "no")
 
 
 def write_pairs(path: Path, words: str = "right") -> dict[str, object]:

@@ -37,6 +37,18 @@ def spans(readme: Path) -> list[str]:
     return [" ".join(span.replace("\\|", "|").split()) for span in found]
 
 
+def table_rows(readme: Path, head: str) -> list[list[str]]:
+    """Cells of the table that begins with `head`."""
+    lines = text_of(readme).splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith(head)) + 2
+    table = []
+    for line in lines[start:]:
+        if not line.startswith("|"):
+            break
+        table.append([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
+    return table
+
+
 def commands(readme: Path) -> list[str]:
     """Every command that a reader could type, in order: lines of sh blocks, then commands in the prose. A
     program's name alone, or with its first word alone, is no command."""

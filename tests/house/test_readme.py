@@ -19,7 +19,7 @@ import rcpo
 from helpers import ROOT
 from helpers.forked import in_a_fork
 from helpers.plain_loop import summed
-from helpers.readmes import anchors, code, links, readmes, spans, text_of
+from helpers.readmes import anchors, code, links, readmes, spans, table_rows, text_of
 from helpers.tiny_models import MODELS, make_pairs
 from rcpo.config.keys import page
 from rcpo.data.tokenize import TokenizedPair
@@ -36,18 +36,6 @@ READERS_OWN = ("conf/objective/mine.yaml",)
 """Files that the reader is told to write."""
 
 each_readme = pytest.mark.parametrize("readme", readmes(), ids=lambda file: str(file.relative_to(ROOT)))
-
-
-def rows(readme: Path, head: str) -> list[list[str]]:
-    """Cells of the table that begins with `head`."""
-    lines = text_of(readme).splitlines()
-    start = next(number for number, line in enumerate(lines) if line.startswith(head)) + 2
-    table = []
-    for line in lines[start:]:
-        if not line.startswith("|"):
-            break
-        table.append([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
-    return table
 
 
 def test_the_front_page_is_short() -> None:
@@ -92,7 +80,7 @@ def test_the_configuration_is_what_the_schema_says() -> None:
 
 def test_the_objectives_table_is_the_registry() -> None:
     """One line an objective: its formula, its defaults and whether it needs a reference."""
-    table = rows(OBJECTIVES, "| name | loss per pair")
+    table = table_rows(OBJECTIVES, "| name | loss per pair")
     found = {cells[0].strip("`"): cells[1:4] for cells in table}
     assert sorted(found) == sorted(REGISTRY)
     for name, (loss, defaults, reference) in found.items():
@@ -107,7 +95,7 @@ def test_the_objectives_table_is_the_registry() -> None:
 def test_every_metric_named_is_written() -> None:
     """First keys of the lines of the metrics table are ones that rcpo writes."""
     source = "".join(path.read_text() for path in (ROOT / "rcpo").rglob("*.py"))
-    table = rows(ROOT / "rcpo/runs/README.md", "| key | meaning")
+    table = table_rows(ROOT / "rcpo/runs/README.md", "| key | meaning")
     keys = [cells[0].split("`")[1] for cells in table]
     assert len(keys) > 10
     for key in keys:
@@ -128,7 +116,7 @@ def test_the_drawn_rooms_are_the_rooms() -> None:
     drawn = [room for line in drawing.splitlines() for room in re.split(r" {2,}", line[:26].strip()) if room]
     there = [file.parent.name for file in (ROOT / "rcpo").glob("*/__init__.py")]
     assert sorted(drawn) == sorted(there)
-    table = rows(INSIDE, "| room | its files")
+    table = table_rows(INSIDE, "| room | its files")
     assert {re.sub(r"\[(\w+)\].*", r"\1", cells[0]) for cells in table} == set(there)
     for room, files in table:
         folder = ROOT / "rcpo" / re.sub(r"\[(\w+)\].*", r"\1", room)
@@ -137,7 +125,7 @@ def test_the_drawn_rooms_are_the_rooms() -> None:
 
 
 def test_the_glossary_has_twenty_words() -> None:
-    words = [cells[0] for cells in rows(INSIDE, "| word | what it is")]
+    words = [cells[0] for cells in table_rows(INSIDE, "| word | what it is")]
     assert len(words) == len(set(words)) == NUM_WORDS
 
 

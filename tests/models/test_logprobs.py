@@ -20,7 +20,7 @@ def chunk_tokens(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     return int(request.param)
 
 
-def plain_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: PairBatch) -> Tensor:
+def plain_token_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: PairBatch) -> Tensor:
     """(N,) token log-probs by definition: all logits, log_softmax, gather."""
     logits = nn.functional.linear(hidden, weight, bias).flatten(0, 1)
     return logits.log_softmax(-1)[batch.token_positions, batch.targets]
@@ -49,7 +49,7 @@ def test_head_agrees_with_log_softmax(has_bias: bool, chunk_tokens: int) -> None
     hidden = torch.randn(*batch.input_ids.shape, HIDDEN, requires_grad=True)
     leaves = [hidden, *projection.parameters()]
     logps = TokenLogProbHead(projection)(hidden, batch)
-    expected = plain_logps(hidden, projection.weight, projection.bias, batch)
+    expected = plain_token_logps(hidden, projection.weight, projection.bias, batch)
     torch.testing.assert_close(logps, expected, atol=1e-5, rtol=1e-5)
     upstream = torch.randn(len(logps))
     for ours, plain in zip(
@@ -69,7 +69,7 @@ def test_head_in_bf16_is_within_a_hundredth(chunk_tokens: int) -> None:
     logps = TokenLogProbHead(projection)(hidden, batch)
     exact_hidden = hidden.detach().float().requires_grad_()
     exact_weight = projection.weight.detach().float().requires_grad_()
-    expected = plain_logps(exact_hidden, exact_weight, None, batch)
+    expected = plain_token_logps(exact_hidden, exact_weight, None, batch)
     assert logps.dtype == torch.float32
     torch.testing.assert_close(logps, expected, atol=1e-5, rtol=1e-5)
     upstream = torch.randn(len(logps))

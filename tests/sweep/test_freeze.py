@@ -8,8 +8,8 @@ import yaml
 
 import rcpo.runs.folder
 from helpers import ROOT
+from rcpo.common.code_version import code_hash
 from rcpo.common.errors import UserError
-from rcpo.common.source import source_hash
 from rcpo.runs.folder import RunFolder
 from rcpo.runs.frozen import open_run
 from rcpo.sweep.definition import Definition, read_definition
@@ -48,7 +48,7 @@ def test_a_frozen_cell_is_a_run_that_is_pending(tmp_path: Path) -> None:
         assert config == frozen.config
         assert (config.name, config.run_dir) == (frozen.cell.name, str(run.path))
         known = run.read_run()
-        assert (known["status"], known["source_hash"]) == ("pending", source_hash())
+        assert (known["status"], known["source_hash"]) == ("pending", code_hash())
         assert len(known["wandb_id"]) == 12
         assert "started" not in known
     assert len({sweep.run(frozen.cell).read_run()["wandb_id"] for frozen in cells}) == 2
@@ -134,14 +134,14 @@ def test_a_cell_that_starts_under_other_code_says_so_once(
     run.reopen()
     assert capsys.readouterr().err == ""
     assert (run.read_run()["status"], run.read_run()["num_resumed"]) == ("running", 0)
-    monkeypatch.setattr(rcpo.runs.folder, "source_hash", lambda: "0123456789abcdef")
+    monkeypatch.setattr(rcpo.runs.folder, "code_hash", lambda: "0123456789abcdef")
     run.reopen()
     assert "rcpo's code has changed since this run was made" in capsys.readouterr().err
     run.reopen()
     assert capsys.readouterr().err == ""
     (change,) = run.read_run()["code_changes"]
     assert change["source_hash"] == "0123456789abcdef"
-    assert run.read_run()["source_hash"] == source_hash()
+    assert run.read_run()["source_hash"] == code_hash()
     assert run.read_run()["num_resumed"] == 2
 
 

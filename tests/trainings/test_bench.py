@@ -141,7 +141,7 @@ def test_a_baseline_that_computes_something_else_is_not_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def sharper(model: Any, batch: Any) -> Tensor:
-        return loops.plain_logps(model, batch) * 1.01
+        return loops.plain_token_logps(model, batch) * 1.01
 
     monkeypatch.setattr(plan, "_run_processes", run_forked)
     monkeypatch.setitem(loops.LOOPS, "plain", sharper)

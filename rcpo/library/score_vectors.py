@@ -1,8 +1,8 @@
 """Score vectors of the two sides in somebody else's loop: from the graph that z hangs on, by autograd.
 
-`HeadSides` watches the module that makes the logits and needs no backward pass through the body, with tied
-embeddings neither; `ParameterSides` takes any parameters that are whole on every rank. Both add up sums over
-micro-batches and are read once a step. Called by `rcpo.library.calibrator`.
+`HeadScoreVectors` watches the module that makes the logits and needs no backward pass through the body, with
+tied embeddings neither; `ParameterScoreVectors` takes any parameters that are whole on every rank. Both add
+up sums over micro-batches and are read once a step. Called by `rcpo.library.calibrator`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ from rcpo.method.scores import CHOSEN, REJECTED
 # N token positions, V vocabulary, H hidden.
 
 
-class Sides(Protocol):
+class ScoreVectors(Protocol):
     """Where the score vectors of a step are added up."""
 
     def watch(self, is_due: bool) -> None:
@@ -51,7 +51,7 @@ class _Sums:
         return chosen, rejected
 
 
-class HeadSides(_Sums):
+class HeadScoreVectors(_Sums):
     """dz/dW = sum over positions of e_t h_t^T, from the head's inputs h (N, H) and z's gradient by the logits
     e (N, V): of the output projection alone, its bias included."""
 
@@ -101,7 +101,7 @@ class HeadSides(_Sums):
         return [weight, bias] if self._has_bias else [weight]
 
 
-class ParameterSides(_Sums):
+class ParameterScoreVectors(_Sums):
     """The gradients by any parameters, through the whole graph; a backward pass a side."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:

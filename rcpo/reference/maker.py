@@ -60,16 +60,20 @@ class LiveReference:
         sides: tuple[list[torch.Tensor], ...] = ([], [], [], [])
         for part in parts:
             part = part.to(self._model.device)
-            logps = self._model.logprobs_without_grad(part, tokens=True)
+            token_logps = self._model.logprobs_without_grad(part, tokens=True)
             num_chosen = part.num_chosen_tokens
-            found = (*sum_per_side(logps, part).chunk(2), logps[:num_chosen], logps[num_chosen:])
+            found = (
+                *sum_per_side(token_logps, part).chunk(2),
+                token_logps[:num_chosen],
+                token_logps[num_chosen:],
+            )
             for side, values in zip(sides, found, strict=True):
                 side.append(values)
         ref_w, ref_l, chosen, rejected = (torch.cat(side) for side in sides)
         return ReferenceRows(ref_w, ref_l, torch.cat([chosen, rejected]) if self._tokens else None)
 
 
-class ReferenceSource:
+class ReferenceMaker:
     """Makes the reference of one run; its methods are collective."""
 
     def __init__(
@@ -177,8 +181,8 @@ class ReferenceSource:
     def _add_tokens(self, table: ReferenceTable, model: Callable[[], LogProbModel]) -> None:
         """The training pairs token by token, by a pass of their own, which no cache saves."""
         if self._tokens:
-            logps = evaluate_token_logprobs(model(), self._trained, self._inputs.pad_id, self._batch)
-            table.tokens = dict(zip(self._visited, logps, strict=True))
+            token_logps = evaluate_token_logprobs(model(), self._trained, self._inputs.pad_id, self._batch)
+            table.tokens = dict(zip(self._visited, token_logps, strict=True))
 
     def _logprobs_of(
         self, fingerprint: str, pairs: Sequence[TokenizedPair], model: Callable[[], LogProbModel]

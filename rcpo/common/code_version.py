@@ -14,7 +14,7 @@ HASH_LETTERS = 16
 
 
 @functools.cache
-def source_hash() -> str:
+def code_hash() -> str:
     """Hash of the names and contents of rcpo's *.py files; conf/ is not part of it, since runs have frozen
     configs."""
     package = Path(rcpo.__file__).resolve().parent
@@ -30,8 +30,8 @@ def source_hash() -> str:
 def git_commit() -> str | None:
     """Commit of rcpo's own source tree, with -dirty when it has changes; None where it is not a git
     checkout."""
-    source = Path(rcpo.__file__).resolve().parent
-    command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    folder = Path(rcpo.__file__).resolve().parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
