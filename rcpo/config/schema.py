@@ -51,16 +51,16 @@ class FeedbackConfig:
     """batch: the training batches of the first pass, whose pairs are still new, then the probe. probe:
     held-out pairs."""
     every: Positive = 10
-    """Optimizer steps between two measurements on the probe pairs."""
+    """Optimizer steps from one probe of the held-out pairs to the next."""
     pairs: Positive = 64
-    """Probe pairs: the first of the held-out ones."""
+    """Pairs of a probe: the first of the held-out ones."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class CalibrationConfig:
     name: Literal["off", "on", "exact", "feedback", "fixed"]
     """off: plain training. on: reward calibration as in arXiv 2604.18239. exact: the same on the two real
-    halves of the gradient. feedback: steers alpha by measured displacement. fixed: alpha as given."""
+    halves of the gradient. feedback: steers alpha by displacement. fixed: alpha as given."""
     scope: Literal["head", "lora_last", "full"] = "head"
     """Parameters whose score vectors are compared. head: the output projection, through the head path.
     lora_last: the adapters of the last transformer block. full: all that are trained."""

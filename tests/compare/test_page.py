@@ -15,7 +15,7 @@ from rcpo.comparison.fallen import find_fallen
 from rcpo.data.records import PreferenceRecord, shortened_texts
 
 
-def test_the_pairs_whose_winner_fell_most_come_with_their_text(tmp_path: Path) -> None:
+def test_the_pairs_whose_chosen_fell_most_come_with_their_text(tmp_path: Path) -> None:
     """Under off the chosen of pair 3 loses 4 nats and that of pair 0 loses 1; the others rise."""
     settings = write_pairs(tmp_path / "eval.jsonl")
     make_run(tmp_path / "runs" / "off", settings=settings)

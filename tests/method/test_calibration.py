@@ -253,7 +253,7 @@ def test_calibration_keeps_the_loss_and_the_product_of_the_sides() -> None:
 class OnePair:
     """A real pair under a real model in fp64, with the scores of all parameters by autograd."""
 
-    WINNER, LOSER = [1, 7, 9, 12, 20, 5], [1, 7, 9, 12, 21, 5]  # prompt 1 7 9, one token differs
+    CHOSEN_IDS, REJECTED_IDS = [1, 7, 9, 12, 20, 5], [1, 7, 9, 12, 21, 5]  # prompt 1 7 9, one token differs
 
     def __init__(self) -> None:
         self.parameters = list((model := make_llama(seed=1).double()).parameters())
@@ -264,7 +264,7 @@ class OnePair:
 
     def z(self) -> list[Tensor]:
         sums = []
-        for ids in (self.WINNER, self.LOSER):
+        for ids in (self.CHOSEN_IDS, self.REJECTED_IDS):
             row = torch.tensor([ids])
             logps = self.model(input_ids=row).logits[0].log_softmax(-1)
             sums.append(logps[torch.arange(2, 5), row[0, 3:]].sum())
@@ -284,7 +284,7 @@ class OnePair:
 
 
 @pytest.mark.parametrize("log_offset", [-2.5, 0.0, 2.5])
-def test_a_step_at_the_center_raises_the_winner_and_lowers_the_loser(log_offset: float) -> None:
+def test_a_step_at_the_center_raises_the_chosen_and_lowers_the_rejected(log_offset: float) -> None:
     """Invariant 5: whatever the incentives were, after calibration z_w rises and z_l falls, at the predicted
     rates."""
     pair = OnePair()

@@ -60,8 +60,8 @@ def micro_batches(pairs: PairLogProbs, weights: Sequence[float], sizes: Sequence
         return TokenizedSide([1, *[token] * int(length)], 1)
 
     tokenized = [
-        TokenizedPair(side(w, 3), side(loser, 4), row)
-        for row, (w, loser) in enumerate(zip(pairs.len_w, pairs.len_l, strict=True))
+        TokenizedPair(side(len_w, 3), side(len_l, 4), row)
+        for row, (len_w, len_l) in enumerate(zip(pairs.len_w, pairs.len_l, strict=True))
     ]
     made, start = [], 0
     for size in sizes:
