@@ -46,6 +46,7 @@ OF_CALIBRATION = {
     "on": ("scope", "estimator", "ema_beta", "max_log_alpha", "every", "warmup_steps"),
     "exact": ("scope", "estimator", "ema_beta", "max_log_alpha", "every", "warmup_steps"),
     "feedback": ("feedback.*", "max_log_alpha"),
+    "balance": ("balance.*",),
     "fixed": ("alpha",),
 }
 """What each calibration reads of its section; the rest of it distinguishes nothing."""
@@ -180,7 +181,10 @@ def _make_group(members: list[ComparedRun], own: Settings, everything: Sequence[
         name = own.get(f"{section}.name", "?")
         namesakes = [other for other in everything if other.get(f"{section}.name") == name]
         differing = [key for key in _differing(namesakes, f"{section}.") if key in own]
-        short = [key.removeprefix(f"{section}.").removeprefix("feedback.") for key in differing]
+        short = [
+            key.removeprefix(f"{section}.").removeprefix("feedback.").removeprefix("balance.")
+            for key in differing
+        ]
         return " ".join(
             [
                 one_line(name),

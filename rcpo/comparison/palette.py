@@ -24,6 +24,7 @@ _KNOWN = {
     "on": Look("#0072B2", ("solid", "-"), ("square", "s")),
     "exact": Look("#009E73", ("dash", "--"), ("diamond", "D")),
     "feedback": Look("#CC79A7", ("dot", ":"), ("triangle-up", "^")),
+    "balance": Look("#332288", ("solid", "-"), ("star", "*")),
     "fixed": Look("#E69F00", ("dashdot", "-."), ("x", "x")),
 }
 _FURTHER = [

@@ -57,10 +57,21 @@ class FeedbackConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class BalanceConfig:
+    limit: Annotated[float, Field(gt=0, le=3)] = 1.0
+    """Limit of |log alpha|, to both sides; limited steps are counted in calibration/clamped."""
+    every: Positive = 5
+    """Optimizer steps from one probe of the held-out pairs to the next."""
+    pairs: Positive = 32
+    """Pairs of a probe: the first of the held-out ones."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class CalibrationConfig:
-    name: Literal["off", "on", "exact", "feedback", "fixed"]
+    name: Literal["off", "on", "exact", "feedback", "balance", "fixed"]
     """off: plain training. on: reward calibration as in arXiv 2604.18239. exact: the same on the two real
-    halves of the gradient. feedback: steers alpha by displacement. fixed: alpha as given."""
+    halves of the gradient. feedback: steers alpha by the chosen responses' displacement. balance: by the
+    middle of both sides. fixed: alpha as given."""
     scope: Literal["head", "lora_last", "full"] = "head"
     """Parameters whose score vectors are compared. head: the output projection, through the head path.
     lora_last: the adapters of the last transformer block. full: all that are trained."""
@@ -79,6 +90,13 @@ class CalibrationConfig:
     alpha: Annotated[float, Field(gt=0)] = 1.0
     """The constant alpha of fixed."""
     feedback: FeedbackConfig = Field(default_factory=FeedbackConfig)
+    balance: BalanceConfig = Field(default_factory=BalanceConfig)
+
+    @property
+    def probe_pairs(self) -> int:
+        """How many of the held-out pairs calibration may steer by, the first of them."""
+        pairs = {"balance": self.balance.pairs, "feedback": self.feedback.pairs}
+        return pairs.get(self.name, 0)
 
 
 def _list_of_names(value: object) -> object:
@@ -208,6 +226,11 @@ class OptimConfig:
     """Learning rate after the warm-up; linear and cosine end at 0 at the last step."""
     warmup_steps: NonNegative = 0
     """Optimizer steps of linear warm-up from 0."""
+
+    @property
+    def first_decay(self) -> float:
+        """Decay per step of what the optimizer remembers of gradients."""
+        return self.betas[0] if self.name == "adamw" else self.momentum
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -5,6 +5,7 @@ measure, and the calibrator's state. The kinds are rcpo's own (`rcpo.method.cali
 number that `update` returns (`rcpo.method.metrics`).
 """
 
+import math
 import typing
 from collections.abc import Iterable
 from typing import Any
@@ -24,6 +25,7 @@ from rcpo.method.calibrators import build_calibrator
 from rcpo.method.incentives import Incentives, loss_and_incentives
 from rcpo.method.metrics import QUANTITIES, pair_sums, statistics_of, step_row
 from rcpo.method.scores import ScoreGeometry, partial_dot
+from rcpo.method.statistics import Probe
 from rcpo.objectives import Objective, PairLogProbs, load_objective
 
 # B pairs of a micro-batch.
@@ -48,7 +50,7 @@ class Calibrator:
     `rcpo.Calibrator("on", "simpo", head=head, every=1)`. on and exact read score vectors of a module that
     makes logits (`head`, as on does on the command line) or of `parameters` (all of them, as exact does);
     these must be whole on every rank: no ZeRO 3, no FSDP. The other kinds need neither. What measures z on
-    held-out pairs (feedback, after its first pass over the data) says so in `wants_probe`.
+    held-out pairs (balance; feedback, after its first pass over the data) says so in `wants_probe`.
 
     Under torch.distributed alpha is the same on every rank: `update` is collective.
     """
@@ -61,11 +63,13 @@ class Calibrator:
         head: nn.Module | None = None,
         parameters: Iterable[nn.Parameter] | None = None,
         first_pass_steps: int = 0,
+        momentum: float = 0.9,
         group: "dist.ProcessGroup | None" = None,
         **options: Any,
     ) -> None:
         """`first_pass_steps`: optimizer steps at the start whose pairs are all new to the run, one pass over
-        the data; feedback steers by them. `group`: the data-parallel ranks, where they are not all. Raises
+        the data; feedback steers by them. `momentum`: AdamW's first decay rate, or SGD's momentum, which
+        balance takes into account. `group`: the data-parallel ranks, where they are not all. Raises
         UserError, one line, for an unknown kind or option, or where a kind lacks what it measures."""
         config = _config_of(kind, options)
         self.kind = kind
@@ -75,7 +79,7 @@ class Calibrator:
                 f"objective={self.objective.name}: weighs the tokens of z, which a loop of your own does "
                 "not; take another objective"
             )
-        self._calibrator = build_calibrator(config, first_pass_steps)
+        self._calibrator = build_calibrator(config, first_pass_steps, momentum)
         self._weighted = config.estimator == "weighted"
         self._vectors = _vectors_of(kind, self._calibrator.measures_at(0), head, parameters)
         self._group = group
@@ -128,24 +132,31 @@ class Calibrator:
         return loss.mean() + (value - value.detach())
 
     @torch.no_grad()
-    def update(self, probe_r_w: float | None = None) -> dict[str, float]:
+    def update(
+        self, probe_r_w: float | None = None, probe_r_l: float | None = None, lr_share: float = 1.0
+    ) -> dict[str, float]:
         """Take in the step, once its micro-batches have all gone through `surrogate`; the next step has
         another alpha. Collective. Returns the step's numbers, named as in metrics.jsonl.
 
-        `probe_r_w`: the displacement of held-out pairs, where `wants_probe` asks for it.
+        `probe_r_w`, `probe_r_l`: the displacement of held-out pairs, where `wants_probe` asks for it; the
+        rejected side's for balance alone. `lr_share`: the step's learning rate as a part of the peak, which
+        balance takes into account.
         """
         if self._sums is None:
             raise UserError(
                 "calibrator.update: no surrogate() since the last one; call it once a step, after them"
             )
-        if probe_r_w is None and self.wants_probe:
+        if self.wants_probe and (probe_r_w is None or (probe_r_l is None and self.kind == "balance")):
+            both = "probe_r_w and probe_r_l" if self.kind == "balance" else "probe_r_w"
+            advice = "" if self.kind == "balance" else ", or give first_pass_steps=len(loader)"
             raise UserError(
-                f"calibrator.update: {self.kind} wants probe_r_w in this step, the mean of z_w - ref_w of "
-                "held-out pairs; look at wants_probe, or give first_pass_steps=len(loader)"
+                f"calibrator.update: {self.kind} wants {both} in this step, the means of z - ref of "
+                f"held-out pairs; look at wants_probe{advice}"
             )
+        probe = None if probe_r_w is None else Probe(probe_r_w, math.nan if probe_r_l is None else probe_r_l)
         num_pairs, *sums = self._reduced(self._sums).tolist()
         means = {name: total / num_pairs for name, total in zip(QUANTITIES, sums, strict=False)}
-        seen = statistics_of(means, self._geometry(num_pairs), probe_r_w)
+        seen = statistics_of(means, self._geometry(num_pairs), probe, lr_share)
         row = step_row(means, seen, self.alpha, self._calibrator)
         self._calibrator.update(seen)
         assert self._state is not None
@@ -221,8 +232,9 @@ class Calibrator:
 
     @property
     def _steers_by_displacement(self) -> bool:
-        """Whether the kind does without score vectors and yet learns: from r = z - ref then."""
-        return self.kind not in ("off", "fixed") and not self._calibrator.measures_at(0)
+        """Whether the kind learns from r = z - ref of the batches: from neither score vectors nor a probe."""
+        learns = self.kind not in ("off", "fixed")
+        return learns and not self._calibrator.measures_at(0) and not self._calibrator.probes_at(0)
 
     @torch.no_grad()
     def _add(self, loss: Tensor, pair: PairLogProbs, incentives: Incentives) -> None:

@@ -15,29 +15,20 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rcpo.config.schema import CalibrationConfig
+from rcpo.method.balance import BalanceCalibration
 from rcpo.method.band import disentanglement_band
-from rcpo.method.scores import ScoreGeometry
+from rcpo.method.statistics import Probe, StepStatistics
 
-
-@dataclass(frozen=True)
-class StepStatistics:
-    """What a calibrator may learn from one optimizer step; global-batch values, from before calibration."""
-
-    mean_d_w: float
-    mean_d_l: float
-    geometry: ScoreGeometry | None
-    """None where no score geometry was measured in this step."""
-    mean_r_w: float = math.nan
-    """Mean of z_w - ref_w over the global batch, before its update, in nats."""
-    probe_r_w: float | None = None
-    """The same on the held-out probe pairs, where the calibrator asked for it before this step."""
-
-    @property
-    def log_ratio(self) -> float | None:
-        """log r = log(mean d_w / mean d_l), or None where a mean is not positive and finite."""
-        if all(math.isfinite(mean) and mean > 0 for mean in (self.mean_d_w, self.mean_d_l)):
-            return math.log(self.mean_d_w) - math.log(self.mean_d_l)
-        return None
+__all__ = [
+    "BalanceCalibration",
+    "BandCalibration",
+    "Calibrator",
+    "FeedbackCalibration",
+    "FixedCalibration",
+    "Probe",
+    "StepStatistics",
+    "build_calibrator",
+]
 
 
 class Calibrator(Protocol):
@@ -234,7 +225,8 @@ class FeedbackCalibration:
 
     def update(self, statistics: StepStatistics) -> None:
         is_fresh = not self.from_probe and self.step < self.num_fresh_steps
-        measured = statistics.mean_r_w if is_fresh else statistics.probe_r_w
+        probe = statistics.probe
+        measured = statistics.mean_r_w if is_fresh else None if probe is None else probe.r_w
         self.step += 1
         if measured is None:
             return
@@ -279,11 +271,15 @@ def _limited(value: float, low: float, high: float) -> float:
     return max(low, min(high, value))
 
 
-def build_calibrator(config: CalibrationConfig, num_fresh_steps: int = 0) -> Calibrator:
+def build_calibrator(
+    config: CalibrationConfig, num_fresh_steps: int = 0, momentum: float = 0.9
+) -> Calibrator:
     """The calibrator that a config asks for, in a run whose first `num_fresh_steps` optimizer steps train on
-    pairs that are new to it."""
+    pairs that are new to it, and whose optimizer has this `momentum` (AdamW's first decay rate)."""
     if config.name in ("off", "fixed"):
         return FixedCalibration(config.alpha)
+    if config.name == "balance":
+        return BalanceCalibration(config.balance.limit, config.balance.every, momentum)
     if config.name == "feedback":
         feedback = config.feedback
         high = config.max_log_alpha if feedback.high is None else feedback.high

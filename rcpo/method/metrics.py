@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from rcpo.method.band import disentanglement_band
-from rcpo.method.calibrators import Calibrator, StepStatistics
+from rcpo.method.calibrators import Calibrator
 from rcpo.method.incentives import Incentives
 from rcpo.method.scores import ScoreGeometry
+from rcpo.method.statistics import Probe, StepStatistics
 from rcpo.objectives import PairLogProbs
 
 QUANTITIES = (
@@ -56,9 +57,12 @@ def pair_sums(loss: Tensor, pair: PairLogProbs, incentives: Incentives) -> Tenso
     return torch.stack([column.detach().double().sum() for column in columns])
 
 
-def displacement_row(z_w: Tensor, z_l: Tensor, start_w: Tensor, start_l: Tensor) -> dict[str, float]:
+def displacement_row(
+    z_w: Tensor, z_l: Tensor, start_w: Tensor, start_l: Tensor, num_probed: int = 0
+) -> dict[str, float]:
     """`displacement/*` and `logps/*` of held-out pairs against their start, means over n pairs of (n,)
-    tensors."""
+    tensors. Where calibration steers by the first `num_probed` of them, `probed/*` are the means of these and
+    `unprobed/*` those of the others, which nothing steers by."""
     r_w, r_l = z_w - start_w, z_l - start_l
     names = ("chosen", "rejected", "accuracy", "chosen_down", "both_down")
     row = {
@@ -67,11 +71,17 @@ def displacement_row(z_w: Tensor, z_l: Tensor, start_w: Tensor, start_l: Tensor)
     }
     row["displacement/margin"] = row["displacement/chosen"] - row["displacement/rejected"]
     row["logps/chosen"], row["logps/rejected"] = float(z_w.double().mean()), float(z_l.double().mean())
+    if num_probed:
+        row["probed/chosen"] = float(r_w[:num_probed].double().mean())
+        row["probed/rejected"] = float(r_l[:num_probed].double().mean())
+    if 0 < num_probed < len(r_w):
+        row["unprobed/chosen"] = float(r_w[num_probed:].double().mean())
+        row["unprobed/rejected"] = float(r_l[num_probed:].double().mean())
     return row
 
 
 def statistics_of(
-    means: Mapping[str, float], geometry: ScoreGeometry | None, probe_r_w: float | None
+    means: Mapping[str, float], geometry: ScoreGeometry | None, probe: Probe | None, lr_share: float = 1.0
 ) -> StepStatistics:
     """What a calibrator may learn from a step, from the global batch's means of `QUANTITIES`."""
     return StepStatistics(
@@ -79,7 +89,8 @@ def statistics_of(
         mean_d_l=means["incentive/rejected"],
         geometry=geometry,
         mean_r_w=means["displacement/chosen"],
-        probe_r_w=probe_r_w,
+        probe=probe,
+        lr_share=lr_share,
     )
 
 

@@ -104,6 +104,7 @@ class Engine:
         self._accumulation_steps = accumulation_steps(config)
         self._num_micro_batches = 0
         self._is_adam = config.optim.name == "adamw"
+        self._peak_lr = config.optim.lr
         self._has_moments = False
         optimizer = build_optimizer(config.optim, self.trainable_parameters())
         self._optimizer = optimizer
@@ -226,6 +227,10 @@ class Engine:
     def lr(self) -> float:
         """Learning rate of the coming optimizer step."""
         return float(self._deepspeed.get_lr()[0])
+
+    def lr_share(self) -> float:
+        """The same as a part of the peak, optim.lr."""
+        return self.lr() / self._peak_lr
 
     def whole_weights(self) -> dict[str, Tensor] | None:
         """The tensors that are saved (`rcpo.models.adapters.exported_tensors`) on the CPU of rank 0, None on

@@ -19,6 +19,7 @@ from rcpo.data.pairs import SideLogProbs
 from rcpo.data.sampler import PairSampler
 from rcpo.method.calibrators import build_calibrator
 from rcpo.method.metrics import displacement_row
+from rcpo.method.statistics import Probe
 from rcpo.models.engine import Engine
 from rcpo.models.evaluation import eval_batch, evaluate_logprobs, peak_memory_gb
 from rcpo.models.load import save_model
@@ -75,7 +76,7 @@ def train(
     engine = Engine(config, num_steps, device)
     check_agreement(config, inputs, engine)
     measurements = Measurements(config, engine)
-    calibrator = build_calibrator(config.calibration, sampler.num_fresh_steps)
+    calibrator = build_calibrator(config.calibration, sampler.num_fresh_steps, config.optim.first_decay)
     state = TrainState(0, calibrator, _initial_state(objective, inputs, sampler))
     reference, start = maker.open(engine)
     rehearse(config, inputs, engine, sampler, num_steps, reference)
@@ -113,12 +114,10 @@ def _train_steps(training: Training, watch: StepWatch) -> None:
         micro_batches = _micro_batches(training, measurement.takes_joint_layouts)
         num_tokens = _num_tokens(training.inputs, training.sampler.global_batch(state.step))
         lr = engine.lr()
-        probe_r_w = _evaluate_probe(training) if state.calibrator.probes_at(state.step) else None
+        probe = _evaluate_probe(training) if state.calibrator.probes_at(state.step) else None
         watch.before(training, micro_batches)
         try:
-            trained = train_step(
-                training.method, state, micro_batches, measurement, probe_r_w, stopping.asked()
-            )
+            trained = train_step(training.method, state, micro_batches, measurement, probe, stopping.asked())
         except NonFiniteStepError as error:
             trained = TrainedStep(skip_or_stop(training, error), stop=False)
         else:
@@ -162,11 +161,12 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _evaluate_probe(training: Training) -> float:
-    """Mean r_w of the probe pairs, the first of the held-out ones. Collective."""
-    pairs = training.inputs.held_out[: training.config.calibration.feedback.pairs]
+def _evaluate_probe(training: Training) -> Probe:
+    """Displacement of the probe pairs, the first of the held-out ones. Collective."""
+    pairs = training.inputs.held_out[: training.config.calibration.probe_pairs]
     result = evaluate_logprobs(training.engine, pairs, training.inputs.pad_id, eval_batch(training.config))
-    return float((result.z_w - training.start.z_w[: len(pairs)]).double().mean())
+    r_w, r_l = (now - start[: len(pairs)] for now, start in zip(result, training.start, strict=True))
+    return Probe(float(r_w.double().mean()), float(r_l.double().mean()))
 
 
 def _initial_state(objective: Objective, inputs: Inputs, sampler: PairSampler) -> tuple[float, ...]:
@@ -222,7 +222,8 @@ def _note_evaluation(training: Training, result: SideLogProbs) -> None:
     if rank() != 0:
         return
     step, start = training.state.step, training.start
-    row = displacement_row(result.z_w, result.z_l, start.z_w, start.z_l)
+    num_probed = training.config.calibration.probe_pairs
+    row = displacement_row(result.z_w, result.z_l, start.z_w, start.z_l, num_probed)
     training.run.save_pair_results(step, result)
     for sink in training.sinks:
         sink.log_eval({"step": step} | row)

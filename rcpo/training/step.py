@@ -28,6 +28,7 @@ from rcpo.data.batch import PairBatch
 from rcpo.method.incentives import Incentives, loss_and_incentives
 from rcpo.method.metrics import QUANTITIES, pair_sums, statistics_of, step_row
 from rcpo.method.scores import CHOSEN, REJECTED
+from rcpo.method.statistics import Probe
 from rcpo.objectives import Objective, PairLogProbs
 from rcpo.ranks.distributed import sum_parts_over_ranks
 from rcpo.training.aggregate import Tilt
@@ -79,12 +80,12 @@ def train_step(
     state: TrainState,
     micro_batches: Sequence[MicroBatch],
     measurement: Measurement,
-    probe_r_w: float | None = None,
+    probe: Probe | None = None,
     asked_to_stop: bool = False,
 ) -> TrainedStep:
     """Train on this rank's micro-batches of one global batch.
 
-    `measurement` says which score vectors are caught on the way; `probe_r_w` is the displacement of the
+    `measurement` says which score vectors are caught on the way; `probe` is the displacement of the
     held-out probe pairs, where the calibrator asked for it. `state` advances by one step. The only wait for
     the device is the one reduction over the ranks; it comes before the update, so that numbers that are not
     finite never reach the weights.
@@ -118,7 +119,7 @@ def train_step(
         for name, total in zip(QUANTITIES, totals["quantities"], strict=True)
     }
     measured = measurement.read(totals["products"])
-    seen = statistics_of(means, measured.geometry, probe_r_w)
+    seen = statistics_of(means, measured.geometry, probe, engine.lr_share())
     row = step_row(means, seen, alpha, state.calibrator, measured.population)
     if any(totals["lost"]):
         raise NonFiniteStepError(row, lost.nonzero().flatten().tolist())

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from helpers.plain_balance import PlainBalance
 from rcpo.data.tokenize import TokenizedPair, TokenizedSide
 
 DPO_BETA, SIMPO_BETA, SIMPO_GAMMA, IPO_TAU = 0.1, 2.0, 1.0, 0.1
@@ -43,7 +44,7 @@ class Settings:
     objective: str
     """dpo, simpo or ipo."""
     calibration: str
-    """off, fixed, feedback, or one that centres the band: on, exact."""
+    """off, fixed, feedback, balance, or one that centres the band: on, exact."""
     optimizer: str
     """sgd or adamw (eps 1e-4)."""
     lr: float
@@ -63,6 +64,8 @@ class Settings:
     """Of fixed."""
     steering: Steering | None = None
     """Of feedback."""
+    balance_every: int | None = None
+    """Of balance: optimizer steps between measurements on the probe."""
 
 
 @dataclass
@@ -99,11 +102,15 @@ def train_plainly(
     log_ratios, centers = _Ema(settings.ema_beta), _Ema(settings.ema_beta)
     last_measured = -1
     loop = None if settings.steering is None else _Loop(settings.steering)
+    balance = None
+    if settings.balance_every is not None:
+        balance = PlainBalance(0.9 if settings.optimizer == "adamw" else 0.0)
     for step, indices in enumerate(batches):
         batch = [pairs[idx] for idx in indices]
         with torch.no_grad():
             ref = summed(start, batch)
-        log_alpha = 0.5 * (centers.value - log_ratios.value) if loop is None else loop.log_alpha
+        steered = loop or balance
+        log_alpha = 0.5 * (centers.value - log_ratios.value) if steered is None else steered.log_alpha
         alpha = settings.alpha * math.exp(max(-MAX_LOG_ALPHA, min(MAX_LOG_ALPHA, log_alpha)))
         z = summed(model, batch)
         leaves = Sides(z.z_w.detach(), z.z_l.detach())
@@ -128,7 +135,10 @@ def train_plainly(
             if step < settings.steering.num_fresh_steps:
                 loop.see(row["displacement/chosen"], 1)
             elif step % settings.steering.every == 0:
-                loop.see(_mean_r_w(model, start, probe), settings.steering.every)
+                loop.see(_mean_r(model, start, probe)[0], settings.steering.every)
+        if balance is not None and settings.balance_every is not None:
+            is_measured = step % settings.balance_every == 0
+            balance.step(sum(_mean_r(model, start, probe)) / 2 if is_measured else None)
         is_due = step < settings.warmup_steps or step % settings.every == 0
         if settings.calibration in ("on", "exact") and is_due:
             weighted = settings.estimator == "weighted"
@@ -182,10 +192,13 @@ class _Loop:
         self.log_alpha = min(max(wanted, steering.low), steering.high)
 
 
-def _mean_r_w(model: PreTrainedModel, start: PreTrainedModel, pairs: Sequence[TokenizedPair]) -> float:
+def _mean_r(
+    model: PreTrainedModel, start: PreTrainedModel, pairs: Sequence[TokenizedPair]
+) -> tuple[float, float]:
+    """Means of r_w and r_l."""
     with torch.no_grad():
-        moved = [_log_prob(model, pair.chosen) - _log_prob(start, pair.chosen) for pair in pairs]
-    return float(torch.stack(moved).mean())
+        now, then = summed(model, list(pairs)), summed(start, list(pairs))
+    return float((now.z_w - then.z_w).mean()), float((now.z_l - then.z_l).mean())
 
 
 def _optimizer(model: PreTrainedModel, settings: Settings) -> torch.optim.Optimizer:

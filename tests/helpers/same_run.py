@@ -50,10 +50,11 @@ def _train_plainly(config: ResolvedConfig) -> PlainRun:
         band.warmup_steps, band.ema_beta,
         config.objective["dro_lambda"] if config.objective["aggregate"] == "kl_dro" else None,
         band.alpha, _steering(config, sampler.num_fresh_steps),
+        band.balance.every if band.name == "balance" else None,
     )  # fmt: skip
     batches = [sampler.global_batch(step) for step in range(inputs.num_steps(config))]
     model = AutoModelForCausalLM.from_pretrained(config.model.path, attn_implementation="eager")
-    probe = inputs.held_out[: band.feedback.pairs]
+    probe = inputs.held_out[: band.probe_pairs]
     return train_plainly(model.float(), inputs.train, batches, settings, probe)
 
 

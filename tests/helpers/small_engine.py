@@ -65,6 +65,9 @@ class SmallEngine:
     def end_micro_batch(self) -> None:
         """Nothing to tell to anyone."""
 
+    def lr_share(self) -> float:
+        return 1.0
+
     def step(self) -> None:
         if self._grad_clip:
             torch.nn.utils.clip_grad_norm_(self.trainable_parameters(), self._grad_clip)

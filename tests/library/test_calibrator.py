@@ -68,6 +68,7 @@ CASES = {
         "feedback", {"steering": STEERING},
         {"first_pass_steps": 2, "feedback": {"smoothing": 0.5, "low": -1.0, "high": 1.0, "every": 2}},
     ),
+    "balance": Case("balance", {"balance_every": 2}, {"momentum": 0.0, "balance": {"every": 2}}),
 }  # fmt: skip
 
 
@@ -95,10 +96,11 @@ def train_with(
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     rows = []
     for step, indices in enumerate(batches):
-        probe = None
+        probe: tuple[float, ...] = ()
         if calibrator.wants_probe:
             with torch.no_grad():
-                probe = float((z_of(model, PROBE)[0] - z_of(start, PROBE)[0]).mean())
+                both = zip(z_of(model, PROBE), z_of(start, PROBE), strict=True)
+                probe = tuple(float((now - then).mean()) for now, then in both)
         micro_batches = [indices[at : at + split] for at in range(0, len(indices), split)]
         for chosen in micro_batches:
             pairs = [PAIRS[idx] for idx in chosen]
@@ -106,7 +108,7 @@ def train_with(
                 ref = z_of(start, pairs)
             loss = calibrator.surrogate(*z_of(model, pairs), *ref, *lengths(pairs))
             (loss / len(micro_batches)).backward()
-        rows.append(calibrator.update(probe))
+        rows.append(calibrator.update(*probe))
         optimizer.step()
         optimizer.zero_grad()
         after(step)
@@ -224,7 +226,7 @@ def rank_of_two(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
     result = {}
-    for name in ("on", "exact", "feedback"):
+    for name in ("on", "exact", "feedback", "balance"):
         torch.manual_seed(0)
         model = MODELS["llama-tied"]()
         start = copy.deepcopy(model)
@@ -247,7 +249,7 @@ def test_two_ranks_have_one_alpha_and_it_is_that_of_one(tmp_path: Any) -> None:
         port = probe.getsockname()[1]
     mp.start_processes(rank_of_two, (port, str(tmp_path)), nprocs=2, start_method="fork")
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    for name in ("on", "exact", "feedback"):
+    for name in ("on", "exact", "feedback", "balance"):
         model = MODELS["llama-tied"]()
         rows = train_with(CASES[name].calibrator("dpo", model), model, copy.deepcopy(model), BATCHES, 4)
         assert first[name][0] == second[name][0]
@@ -273,10 +275,10 @@ def fed(**changes: Any) -> Tensor:
     return rcpo.Calibrator("off", "dpo").surrogate(*pair(**changes))
 
 
-def probed() -> None:
-    calibrator = rcpo.Calibrator("feedback", "dpo")
+def probed(kind: str, *probe: float) -> None:
+    calibrator = rcpo.Calibrator(kind, "dpo")
     calibrator.surrogate(*pair())
-    calibrator.update()
+    calibrator.update(*probe)
 
 
 def uncalled() -> None:
@@ -316,11 +318,16 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "detached": (lambda: fed(z_w=torch.zeros(2)), "z_w: is not attached to the graph"),
     "reference": (lambda: fed(ref_w=None), "ref_w, ref_l: are None, and dpo needs them"),
     "steering": (
-        lambda: rcpo.Calibrator("feedback", "simpo").surrogate(*pair(ref_w=None, ref_l=None)),
+        lambda: rcpo.Calibrator("feedback", "simpo", first_pass_steps=2).surrogate(
+            *pair(ref_w=None, ref_l=None)
+        ),
         "ref_w, ref_l: are None, and calibration feedback needs them",
     ),
     "empty": (lambda: rcpo.Calibrator("off", "dpo").update(), r"calibrator.update: no surrogate\(\) since"),
-    "probe": (probed, "calibrator.update: feedback wants probe_r_w in this step"),
+    "probe": (lambda: probed("feedback"), "calibrator.update: feedback wants probe_r_w in this step"),
+    "both probes": (
+        lambda: probed("balance", 0.5), "calibrator.update: balance wants probe_r_w and probe_r_l in this",
+    ),
     "uncalled": (uncalled, "calibrator.surrogate: head was not called"),
     "foreign": (foreign, "calibrator.surrogate: z does not come from the logits of head"),
 }  # fmt: skip

@@ -12,10 +12,12 @@ from rcpo.config.schema import CalibrationConfig, FeedbackConfig
 from rcpo.config.validate import validate
 from rcpo.method.band import disentanglement_band
 from rcpo.method.calibrators import (
+    BalanceCalibration,
     BandCalibration,
     Calibrator,
     FeedbackCalibration,
     FixedCalibration,
+    Probe,
     StepStatistics,
     build_calibrator,
 )
@@ -41,7 +43,8 @@ def loop(
 
 def seen(batch: float, probe: float | None = None) -> StepStatistics:
     """A step whose batch mean of r_w, and probe mean where one was asked for, are these."""
-    return StepStatistics(0.1, 0.1, None, mean_r_w=batch, probe_r_w=probe)
+    both = None if probe is None else Probe(probe, math.nan)
+    return StepStatistics(0.1, 0.1, None, mean_r_w=batch, probe=both)
 
 
 def test_updates_by_hand() -> None:
@@ -157,9 +160,8 @@ def test_a_calibrator_restored_mid_run_goes_on_as_the_one_never_stopped(kind: st
         measured = math.nan if step == 3 else math.sin(step) - 0.5
         geometry = ScoreGeometry(1.0, math.exp(math.cos(step)), 0.1, weighted=True)
         measures, probes = make().measures_at(step), make().probes_at(step)
-        return StepStatistics(
-            0.2, 0.3, geometry if measures else None, measured, math.cos(step) if probes else None
-        )
+        probe = Probe(math.cos(step), math.sin(step)) if probes else None
+        return StepStatistics(0.2, 0.3, geometry if measures else None, measured, probe)
 
     def told(calibrator: Calibrator) -> tuple[float, dict[str, float], dict[str, float]]:
         return calibrator.alpha(), calibrator.metrics(), calibrator.counts()
@@ -224,6 +226,7 @@ BUILT: dict[str, Calibrator] = {
         gain=0.1, integral_gain=0.005, smoothing=0.9, target=0.0, low=0.0, high=3.0, every=10,
         num_fresh_steps=7, from_probe=False,
     ),
+    "balance": BalanceCalibration(limit=1.0, every=5, momentum=0.9),
 }  # fmt: skip
 
 

@@ -161,3 +161,19 @@ def test_pathway(chosen_rate: float, rejected_rate: float, expected: float) -> N
     """0 chosen up & rejected down, 1 both up, 2 both down, 3 chosen down & rejected up; standing still counts
     as good."""
     assert pathway(chosen_rate, rejected_rate) == pytest.approx(expected, nan_ok=True)
+
+
+def test_pairs_that_calibration_steers_by_are_also_shown_apart() -> None:
+    """r_w = 1, 2, 6 and r_l = -1, 0, -5, two probed: means 1.5 / -.5, and 6 / -5 of the rest."""
+    start = torch.zeros(3)
+    z = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([-1.0, 0.0, -5.0])
+    row = displacement_row(*z, start, start, num_probed=2)
+    assert row["displacement/chosen"] == 3.0
+    apart = {key: value for key, value in row.items() if "probed" in key}
+    assert apart == {
+        "probed/chosen": 1.5, "probed/rejected": -0.5, "unprobed/chosen": 6.0, "unprobed/rejected": -5.0,
+    }  # fmt: skip
+    assert not any("probed" in key for key in displacement_row(*z, start, start))
+    everything = displacement_row(*z, start, start, num_probed=32)
+    assert "unprobed/chosen" not in everything
+    assert everything["probed/chosen"] == 3.0

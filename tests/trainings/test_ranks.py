@@ -23,11 +23,12 @@ CASES = {
     Case("dpo", "fixed", "neox-tied", "adamw"): ("calibration.alpha=1.05",),
     # Two steps of new pairs, then the probe: every second step, three of the six held-out pairs.
     Case("dpo", "feedback", "llama", "adamw"): STEERED,
+    Case("dpo", "balance", "llama", "adamw"): ("calibration.balance.every=2", "calibration.balance.pairs=3"),
     Case("simpo", "feedback", "neox", "adamw"): (*STEERED, "calibration.feedback.source=probe"),
 }
 """Each with its further overrides."""
-ALWAYS = [list(CASES)[idx] for idx in (0, 3, 5)]
-"""off, on and feedback."""
+ALWAYS = [list(CASES)[idx] for idx in (0, 3, 5, 6)]
+"""off, on, feedback and balance."""
 
 
 @pytest.fixture(scope="module")

@@ -28,6 +28,7 @@ from rcpo.training.read_inputs import read_inputs
 CASE = Case("dpo", "on", "llama-tied", "adamw")
 EXACT = Case("dpo", "exact", "llama", "adamw")
 FEEDBACK = Case("simpo", "feedback", "llama-tied", "adamw")
+BALANCE = Case("dpo", "balance", "neox-tied", "adamw")
 POPULATION = Case("simpo", "exact", "llama", "adamw")
 POPULATION_HEAD = Case("ipo", "on", "neox", "adamw")
 WORDS = {
@@ -35,6 +36,7 @@ WORDS = {
     EXACT: ("calibration.every=2", "calibration.warmup_steps=0"),
     # On batches in steps 1 and 2, on the probe in 3 and 5: the run resumes between those two.
     FEEDBACK: ("calibration.feedback.every=2", "calibration.feedback.low=-1"),
+    BALANCE: ("calibration.balance.every=3",),
     # The row after the checkpoint has products with the measurement before it.
     POPULATION: ("metrics.population=true",),
     POPULATION_HEAD: ("metrics.population=true",),
@@ -54,6 +56,8 @@ MOMENTS: list[tuple[Case, Layout, tuple[Moment, int]]] = [
     (EXACT, Layout(2, 2, 3), AFTER_A_CHECKPOINT),
     (FEEDBACK, Layout(1, 4, 1), AFTER_A_CHECKPOINT),
     (FEEDBACK, Layout(2, 2, 2), AFTER_A_CHECKPOINT),
+    (BALANCE, Layout(1, 4, 1), AFTER_A_CHECKPOINT),
+    (BALANCE, Layout(2, 2, 3), AFTER_A_CHECKPOINT),
     *((CASE, layout, ("signal", 4)) for layout in LAYOUTS[1:]),  # stops after step 5, between two checkpoints
     *((CASE, layout, ("nan", 5)) for layout in LAYOUTS),  # the step is repeated, with its number this time
     (POPULATION, Layout(1, 4, 1), ("signal", 4)),
@@ -73,11 +77,12 @@ ALWAYS = {
     (CASE, Layout(1, 4, 2), ("nan", 5)),
     (EXACT, Layout(1, 4, 1), ("row", 5)),
     (FEEDBACK, Layout(2, 2, 2), ("row", 5)),
+    (BALANCE, Layout(1, 4, 1), ("row", 5)),
     (POPULATION, Layout(1, 4, 1), ("signal", 4)),
     (Case("bco", "on", "neox", "adamw"), Layout(1, 4, 1), ("row", 5)),
     (Case("simpo", "off", "neox", "sgd"), Layout(1, 4, 1), ("row", 5)),
 }
-"""One of every kind: ZeRO 0 to 3, two ranks, off, on, exact, feedback, batch statistics, every moment."""
+"""One of every kind: ZeRO 0 to 3, two ranks, every calibration that steers, batch statistics, moments."""
 
 
 def name_of(case: Case, layout: Layout, moment: tuple[Moment, int] | None) -> str:
