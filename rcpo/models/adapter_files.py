@@ -1,14 +1,16 @@
 """An adapter's folder on disk, as peft writes it: where it is, what it says, what rcpo loads of it.
 
-Reads files alone; `rcpo.models.adapters` puts what they hold into a model. Called by it and by
-`rcpo.reference.cache`."""
+Reads files alone; `rcpo.models.adapters` puts what they hold into a model. Called by it, by
+`rcpo.models.load` for folders that are no whole model, and by `rcpo.reference.cache`."""
 
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+import rcpo.builtin
 from rcpo.common.errors import UserError
+from rcpo.config.resolve import TINY
 from rcpo.config.schema import ModelConfig
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -19,6 +21,57 @@ PLAIN = {
     "trainable_token_indices": None, "target_parameters": None, "layer_replication": None,
 }  # fmt: skip
 """Entries of an adapter_config.json, with the values that rcpo loads: B A beside linear layers, no more."""
+
+
+def refuse_adapter(path: str, place: str, key: str = "model.path") -> None:
+    """Raise UserError where the model that `path` names, read from the folder or hub id `place`, has an
+    adapter_config.json. transformers would follow it to another model's weights, or put the adapter beside it
+    on the weights, without a word. `key` is the config key of `path`."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    found = find_adapter_config_file(place)
+    if found is None:
+        return
+    base, rank = _base_and_rank(Path(found))
+    words = "model.lora.adapter={} model.lora.on_adapter=merge " + f"model.lora.rank={rank}"
+    is_reference = key != "model.path"
+    if not _has_whole_weights(place):
+        ways = [
+            f"type model.path={base} {words.format(path)}",
+            "give the model that peft's merge_and_unload makes",
+        ]
+        if is_reference:
+            ways = [ways[1], f"for a policy that starts from the adapter too, {ways[0]} {key}=null"]
+        raise UserError(f"{key}={path}: is an adapter without its model; {', or '.join(ways)}")
+    is_folder = Path(place).is_dir()
+    name = path.rstrip("/") if is_folder else path.rpartition("/")[2]
+    download = "" if is_folder else f"`hf download {path} --local-dir {name}`, "
+    both = "" if is_reference else f", with {words.format(f'{name}-adapter')} for both"
+    raise UserError(
+        f"{key}={path}: has an adapter ({CONFIG_FILE}) beside whole weights, so it is two models; {download}"
+        f"move {name}/adapter_* to {name}-adapter/ and type {key}={name} for the whole weights alone{both}"
+    )
+
+
+def _has_whole_weights(place: str) -> bool:
+    if not Path(place).is_dir():
+        from huggingface_hub import list_repo_files
+
+        return "config.json" in list_repo_files(place)
+    weights = [*Path(place).glob("*.safetensors"), *Path(place).glob("*.bin")]
+    return any(not file.name.startswith("adapter_model") for file in weights)
+
+
+def _base_and_rank(file: Path) -> tuple[str, int]:
+    """What to type for the model that an adapter belongs to, and the adapter's rank."""
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+        base, rank = entries.get("base_model_name_or_path"), entries.get("r")
+    except (ValueError, AttributeError):
+        base, rank = None, None
+    if base and Path(base) == Path(rcpo.builtin.__file__).parent / "tiny":
+        base = TINY
+    return base or "ITS_MODEL", rank if isinstance(rank, int) and rank > 0 else 16
 
 
 def adapter_folder(path: str) -> Path:

@@ -114,7 +114,7 @@ def add_adapters(model: PreTrainedModel, config: ModelConfig, place: str) -> Non
     targets = _target_names(model, lora)
     below: dict[str, tuple[Tensor, Tensor]] = {}
     if lora.adapter is not None:
-        _load_below(model, lora.adapter, config.path)
+        _load_below(model, lora.adapter, config.path, place)
         if lora.save == "adapter":
             below = {name: _matrices(layer, BELOW) for name, layer in lora_layers(model)}
         if lora.on_adapter == "merge":
@@ -316,12 +316,12 @@ def _target_names(model: PreTrainedModel, lora: LoraConfig) -> list[str]:
     return list(lora.targets)
 
 
-def _load_below(model: PreTrainedModel, path: str, model_path: str) -> None:
+def _load_below(model: PreTrainedModel, path: str, model_path: str, place: str) -> None:
     """Inject the adapter of `path`, frozen and without dropout. Raises UserError where it does not fit."""
     import peft
 
     trained_on = read_adapter_config(path).get("base_model_name_or_path")
-    if trained_on != model_path:
+    if trained_on not in (model_path, place, str(Path(place).absolute())):
         logger.warning(
             "model.lora.adapter=%s was trained on %s, it is put on model.path=%s",
             path,

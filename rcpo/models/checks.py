@@ -10,9 +10,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from rcpo.common.errors import UserError
 from rcpo.config.schema import ModelConfig
-from rcpo.models.adapters import (
-    add_adapters,
-)
+from rcpo.models.adapter_files import refuse_adapter
+from rcpo.models.adapters import add_adapters
 from rcpo.models.load import from_pretrained, model_place, one_line_errors, quiet_transformers, read_config
 from rcpo.models.policy import Policy
 
@@ -22,6 +21,8 @@ def check_model(config: ModelConfig) -> None:
     that are missing or of other shapes (transformers would go on with random ones), an output head or an
     adapter that rcpo cannot use. Reads names and shapes; holds no weights in memory."""
     place = model_place(config.path, config.allow_pickle)
+    with one_line_errors(config.path, "model"):
+        refuse_adapter(config.path, place)
     _check_architecture(config)
     with one_line_errors(config.path, "model"), quiet_transformers():
         model, loading = from_pretrained(

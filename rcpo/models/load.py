@@ -31,6 +31,7 @@ from rcpo.common.errors import UserError
 from rcpo.config.resolve import TINY
 from rcpo.config.schema import ModelConfig
 from rcpo.data.render import apply_chat_template_choice
+from rcpo.models.adapter_files import refuse_adapter
 from rcpo.models.adapters import (
     add_adapters,
     count_parameters,
@@ -58,6 +59,7 @@ def model_place(path: str, allow_pickle: bool = False) -> str:
                 f"model.path={path[:200]}: no such folder; give a model folder, a hub id or builtin:tiny"
             )
         return path
+    refuse_adapter(path, path)
     _check_config_file(folder, path)
     if any(folder.glob("*.safetensors")):
         return path
@@ -75,7 +77,9 @@ def _check_config_file(folder: Path, path: str) -> None:
     """Raise UserError where config.json is missing or no JSON object."""
     file = folder / "config.json"
     if not file.is_file():
-        raise UserError(f"model.path={path}: has no config.json, so it is no model folder; give another")
+        final = folder / "final"
+        advice = f"type model.path={final}" if final.is_dir() else "give another"
+        raise UserError(f"model.path={path}: has no config.json, so it is no model folder; {advice}")
     try:
         is_object = isinstance(json.loads(file.read_bytes()), dict)
     except (ValueError, RecursionError):
@@ -196,6 +200,12 @@ def one_line_errors(path: str, what: str) -> Iterator[None]:
             raise
         # Of a broken folder each library in turn raises a class of its own.
         except Exception as error:
+            if "trust_remote_code" in str(error):
+                raise UserError(
+                    f"model.path={path}: its {what} is Python code of its own, not one that transformers "
+                    "knows; type model.trust_remote_code=true to run that code, which may then do here "
+                    "whatever you may do, so read it first"
+                ) from error
             lines = (line.strip().rstrip(":") for line in str(error).splitlines())
             first = next((line for line in lines if line), type(error).__name__)
             raise UserError(

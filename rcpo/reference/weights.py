@@ -5,14 +5,16 @@ Reads config and files alone and loads no model. Called by `rcpo.training.read_i
 """
 
 import dataclasses
+import re
 
 from transformers import PreTrainedTokenizerBase
 
 from rcpo.common.errors import UserError
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.config.schema import LoraConfig, ModelConfig
+from rcpo.models.adapter_files import refuse_adapter
 from rcpo.models.checks import check_model, check_positions, check_vocabulary
-from rcpo.models.load import load_tokenizer
+from rcpo.models.load import load_tokenizer, one_line_errors
 
 
 def own_weights(config: ResolvedConfig) -> str | None:
@@ -46,12 +48,16 @@ def check_reference(config: ResolvedConfig, tokenizer: PreTrainedTokenizerBase, 
         return
     model, path = reference_model(config), config.reference.path
     try:
+        with one_line_errors(model.path, "model"):
+            refuse_adapter(model.path, model.path, key="reference.path")
         check_model(model)
         check_vocabulary(model, tokenizer)
         check_positions(model, longest)
         theirs = load_tokenizer(dataclasses.replace(model, chat_template=None)).get_vocab()
     except UserError as error:
-        raise UserError(str(error).replace("model.path=", "reference.path=")) from None
+        raise UserError(
+            re.sub(rf"(?<!\S)model\.path=(?={re.escape(model.path)})", "reference.path=", str(error))
+        ) from None
     others = sorted((idx, word) for word, idx in tokenizer.get_vocab().items() if theirs.get(word) != idx)
     if others:
         idx, word = others[0]

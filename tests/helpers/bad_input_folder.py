@@ -209,6 +209,8 @@ MODELS: dict[str, Callable[[Path], None]] = {
     "lost-shard": lose_shard,
     "broken-index": break_index,
     "no-template": tokenizer_without("chat_template"),
+    "two-models": written("adapter_config.json", '{"r": 8}'),
+    "own-code": edited(model_type="mine", auto_map={"AutoConfig": "mine.MineConfig"}),
     "no-pad": tokenizer_without("pad_token"),
     "no-eos": tokenizer_without("eos_token"),
 }
@@ -216,7 +218,7 @@ MODELS: dict[str, Callable[[Path], None]] = {
 
 
 def make_other_kinds(folder: Path) -> None:
-    """An encoder-decoder and an encoder, and two folders that are no adapters."""
+    """An encoder-decoder and an encoder, an adapter, and two folders that are no adapters."""
     transformers_logging.disable_progress_bar()
     t5 = T5Config(vocab_size=200, d_model=16, d_ff=16, num_layers=1, num_heads=2, d_kv=8)
     bert = BertConfig(
@@ -226,7 +228,12 @@ def make_other_kinds(folder: Path) -> None:
         model.save_pretrained(folder / name)
         for file in TINY.glob("tok*"):
             shutil.copy(file, folder / name)
-    for name, text in (("text-adapter", "{"), ("dora-adapter", '{"peft_type": "LORA", "use_dora": true}')):
+    adapters = {
+        "adapter": '{"base_model_name_or_path": "org/base", "r": 8}',
+        "text-adapter": "{",
+        "dora-adapter": '{"peft_type": "LORA", "use_dora": true}',
+    }
+    for name, text in adapters.items():
         (folder / name).mkdir()
         (folder / name / "adapter_config.json").write_text(text)
         (folder / name / "adapter_model.safetensors").write_bytes(b"")
