@@ -98,7 +98,7 @@ def made_with(config: "ResolvedConfig") -> dict[str, Any]:
     return {
         "model.path": config.model.path,
         "model.dtype": config.model.dtype,
-        "data": config.data.path or config.data.source,
+        "data": ", ".join(config.data.train_paths()) or config.data.source,
         "train.max_length": config.train.max_length,
         "train.max_prompt_length": config.train.max_prompt_length,
         "rcpo": rcpo.__version__,

@@ -5,6 +5,8 @@ the device and through the number of ranks.
 """
 
 import dataclasses
+import glob
+import itertools
 import os
 import re
 from datetime import datetime
@@ -60,8 +62,8 @@ def resolve(
             model=_model(config.model, dtype),
             data=dataclasses.replace(
                 config.data,
-                path=_absolute(config.data.path),
-                eval_path=_absolute(config.data.eval_path),
+                path=_all_absolute(config.data.path),
+                eval_path=_all_absolute(config.data.eval_path),
                 filter=dataclasses.replace(config.data.filter, scores=_absolute(config.data.filter.scores)),
             ),
             optim=dataclasses.replace(config.optim, lr=config.optim.lr or _default_lr(config)),
@@ -87,9 +89,11 @@ def model_label(config: Config) -> str:
 
 def data_label(config: Config) -> str:
     """Short name of the data: arithmetic, or the last part of its path without suffixes."""
-    if config.data.path is None:
+    paths = config.data.train_paths()
+    if not paths:
         return config.data.source
-    return config.data.path.rstrip("/").rsplit("/", 1)[-1].split(".", 1)[0]
+    last = paths[0].rstrip("/").rsplit("/", 1)[-1].split(".", 1)[0]
+    return last if len(paths) == 1 else f"{last}-and-{len(paths) - 1}-more"
 
 
 def default_name(config: Config) -> str:
@@ -133,6 +137,21 @@ def _absolute(path: str | None) -> str | None:
         return str(local) if local.exists() else path
     except (RuntimeError, OSError, ValueError):
         return path
+
+
+def _all_absolute(paths: str | list[str] | None) -> str | list[str] | None:
+    if paths is None:
+        return None
+    return [_absolute_glob(path) for path in paths] if isinstance(paths, list) else _absolute_glob(paths)
+
+
+def _absolute_glob(path: str) -> str:
+    """`path` as an absolute one; a glob where the folder before its first sign is there."""
+    found = _absolute(path) or path
+    if found != path or not glob.has_magic(path):
+        return found
+    head = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), Path(path).parts))
+    return str(Path(_absolute(str(head)) or head) / Path(path).relative_to(head))
 
 
 def _model(model: ModelConfig, dtype: Any) -> ModelConfig:

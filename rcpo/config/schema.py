@@ -26,6 +26,19 @@ def _one_printable_line(value: str) -> str:
 
 Text = Annotated[str, BeforeValidator(_text), AfterValidator(_one_printable_line)]
 """A string; the command line reads name=123 as a number, which is meant as text here."""
+
+
+def _paths(value: object) -> object:
+    given = [_text(path) for path in value] if isinstance(value, list) else [_text(value)]
+    if not given or not all(isinstance(path, str) for path in given):
+        raise ValueError("must be a path, or a list of paths that is not empty")
+    for path in given:
+        _one_printable_line(str(path))
+    return given if isinstance(value, list) else given[0]
+
+
+Paths = Annotated[str | list[str], BeforeValidator(_paths)]
+"""One, or several that are read one behind the other."""
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Stage = Annotated[int, Field(ge=0, le=3)]
@@ -168,14 +181,20 @@ class FilterConfig:
 class DataConfig:
     source: Literal["arithmetic", "file"]
     """arithmetic: generated word problems. file: anything that `path` names."""
-    path: Text | None = None
-    """File, folder or hub id; for source=file."""
+    path: Paths | None = None
+    """File, glob ('pairs/*.jsonl'), folder or hub id, or a list of them ('[a.jsonl, b.csv]'); for
+    source=file."""
+    config: Text | None = None
+    """Which of the data set's configs, where `path` has several."""
     split: Text | None = None
-    """Training split where `path` has several."""
-    eval_path: Text | None = None
+    """Training split where `path` has several, or a slice of it, as `datasets` spells them: 'train[:10%]',
+    'train[100:200]', 'train+test'. The split of a file is train."""
+    eval_path: Paths | None = None
     """Held-out pairs of their own."""
+    eval_config: Text | None = None
+    """Config of the held-out pairs; null: that of eval_path where it has one only, or that of path."""
     eval_split: Text | None = None
-    """Held-out split of eval_path, or of path."""
+    """Held-out split of eval_path, or of path, or a slice of it."""
     train_pairs: Positive | None = None
     """At most this many training pairs; null: all."""
     eval_pairs: Positive = 128
@@ -190,6 +209,22 @@ class DataConfig:
     {probability: NAME} with objective.sample_weight."""
     filter: FilterConfig = Field(default_factory=FilterConfig)
     """Training pairs that are left out by their scores."""
+
+    def train_paths(self) -> list[str]:
+        """What training pairs are read from."""
+        return _listed(self.path)
+
+    def eval_paths(self) -> list[str]:
+        """What held-out pairs are read from where that is another place."""
+        return _listed(self.eval_path)
+
+    def paths(self) -> list[str]:
+        """All that is read."""
+        return [*self.train_paths(), *self.eval_paths()]
+
+
+def _listed(paths: str | list[str] | None) -> list[str]:
+    return [paths] if isinstance(paths, str) else paths or []
 
 
 @dataclass(frozen=True, config=STRICT)

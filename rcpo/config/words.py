@@ -16,6 +16,8 @@ from rcpo.common.installed import OBJECTIVES, names_in
 
 OPEN = ("deepspeed.extra", "data.columns")
 """Keys whose own keys are not known beforehand, and so need no + on the command line."""
+SLICED = ("data.path", "data.eval_path", "data.split", "data.eval_split")
+"""Keys whose values may hold brackets that are no list: 'train[:10%]', 'part-[0-9].jsonl'."""
 MULTIRUN = ("-m", "--multirun")
 PLACED = ("name", "run_dir")
 """Keys that every cell of a sweep gets from its place."""
@@ -26,7 +28,7 @@ def hydra_words(argv: Sequence[str], folders: Sequence[Path]) -> list[str]:
 
     calibration=true and =false mean on and off, which is what YAML 1.1 makes of them elsewhere.
     objective=NAME of an objective that has no file in `folders` (`own_objective`) chooses no option and sets
-    objective.name; its parameters, which no file lists, need no +.
+    objective.name; its parameters, which no file lists, need no +. A slice needs no quotes of its own.
     """
     own = own_objective(argv, folders)
     words = [] if own is None else ["~objective", f"++objective.name={own}"]
@@ -40,6 +42,8 @@ def hydra_words(argv: Sequence[str], folders: Sequence[Path]) -> list[str]:
             own is not None and key.startswith("objective.")
         ):
             words.append(f"++{word}")
+        elif key.lstrip("+") in SLICED and re.match(r"""[^\['"]+\[""", value):
+            words.append(f'{key}="{value}"')
         else:
             words.append(word)
     return words

@@ -1,7 +1,7 @@
 """From a data config to preference records: training pairs, held-out pairs, and what became of the rows.
 
 Owns the checks on columns, the policy on bad rows, duplicates and the choice of held-out pairs.
-`rcpo.data.readers` reads, `rcpo.data.records` judges single rows. Called by `rcpo.training.read_inputs`; the
+`rcpo.data.reading` reads, `rcpo.data.records` judges single rows. Called by `rcpo.training.read_inputs`; the
 same config gives the same records on every rank."""
 
 import dataclasses
@@ -16,7 +16,8 @@ from rcpo.common.errors import UserError
 from rcpo.config.schema import DataConfig
 from rcpo.data.arithmetic import arithmetic_records
 from rcpo.data.messages import parsed_quietly, unused_keys
-from rcpo.data.readers import Place, Rows, read_rows
+from rcpo.data.reading.places import Place, held_out_place, training_place
+from rcpo.data.reading.readers import Rows, read_rows
 from rcpo.data.records import BadRowError, PreferenceRecord, read_record
 from rcpo.data.weights import UNWEIGHTED, WEIGHT_PARTS, Weighing, describe_weights
 
@@ -50,11 +51,11 @@ def load_records(config: DataConfig, weighing: Weighing = UNWEIGHTED) -> Prefere
     if config.source == "arithmetic":
         return _load_arithmetic(config)
     report: list[str] = []
-    train, dropped = _read_place(Place(config.path or "", config.split), config, report, weighing)
-    if config.eval_path is None and config.eval_split is None:
+    train, dropped = _read_place(training_place(config), config, report, weighing)
+    if (place := held_out_place(config)) is None:
         train, held_out = _draw_held_out(train, config, report)
     else:
-        held_out = _read_held_out(config, report)
+        held_out = _read_held_out(place, config, report)
     train = _drop_held_out(train, held_out, report)
     if not train:
         raise UserError(
@@ -82,11 +83,7 @@ def _load_arithmetic(config: DataConfig) -> PreferenceData:
     )
 
 
-def _read_held_out(config: DataConfig, report: list[str]) -> list[PreferenceRecord]:
-    if config.eval_path is None:
-        place = Place(config.path or "", config.eval_split, "data.path", "data.eval_split")
-    else:
-        place = Place(config.eval_path, config.eval_split, "data.eval_path", "data.eval_split")
+def _read_held_out(place: Place, config: DataConfig, report: list[str]) -> list[PreferenceRecord]:
     records, _ = _read_place(place, config, report, UNWEIGHTED)
     if len(records) > config.eval_pairs:
         report.append(
@@ -113,6 +110,7 @@ def _read_place(
             f"none of its {len(source.rows)} rows can train ({reason}); give pairs of another form"
         )
     report.append(f"{place}: {len(source.rows)} rows read, {reasons.total()} dropped{_listed(reasons)}")
+    report += [f"{place}: {note}" for note in source.notes]
     report += _unused(source, names, place) + _doubled(records, place)
     repeats = len(records) - len({_content(record) for record in records})
     if repeats:
@@ -192,7 +190,7 @@ def _read_records(
     records: list[PreferenceRecord] = []
     dropped: dict[str, list[int]] = {}
     has_prompt = names["prompt"] in source.columns
-    for number, row in enumerate(source.rows):
+    for number, row in zip(source.numbers, source.rows, strict=True):
         values = {part: row.get(name) for part, name in names.items()}
         try:
             if has_prompt and values["prompt"] is None:
@@ -203,8 +201,7 @@ def _read_records(
         except BadRowError as error:
             if on_bad_row == "error":
                 raise place.error(
-                    f"row {number} (counted from 0) cannot train: {error}; mend it or type "
-                    "data.on_bad_row=drop"
+                    f"{source.where(number)} cannot train: {error}; mend it or type data.on_bad_row=drop"
                 ) from None
             dropped.setdefault(str(error), []).append(number)
     return records, dropped

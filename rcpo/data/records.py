@@ -1,7 +1,7 @@
 """Preference records: the one shape every data source is read into, and how a row of a source becomes one.
 
 Owns the formats (TRL's preference formats, UltraFeedback's, raw HH-RLHF strings) and what makes a row unfit
-to train. Does not read files (`rcpo.data.readers`), count or select (`rcpo.data.load`), or tokenise
+to train. Does not read files (`rcpo.data.reading`), count or select (`rcpo.data.load`), or tokenise
 (`rcpo.data.tokenize`).
 """
 

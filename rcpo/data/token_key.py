@@ -24,7 +24,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rcpo.common.errors import UserError
 from rcpo.config.schema import DataConfig
-from rcpo.data.readers import MOST_FILES, hub_fingerprint
+from rcpo.data.reading.places import MOST_FILES, held_out_place, spelled_out, training_place
+from rcpo.data.reading.readers import hub_fingerprint
 from rcpo.data.render import special_ids
 from rcpo.data.weights import Weighing
 
@@ -48,12 +49,17 @@ class Content(NamedTuple):
 
 def content_of(config: DataConfig) -> Content | None:
     """The content of the data; None where it is generated, where it cannot be told, and where it is too
-    little to be kept. What is wrong with a place is for `rcpo.data.readers` to say."""
+    little to be kept. What is wrong with a place is for `rcpo.data.reading` to say."""
     if config.source != "file":
         return None
-    places = [path for path in (config.path, config.eval_path) if path is not None]
+    places = [place for place in (training_place(config), held_out_place(config)) if place is not None]
     try:
-        found = [_content_at(path) for path in places]
+        found = [
+            _content_at(file, place.config)
+            for place in places
+            for path in place.paths
+            for file in spelled_out(path)
+        ]
     except (OSError, RuntimeError, ValueError, UserError):
         return None
     digests = tuple(digest for digest, _ in found)
@@ -92,14 +98,14 @@ def token_key(
     return _digest_of(json.dumps(parts, sort_keys=True).encode())
 
 
-def _content_at(path: str) -> tuple[str, int | None]:
+def _content_at(path: str, config: str | None) -> tuple[str, int | None]:
     """Digest and size in bytes of a file or of all files of a folder; of a hub id its commit's. Raises
     OSError, RuntimeError, ValueError or UserError where there is none."""
     place = Path(path).expanduser()
     if place.is_file():
         return _file_digest(place), place.stat().st_size
     if not place.exists():
-        return hub_fingerprint(path), None
+        return hub_fingerprint(path, config), None
     digest, num_bytes = hashlib.blake2b(digest_size=DIGEST_BYTES), 0
     for number, file in enumerate(_files_below(place)):
         if number >= MOST_FILES:
@@ -165,8 +171,8 @@ def _digest_of(content: bytes) -> str:
 
 @functools.cache
 def _code_digest() -> str:
-    """Of the modules beside this one, which read, render, tokenise and keep."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
+    """Of the modules of this room, which read, render, tokenise and keep."""
+    files = sorted(Path(__file__).parent.rglob("*.py"))
     return _digest_of(b"\0".join(file.name.encode() + b"\0" + file.read_bytes() for file in files))
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from rcpo.common.errors import UserError
 from rcpo.common.locks import HeldError, hold, is_held, read_holder, run_lock
 from rcpo.config.resolved import ResolvedConfig
+from rcpo.data.reading.places import spelled_out
 
 INSTEAD = "type another name=... or run_dir=..."
 
@@ -35,11 +36,12 @@ def refuse_irreplaceable(config: ResolvedConfig) -> None:
         "model.path": config.model.path,
         "model.lora.adapter": config.model.lora.adapter,
         "model.chat_template": config.model.chat_template,
-        "data.path": config.data.path,
-        "data.eval_path": config.data.eval_path,
         "data.filter.scores": config.data.filter.scores,
     }
-    for key, value in reads.items():
+    data = [("data.path", path) for path in config.data.train_paths()]
+    data += [("data.eval_path", path) for path in config.data.eval_paths()]
+    files = [(key, file) for key, path in data for file in (path, *spelled_out(path))]
+    for key, value in [*reads.items(), *files]:
         if value is not None and Path(value).resolve().is_relative_to(path.resolve()):
             raise UserError(f"run_dir={path}: --overwrite would remove {key}={value}; {INSTEAD}")
     if is_held(run_lock(path)):

@@ -18,7 +18,15 @@ if TYPE_CHECKING:
 
 Pairs: TypeAlias = "Iterable[Mapping[str, Any]] | datasets.Dataset | pd.DataFrame"
 """Rows of any form that a data file may have: prompt, chosen and rejected, as text or as messages."""
-OF_DATA = ("data", "data.path", "data.split", "data.eval_path", "data.eval_split")
+OF_DATA = (
+    "data",
+    "data.path",
+    "data.config",
+    "data.split",
+    "data.eval_path",
+    "data.eval_config",
+    "data.eval_split",
+)
 """Words that say where pairs are."""
 
 

@@ -127,8 +127,8 @@ def _front_matter(config: ResolvedConfig) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     if is_hub_id(config.model.path):
         lines.append(f"base_model: {config.model.path}")
-    if config.data.path is not None and is_hub_id(config.data.path):
-        lines.append(f"datasets: [{config.data.path}]")
+    if on_hub := [path for path in config.data.train_paths() if is_hub_id(path)]:
+        lines.append(f"datasets: [{', '.join(dict.fromkeys(on_hub))}]")
     return "\n".join([*lines, f"tags: {json.dumps(tags)}", "---"])
 
 

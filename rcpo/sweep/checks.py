@@ -14,6 +14,7 @@ from pathlib import Path
 from rcpo.common.errors import UserError
 from rcpo.config.resolve import TINY
 from rcpo.config.resolved import ResolvedConfig
+from rcpo.data.reading.places import is_glob
 from rcpo.sweep.freeze import FrozenCell
 
 
@@ -74,7 +75,7 @@ def _check(config: ResolvedConfig, fetch: bool) -> Checked:
         # What is not on this machine fails in the hub's clients, whose error is then the cause.
         if fetch or not on_hub or error.__cause__ is None:
             raise
-    has_data = not {config.data.path, config.data.eval_path} & set(on_hub)
+    has_data = not set(config.data.paths()) & set(on_hub)
     return Checked(_count_pairs(config) if has_data else None, tuple(on_hub), note)
 
 
@@ -88,6 +89,10 @@ def _count_pairs(config: ResolvedConfig) -> int:
 
 def hub_ids(config: ResolvedConfig) -> list[str]:
     """What of model, adapter and data is an id on the hub."""
-    data = [config.data.path, config.data.eval_path] if config.data.source == "file" else []
+    data = config.data.paths() if config.data.source == "file" else []
     named = dict.fromkeys([config.model.path, config.model.lora.adapter, *data])
-    return [path for path in named if path and path != TINY and not Path(path).expanduser().exists()]
+    return [path for path in named if path and path != TINY and not _is_here(path)]
+
+
+def _is_here(path: str) -> bool:
+    return is_glob(path) or Path(path).expanduser().exists()

@@ -34,7 +34,8 @@ class Cost:
 def cost_of(frozen: FrozenCell, checked: Checked, definition: Definition, rate: float | None) -> Cost:
     """The cost at `rate` pairs a second."""
     config = frozen.config
-    num_pairs = checked.train_pairs or definition.estimate.train_pairs.get(config.data.path or "")
+    known = [definition.estimate.train_pairs.get(path) for path in config.data.train_paths()]
+    num_pairs = checked.train_pairs or (sum(filter(None, known)) if known and all(known) else None)
     if num_pairs is not None and config.data.train_pairs is not None:
         num_pairs = min(num_pairs, config.data.train_pairs)
     steps = config.train.steps

@@ -21,7 +21,8 @@ from rcpo.config.resolved import resolved_of
 from rcpo.config.schema import DataConfig
 from rcpo.config.validate import validate
 from rcpo.data.load import load_records
-from rcpo.data.readers import Place, read_rows
+from rcpo.data.reading.places import Place
+from rcpo.data.reading.readers import read_rows
 from rcpo.data.records import BadRowError, PreferenceRecord, read_record
 from rcpo.data.tokenize import tokenize_records
 from rcpo.runs.frozen import config_tree

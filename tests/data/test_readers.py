@@ -14,7 +14,8 @@ import pytest
 from pyarrow import parquet
 
 from rcpo.common.errors import UserError
-from rcpo.data.readers import Place, read_rows
+from rcpo.data.reading.places import Place
+from rcpo.data.reading.readers import read_rows
 
 COLUMNS = {"prompt", "chosen", "rejected"}
 TEXT_ROWS = [
@@ -50,10 +51,10 @@ def write_json_lines_gz(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
 
 
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+def write_csv(path: Path, rows: list[dict[str, Any]], separator: str = ",") -> None:
     """Messages as JSON cells; with the byte order mark that spreadsheets write."""
     with path.open("w", encoding="utf-8-sig", newline="") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]))
+        writer = csv.DictWriter(stream, list(rows[0]), delimiter=separator)
         writer.writeheader()
         for row in rows:
             writer.writerow(
@@ -64,6 +65,20 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 def write_csv_gz(path: Path, rows: list[dict[str, Any]]) -> None:
     write_csv(path, rows)
     path.write_bytes(gzip.compress(path.read_bytes()))
+
+
+def write_tsv(path: Path, rows: list[dict[str, Any]]) -> None:
+    write_csv(path, rows, "\t")
+
+
+def write_tsv_gz(path: Path, rows: list[dict[str, Any]]) -> None:
+    write_tsv(path, rows)
+    path.write_bytes(gzip.compress(path.read_bytes()))
+
+
+def write_semicolons(path: Path, rows: list[dict[str, Any]]) -> None:
+    """As spreadsheets write CSV where the comma is the decimal sign."""
+    write_csv(path, rows, ";")
 
 
 def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -94,6 +109,11 @@ FORMATS: dict[str, Callable[[Path, list[dict[str, Any]]], None]] = {
     "lines-all-the-same.json": write_json_lines,
     "pairs.csv": write_csv,
     "pairs.csv.gz": write_csv_gz,
+    "pairs.tsv": write_tsv,
+    "pairs.tsv.gz": write_tsv_gz,
+    "semicolons.csv": write_semicolons,
+    "tabs.csv": write_tsv,
+    "commas.tsv": write_csv,
     "pairs.csv.jsonl": write_json_lines,
     "pairs.parquet": write_parquet,
     "saved": write_dataset,
@@ -215,7 +235,7 @@ FAULTY: dict[str, tuple[str, bytes, str]] = {
         "a.txt",
         b"x",
         "is a file of no known kind; its name must end in .json, .jsonl, .json.gz, .jsonl.gz, .csv, .csv.gz, "
-        ".parquet",
+        ".tsv, .tsv.gz, .parquet",
     ),
 }
 
@@ -241,7 +261,7 @@ def test_a_parquet_file_that_is_none(tmp_path: Path) -> None:
 def test_missing_places_are_not_sought_on_the_hub(path: str) -> None:
     assert fault(Place(path, None)) == (
         f"data.path={path}: no such file or folder; give a file (.json, .jsonl, .json.gz, .jsonl.gz, .csv, "
-        ".csv.gz, .parquet), a folder or a hub id"
+        ".csv.gz, .tsv, .tsv.gz, .parquet), a folder or a hub id"
     )
 
 

@@ -177,7 +177,7 @@ def test_a_hub_data_set_counts_by_what_datasets_calls_it(
             name: datasets.Dataset.from_dict({"chosen": [text]})
             for name, text in zip(("train", "test"), texts, strict=True)
         }
-        monkeypatch.setattr(datasets, "load_dataset", lambda path: datasets.DatasetDict(splits))
+        monkeypatch.setattr(datasets, "load_dataset", lambda path, name: datasets.DatasetDict(splits))
         return key_of(dataclasses.replace(config, path="owner/name"))
 
     assert key("a", "b") == key("a", "b")
