@@ -207,7 +207,7 @@ class Calibrator:
                 "z_w: is not attached to the graph; give it before detach(), outside torch.no_grad()"
             )
         self._has_reference = ref_w is not None and ref_l is not None
-        if not self._has_reference and (self.objective.needs_reference or self._steers_by_displacement):
+        if not self._has_reference and (self.objective.needs_reference or self._calibrator.steers_by_batches):
             who = self.objective.name if self.objective.needs_reference else f"calibration {self.kind}"
             raise UserError(f"ref_w, ref_l: are None, and {who} needs them; give z of the reference model")
         zeros = torch.zeros_like(z_w)
@@ -229,12 +229,6 @@ class Calibrator:
                 length = self._reduced(length) / self._num_ranks
             self._state = self.objective.initial_state(float(length))
         return PairLogProbs(z_w.detach(), **rest, state=self._state)
-
-    @property
-    def _steers_by_displacement(self) -> bool:
-        """Whether the kind learns from r = z - ref of the batches: from neither score vectors nor a probe."""
-        learns = self.kind not in ("off", "fixed")
-        return learns and not self._calibrator.measures_at(0) and not self._calibrator.probes_at(0)
 
     @torch.no_grad()
     def _add(self, loss: Tensor, pair: PairLogProbs, incentives: Incentives) -> None:

@@ -13,19 +13,20 @@ m(t) = b m(t-1) + (1 - b) u(t) with its momentum b, bias-corrected as Adam's is.
 proportional to the learning rate, and u* wanders as the model learns:
 
     c(t+1) = c(t) + s(t) k (m(t) + d(t) + noise(eta))       d = -u*
-    d(t+1) = d(t) + noise(WALK)                             d(0) ~ N(0, DRIFT^2)
+    d(t+1) = d(t) + noise(walk)                             d(0) ~ N(0, drift^2)
 
 s is the step's share of the peak learning rate (warm-up, decay). All of it is in units of k, so nothing here
 depends on the size of nats: not on the learning rate, the model or the objective.
 
-The filters. For a known (k, eta) this is a Kalman filter of two states (c/k, d), and u is a known input, so
-that nothing lags. (k, eta) is found by Bayes' rule: one filter per point of a grid, weighted by how well it
-foretold the measurements, log weight = -1/2 (e^2 / S + log S) - log k with e = c_measured / k - c / k and S
-its variance. Measurements on the same probe pairs compare every pair with itself, so their own noise is
-small (PROBE_NATS); the batches' noise is in eta.
+The filters. For known (k, eta, drift) this is a Kalman filter of two states (c/k, d), and u is a known
+input, so that nothing lags. The three are found by Bayes' rule: one filter per point of a grid, weighted by
+how well it foretold the measurements, log weight = -1/2 (e^2 / S + log S) - log k with e = c_measured / k - c
+/ k and S its variance. Measurements on the same probe pairs compare every pair with itself, so their own
+noise is small (PROBE_NATS); the batches' noise is in eta.
 
-The law. With the posterior's means of c/k and d, weighted by k (a weak plant alone asks for large alphas, a
-strong one for timid ones), both poles of the loop (c, m) are put at p = POLE:
+The law. With the posterior's means of c/k and d, weighted by k (unweighted ones make the smallest error in u,
+and overdo it where k is larger than thought; weighted by k^2 the smallest in nats, and are timid), both poles
+of the loop (c, m) are put at p = POLE:
 
     u = u* - a c/k - g (m - u*)        a = (1 - p)^2 / (1 - b)        g = (b - p^2) / (1 - b)
 
@@ -46,35 +47,40 @@ Grid = NDArray[np.float64]
 
 POLE = 0.85
 """Both poles of the closed loop, per step: an error is down to a tenth after some 24 steps."""
-DRIFT = 0.2
-"""How large |u*| is thought to be before anything is known."""
 WALK = 0.015
-"""Standard deviation of u*'s change per step: it was seen to move by .15 in 100 steps (simpo)."""
+"""Standard deviation of u*'s change per step, at most: it was seen to move by .15 in 100 steps (simpo). A
+tenth of the drift where that is less."""
 SLEW = 0.2
 """The most that log alpha moves in one step."""
+FIRST_PROBES = (1, 2, 4)
+"""Steps that are measured beside every `every`-th: both sides may move by a nat in the first five."""
 PROBE_NATS = 0.003
 """Standard deviation of a measurement beside what the steps themselves do: rounding."""
 FORGET = 0.98
 """Decay of the log weights per measurement: k changes while the model learns."""
-STRENGTHS = np.array([10.0 ** (exponent / 4) for exponent in range(-16, 13)])[:, None]
+STRENGTHS = np.array([10.0 ** (exponent / 4) for exponent in range(-16, 13)])[:, None, None]
 """The grid of k, in nats per step: 1e-4 to 1e3."""
-NOISES = np.array([0.03, 0.1, 0.3, 1.0])[None, :]
+NOISES = np.array([0.03, 0.1, 0.3])[None, :, None]
 """The grid of eta: a step's noise as a part of k."""
+DRIFTS = np.array([0.02, 0.1, 0.4])[None, None, :]
+"""How large |u*| may be: seen were .02 (dpo on real weights), .15 (simpo) and .35 (the embedded model)."""
+WALKS = np.minimum(WALK, DRIFTS / 10)
 
 
-def _filled(value: float) -> Grid:
-    return np.full(np.broadcast_shapes(STRENGTHS.shape, NOISES.shape), value)
+def _filled(value: Grid | float) -> Grid:
+    shape = np.broadcast_shapes(STRENGTHS.shape, NOISES.shape, DRIFTS.shape)
+    return np.broadcast_to(value, shape).astype(np.float64)
 
 
 @dataclass
 class Filters:
-    """One Kalman filter for every (k, eta) of the grid; states and variances are in units of k."""
+    """One Kalman filter for every (k, eta, drift) of the grid; states and variances are in units of k."""
 
     c: Grid = field(default_factory=lambda: _filled(0.0))
     d: Grid = field(default_factory=lambda: _filled(0.0))
     var_c: Grid = field(default_factory=lambda: _filled(0.0))
     cov: Grid = field(default_factory=lambda: _filled(0.0))
-    var_d: Grid = field(default_factory=lambda: _filled(DRIFT**2))
+    var_d: Grid = field(default_factory=lambda: _filled(DRIFTS**2))
     log_weight: Grid = field(default_factory=lambda: _filled(0.0))
 
     def measure(self, nats: float) -> None:
@@ -97,22 +103,22 @@ class Filters:
         self.c += share * (m + self.d)
         self.var_c += 2 * share * self.cov + share**2 * (self.var_d + NOISES**2)
         self.cov += share * self.var_d
-        self.var_d += WALK**2
+        self.var_d += WALKS**2
 
     def means(self) -> tuple[float, float, float]:
-        """c/k and d, weighted by k, and the geometric mean of k."""
+        """c/k and d, weighted by k, and the mean of log k."""
         weight = np.exp(self.log_weight)
-        by_strength = weight * STRENGTHS
-        total = by_strength.sum()
+        tilted = weight * STRENGTHS
+        total = tilted.sum()
         log_k = float((weight * np.log(STRENGTHS)).sum() / weight.sum())
-        return float((by_strength * self.c).sum() / total), float((by_strength * self.d).sum() / total), log_k
+        return float((tilted * self.c).sum() / total), float((tilted * self.d).sum() / total), log_k
 
-    def state(self) -> dict[str, list[list[float]]]:
-        return {name: getattr(self, name).tolist() for name in self.__dataclass_fields__}
+    def state(self) -> dict[str, list[float]]:
+        return {name: getattr(self, name).ravel().tolist() for name in self.__dataclass_fields__}
 
-    def load_state(self, state: dict[str, list[list[float]]]) -> None:
+    def load_state(self, state: dict[str, list[float]]) -> None:
         for name in self.__dataclass_fields__:
-            setattr(self, name, np.array(state[name]))
+            setattr(self, name, np.array(state[name]).reshape(self.c.shape))
 
 
 @dataclass
@@ -120,8 +126,8 @@ class BalanceCalibration:
     """Steers c = (r_w + r_l) / 2 of held-out probe pairs to 0; two-sided, and nothing to tune. The module
     says how.
 
-    Measured before every `every`-th optimizer step; the measurement of step t moves alpha from step t+1 on.
-    Needs no score geometry.
+    Measured before every `every`-th optimizer step, and before steps 1, 2 and 4 (from 0; at 0 c is 0); the
+    measurement of step t moves alpha from step t+1 on. Needs no score geometry.
     """
 
     limit: float
@@ -141,11 +147,16 @@ class BalanceCalibration:
     last: float = math.nan
     """The newest measurement used."""
 
+    @property
+    def steers_by_batches(self) -> bool:
+        return False
+
     def measures_at(self, step: int) -> bool:
         return False
 
     def probes_at(self, step: int) -> bool:
-        return step % self.every == 0
+        is_early = step in FIRST_PROBES and step < self.every
+        return step > 0 and (step % self.every == 0 or is_early)
 
     def alpha(self) -> float:
         return math.exp(self.log_alpha)

@@ -34,6 +34,11 @@ __all__ = [
 class Calibrator(Protocol):
     """Decides alpha: d_w becomes alpha d_w, d_l becomes d_l / alpha; product and loss value stay."""
 
+    @property
+    def steers_by_batches(self) -> bool:
+        """Whether the displacement r = z - ref of training batches steers it, so that they need a
+        reference."""
+
     def measures_at(self, step: int) -> bool:
         """Whether this calibrator asks for score geometry in optimizer step `step` (counted from 0)."""
 
@@ -62,6 +67,10 @@ class FixedCalibration:
     """alpha constant: the static baseline, and at 1 plain training. Learns nothing, measures nothing."""
 
     value: float = 1.0
+
+    @property
+    def steers_by_batches(self) -> bool:
+        return False
 
     def measures_at(self, step: int) -> bool:
         return False
@@ -124,6 +133,10 @@ class BandCalibration:
     """Measured steps that left the EMA untouched: an incentive mean or a score not positive and finite."""
     num_clamped: int = 0
     """Steps whose alpha was limited by `max_log_alpha`."""
+
+    @property
+    def steers_by_batches(self) -> bool:
+        return False
 
     def measures_at(self, step: int) -> bool:
         return step < self.warmup_steps or step % self.every == 0
@@ -213,6 +226,10 @@ class FeedbackCalibration:
     """Updates that `low` or `high` cut short."""
     last: float = math.nan
     """The newest measurement used."""
+
+    @property
+    def steers_by_batches(self) -> bool:
+        return not self.from_probe
 
     def measures_at(self, step: int) -> bool:
         return False

@@ -1,4 +1,4 @@
-"""The oracle of calibration=balance: its formulas by dense Gaussian conditioning, one (k, eta) after another.
+"""The oracle of calibration=balance: its formulas by dense Gaussian conditioning, nothing recursive.
 
 Takes nothing of rcpo: all constants stand here once more. Slow, for a few steps."""
 
@@ -7,9 +7,10 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-POLE, DRIFT, WALK, SLEW, PROBE_NATS, FORGET = 0.85, 0.2, 0.015, 0.2, 0.003, 0.98
+POLE, WALK, SLEW, PROBE_NATS, FORGET = 0.85, 0.015, 0.2, 0.003, 0.98
 STRENGTHS = [10.0 ** (exponent / 4) for exponent in range(-16, 13)]
-NOISES = (0.03, 0.1, 0.3, 1.0)
+NOISES = (0.03, 0.1, 0.3)
+DRIFTS = (0.02, 0.1, 0.4)
 
 Vector = NDArray[np.float64]
 
@@ -47,7 +48,12 @@ class PlainBalance:
     def _decided(self) -> float:
         momenta = self._momenta()
         step = len(momenta)
-        found = [(k, *self._conditioned(k, eta, momenta)) for k in STRENGTHS for eta in NOISES]
+        found = [
+            (k, *self._conditioned(k, eta, drift, momenta))
+            for k in STRENGTHS
+            for eta in NOISES
+            for drift in DRIFTS
+        ]
         top = max(log_weight for _, _, _, log_weight in found)
         weights = [k * math.exp(log_weight - top) for k, _, _, log_weight in found]
         c = sum(weight * each[1] for weight, each in zip(weights, found, strict=True)) / sum(weights)
@@ -60,11 +66,14 @@ class PlainBalance:
         limited = min(max(wanted, -self.limit), self.limit)
         return min(max(limited, self.log_alpha - SLEW), self.log_alpha + SLEW)
 
-    def _conditioned(self, k: float, eta: float, momenta: list[float]) -> tuple[float, float, float]:
+    def _conditioned(
+        self, k: float, eta: float, drift: float, momenta: list[float]
+    ) -> tuple[float, float, float]:
         """Means of c/k and d now, given what was measured, and the log weight: c(t) = sum_{s<t} share (m + d
         + noise) with d(t) = d(0) + steps of its walk are linear in independent normal numbers."""
         num = len(momenta)
-        sizes = np.array([DRIFT, *[WALK] * num, *[eta] * num])  # d(0), walk(1..num), noise(0..num-1)
+        # d(0), walk(1..num), noise(0..num-1)
+        sizes = np.array([drift, *[min(WALK, drift / 10)] * num, *[eta] * num])
         d_rows = np.zeros((num + 1, len(sizes)))
         c_rows = np.zeros((num + 1, len(sizes)))
         c_means = np.zeros(num + 1)

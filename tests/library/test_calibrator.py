@@ -276,9 +276,12 @@ def fed(**changes: Any) -> Tensor:
 
 
 def probed(kind: str, *probe: float) -> None:
+    """The first step that wants a probe gets this one."""
     calibrator = rcpo.Calibrator(kind, "dpo")
-    calibrator.surrogate(*pair())
-    calibrator.update(*probe)
+    for _ in range(2):
+        wanted = calibrator.wants_probe
+        calibrator.surrogate(*pair())
+        calibrator.update(*(probe if wanted else ()))
 
 
 def uncalled() -> None:
@@ -318,9 +321,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "detached": (lambda: fed(z_w=torch.zeros(2)), "z_w: is not attached to the graph"),
     "reference": (lambda: fed(ref_w=None), "ref_w, ref_l: are None, and dpo needs them"),
     "steering": (
-        lambda: rcpo.Calibrator("feedback", "simpo", first_pass_steps=2).surrogate(
-            *pair(ref_w=None, ref_l=None)
-        ),
+        lambda: rcpo.Calibrator("feedback", "simpo").surrogate(*pair(ref_w=None, ref_l=None)),
         "ref_w, ref_l: are None, and calibration feedback needs them",
     ),
     "empty": (lambda: rcpo.Calibrator("off", "dpo").update(), r"calibrator.update: no surrogate\(\) since"),
