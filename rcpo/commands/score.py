@@ -85,9 +85,8 @@ def _check_out(out: Path, overwrite: bool) -> Path:
 
 def _to_score(config: "ResolvedConfig") -> "ResolvedConfig":
     """Rows that cannot train are counted, and nothing is filtered."""
-    from rcpo.config.schema import FilterConfig
-
-    data = dataclasses.replace(config.data, on_bad_row="drop", filter=FilterConfig())
+    unfiltered = dataclasses.replace(config.data.filter, scores=None)
+    data = dataclasses.replace(config.data, on_bad_row="drop", filter=unfiltered)
     return dataclasses.replace(config, data=data)
 
 

@@ -116,7 +116,7 @@ def origin_of(run: ComparedRun) -> Origin:
             raise TypeError("train.max_length is not there")
     except (ValidationError, ValueError, TypeError) as error:
         raise UserError(f"the run's config cannot be read: {' '.join(str(error).split())[:200]}") from None
-    lora = LoraConfig() if model.lora.adapter is None else model.lora
+    lora = LoraConfig(rank=None) if model.lora.adapter is None else model.lora
     model = dataclasses.replace(
         model, lora=lora, trust_remote_code=False, attention=None, gradient_checkpointing=False
     )

@@ -24,19 +24,9 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-import rcpo
 from rcpo.common.errors import UserError, shortened
+from rcpo.config.conf import conf_dir
 from rcpo.config.words import MULTIRUN, grid_line, hydra_words, placed_module
-
-
-def conf_dir() -> Path:
-    """The folder of shipped YAML files: inside the package (a wheel), else beside it (a source tree)."""
-    package = Path(rcpo.__file__).resolve().parent
-    for folder in (package / "conf", package.parent / "conf"):
-        if (folder / "config.yaml").is_file():
-            return folder
-    raise UserError(f"no conf/ folder beside or inside {package}; install rcpo again")
-
 
 PRINTING = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc")
 """Hydra's flags that print something and train nothing."""

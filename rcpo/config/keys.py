@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import TypeAdapter
 
-from rcpo.config.compose import conf_dir
+from rcpo.config.conf import conf_dir, option_tree
 from rcpo.config.meanings import comments, field_docstrings, first_comment, leaves, shown
 from rcpo.config.schema import Config
 from rcpo.objectives import REGISTRY, config_key
@@ -29,6 +28,9 @@ rcpo train objective=simpo --cfg job           # what your words come to, as YAM
 rcpo train --config-dir DIR objective=mine     # an option of your own: DIR/objective/mine.yaml
 ```
 
+- A default stands once, in a YAML file of this folder. Where a config lacks a key, such as one that
+  an older rcpo froze, rcpo reads the value there too. Only objectives have theirs twice, here and
+  in Python, where they work without a config; a test holds them equal.
 - **null** means that rcpo decides. **???** means that you must give the value.
 - `experiment=NAME` sets options and keys together. Copy `conf/experiment/example.yaml` to
   `DIR/experiment/NAME.yaml`. The command line still wins.
@@ -66,7 +68,7 @@ DECIDED_BY_OPTION = ("calibration.name", "data.source", "optim.name", "reference
 def page() -> str:
     """The whole text."""
     folder = conf_dir()
-    root = _read(folder / "config.yaml")
+    root = option_tree(folder / "config.yaml")
     defaults = _default_options(root)
     parts = [INTRO, "\n", GROUPS, *_group_lines(folder, defaults)]
     schema = TypeAdapter(Config).json_schema()
@@ -87,11 +89,6 @@ def page() -> str:
             if key not in DECIDED_BY_OPTION
         ]
     return "".join(parts)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    return tree if isinstance(tree, dict) else {}
 
 
 def _default_options(root: dict[str, Any]) -> dict[str, str]:
@@ -119,7 +116,7 @@ def _group_lines(folder: Path, defaults: dict[str, str]) -> Iterator[str]:
 def _shared_objective_lines(folder: Path) -> Iterator[str]:
     file = folder / "every_objective.yaml"
     meanings = comments(file)
-    for key, value in _read(file).items():
+    for key, value in option_tree(file).items():
         yield f"| `objective.{key}` | {_code(value)} | {_escaped(meanings.get(key, ''))} |\n"
 
 
@@ -127,7 +124,7 @@ def _parameter_lines(folder: Path) -> Iterator[str]:
     for file in _options("objective", folder):
         config_type = REGISTRY[file.stem].config_type
         meanings = {config_key(name): text for name, text in field_docstrings(config_type).items()}
-        for key, value in _read(file).items():
+        for key, value in option_tree(file).items():
             if key != "name":
                 meaning = _escaped(meanings.get(key, ""))
                 yield f"| {file.stem} | `objective.{key}` | {_code(value)} | {meaning} |\n"
@@ -135,11 +132,11 @@ def _parameter_lines(folder: Path) -> Iterator[str]:
 
 def _values(name: str, folder: Path, root: dict[str, Any], defaults: dict[str, str]) -> dict[str, str]:
     """Each key's value in the default option, and what other options have in its place."""
-    files = {file.stem: _read(file) for file in _options(name, folder)} or {"": root[name]}
+    files = {file.stem: option_tree(file) for file in _options(name, folder)} or {"": root[name]}
     if name == "data":
-        shared = _read(folder / "data_filter.yaml")
+        shared = option_tree(folder / "data_filter.yaml")
         files = {option: tree | {"filter": shared} for option, tree in files.items()}
-    base = dict(leaves(_read(folder / "every_model.yaml"), "model.")) if name == "model" else {}
+    base = dict(leaves(option_tree(folder / "every_model.yaml"), "model.")) if name == "model" else {}
     found: dict[str, dict[str, list[str]]] = {}
     for option, tree in files.items():
         for key, value in (base | dict(leaves(tree, f"{name}."))).items():

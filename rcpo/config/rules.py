@@ -50,8 +50,9 @@ def _check_model(config: Config) -> None:
     """Rules of adapters and quantization."""
     model, lora = config.model, config.model.lora
     if lora.rank is None:
+        untouched = LoraConfig()
         for field in dataclasses.fields(LoraConfig):
-            value, default = getattr(lora, field.name), getattr(LoraConfig(), field.name)
+            value, default = getattr(lora, field.name), getattr(untouched, field.name)
             if value != default:
                 shown = f"[{','.join(value)}]" if isinstance(value, list) else value
                 raise UserError(

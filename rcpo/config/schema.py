@@ -1,15 +1,19 @@
 """The typed config: frozen dataclasses, their meaning field by field, and the one validation of a composed
 tree.
 
-`conf/*.yaml` hold the values that users get; this file holds types and ranges. A default here is for a config
-that lacks the key: its option has no use for it, or an older rcpo froze it. A test holds it equal to conf/
-wherever conf/ has one value. After `rcpo.config.validate` the rest of rcpo sees only `Config`. Null means
+Types, ranges and meanings stand here, defaults in `conf/*.yaml`, each once: `IN_CONF` reads them there for a
+config that lacks the key, because its option has no use for it or an older rcpo froze it. A default written
+here is another than users get from conf/, and says why.
+
+After `rcpo.config.validate` the rest of rcpo sees only `Config`. Null means
 "rcpo decides": `rcpo.config.resolve` fills those in, before the config is frozen."""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
+
+from rcpo.config.conf import IN_CONF, defaults_in
 
 STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -47,60 +51,63 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 @dataclass(frozen=True, config=STRICT)
+@defaults_in("calibration/feedback feedback")
 class FeedbackConfig:
-    gain: Annotated[float, Field(ge=0, le=1)] = 0.1
+    gain: Annotated[float, Field(ge=0, le=1)] = IN_CONF
     """log alpha per nat of smoothed displacement below the target, for as long as it lies there."""
-    integral_gain: Annotated[float, Field(ge=0, le=1)] = 0.005
+    integral_gain: Annotated[float, Field(ge=0, le=1)] = IN_CONF
     """Lasting change of log alpha per nat below the target and optimizer step."""
-    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = IN_CONF
     """Decay of the moving average of measurements, per optimizer step."""
-    target: float = 0.0
+    target: float = IN_CONF
     """Mean change of the chosen log-probability to hold, in nats."""
-    low: float = 0.0
+    low: float = IN_CONF
     """Lower limit of log alpha."""
-    high: float | None = None
+    high: float | None = IN_CONF
     """Upper limit of log alpha; null: max_log_alpha."""
-    source: Literal["batch", "probe"] = "batch"
+    source: Literal["batch", "probe"] = IN_CONF
     """batch: the training batches of the first pass, whose pairs are still new, then the probe. probe:
     held-out pairs."""
-    every: Positive = 10
+    every: Positive = IN_CONF
     """Optimizer steps from one probe of the held-out pairs to the next."""
-    pairs: Positive = 64
+    pairs: Positive = IN_CONF
     """Pairs of a probe: the first of the held-out ones."""
 
 
 @dataclass(frozen=True, config=STRICT)
+@defaults_in("calibration/balance balance")
 class BalanceConfig:
-    limit: Annotated[float, Field(gt=0, le=3)] = 1.0
+    limit: Annotated[float, Field(gt=0, le=3)] = IN_CONF
     """Limit of |log alpha|, to both sides; limited steps are counted in calibration/clamped."""
-    every: Positive = 5
+    every: Positive = IN_CONF
     """Optimizer steps from one probe of the held-out pairs to the next."""
-    pairs: Positive = 32
+    pairs: Positive = IN_CONF
     """Pairs of a probe: the first of the held-out ones."""
 
 
 @dataclass(frozen=True, config=STRICT)
+@defaults_in("calibration/on")
 class CalibrationConfig:
     name: Literal["off", "on", "exact", "feedback", "balance", "fixed"]
     """off: plain training. on: reward calibration as in arXiv 2604.18239. exact: the same on the two real
     halves of the gradient. feedback: steers alpha by the chosen responses' displacement. balance: by the
     middle of both sides. fixed: alpha as given."""
-    scope: Literal["head", "lora_last", "full"] = "head"
+    scope: Literal["head", "lora_last", "full"] = IN_CONF
     """Parameters whose score vectors are compared. head: the output projection, through the head path.
     lora_last: the adapters of the last transformer block. full: all that are trained."""
-    estimator: Literal["mean", "weighted"] = "mean"
+    estimator: Literal["mean", "weighted"] = IN_CONF
     """mean: r = mean(d_w)/mean(d_l) and scores of the mean log-probabilities (the paper's). weighted: the two
     halves G_w = mean(d_w s_w) and G_l = mean(d_l s_l) of the real gradient."""
-    ema_beta: Annotated[float, Field(ge=0, lt=1)] = 0.98
+    ema_beta: Annotated[float, Field(ge=0, lt=1)] = IN_CONF
     """Decay of the EMA of log ratio and band centre, per optimizer step; the paper's 0.98."""
-    max_log_alpha: Annotated[float, Field(gt=0, le=20)] = 3.0
+    max_log_alpha: Annotated[float, Field(gt=0, le=20)] = IN_CONF
     """Limit of |log alpha|; limited steps are counted in calibration/clamped."""
-    every: Positive = 1
+    every: Positive = 1  # conf/ has 8 for those that measure; metrics.geometry_every counts for the others
     """Optimizer steps from one measurement to the next."""
-    warmup_steps: NonNegative = 0
+    warmup_steps: NonNegative = 0  # conf/ has 50; none before there was the key
     """Optimizer steps at the start that are all measured, so that the first averages are not of two or three
     batches."""
-    alpha: Annotated[float, Field(gt=0)] = 1.0
+    alpha: Annotated[float, Field(gt=0)] = 1.0  # conf/ has ??? for fixed, and nothing for the others
     """The constant alpha of fixed."""
     feedback: FeedbackConfig = Field(default_factory=FeedbackConfig)
     balance: BalanceConfig = Field(default_factory=BalanceConfig)
@@ -117,45 +124,47 @@ def _list_of_names(value: object) -> object:
 
 
 @dataclass(frozen=True, config=STRICT)
+@defaults_in("every_model lora")
 class LoraConfig:
-    rank: Annotated[int, Field(gt=0, le=65536)] | None = None
+    rank: Annotated[int, Field(gt=0, le=65536)] | None = IN_CONF
     """Rank of the trained adapter (LoRA, arXiv 2106.09685); null: no adapter, every parameter trains."""
-    alpha: Annotated[float, Field(gt=0)] | None = None
+    alpha: Annotated[float, Field(gt=0)] | None = IN_CONF
     """The adapter's product is scaled by alpha / rank; null: 2 * rank."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = IN_CONF
     """Share of an adapted layer's inputs dropped before A in training passes; above 0 a step is random."""
-    targets: Annotated[Literal["all-linear"] | list[Text], BeforeValidator(_list_of_names)] = "all-linear"
+    targets: Annotated[Literal["all-linear"] | list[Text], BeforeValidator(_list_of_names)] = IN_CONF
     """Linear layers to adapt: names, or all but the output projection."""
-    adapter: Text | None = None
+    adapter: Text | None = IN_CONF
     """Folder or hub id of an adapter to start from, of SFT say; the reference has it too."""
-    on_adapter: Literal["merge", "stack"] | None = None
+    on_adapter: Literal["merge", "stack"] | None = IN_CONF
     """merge: add `adapter` to the base weights; stack: keep it, frozen, beside the new one. No default."""
-    save: Literal["merged", "adapter"] = "merged"
+    save: Literal["merged", "adapter"] = IN_CONF
     """merged: final/ is a whole model, which needs neither peft nor the base model; adapter: peft's files."""
 
 
 @dataclass(frozen=True, config=STRICT)
+@defaults_in("every_model")
 class ModelConfig:
     path: Text
     """builtin:tiny, a folder with safetensors weights, or a hub id."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = IN_CONF
     """Dtype of weights and activations; log-probs are fp32 always. auto: float32 on CPU, bfloat16 on GPUs."""
-    attention: Literal["eager", "sdpa", "flash_attention_2"] | None = None
+    attention: Literal["eager", "sdpa", "flash_attention_2"] | None = IN_CONF
     """Attention implementation; null: the model's default."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = IN_CONF
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    trust_remote_code: bool = False
+    trust_remote_code: bool = IN_CONF
     """Run Python code that lies in the model's folder."""
-    allow_pickle: bool = False
+    allow_pickle: bool = IN_CONF
     """Load pickled weights (*.bin) where there are no safetensors: their tensors alone, never their code."""
-    chat_template: Text | None = None
+    chat_template: Text | None = IN_CONF
     """null: the tokenizer's own; plain: rcpo's; else a jinja file."""
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    chat_template_kwargs: dict[str, Any] = IN_CONF
     """What the chat template is given beside the messages: '{enable_thinking: false}'. A row's own column
     chat_template_kwargs comes on top."""
     lora: LoraConfig = Field(default_factory=LoraConfig)
     """Train a low-rank adapter in place of the weights."""
-    quantization: Literal["4bit"] | None = None
+    quantization: Literal["4bit"] | None = IN_CONF
     """4bit: hold the frozen base weights as nf4 (bitsandbytes, CUDA only); needs an adapter to train."""
 
 
@@ -163,48 +172,50 @@ Percentile = Annotated[float, Field(gt=0, le=100)]
 
 
 @dataclass(frozen=True, config=STRICT)
+@defaults_in("data_filter")
 class FilterConfig:
-    scores: Text | None = None
+    scores: Text | None = IN_CONF
     """Scores of the training pairs: a file that `rcpo score` wrote, with this model's tokens. The keys below
     need it."""
-    ches_max_percentile: Percentile | None = None
+    ches_max_percentile: Percentile | None = IN_CONF
     """Leave out training pairs with a CHES (arXiv 2410.08847) above this percentile; 95 leaves out 5 %."""
-    ches_norm_max_percentile: Percentile | None = None
+    ches_norm_max_percentile: Percentile | None = IN_CONF
     """The same of length-normalised CHES, for responses of different lengths; the paper filters by it."""
-    margin_min: float | None = None
+    margin_min: float | None = IN_CONF
     """Leave out training pairs with a margin z_w - z_l under the scoring model below this, in nats."""
-    margin_max: float | None = None
+    margin_max: float | None = IN_CONF
     """Leave out training pairs with a margin above this, in nats."""
 
 
 @dataclass(frozen=True, config=STRICT)
+@defaults_in("data/file")
 class DataConfig:
     source: Literal["arithmetic", "file"]
     """arithmetic: generated word problems. file: anything that `path` names."""
-    path: Paths | None = None
+    path: Paths | None = None  # conf/ has ??? for file; arithmetic has none
     """File, glob ('pairs/*.jsonl'), folder or hub id, or a list of them ('[a.jsonl, b.csv]'); for
     source=file."""
-    config: Text | None = None
+    config: Text | None = IN_CONF
     """Which of the data set's configs, where `path` has several."""
-    split: Text | None = None
+    split: Text | None = IN_CONF
     """Training split where `path` has several, or a slice of it, as `datasets` spells them: 'train[:10%]',
     'train[100:200]', 'train+test'. The split of a file is train."""
-    eval_path: Paths | None = None
+    eval_path: Paths | None = IN_CONF
     """Held-out pairs of their own."""
-    eval_config: Text | None = None
+    eval_config: Text | None = IN_CONF
     """Config of the held-out pairs; null: that of eval_path where it has one only, or that of path."""
-    eval_split: Text | None = None
+    eval_split: Text | None = IN_CONF
     """Held-out split of eval_path, or of path, or a slice of it."""
-    train_pairs: Positive | None = None
+    train_pairs: Positive | None = IN_CONF
     """At most this many training pairs; null: all."""
-    eval_pairs: Positive = 128
+    eval_pairs: Positive = IN_CONF
     """Held-out pairs: at most this many of the held-out set, or drawn from the training pairs where there is
     none."""
-    seed: Seed = 0
+    seed: Seed = IN_CONF
     """Fixes which pairs are held out (and, for arithmetic, the problems)."""
-    on_bad_row: Literal["error", "drop"] = "error"
+    on_bad_row: Literal["error", "drop"] = "error"  # conf/ has drop for files; a bad problem is rcpo's own
     """A row that cannot train: stop with its number and reason, or drop and count it."""
-    columns: dict[str, str] | None = None
+    columns: dict[str, str] | None = IN_CONF
     """{prompt: NAME, chosen: NAME, rejected: NAME} where a file uses other names; also {weight: NAME} or
     {probability: NAME} with objective.sample_weight."""
     filter: FilterConfig = Field(default_factory=FilterConfig)
@@ -228,38 +239,38 @@ def _listed(paths: str | list[str] | None) -> list[str]:
 
 
 @dataclass(frozen=True, config=STRICT)
+@defaults_in("reference/cached")
 class ReferenceConfig:
-    name: Literal["cached", "live"] = "cached"
+    name: Literal["cached", "live"] = IN_CONF
     """cached: reference log-probs are computed before the first step and kept for all runs of the same
     weights. live: a frozen model stays in memory and computes them batch by batch; no cache is read or
     written."""
-    path: Text | None = None
+    path: Text | None = IN_CONF
     """Weights of the reference: a folder or a hub id with the same tokenizer as model.path; null: the
     initial policy. Training displacement is then measured against them, eval/displacement still against
     step 0 of the policy. Objectives that need no reference do not read it."""
-    pairs_per_device: Positive | None = None
+    pairs_per_device: Positive | None = IN_CONF
     """Pairs of one forward pass of the reference on a rank, to rounding without effect; null: four
     micro-batches where cached, one where live, which takes at most one."""
 
 
 @dataclass(frozen=True, config=STRICT)
+@defaults_in("optim/adamw", "optim/sgd")
 class OptimConfig:
     name: Literal["adamw", "sgd"]
-    lr: Annotated[float, Field(gt=0)] | None = None
+    lr: Annotated[float, Field(gt=0)] | None = IN_CONF
     """Peak learning rate; null: 3e-4 for builtin:tiny, else 1e-6; ten times that with model.lora."""
-    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = Field(
-        default_factory=lambda: [0.9, 0.999]
-    )
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = IN_CONF
     """AdamW's two decay rates."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
+    eps: Annotated[float, Field(gt=0)] = IN_CONF
     """AdamW's term in the denominator."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = IN_CONF
     """SGD's momentum."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = IN_CONF
     """Decoupled for adamw, plain L2 for sgd."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule: Literal["constant", "linear", "cosine"] = IN_CONF
     """Learning rate after the warm-up; linear and cosine end at 0 at the last step."""
-    warmup_steps: NonNegative = 0
+    warmup_steps: NonNegative = IN_CONF
     """Optimizer steps of linear warm-up from 0."""
 
     @property
@@ -269,92 +280,98 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+@defaults_in("deepspeed/zero")
 class DeepSpeedConfig:
-    stage: Stage | None = None
+    stage: Stage | None = IN_CONF
     """ZeRO stage: 0 nothing sharded, 1 optimizer state, 2 and gradients, 3 and weights; null: 1."""
-    offload: Literal["none", "optimizer"] = "none"
+    offload: Literal["none", "optimizer"] = IN_CONF
     """optimizer: its state lives in CPU memory (stages 1 to 3)."""
-    extra: dict[str, Any] = Field(default_factory=dict)
+    extra: dict[str, Any] = IN_CONF
     """DeepSpeed config entries that win over rcpo's."""
 
 
 @dataclass(frozen=True, config=STRICT)
+@defaults_in("tracking/wandb")
 class TrackingConfig:
     name: Literal["wandb", "none"]
-    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    mode: Literal["auto", "online", "offline", "disabled"] = IN_CONF
     """auto: online where an API key is configured, else offline."""
-    project: Text = "rcpo"
-    entity: Text | None = None
-    group: Text | None = None
-    tags: list[Text] = Field(default_factory=list)
+    project: Text = IN_CONF
+    entity: Text | None = IN_CONF
+    group: Text | None = IN_CONF
+    tags: list[Text] = IN_CONF
     """Beside the four that every run gets: objective, calibration, model, data."""
-    log_model: bool = False
+    log_model: bool = IN_CONF
     """Send final/ as an artifact at the end of the run."""
 
 
 @dataclass(frozen=True, config=STRICT)
+@defaults_in("config train")
 class TrainConfig:
-    steps: Annotated[int, Field(gt=0, le=10**9)] | None = None
+    steps: Annotated[int, Field(gt=0, le=10**9)] | None = IN_CONF
     """Optimizer steps; null with epochs null: 150 for arithmetic data, else one epoch."""
-    epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    epochs: Annotated[float, Field(gt=0, le=1e6)] | None = IN_CONF
     """Passes over the training pairs, rounded up to whole steps; steps or epochs, not both."""
-    pairs_per_step: Positive = 16
+    pairs_per_step: Positive = IN_CONF
     """Global batch: pairs of one optimizer step over all ranks."""
-    pairs_per_device: Positive | None = None
+    pairs_per_device: Positive | None = IN_CONF
     """Micro-batch of one rank; null: the largest divisor of its share up to 16 (builtin:tiny) or 4."""
-    max_length: Annotated[int, Field(ge=2, le=10**8)] = 1024
+    max_length: Annotated[int, Field(ge=2, le=10**8)] = IN_CONF
     """Tokens of prompt + response; responses are cut from the right."""
-    max_prompt_length: Positive | None = None
+    max_prompt_length: Positive | None = IN_CONF
     """Tokens of the prompt, cut from the left; null: what the longer response leaves of max_length, at least
     half."""
-    eval_every: NonNegative | None = None
+    eval_every: NonNegative | None = IN_CONF
     """Optimizer steps between evaluations; 0: only at the start and the end; null: 25 for builtin:tiny, else
     100."""
-    share_prefix: bool = False
+    share_prefix: bool = IN_CONF
     """Compute the prompt of a pair once for both responses: less work where prompts are long, the same
     gradient to rounding. Steps that `exact` measures do without."""
-    packing: bool = False
+    packing: bool = IN_CONF
     """Put a micro-batch on one row, without padding; for kernels that skip what is masked (flash attention).
     Steps that `exact` measures do without."""
-    save_every: NonNegative = 0
+    save_every: NonNegative = IN_CONF
     """Optimizer steps between checkpoints; 0: none."""
-    keep_last: Positive | None = None
+    keep_last: Positive | None = IN_CONF
     """Checkpoints that are kept, the newest ones; null: all."""
-    on_save_error: Literal["continue", "stop"] = "continue"
+    on_save_error: Literal["continue", "stop"] = IN_CONF
     """A checkpoint that cannot be written, on a full disk say: warn and go on, or stop with exit code 4."""
-    on_nonfinite: Literal["stop", "skip"] = "stop"
+    on_nonfinite: Literal["stop", "skip"] = IN_CONF
     """A loss, log-probability or gradient that is not finite: stop before the weights change, with a
     checkpoint and exit code 3, or leave the step out and count it in train/nonfinite_steps."""
-    max_nonfinite_steps: Positive = 10
+    max_nonfinite_steps: Positive = IN_CONF
     """Steps that on_nonfinite=skip may leave out before the run stops all the same."""
-    log_every: Positive = 1
+    log_every: Positive = IN_CONF
     """Steps between lines on a console that is not a terminal."""
-    grad_clip: Annotated[float, Field(ge=0)] = 1.0
+    grad_clip: Annotated[float, Field(ge=0)] = IN_CONF
     """Largest global gradient norm; 0: no clipping."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = IN_CONF
 
 
 @dataclass(frozen=True, config=STRICT)
+@defaults_in("config metrics")
 class MetricsConfig:
-    geometry_every: NonNegative = 0
+    geometry_every: NonNegative = IN_CONF
     """Measure scores and band (calibration.scope, calibration.estimator) every k steps even where calibration
     does not ask for it; 0: do not."""
-    population: bool = False
+    population: bool = IN_CONF
     """Also estimate cosine, centre and slack of the population from products between consecutive
     measurements: 2 P/N more fp32 numbers per rank."""
 
 
 @dataclass(frozen=True, config=STRICT)
+@defaults_in("config launch")
 class LaunchConfig:
-    processes: Annotated[int, Field(gt=0, le=1024)] = 1
+    processes: Annotated[int, Field(gt=0, le=1024)] = IN_CONF
     """Ranks on CPU."""
-    gpus_per_node: Positive | None = None
+    gpus_per_node: Positive | None = IN_CONF
     """Ranks on the GPUs of a node; null: 1 where a GPU is present."""
-    nodes: Positive = 1
+    nodes: Positive = IN_CONF
     """Nodes; more than 1 needs torchrun or srun to start the ranks."""
 
 
 @dataclass(frozen=True, config=STRICT)
+@defaults_in("config")
 class Config:
     objective: dict[str, Any]
     """name, parameters and keys that all objectives have; `rcpo.objectives` checks them."""
@@ -368,9 +385,9 @@ class Config:
     metrics: MetricsConfig
     launch: LaunchConfig
     reference: ReferenceConfig = Field(default_factory=ReferenceConfig)
-    name: Text | None = None
-    run_dir: Text | None = None
-    seed: Seed = 0
+    name: Text | None = IN_CONF
+    run_dir: Text | None = IN_CONF
+    seed: Seed = IN_CONF
 
     def world_size(self) -> int:
         """Ranks of the run, once `rcpo.config.resolve` has filled in the launch section."""

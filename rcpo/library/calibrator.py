@@ -5,6 +5,7 @@ measure, and the calibrator's state. The kinds are rcpo's own (`rcpo.method.cali
 number that `update` returns (`rcpo.method.metrics`).
 """
 
+import copy
 import math
 import typing
 from collections.abc import Iterable
@@ -12,11 +13,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 from torch import Tensor, nn
 
 from rcpo.common.errors import UserError
-from rcpo.config.compose import conf_dir
+from rcpo.config.conf import conf_dir, option_tree
 from rcpo.config.rules import check_calibration
 from rcpo.config.schema import CalibrationConfig
 from rcpo.config.validate import section_of
@@ -267,7 +267,7 @@ def _config_of(kind: str, options: dict[str, Any]) -> CalibrationConfig:
         raise UserError(
             f"Calibrator({kind!r}, ...): no such kind of calibration; choose one of {', '.join(KINDS)}"
         )
-    shipped = yaml.safe_load((conf_dir() / "calibration" / f"{kind}.yaml").read_text(encoding="utf-8"))
+    shipped = copy.deepcopy(option_tree(conf_dir() / "calibration" / f"{kind}.yaml"))
     for key, value in options.items():
         is_section = isinstance(value, dict) and isinstance(shipped.get(key), dict)
         shipped[key] = shipped[key] | value if is_section else value

@@ -38,7 +38,7 @@ def reference_model(config: ResolvedConfig) -> ModelConfig:
 
 def without_adapter(model: ModelConfig) -> ModelConfig:
     """The plain model, which never trains."""
-    return dataclasses.replace(model, lora=LoraConfig(), gradient_checkpointing=False)
+    return dataclasses.replace(model, lora=LoraConfig(rank=None, adapter=None), gradient_checkpointing=False)
 
 
 def check_reference(config: ResolvedConfig, tokenizer: PreTrainedTokenizerBase, longest: int) -> None:

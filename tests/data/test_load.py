@@ -8,10 +8,10 @@ from typing import Any
 
 import datasets
 import pytest
-import yaml
 
 from helpers import ROOT
 from rcpo.common.errors import UserError
+from rcpo.config.conf import option_tree
 from rcpo.config.schema import DataConfig
 from rcpo.data.load import NOTE, load_records
 from rcpo.data.records import PreferenceRecord
@@ -197,7 +197,7 @@ def test_arithmetic_needs_a_number_and_no_file() -> None:
 
 def named_config(name: str, path: Path) -> DataConfig:
     """conf/data/NAME.yaml as it ships, but for the place."""
-    return DataConfig(**{**yaml.safe_load((CONF / f"{name}.yaml").read_text()), "path": str(path)})
+    return DataConfig(**{**option_tree(CONF / f"{name}.yaml"), "path": str(path)})
 
 
 def save(path: Path, splits: dict[str, list[dict[str, Any]]]) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from helpers.objective_cases import PAIR_A, PAIR_B, s
 from rcpo.common.errors import UserError
-from rcpo.config.compose import compose, conf_dir
+from rcpo.config.compose import compose
+from rcpo.config.conf import conf_dir
 from rcpo.config.validate import validate
 from rcpo.data.batch import PairBatch, collate
 from rcpo.data.tokenize import TokenizedPair, TokenizedSide

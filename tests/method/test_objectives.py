@@ -10,7 +10,7 @@ import yaml
 
 from helpers.objective_cases import CASES, PAIR_A, PAIR_B, nls, pair_of, s
 from rcpo.common.errors import UserError
-from rcpo.config.compose import conf_dir
+from rcpo.config.conf import conf_dir
 from rcpo.method.incentives import incentives, loss_and_incentives
 from rcpo.objectives import REGISTRY, PairLogProbs, load_objective, objective
 

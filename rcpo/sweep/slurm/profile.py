@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, StringConstraints, Type
 from pydantic.dataclasses import dataclass
 
 from rcpo.common.errors import UserError
-from rcpo.config.compose import conf_dir
+from rcpo.config.conf import conf_dir
 from rcpo.config.resolve import resolve
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.config.schema import Config
