@@ -111,7 +111,7 @@ def run(options: argparse.Namespace) -> int:
         forms = {"csv": as_csv, "json": as_json, "markdown": as_markdown, "latex": as_latex}
         say(forms[options.form](lines, comparison))
     if options.html is not None:
-        from rcpo.comparison.page import make_page
+        from rcpo.report.page import make_page
 
         write(options.html, make_page(lines, comparison, options.ches))
     for suffix in ("pdf", "png"):
@@ -143,7 +143,7 @@ def say(text: str) -> None:
 
 def draw(comparison: "Comparison", folder: Path, suffix: str) -> None:
     """Raises UserError where the figures cannot be written."""
-    from rcpo.comparison.static import write_figures
+    from rcpo.report.static import write_figures
 
     try:
         written = write_figures(comparison, folder, suffix)

@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
 
     address = parse_address(options.address)
     require_library()
-    from rcpo.comparison.dashboard import as_spec, is_report, make_report, make_workspace
+    from rcpo.report.dashboard import as_spec, is_report, make_report, make_workspace
 
     if options.is_print:
         table = table_of(load(options.paths)) if options.paths else None
@@ -94,8 +94,8 @@ def save(make: Callable[[], Any], address: "Address", url: str | None) -> str:
     import wandb
     from wandb.sdk.lib.service.service_connection import WandbApiFailedError
 
-    from rcpo.comparison.dashboard import remade
     from rcpo.comparison.from_wandb import failed
+    from rcpo.report.dashboard import remade
 
     try:
         page = make()

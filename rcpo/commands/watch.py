@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> int:
 
     from rcpo.common.console import RunConsole
     from rcpo.comparison.find import find_runs
-    from rcpo.comparison.live import Board
+    from rcpo.report.live import Board
 
     board, console = Board(find_runs(options.paths)), RunConsole()
     board.look()

@@ -297,3 +297,12 @@ def _mark_other_data(groups: list[Group]) -> None:
             group.note = group.note or "other data or model than most groups"
         elif first is not None and group.runs and not same_start(group.runs[0], first.runs[0]):
             group.note = group.note or f"other held-out pairs or model than {first.label}"
+
+
+def panels(comparison: Comparison) -> dict[str, list[Group]]:
+    """Groups with runs, by objective and further settings: what is told and drawn together."""
+    by_label: dict[str, list[Group]] = {}
+    for group in comparison.groups:
+        if group.runs:
+            by_label.setdefault(group.row_label, []).append(group)
+    return by_label

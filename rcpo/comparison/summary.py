@@ -5,8 +5,7 @@ import math
 from collections.abc import Sequence
 
 from rcpo.common.console import KEPT_NATS, nats, percent
-from rcpo.comparison.curves import panels
-from rcpo.comparison.groups import Comparison, Group
+from rcpo.comparison.groups import Comparison, Group, panels
 from rcpo.comparison.table import COLUMNS, GroupLine, p_text
 
 

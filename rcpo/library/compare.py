@@ -73,7 +73,7 @@ class Comparison:
     def html(self, path: str | os.PathLike[str], ches: Literal["auto", "yes", "no"] = "auto") -> Path:
         """Write the report of `rcpo compare --html`, one file that needs no network; returns its path.
         `ches`: whether the model is loaded to score the pairs that fell most."""
-        from rcpo.comparison.page import make_page
+        from rcpo.report.page import make_page
 
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)

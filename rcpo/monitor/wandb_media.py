@@ -1,6 +1,6 @@
 """What W&B gets at the end of a run besides numbers: the held-out pairs as a table and a plot, the model.
 
-Owns their names, which `rcpo.comparison.dashboard` shows and `rcpo.comparison.from_wandb` reads back. Does
+Owns their names, which `rcpo.report.dashboard` shows and `rcpo.comparison.from_wandb` reads back. Does
 not guard against a failing W&B: `rcpo.monitor.tracking` does. Imports neither torch nor wandb before it sends
 something."""
 

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from helpers.compare_folders import compare
-from rcpo.comparison.page import make_page
 from rcpo.comparison.table import make_lines
+from rcpo.report.page import make_page
 
 REJECTED = (-2.0, -2.0, -2.0, -2.0)
 EVIL = "</script><script>document.title='taken'</script><img src=x onerror=\"fail()\"> & \"q\" 'a'"

@@ -24,6 +24,7 @@ ORDER: list[set[str]] = [
     {"training"},
     {"bench", "sweep", "quality"},
     {"comparison"},
+    {"report"},
     {"launch"},
     {"commands", "library"},
 ]

@@ -16,9 +16,9 @@ import yaml
 from helpers import forked
 from helpers.wandb_records import Records, by_step, wandb_rows
 from rcpo.commands.train import prepare
-from rcpo.comparison import dashboard
 from rcpo.config.schema import Config, TrackingConfig
 from rcpo.monitor.tracking import WandbSink, wandb_mode
+from rcpo.report import dashboard
 from rcpo.runs.folder import RunFolder
 from rcpo.runs.frozen import config_tree
 

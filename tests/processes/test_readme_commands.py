@@ -28,7 +28,7 @@ NOT_RUN = {
     r"^sbatch |--slurm": "needs a SLURM cluster; tests/ci/test_slurm.py has one",
     r"gpus_per_node|^torchrun": "needs GPUs; tests/processes/test_launch.py runs torchrun on a CPU",
     r"model=(smollm2|pythia|mistral)": "needs a model of the hub",
-    r"--wandb ENTITY|^rcpo sync|^rcpo dashboard (?!.*--print)": "needs W&B; tests/compare have a server",
+    r"--wandb ENTITY|^rcpo sync|^rcpo dashboard (?!.*--print)": "needs W&B; tests/report have a server",
     r"^rcpo bench": "takes minutes; tests/trainings/test_bench.py does the like",
     r"make_tiny": "trains for minutes; tests/models/test_builtin.py runs a part",
     r"config\.keys": "writes into the source tree; test_readme.py compares what it prints",

@@ -17,13 +17,13 @@ import yaml
 from helpers.compare_folders import compare, make_run
 from helpers.inputs import row
 from rcpo import cli
-from rcpo.comparison import pair_ches
-from rcpo.comparison.fallen import ChesChoice, find_fallen
-from rcpo.comparison.page import make_page, same_decimals
 from rcpo.comparison.statistics import spearman
 from rcpo.comparison.table import make_lines
 from rcpo.data.score_file import HELD_OUT, read_pair_scores
 from rcpo.models.load import model_place
+from rcpo.report import pair_ches
+from rcpo.report.fallen import ChesChoice, find_fallen
+from rcpo.report.page import make_page, same_decimals
 
 ANSWERS = [("six", "two"), ("seven", "eight"), ("two", "six"), ("nine", "ten"), ("Paris", "London"),
            ("five", "five four"), ("three", "one")]  # fmt: skip

@@ -10,9 +10,9 @@ import numpy as np
 from rcpo.comparison.groups import Group
 from rcpo.comparison.held_out import data_settings, held_out_records, model_settings
 from rcpo.comparison.load import ComparedRun
-from rcpo.comparison.pair_ches import Ches, ches_of_pairs
 from rcpo.comparison.statistics import spearman
 from rcpo.data.records import shortened_texts
+from rcpo.report.pair_ches import Ches, ches_of_pairs
 
 if TYPE_CHECKING:
     from rcpo.data.records import PreferenceRecord

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rcpo.comparison.groups import Comparison, Group
+from rcpo.comparison.groups import Group
 from rcpo.comparison.load import ComparedRun
 
 NUM_BINS = 60
@@ -55,15 +55,6 @@ class PairPoints:
     r_l: np.ndarray
     index: np.ndarray
     num_pairs: int
-
-
-def panels(comparison: Comparison) -> dict[str, list[Group]]:
-    """Groups with runs, by objective and further settings: what is drawn together."""
-    by_label: dict[str, list[Group]] = {}
-    for group in comparison.groups:
-        if group.runs:
-            by_label.setdefault(group.row_label, []).append(group)
-    return by_label
 
 
 @contextmanager

@@ -11,8 +11,8 @@ import pytest
 from helpers.compare_folders import compare, make_run
 from helpers.compare_page import EVIL, REJECTED, page_of, write_pairs
 from rcpo import cli
-from rcpo.comparison.fallen import find_fallen
 from rcpo.data.records import PreferenceRecord, shortened_texts
+from rcpo.report.fallen import find_fallen
 
 
 def test_the_pairs_whose_chosen_fell_most_come_with_their_text(tmp_path: Path) -> None:

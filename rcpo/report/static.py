@@ -18,8 +18,9 @@ from matplotlib.patches import Patch
 
 from rcpo.common.console import percent
 from rcpo.common.files import replacing
-from rcpo.comparison import figures
-from rcpo.comparison.curves import (
+from rcpo.comparison.groups import Comparison, Group, panels
+from rcpo.report import figures
+from rcpo.report.curves import (
     COSINE_EDGES,
     NUM_PARTS,
     PATHWAYS,
@@ -29,11 +30,9 @@ from rcpo.comparison.curves import (
     cosine_shares,
     held_out_curve,
     pair_points,
-    panels,
     pathway_shares,
 )
-from rcpo.comparison.groups import Comparison, Group
-from rcpo.comparison.palette import (
+from rcpo.report.palette import (
     BAND,
     FAINT,
     INK,

@@ -18,7 +18,7 @@ from wandb_workspaces.workspaces import internal as workspace_schema
 from helpers.compare_folders import make_run
 from helpers.wandb_server import KEY, Server, serve, stored
 from rcpo import cli
-from rcpo.comparison.dashboard import SECTIONS
+from rcpo.report.dashboard import SECTIONS
 
 REJECTED = (-2.0, -2.0, -2.0, -2.0)
 

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from helpers.compare_folders import make_run
 from rcpo import cli
-from rcpo.comparison.live import BARS, Board, LiveRun, gauge, sparkline
+from rcpo.report.live import BARS, Board, LiveRun, gauge, sparkline
 from rcpo.runs.folder import RunFolder
 
 

@@ -1,7 +1,7 @@
 """CHES of held-out pairs under the model that a run started from (arXiv 2410.08847), for the report.
 
 `rcpo.quality.ches` computes it. Owns when that is worth it unasked, the check that the model is the run's,
-and RUN/ches.json, where values that took their time are kept. Called by `rcpo.comparison.fallen`.
+and RUN/ches.json, where values that took their time are kept. Called by `rcpo.report.fallen`.
 """
 
 import contextlib

@@ -13,12 +13,11 @@ from plotly.offline import get_plotlyjs
 import rcpo
 from rcpo.common.console import KEPT_NATS, nats
 from rcpo.common.page import TableCell, render
-from rcpo.comparison.curves import panels
-from rcpo.comparison.fallen import ChesChoice, Fallen, FallenPair, find_fallen
-from rcpo.comparison.figures import Figure, heat_map, objective_figures
-from rcpo.comparison.groups import Comparison
+from rcpo.comparison.groups import Comparison, panels
 from rcpo.comparison.summary import headline, sentences
 from rcpo.comparison.table import COLUMNS, GroupLine, heads, line_texts, notes
+from rcpo.report.fallen import ChesChoice, Fallen, FallenPair, find_fallen
+from rcpo.report.figures import Figure, heat_map, objective_figures
 
 ABOUT_FALLEN = (
     "Change of the chosen log-probability in nats, mean over seeds, by calibration; pair: its place in the "
@@ -63,7 +62,7 @@ def make_page(lines: Sequence[GroupLine], comparison: Comparison, ches: ChesChoi
     # In JSON inside of HTML the one dangerous character is "<", which ends a script.
     specs = json.dumps([figure.spec() for figure in figures], allow_nan=False).replace("<", "\\u003c")
     return render(
-        "comparison/report.html.j2",
+        "report/report.html.j2",
         policy=POLICY,
         title=_title(by_label),
         lead=headline(lines, comparison),

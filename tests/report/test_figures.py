@@ -12,22 +12,21 @@ import plotly.graph_objects
 import pytest
 
 from helpers.compare_folders import make_run
-from rcpo.comparison.curves import (
+from rcpo.comparison.find import find_runs
+from rcpo.comparison.groups import Comparison, compare_runs, panels
+from rcpo.comparison.load import load_run
+from rcpo.report.curves import (
     alpha_curve,
     band_curve,
     band_range,
     cosine_shares,
     held_out_curve,
     pair_points,
-    panels,
     pathway_shares,
 )
-from rcpo.comparison.figures import heat_map, objective_figures
-from rcpo.comparison.find import find_runs
-from rcpo.comparison.groups import Comparison, compare_runs
-from rcpo.comparison.load import load_run
-from rcpo.comparison.palette import looks
-from rcpo.comparison.static import write_figures
+from rcpo.report.figures import heat_map, objective_figures
+from rcpo.report.palette import looks
+from rcpo.report.static import write_figures
 
 REJECTED = (-2.0, -2.0, -2.0, -2.0)
 
@@ -114,7 +113,7 @@ def test_pairs_are_means_over_seeds_and_many_are_thinned(tmp_path: Path) -> None
 
 def test_the_frame_of_the_bands_shows_all_positions_but_not_far_edges() -> None:
     def curve(lower: list[float], upper: list[float]) -> Any:
-        from rcpo.comparison.curves import BandCurve
+        from rcpo.report.curves import BandCurve
 
         three = np.array([-1.0, 0, 2])
         return BandCurve(three, three, np.zeros(3), np.array(lower), np.array(upper), 0.5)

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 
 from rcpo.common.console import nats, percent
-from rcpo.comparison.curves import (
+from rcpo.comparison.groups import Comparison, Group, panels
+from rcpo.comparison.statistics import mean_and_error
+from rcpo.report.curves import (
     COSINE_EDGES,
     MAX_POINTS,
     NUM_PARTS,
@@ -25,12 +27,9 @@ from rcpo.comparison.curves import (
     cosine_shares,
     held_out_curve,
     pair_points,
-    panels,
     pathway_shares,
 )
-from rcpo.comparison.groups import Comparison, Group
-from rcpo.comparison.palette import BAND, FAINT, INK, NEGATIVE, NEUTRAL, PATHWAY_COLOURS, POSITIVE, looks
-from rcpo.comparison.statistics import mean_and_error
+from rcpo.report.palette import BAND, FAINT, INK, NEGATIVE, NEUTRAL, PATHWAY_COLOURS, POSITIVE, looks
 
 
 @dataclass
