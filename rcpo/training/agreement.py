@@ -98,18 +98,18 @@ def _shortened(pair: TokenizedPair) -> TokenizedPair:
 def _check_rows(config: ResolvedConfig, engine: Engine, pairs: list[TokenizedPair], pad_id: int) -> None:
     """Each side on rows without padding, against all sides on one grid, and against the joint layout."""
 
-    def logps(batch: PairBatch) -> Tensor:
+    def token_logps(batch: PairBatch) -> Tensor:
         return engine.logprobs_without_grad(batch.to(engine.device), tokens=True)
 
     def alone(side: TokenizedSide) -> Tensor:
         batch = collate([TokenizedPair(side, side, 0)], pad_id)
-        return logps(batch)[: batch.num_chosen_tokens]
+        return token_logps(batch)[: batch.num_chosen_tokens]
 
     sides = [*(pair.chosen for pair in pairs), *(pair.rejected for pair in pairs)]
     expected = torch.cat([alone(side) for side in sides])
     name = type(engine.policy.model).__name__
     _compare(
-        config, expected, lambda: logps(collate(pairs, pad_id)),
+        config, expected, lambda: token_logps(collate(pairs, pad_id)),
         f"model.path={config.model.path}: {name} lets a token depend on what follows it or on its row's "
         "neighbours", "give a model that continues text",
     )  # fmt: skip
@@ -118,7 +118,7 @@ def _check_rows(config: ResolvedConfig, engine: Engine, pairs: list[TokenizedPai
         if getattr(config.train, key):
             joint = collate_joint(pairs, pad_id, share_prefix, packing)
             _compare(
-                config, expected, functools.partial(logps, joint),
+                config, expected, functools.partial(token_logps, joint),
                 f"train.{key}=true: {name} cannot have sequences side by side on a row",
                 f"type train.{key}=false",
             )  # fmt: skip
