@@ -29,6 +29,7 @@ from rcpo.common.errors import UserError
 from rcpo.config.schema import LoraConfig, ModelConfig
 from rcpo.models.adapter_files import PREFIX, WEIGHTS_FILE, adapter_folder, read_adapter_config
 from rcpo.models.logit_transform import body_of
+from rcpo.models.targets import adapted_by, target_names
 
 logger = logging.getLogger(__name__)
 
@@ -111,13 +112,15 @@ def add_adapters(model: PreTrainedModel, config: ModelConfig, place: str) -> Non
         return
     import peft
 
-    targets = _target_names(model, lora)
+    targets = target_names(model, lora)
+    expected = adapted_by(model, targets)
     below: dict[str, tuple[Tensor, Tensor]] = {}
     if lora.adapter is not None:
         _load_below(model, lora.adapter, config.path, place)
         if lora.save == "adapter":
             below = {name: _matrices(layer, BELOW) for name, layer in lora_layers(model)}
         if lora.on_adapter == "merge":
+            _refuse_shared(model, "type model.lora.on_adapter=stack")
             _merge_below(model)
     new = peft.LoraConfig(
         task_type="CAUSAL_LM",
@@ -129,7 +132,9 @@ def add_adapters(model: PreTrainedModel, config: ModelConfig, place: str) -> Non
     )
     with torch.random.fork_rng():
         torch.manual_seed(torch.initial_seed())
-        _inject(new, model, NEW)
+        _inject_new(new, model, expected)
+    if lora.save == "merged":
+        _refuse_shared(model, "type model.lora.save=adapter")
     for _, layer in lora_layers(model):
         layer.set_adapter([BELOW, NEW])
     for name, parameter in model.named_parameters():
@@ -291,31 +296,6 @@ def _combined(
     return combined
 
 
-def _target_names(model: PreTrainedModel, lora: LoraConfig) -> list[str]:
-    """The names that peft is given; UserError where one is no linear layer, or the output projection."""
-    head = model.get_output_embeddings()
-    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    inner = {name for name in linear if model.get_submodule(name) is not head}
-    short = sorted({name.rpartition(".")[2] for name in inner})
-    if lora.targets == "all-linear":
-        if not short:
-            raise UserError(f"model.lora.targets=all-linear: {type(model).__name__} has no linear layers")
-        return short
-    for target in lora.targets:
-        matching = {name for name in linear if name == target or name.endswith(f".{target}")}
-        if not matching:
-            raise UserError(
-                f"model.lora.targets: {target} is no linear layer of {type(model).__name__}; "
-                f"it has {', '.join(short)}"
-            )
-        if matching - inner:
-            raise UserError(
-                f"model.lora.targets: {target} is the output projection, which stays frozen in an adapter "
-                "run; leave it out"
-            )
-    return list(lora.targets)
-
-
 def _load_below(model: PreTrainedModel, path: str, model_path: str, place: str) -> None:
     """Inject the adapter of `path`, frozen and without dropout. Raises UserError where it does not fit."""
     import peft
@@ -377,6 +357,35 @@ def gathered_to_change(parameters: list[nn.Parameter]) -> contextlib.AbstractCon
         parameters, modifier_rank=0
     )
     return context
+
+
+def _inject_new(config: Any, model: PreTrainedModel, expected: set[str]) -> None:
+    """Inject the adapter that trains. Raises UserError where peft refuses a layer, or takes others."""
+    try:
+        _inject(config, model, NEW)
+    except ValueError as error:
+        raise UserError(
+            f"model.lora.targets: peft refuses them: {str(error).splitlines()[0][:300]}"
+        ) from None
+    found = {name for name, layer in lora_layers(model) if NEW in layer.lora_A}
+    if found != expected:
+        name = min(found ^ expected)
+        raise UserError(
+            f"model.lora.targets: peft adapts other layers of {type(model).__name__} than they name, {name} "
+            f"for one; type model.lora.targets=[NAME,...] without it"
+        )
+
+
+def _refuse_shared(model: PreTrainedModel, advice: str) -> None:
+    """Raise UserError where two adapted layers have one weight: no weight is the sum with both adapters."""
+    first: dict[int, str] = {}
+    for name, layer in lora_layers(model):
+        other = first.setdefault(id(layer.get_base_layer().weight), name)
+        if other != name:
+            raise UserError(
+                f"model.lora.targets: {other} and {name} of {type(model).__name__} have one weight and an "
+                f"adapter each, which cannot be merged into it; {advice}"
+            )
 
 
 def _inject(config: Any, model: PreTrainedModel, name: str) -> None:

@@ -39,7 +39,7 @@ def check_model(config: ModelConfig) -> None:
             )
     Policy(model)
     if config.lora.rank is not None:
-        lora = dataclasses.replace(config.lora, save="merged")
+        lora = config.lora
         if lora.adapter is not None:
             lora = dataclasses.replace(lora, on_adapter="stack")  # to merge, there would have to be weights
         with torch.device("meta"):

@@ -125,8 +125,22 @@ def _without_randomness(hf_config: PretrainedConfig) -> None:
     for key, value in vars(hf_config).items():
         if isinstance(value, PretrainedConfig):
             _without_randomness(value)
-        elif isinstance(value, float) and any(part in key for part in RANDOM):
+            continue
+        is_threshold = (hf_config.model_type, key) in THRESHOLDS
+        if isinstance(value, float) and any(part in key for part in RANDOM) and not is_threshold:
             setattr(hf_config, key, 0.0)
+
+
+THRESHOLDS = {("phimoe", "router_jitter_noise")}
+"""Entries with such a name that evaluation reads too: without it PhiMoE would be another model."""
+
+
+def _hold_routers_still(model: PreTrainedModel) -> None:
+    """Routers that draw their experts in a training pass choose them there as in evaluation."""
+    for module in model.modules():
+        if hasattr(module, "router_jitter_noise"):
+            module.eval()
+            module.train = lambda mode=True, self=module: self
 
 
 def load_frozen_model(config: ModelConfig) -> PreTrainedModel:
@@ -148,7 +162,7 @@ def from_pretrained(place: str, config: ModelConfig, **options: Any) -> Any:
     use_safetensors: bool | None = True
     if config.allow_pickle:  # a folder that has both is read as safetensors; of a hub id it is not known
         use_safetensors = any(Path(place).glob("*.safetensors")) if Path(place).is_dir() else None
-    return AutoModelForCausalLM.from_pretrained(
+    loaded = AutoModelForCausalLM.from_pretrained(
         place,
         config=hf_config,
         dtype=getattr(torch, config.dtype),
@@ -156,6 +170,8 @@ def from_pretrained(place: str, config: ModelConfig, **options: Any) -> Any:
         trust_remote_code=config.trust_remote_code,
         **options,
     )
+    _hold_routers_still(loaded[0] if isinstance(loaded, tuple) else loaded)
+    return loaded
 
 
 def read_config(config: ModelConfig) -> PretrainedConfig:

@@ -73,19 +73,33 @@ class Policy(nn.Module):
         return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
 
 
+FULL = {"full_attention", "attention"}
+WINDOWS = (
+    "sliding_window",
+    "window_size",
+    "attention_window_size",
+    "attention_chunk_size",
+    "local_attention",
+)
+"""Config entries of a window, where `layer_types` does not tell."""
+
+
 def refuse_joint_layout(model: PreTrainedModel, share_prefix: bool) -> None:
     """Raise UserError where a prompt cannot be computed once for both responses, or sequences cannot share a
-    row: attention without masks, positions that are not given, or windows that a mask of one's own would do
-    away with."""
+    row: attention without masks, positions that are not given, windows that a mask of one's own would do
+    away with, or layers with a state. What the config does not tell, `rcpo.training.agreement` finds."""
     name = type(model).__name__
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    kinds = set(getattr(config, "layer_types", None) or ())
+    recurrent = sorted(kind for kind in kinds if "attention" not in kind or kind == "linear_attention")
     takes = inspect.signature(body_of(model).forward).parameters
     kernel = model.config._attn_implementation
     why = None
     if kernel not in ("sdpa", "eager") and (share_prefix or kernel != "flash_attention_2"):
         why = f"{kernel} takes no mask; type model.attention=sdpa"
-    elif kinds != {"full_attention"} or getattr(config, "sliding_window", None) is not None:
+    elif recurrent:
+        why = f"a {recurrent[0]} layer goes on from what stands before on the row"
+    elif kinds - FULL or any(getattr(config, key, None) is not None for key in WINDOWS):
         why = "it attends within windows"
     elif not {"position_ids", "attention_mask"} <= set(takes):
         why = "it takes no position_ids"

@@ -1,11 +1,13 @@
 """What must agree before a number is trusted, on one short pair before anything long starts.
 
-Two passes in training mode: a model that draws random numbers there has no z. And rcpo's head against the
+Two passes in training mode: a model that draws random numbers there has no z. rcpo's head against the
 model's own logits: an architecture that does more between its last hidden states and its logits than rcpo
-knows of would be trained on other numbers than it will speak with. Called by `rcpo.training.loop` on every
-rank; changes nothing.
+knows of would be trained on other numbers than it will speak with. A row beside longer rows, or joined with
+others, against the row alone: what follows a token must not reach it. And every adapter must be run. Called
+by `rcpo.training.loop` on every rank; changes nothing.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -15,25 +17,33 @@ from rcpo.common.errors import UserError
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.batch import PairBatch, collate
 from rcpo.data.inputs import Inputs
+from rcpo.data.joint import collate_joint
 from rcpo.data.pairs import TokenizedPair, TokenizedSide
+from rcpo.models.adapters import lora_layers
 from rcpo.models.engine import Engine
 from rcpo.ranks.distributed import gather
 
 NUM_TOKENS = 48
 """Of each side, at most: the model's own logits are whole ones."""
+SHORTENED_BY = 4
+"""Tokens of a prompt that a shortened pair leaves out."""
 TOLERANCE_NATS = {"float32": 0.01, "bfloat16": 0.5}
 """Largest difference of a token's log-probability that rounding explains; bf16 logits near 20 are 0.125
 apart."""
 
 
 def check_agreement(config: ResolvedConfig, inputs: Inputs, engine: Engine) -> None:
-    """Raise UserError, on every rank, where two training passes differ or rcpo's head is not the model's.
-    Collective."""
-    batch = collate([_short_pair(inputs)], inputs.pad_id).to(engine.device)
+    """Raise UserError, on every rank, where two training passes differ, rcpo's head is not the model's, a row
+    depends on what it stands beside, or an adapter is not run. Collective."""
+    pair = _short_pair(inputs)
+    batch = collate([pair], inputs.pad_id).to(engine.device)
     with torch.random.fork_rng(devices=[engine.device] if engine.device.type == "cuda" else []):
         if config.model.lora.dropout == 0:  # what a user asks for is random
             _check_passes(config, engine, batch)
         _check_head(config, engine, batch)
+        _check_rows(config, engine, [_shortened(pair), pair], inputs.pad_id)
+        if config.model.lora.rank is not None:
+            _check_adapters_run(engine, batch)
 
 
 def _short_pair(inputs: Inputs) -> TokenizedPair:
@@ -73,6 +83,87 @@ def _check_head(config: ResolvedConfig, engine: Engine, batch: PairBatch) -> Non
         "hidden states and its logits than rcpo knows of: a token's log-probability is "
         f"{own[worst]:.4f} by the model and {ours[worst]:.4f} by rcpo's head; give another model"
     )
+
+
+def _shortened(pair: TokenizedPair) -> TokenizedPair:
+    """The pair with fewer tokens in front, so that it is padded beside the pair; its prompts keep one."""
+
+    def shorter(side: TokenizedSide) -> TokenizedSide:
+        num_left_out = min(SHORTENED_BY, side.num_prompt - 1)
+        return TokenizedSide(side.input_ids[num_left_out:], side.num_prompt - num_left_out)
+
+    return TokenizedPair(shorter(pair.chosen), shorter(pair.rejected), pair.row)
+
+
+def _check_rows(config: ResolvedConfig, engine: Engine, pairs: list[TokenizedPair], pad_id: int) -> None:
+    """Each side on rows without padding, against all sides on one grid, and against the joint layout."""
+
+    def token_logps(batch: PairBatch) -> Tensor:
+        return engine.logprobs_without_grad(batch.to(engine.device), tokens=True)
+
+    def alone(side: TokenizedSide) -> Tensor:
+        batch = collate([TokenizedPair(side, side, 0)], pad_id)
+        return token_logps(batch)[: batch.num_chosen_tokens]
+
+    sides = [*(pair.chosen for pair in pairs), *(pair.rejected for pair in pairs)]
+    expected = torch.cat([alone(side) for side in sides])
+    name = type(engine.policy.model).__name__
+    _compare(
+        config, expected, lambda: token_logps(collate(pairs, pad_id)),
+        f"model.path={config.model.path}: {name} lets a token depend on what follows it or on its row's "
+        "neighbours", "give a model that continues text",
+    )  # fmt: skip
+    layouts = {"share_prefix": (True, False), "packing": (config.train.share_prefix, True)}
+    for key, (share_prefix, packing) in layouts.items():
+        if getattr(config.train, key):
+            joint = collate_joint(pairs, pad_id, share_prefix, packing)
+            _compare(
+                config, expected, functools.partial(token_logps, joint),
+                f"train.{key}=true: {name} cannot have sequences side by side on a row",
+                f"type train.{key}=false",
+            )  # fmt: skip
+
+
+def _compare(
+    config: ResolvedConfig, expected: Tensor, compute: Callable[[], Tensor], fault: str, advice: str
+) -> None:
+    """By the mean difference: in bf16 a token may go to another expert beside other rows."""
+    try:
+        found = compute()
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:  # a mask or positions it cannot take
+        raise UserError(f"{fault}: {str(error).splitlines()[0][:200]}; {advice}") from error
+    if _largest((found - expected).abs().mean()[None]) <= TOLERANCE_NATS[config.model.dtype]:
+        return
+    worst = int((found - expected).abs().argmax())
+    raise UserError(
+        f"{fault}: a token's log-probability is {expected[worst]:.4f} on a row of its own and "
+        f"{found[worst]:.4f} there; {advice}"
+    )
+
+
+def _check_adapters_run(engine: Engine, batch: PairBatch) -> None:
+    """A layer whose weight is read without a call goes around its adapter, which then does nothing."""
+    has_run: set[str] = set()
+    layers = lora_layers(engine.policy.model)
+    handles = [
+        layer.register_forward_hook(lambda *_, name=name: has_run.add(name.rpartition(".")[2]))
+        for name, layer in layers
+    ]
+    try:
+        engine.logprobs_without_grad(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    # By last names: of a mixture's experts a short pair may meet a few alone.
+    skipped = sorted({name.rpartition(".")[2] for name, _ in layers} - has_run)
+    if skipped:
+        kind = type(engine.policy.model).__name__
+        raise UserError(
+            f"model.lora.targets: {kind} reads the weight of {skipped[0]} without calling it, so an adapter "
+            "there does nothing; type model.lora.targets=[NAME,...] without it"
+        )
 
 
 def _largest(difference: Tensor) -> float:

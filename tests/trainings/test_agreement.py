@@ -80,9 +80,10 @@ def test_it_trains(inputs: Path, tmp_path: Path, make: Callable[[], PreTrainedMo
     assert len(metrics(run)) == 2
 
 
-def refused(inputs: Path, run_dir: Path, model: str, prepare: Callable[[], None]) -> str:
+def refused(inputs: Path, run_dir: Path, model: str, prepare: Callable[[], None], *words: str) -> str:
     """What a run of that model is refused with."""
-    config = make_config(inputs, run_dir, Case("dpo", "off", model, "sgd"), Layout(1, 8), "train.steps=2")
+    case = Case("dpo", "off", model, "sgd")
+    config = make_config(inputs, run_dir, case, Layout(1, 8), "train.steps=2", *words)
     run = make_run(config)
 
     def work() -> None:
@@ -132,3 +133,92 @@ def test_a_head_that_is_not_the_model_s_is_refused_with_both_numbers(inputs: Pat
     said = refused(inputs, tmp_path / "run", "llama", prepare)
     assert "Shifted does more between its last hidden states and its logits than rcpo knows of" in said
     assert "by the model and" in said
+
+
+def loading(change: Callable[[PreTrainedModel], None]) -> Callable[[], None]:
+    """Lets a run load the tiny Llama with a change."""
+
+    def prepare() -> None:
+        def load(config: Any) -> PreTrainedModel:
+            model = make_llama()
+            change(model)
+            return model
+
+        rcpo.models.engine.load_model = load
+
+    return prepare
+
+
+def looks_ahead(model: PreTrainedModel) -> None:
+    """Every hidden state has the row's last one in it."""
+    norm = model.model.norm
+    norm.register_forward_hook(lambda module, inputs, output: output + output[:, -1:])
+
+
+def test_a_model_that_looks_ahead_is_refused(inputs: Path, tmp_path: Path) -> None:
+    """Its head is its own and it draws nothing; only rows that stand beside longer ones tell."""
+    said = refused(inputs, tmp_path / "run", "llama", loading(looks_ahead))
+    assert "LlamaForCausalLM lets a token depend on what follows it or on its row's neighbours" in said
+    assert "on a row of its own and" in said
+
+
+def has_a_state(model: PreTrainedModel) -> None:
+    """Every hidden state has the running mean of the row in it, whatever mask and positions say."""
+
+    def hook(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(1, output.shape[1] + 1)[None, :, None]
+        return output + output.cumsum(1) / places
+
+    model.model.norm.register_forward_hook(hook)
+
+
+def refuses_masks(model: PreTrainedModel) -> None:
+    def hook(module: Any, inputs: Any, given: dict[str, Any]) -> None:
+        if given.get("attention_mask") is not None:
+            raise ValueError("too many values to unpack")
+
+    model.model.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+@pytest.mark.parametrize("key", ["share_prefix", "packing"])
+def test_a_joint_layout_that_gives_other_numbers_is_refused(inputs: Path, tmp_path: Path, key: str) -> None:
+    """GPT-Neo's z was off by a nat, Falcon with alibi ended in a traceback: neither says so in its config."""
+    for number, (change, reason) in enumerate(
+        ((has_a_state, "a token's log-probability is"), (refuses_masks, "too many values to unpack"))
+    ):
+        run_dir = tmp_path / str(number)
+        said = refused(inputs, run_dir, "llama", loading(change), f"train.{key}=true")
+        assert said.startswith(
+            f"train.{key}=true: LlamaForCausalLM cannot have sequences side by side on a row: {reason}"
+        )
+        assert said.endswith(f"; type train.{key}=false")
+
+
+class Around(torch.nn.Module):
+    """Reads a layer's weight without calling it, as kernels of state-space models do."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.layer.weight.T
+
+
+def test_an_adapter_that_is_gone_around_is_refused(inputs: Path, tmp_path: Path) -> None:
+    def prepare() -> None:
+        load = rcpo.models.engine.load_model
+
+        def changed(config: Any) -> PreTrainedModel:
+            model = load(config)
+            for block in model.model.layers:
+                block.self_attn.o_proj = Around(block.self_attn.o_proj)
+            return model
+
+        rcpo.models.engine.load_model = changed
+
+    said = refused(inputs, tmp_path / "run", "llama", prepare, "model.lora.rank=2")
+    assert said == (
+        "model.lora.targets: LlamaForCausalLM reads the weight of layer without calling it, so an adapter "
+        "there does nothing; type model.lora.targets=[NAME,...] without it"
+    )
