@@ -162,6 +162,9 @@ class ModelConfig:
     chat_template_kwargs: dict[str, Any] = IN_CONF
     """What the chat template is given beside the messages: '{enable_thinking: false}'. A row's own column
     chat_template_kwargs comes on top."""
+    response: Literal["template", "verbatim"] = IN_CONF
+    """template: a response is what the chat template makes of it. verbatim: its content as it is, behind the
+    generation prompt; for templates that cut reasoning out."""
     lora: LoraConfig = Field(default_factory=LoraConfig)
     """Train a low-rank adapter in place of the weights."""
     quantization: Literal["4bit"] | None = IN_CONF

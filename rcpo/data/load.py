@@ -22,7 +22,7 @@ from rcpo.data.records import BadRowError, PreferenceRecord, read_record
 from rcpo.data.weights import UNWEIGHTED, WEIGHT_PARTS, Weighing, describe_weights
 
 PARTS = ("prompt", "chosen", "rejected")
-FOR_TEMPLATES = ("tools", "chat_template_kwargs")
+FOR_TEMPLATES = ("tools", "documents", "chat_template_kwargs")
 """Columns that a chat template is handed, where they are there."""
 
 
@@ -269,7 +269,8 @@ def _drop_held_out(
 
 def _content(record: PreferenceRecord) -> str:
     """Equal for pairs that are equal in all but their row number."""
-    return _key([record.prompt, record.chosen, record.rejected, record.tools, record.template_kwargs])
+    for_template = (record.tools, record.documents, record.template_kwargs)
+    return _key([record.prompt, record.chosen, record.rejected, *for_template])
 
 
 def _key(parts: Iterable[Any]) -> str:

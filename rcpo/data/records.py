@@ -36,6 +36,8 @@ class PreferenceRecord:
     """What multiplies the pair's loss, finite and >= 0 (`rcpo.data.weights`)."""
     tools: list[Any] | None = None
     """Definitions of tools, for the chat template."""
+    documents: list[Any] | None = None
+    """Documents to answer from, for the chat template."""
     template_kwargs: dict[str, Any] | None = None
     """What else this row's chat template is given: {"enable_thinking": false}, say."""
 
@@ -45,7 +47,13 @@ class BadRowError(Exception):
 
 
 def read_record(
-    prompt: Any, chosen: Any, rejected: Any, row: int, tools: Any = None, template_kwargs: Any = None
+    prompt: Any,
+    chosen: Any,
+    rejected: Any,
+    row: int,
+    tools: Any = None,
+    documents: Any = None,
+    template_kwargs: Any = None,
 ) -> PreferenceRecord:
     """Turn one row into a record; `prompt` is None where the source has no prompt of its own.
 
@@ -58,8 +66,8 @@ def read_record(
     messages      any of the three   messages
 
     Messages may be written as text, in JSON or as Python writes them. Tool calls, tool turns and reasoning of
-    messages are kept for the chat template, and so are `tools` (a list, or one as JSON) and
-    `template_kwargs`.
+    messages are kept for the chat template, and so are `tools` and `documents` (lists of mappings, or such as
+    JSON) and `template_kwargs`.
 
     Raises BadRowError. Source of the formats: TRL's "dataset formats". Unlike TRL, an implicit plain prompt
     ends before a word, not within one ("The sky is b" + "lue"), and a response is exactly one assistant turn.
@@ -80,11 +88,12 @@ def read_record(
     else:
         record = _messages_record(prompt, chosen, rejected, row)
     _check_parts(record)
-    if tools is None and template_kwargs is None:
+    if tools is None and documents is None and template_kwargs is None:
         return record
     return dataclasses.replace(
         record,
         tools=_json_value("tools", tools, list),
+        documents=_documents(documents),
         template_kwargs=_json_value("chat_template_kwargs", template_kwargs, dict),
     )
 
@@ -108,6 +117,13 @@ def _json_value(name: str, value: Any, kind: type) -> Any:
     if not isinstance(value, kind):
         raise BadRowError(f"{name} is {type(value).__name__}, not a {'list' if kind is list else 'mapping'}")
     return value
+
+
+def _documents(value: Any) -> list[Any] | None:
+    documents: list[Any] | None = _json_value("documents", value, list)
+    if not all(isinstance(document, dict) for document in documents or ()):
+        raise BadRowError("documents has an entry that is no mapping")
+    return documents
 
 
 def _check_value(name: str, value: Any) -> None:

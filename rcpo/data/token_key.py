@@ -24,9 +24,9 @@ from transformers import PreTrainedTokenizerBase
 
 from rcpo.common.errors import UserError
 from rcpo.config.schema import DataConfig
+from rcpo.data.generation import generation_of, special_ids
 from rcpo.data.reading.places import MOST_FILES, held_out_place, spelled_out, training_place
 from rcpo.data.reading.readers import hub_fingerprint
-from rcpo.data.render import special_ids
 from rcpo.data.weights import Weighing
 
 SMALLEST_BYTES = 100_000
@@ -152,6 +152,7 @@ def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> list[Any] | None:
         {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         sorted(special_ids(tokenizer)),
         [tokenizer.bos_token_id, tokenizer.eos_token_id],
+        asdict(generation_of(tokenizer)),
         bool(getattr(tokenizer, "split_special_tokens", False)),
     ]
 

@@ -1,7 +1,8 @@
 """From preference records to token ids: chat template, prompt/response split, truncation budget, counts.
 
-Owns the one policy on BOS and EOS, and what counts as the response. Does not read data (`rcpo.data.load`) or
-pad (`rcpo.data.batch`). Called by `rcpo.training.read_inputs`.
+Owns the one policy on BOS and EOS: tokens are what inference will see. Does not read data
+(`rcpo.data.load`), say where a response begins (`rcpo.data.render`) or pad (`rcpo.data.batch`). Called by
+`rcpo.training.read_inputs`.
 
 How a side becomes ids: the whole conversation is rendered and tokenised once, since a tokenizer may merge
 characters across the end of the prompt, and ids of separately tokenised parts are then not what the model
@@ -14,7 +15,7 @@ which is the same but for odd tokenizers.
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from types import MappingProxyType
 from typing import Any
@@ -22,20 +23,26 @@ from typing import Any
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from rcpo.common.errors import UserError
+from rcpo.data.generation import special_ids, tokens_in_front
 from rcpo.data.pairs import PackedPairs, Packer, TokenizedPair, TokenizedSide
 from rcpo.data.records import BadRowError, PreferenceRecord
 from rcpo.data.render import (
+    LostPartError,
     Rendered,
     Template,
+    ignores,
     look_at_template,
     render_messages,
     render_text,
-    special_ids,
 )
 
 __all__ = ["TokenizedData", "TokenizedPair", "TokenizedSide", "describe_pair", "tokenize_records"]
 
 _RECORDS_PER_BATCH = 512
+_WRITTEN_BY_TEMPLATES = ("tools", "documents")
+"""Parts of a record that a chat template may write."""
+_MOST_SHOWN = 80
+"""Characters of a response that are shown where a template leaves them out."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,8 @@ class TokenizedData:
 
     pairs: PackedPairs
     report: list[str]
+    notes: dict[str, str] = field(default_factory=dict)
+    """What a user should know of the tokens: lines by what they are about, so that each is said once."""
 
 
 def tokenize_records(
@@ -59,11 +68,12 @@ def tokenize_records(
 
     Messages: rendered whole with the chat template, which is given `template_kwargs` and the row's own, and
     split where the prompt with its generation prompt ends, so that a default system prompt never leaks into a
-    response. The response ends with the template's end-of-turn token; template text behind it is cut. Plain
+    response. The response ends with the token that ends generation; template text behind it is cut. Plain
     text: prompt and response as they are, one after the other, also where the tokenizer has a chat template
-    (as TRL does). BOS: exactly once at the start where the tokenizer has one, whether or not the template
-    writes it. EOS: exactly once at the end where the tokenizer has one and the template has not closed the
-    turn with a special token of its own. A BOS or EOS that the tokenizer lacks never enters the ids.
+    (as TRL does). In front stands what inference writes there: of messages what the template writes, of plain
+    text what the tokenizer writes when it is called on it, and never a BOS twice. EOS: exactly once at the
+    end where the tokenizer has one and the template has not closed the turn with a token of its own. A BOS or
+    EOS that the tokenizer lacks never enters the ids.
     Truncation, in tokens: a prompt longer than `max_prompt_length` is cut from the left, but keeps BOS; with
     None it may take what the pair's longer response leaves of `max_length`, at least half. Both sides keep
     one prompt. Each response is then cut from the right to what is left of `max_length` (EOS is cut too), and
@@ -80,15 +90,17 @@ def tokenize_records(
             if isinstance(outcome, TokenizedPair):
                 pairs.append(outcome)
             elif on_bad_row == "error":
+                lost = f" (it leaves out {_start_of(outcome)})" if isinstance(outcome, LostPartError) else ""
                 raise UserError(
-                    f"data: row {record.row} (counted from 0) cannot train: {outcome}; "
+                    f"data: row {record.row} (counted from 0) cannot train: {outcome}{lost}; "
                     "mend it or type data.on_bad_row=drop"
                 )
             else:
                 dropped[str(outcome)] += 1
         packer.add(pairs)
     packed = packer.packed()
-    return TokenizedData(packed, [*work.report(), *_describe_lengths(packed), *_describe_dropped(dropped)])
+    report = [*work.report(), *_describe_lengths(packed), *_describe_dropped(dropped)]
+    return TokenizedData(packed, report, work.notes())
 
 
 def describe_pair(pair: TokenizedPair, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -126,10 +138,13 @@ class _Work:
         self._tokenizer = tokenizer
         self._max_length, self._max_prompt_length = max_length, max_prompt_length
         self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        self._special = special_ids(tokenizer)
+        self._special, self._in_front = special_ids(tokenizer), tokens_in_front(tokenizer)
         self._template_kwargs = template_kwargs
         self._templates: dict[str, Template] = {}
+        self._ignores: dict[tuple[str, str], bool] = {}
         self._counts = Counter[str]()
+        self._unused = Counter[str]()
+        self._notes: dict[str, str] = {}
 
     def tokenize_batch(self, records: Sequence[PreferenceRecord]) -> list[TokenizedPair | BadRowError]:
         """For each record its pair, or the reason why it has none."""
@@ -139,9 +154,12 @@ class _Work:
         for record, whole in zip(records, rendered, strict=True):
             if isinstance(whole, BadRowError):
                 outcomes.append(whole)
+                if isinstance(whole, LostPartError):
+                    said = f"row {record.row} (counted from 0), for one: {whole}; it leaves out "
+                    self._notes.setdefault(str(whole), said + _start_of(whole))
                 continue
             try:
-                pair = self._make_pair(next(encoded), next(encoded), whole.is_closed, record)
+                pair = self._make_pair(next(encoded), next(encoded), whole, record)
                 outcomes.append(pair)
             except BadRowError as error:
                 outcomes.append(error)
@@ -166,8 +184,27 @@ class _Work:
             lines.append(f"{num['spanning']} sides have a token that spans prompt and response (scored)")
         return lines
 
+    def notes(self) -> dict[str, str]:
+        """What of the records is not trained on, and where the tokens are not what a user may expect."""
+        return self._notes | {what: f"{num} rows have {what}" for what, num in self._unused.items()}
+
+    def _count_unused(self, record: PreferenceRecord, key: str, kwargs: Mapping[str, Any]) -> None:
+        """Count tools and documents that the template does not write; whether it does, the first row with
+        them says."""
+        for part in _WRITTEN_BY_TEMPLATES:
+            if not getattr(record, part):
+                continue
+            if isinstance(record.prompt, str):
+                self._unused[f"{part}, for which plain text has no place"] += 1
+                continue
+            if (key, part) not in self._ignores:
+                self._ignores[key, part] = ignores(self._tokenizer, record, kwargs, part)
+            if self._ignores[key, part]:
+                self._unused[f"{part}, which the chat template does not write"] += 1
+
     def _render(self, record: PreferenceRecord) -> Rendered | BadRowError:
         if isinstance(record.prompt, str):
+            self._count_unused(record, "", {})
             return render_text(record)
         if self._tokenizer.chat_template is None:
             raise UserError(
@@ -178,8 +215,12 @@ class _Work:
         key = json.dumps(kwargs, sort_keys=True, default=str)
         if key not in self._templates:
             self._templates[key] = look_at_template(self._tokenizer, kwargs)
+        template = self._templates[key]
+        self._notes.update(dict(zip(template.notes, template.notes, strict=True)))
         try:
-            return render_messages(self._tokenizer, self._templates[key], record, kwargs)
+            rendered = render_messages(self._tokenizer, template, record, kwargs)
+            self._count_unused(record, key, kwargs)
+            return rendered
         except BadRowError as error:
             return error
 
@@ -218,13 +259,13 @@ class _Work:
         return len(batch["input_ids"][idx])
 
     def _make_pair(
-        self, chosen: TokenizedSide, rejected: TokenizedSide, is_closed: bool, record: PreferenceRecord
+        self, chosen: TokenizedSide, rejected: TokenizedSide, rendered: Rendered, record: PreferenceRecord
     ) -> TokenizedPair:
         # Both sides share one prompt: where a merge across its end makes their ids differ, the shorter one.
         num_prompt = min(
             chosen.num_prompt, rejected.num_prompt, _num_common(chosen.input_ids, rejected.input_ids)
         )
-        sides = [self._close(side.input_ids, num_prompt, is_closed) for side in (chosen, rejected)]
+        sides = [self._close(side.input_ids, num_prompt, rendered) for side in (chosen, rejected)]
         if sides[0] == sides[1]:
             raise BadRowError("the sides are identical once tokenised")
         cut = self._cut(*sides)
@@ -235,22 +276,34 @@ class _Work:
         self._counts["prompt"] += cut[0].num_prompt < sides[0].num_prompt
         return TokenizedPair(cut[0], cut[1], record.row, record.weight)
 
-    def _close(self, ids: list[int], num_prompt: int, is_closed: bool) -> TokenizedSide:
-        """One BOS in front, one end token behind."""
+    def _close(self, ids: list[int], num_prompt: int, rendered: Rendered) -> TokenizedSide:
+        """What inference writes in front, one end token behind."""
         prompt, response = ids[:num_prompt], ids[num_prompt:]
-        if self._bos is not None:
-            while prompt[:1] == [self._bos]:
-                prompt = prompt[1:]
-            prompt = [self._bos, *prompt]
-        if not is_closed and self._eos is not None:
+        if not rendered.is_chat and prompt[: len(self._in_front)] != self._in_front:
+            prompt = [*self._in_front, *prompt]
+        while self._bos is not None and prompt[:2] == [self._bos] * 2:
+            prompt = prompt[1:]
+        if not rendered.is_closed and self._eos is not None:
             response = [*response, self._eos]
         while len(response) > 1 and response[-1] == response[-2] and response[-1] in self._special:
             response = response[:-1]
         if not prompt:
-            raise BadRowError("no token is left of the prompt")
+            raise BadRowError(
+                "no token is left of the prompt, and nothing is written in front of it; give a longer prompt"
+            )
+        if self._bos is not None and prompt[0] != self._bos:
+            self._note_bos(rendered.is_chat)
         if not response:
             raise BadRowError("no token is left of a response")
         return TokenizedSide(prompt + response, len(prompt))
+
+    def _note_bos(self, is_chat: bool) -> None:
+        token = self._tokenizer.convert_ids_to_tokens(self._bos)
+        writer, place = ("the chat template", "the template") if is_chat else ("the tokenizer", "the prompts")
+        self._notes[f"BOS {is_chat}"] = (
+            f"{writer} writes no {token} in front, so that inference does not see it either; if the model "
+            f"was trained with it, begin {place} with it"
+        )
 
     def _cut(self, chosen: TokenizedSide, rejected: TokenizedSide) -> tuple[TokenizedSide, TokenizedSide]:
         """The pair within the limits; the prompt is cut from the left, each response from the right."""
@@ -264,13 +317,25 @@ class _Work:
         prompt, response = side.input_ids[: side.num_prompt], side.input_ids[side.num_prompt :]
         limit = min(prompt_limit, self._max_length - 1)
         if len(prompt) > limit:
-            first = [self._bos] if self._bos is not None else []
+            first = self._first_tokens(prompt)
             prompt = (first + prompt[len(prompt) - limit + len(first) :])[:limit]
         return TokenizedSide(prompt + response[: self._max_length - len(prompt)], len(prompt))
+
+    def _first_tokens(self, prompt: list[int]) -> list[int]:
+        """Those that a cut leaves in front: what the tokenizer writes there, or a BOS."""
+        if self._in_front and prompt[: len(self._in_front)] == self._in_front:
+            return self._in_front
+        return [self._bos] if self._bos is not None and prompt[:1] == [self._bos] else []
 
 
 def _num_response(side: TokenizedSide) -> int:
     return len(side.input_ids) - side.num_prompt
+
+
+def _start_of(error: LostPartError) -> str:
+    """The beginning of what is left out."""
+    more = len(error.lost) - _MOST_SHOWN
+    return f"{error.lost[:_MOST_SHOWN]!r}" + (f" and {more} characters more" if more > 0 else "")
 
 
 def _describe_lengths(pairs: PackedPairs) -> list[str]:

@@ -30,6 +30,7 @@ import rcpo.builtin
 from rcpo.common.errors import UserError
 from rcpo.config.resolve import TINY
 from rcpo.config.schema import ModelConfig
+from rcpo.data.generation import Generation, set_generation
 from rcpo.data.render import apply_chat_template_choice
 from rcpo.models.adapter_files import refuse_adapter
 from rcpo.models.adapters import (
@@ -39,6 +40,7 @@ from rcpo.models.adapters import (
     save_adapter,
     saves_adapter,
 )
+from rcpo.models.generation import end_ids
 
 logger = logging.getLogger(__name__)
 
@@ -89,10 +91,12 @@ def _check_config_file(folder: Path, path: str) -> None:
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer with the chat template that `config` asks for."""
+    """The model's tokenizer with the chat template that `config` asks for, and with what ends a response."""
     place = model_place(config.path, config.allow_pickle)
     with one_line_errors(config.path, "tokenizer"), quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=config.trust_remote_code)
+        ends = end_ids(place)
+    set_generation(tokenizer, Generation(ends, config.response))
     apply_chat_template_choice(tokenizer, config.chat_template)
     return tokenizer
 

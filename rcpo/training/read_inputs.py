@@ -12,7 +12,7 @@ from rcpo.common.errors import UserError
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.filter import filter_pairs
 from rcpo.data.inputs import Inputs
-from rcpo.data.load import PreferenceData, load_records
+from rcpo.data.load import NOTE, PreferenceData, load_records
 from rcpo.data.pairs import PackedPairs
 from rcpo.data.token_key import content_of, token_key
 from rcpo.data.token_store import Tokens, TokenStore
@@ -76,6 +76,7 @@ class PairsRead(NamedTuple):
             *self.records.report,
             *(f"training pairs: {line}" for line in self.train.report),
             *(f"held-out pairs: {line}" for line in self.held_out.report),
+            *(f"{NOTE}{line}" for line in (self.held_out.notes | self.train.notes).values()),
         ]
 
 

@@ -104,6 +104,37 @@ def test_pairs_of_a_file_are_scored_on_the_answer_alone(tmp_path: Path) -> None:
     ]
 
 
+CUT = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'].split('</think>')[-1] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|><think>' }}{% endif %}"
+)
+"""As DeepSeek-R1's."""
+
+
+def test_reasoning_that_a_template_cuts_is_told_once_and_trained_verbatim(tmp_path: Path) -> None:
+    (tmp_path / "cut.jinja").write_text(CUT)
+    rows = [*ROWS, *(row(name, "two </think> seven", "one </think> nine") for name in ("eve", "frank"))]
+    model = {"path": "builtin:tiny", "chat_template": str(tmp_path / "cut.jinja")}
+    groups: dict[str, Any] = {"data": {"on_bad_row": "drop"}, "train": {"pairs_per_step": 2}}
+    inputs = read_inputs(file_config(tmp_path / "a.jsonl", rows, model=model, **groups))
+    assert {pair.row for pair in inputs.train} <= set(range(4))
+    notes = [line.removeprefix("note: ") for line in inputs.report if line.startswith("note: ")]
+    assert [note.split(":")[0] for note in notes] == [
+        "the chat template ends its generation prompt with <think>, and leaves that out where it writes a "
+        "response, which is trained so; model.response=verbatim puts responses behind it",
+        "the chat template writes no <s> in front, so that inference does not see it either; if the model "
+        "was trained with it, begin the template with it",
+        "row 4 (counted from 0), for one",
+    ]
+    assert notes[2].endswith("; it leaves out 'two </think>'")
+    model["response"] = "verbatim"
+    inputs = read_inputs(
+        file_config(tmp_path / "b.jsonl", rows[4:], model=model, train={"pairs_per_step": 1})
+    )
+    assert scored(inputs, inputs.train[0]) == ["<unk> seven </s>", "<unk> nine </s>"]
+
+
 def test_the_report_says_what_the_limits_cut(tmp_path: Path) -> None:
     """Prompts of 15 tokens in 8."""
     train = {"pairs_per_step": 3, "max_length": 8}

@@ -14,6 +14,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedToken
 import rcpo.data.token_key
 from helpers.tiny_tokenizers import TEMPLATES, make_bpe, make_words
 from rcpo.config.schema import DataConfig, FilterConfig
+from rcpo.data.generation import Generation, set_generation
 from rcpo.data.token_key import content_of, token_key
 from rcpo.data.weights import UNWEIGHTED, ColumnWeight, DoraWeight, Weighing
 
@@ -51,6 +52,10 @@ def test_the_same_work_has_the_same_key(config: DataConfig) -> None:
 def test_whatever_gives_other_pairs_has_another_key(config: DataConfig) -> None:
     other_template = make_bpe()
     other_template.chat_template = TEMPLATES["chatml"]
+    others = [make_bpe(writes_bos=False), *(make_bpe() for _ in range(3))]
+    generations = (Generation((1,)), Generation((1, 2)), Generation(response="verbatim"))
+    for tokenizer, generation in zip(others[1:], generations, strict=True):
+        set_generation(tokenizer, generation)
     other_special = make_bpe()
     other_special.add_tokens(["q1"], special_tokens=True)
     keys = [
@@ -67,7 +72,7 @@ def test_whatever_gives_other_pairs_has_another_key(config: DataConfig) -> None:
         *(key_of(config, limits=limits) for limits in ((256, None), (512, 256), (512, 128))),
         *(
             key_of(config, tokenizer=tokenizer)
-            for tokenizer in (make_bpe(eos=None), make_words(), other_template, other_special)
+            for tokenizer in (make_bpe(eos=None), make_words(), other_template, other_special, *others)
         ),
     ]  # fmt: skip
     assert None not in keys

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, models
+from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 import rcpo.data.tokenize
@@ -33,11 +34,12 @@ from rcpo.data.tokenize import TokenizedPair, TokenizedSide, describe_pair, toke
 @pytest.mark.parametrize("bos", ["<s>", None], ids=["bos", "no-bos"])
 @pytest.mark.parametrize("eos", ["</s>", None], ids=["eos", "no-eos"])
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_chat_has_one_bos_one_end_and_the_response_alone(
+def test_chat_has_the_templates_bos_one_end_and_the_response_alone(
     template: str, eos: str | None, bos: str | None
 ) -> None:
     """The response is the answer's text and one end token; the prompt is the template's own rendering, but
-    for a blank at its end, which is part of the answer's first token."""
+    for a blank at its end, which is part of the answer's first token. The tokenizer would write a BOS; what
+    counts is whether the template does."""
     tokenizer = make_bpe(bos, eos)
     tokenizer.chat_template = TEMPLATES[template]
     question, right, wrong = chat("Is the sky blue?", "No", "What is é?"), "Yes, the sky is blue.", "Né\n\nno"
@@ -50,8 +52,9 @@ def test_chat_has_one_bos_one_end_and_the_response_alone(
         assert last == end
         assert not set(body) & {0, 1, 2, 3}
         assert tokenizer.decode(body).removeprefix(" ") == text
-        assert side.input_ids.count(0) == (0 if bos_id is None else 1)
-        assert (side.input_ids[0] == 0) == (bos_id is not None)
+        has_bos = bos_id is not None and "bos_token" in TEMPLATES[template]
+        assert side.input_ids.count(0) == has_bos
+        assert (side.input_ids[0] == 0) == has_bos
     assert prompt_of(pair.chosen) == prompt_of(pair.rejected)
     rendered = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
     if "lacks" in template:
@@ -64,8 +67,8 @@ def test_chat_has_one_bos_one_end_and_the_response_alone(
 @pytest.mark.parametrize("eos", ["</s>", None], ids=["eos", "no-eos"])
 @pytest.mark.parametrize("has_template", [False, True])
 def test_plain_text_is_taken_as_it_is(has_template: bool, eos: str | None, bos: str | None) -> None:
-    """Prompt a b, chosen c d, rejected e: BOS in front and EOS behind where there are such, also beside a
-    chat template."""
+    """Prompt a b, chosen c d, rejected e: in front what the tokenizer writes there, EOS behind where there is
+    one, also beside a chat template."""
     tokenizer = make_words(bos, eos)
     tokenizer.chat_template = TEMPLATES["chatml with BOS"] if has_template else None
     pair = tokenize_one("a b", " c d", " e", tokenizer)
@@ -80,6 +83,41 @@ def test_one_token_as_bos_and_eos() -> None:
     assert pair.chosen.input_ids == [1, 10, 11, 1]
 
 
+def test_a_bos_that_nothing_writes_is_not_there_and_that_is_said_once() -> None:
+    """SmolLM2's tokenizer has one and does not write it in front of a text; phi-3's template does not
+    either. Where the text has one itself, all is well."""
+    tokenizer = make_bpe(writes_bos=False)
+    records = [read_record("q1", " yes", " no", number) for number in range(2)]
+    data = tokenize(records, tokenizer)
+    assert {side.input_ids[0] for pair in data.pairs for side in sides_of(pair)} == {
+        tokenizer("q1")["input_ids"][0]
+    }
+    assert list(data.notes.values()) == [
+        "the tokenizer writes no <s> in front, so that inference does not see it either; if the model was "
+        "trained with it, begin the prompts with it"
+    ]
+    data = tokenize([read_record("<s>q1", " yes", " no", 0)], tokenizer)
+    assert prompt_of(data.pairs[0].chosen)[0] == 0
+    assert data.notes == {}
+    tokenizer = make_bpe()
+    tokenizer.chat_template = TEMPLATES["EOS after the answer"]
+    data = tokenize([read_record(chat("q1"), "yes", "no", 0)], tokenizer)
+    assert data.pairs[0].chosen.input_ids[0] != 0
+    assert [note[:41] for note in data.notes.values()] == ["the chat template writes no <s> in front,"]
+
+
+def test_what_a_tokenizer_writes_in_front_survives_a_cut() -> None:
+    """GLM-4's writes two tokens; here <|turn|> <s>."""
+    tokenizer = make_words()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=["<|turn|>", "<s>", "$A", "</s>"],
+        special_tokens=[("<|turn|>", 2), ("<s>", 0), ("</s>", 1)],
+    )
+    pair = tokenize_one("a b c d e", " f", " g", tokenizer, max_length=8, max_prompt_length=4)
+    assert pair.chosen == TokenizedSide([2, 0, *words("d e f"), 1], 4)
+    assert tokenize_one("a", " f", " g", tokenizer).chosen == TokenizedSide([2, 0, *words("a f"), 1], 3)
+
+
 def test_markers_that_the_text_holds_already_are_not_doubled() -> None:
     """UltraFeedback has answers that end with another model's EOS, and prompts that begin with a BOS."""
     pair = tokenize_one("<s> a", " b </s>", " c", make_words())
@@ -87,7 +125,7 @@ def test_markers_that_the_text_holds_already_are_not_doubled() -> None:
     assert pair.rejected.input_ids == [0, 10, 12, 1]
     tokenizer = make_words()
     tokenizer.chat_template = "{% for m in messages %}{{ m.content + ' </s>' }}{% endfor %}"
-    assert tokenize_one(chat("a"), "b</s>", "c", tokenizer).chosen.input_ids == [0, 10, 1, 11, 1]
+    assert tokenize_one(chat("a"), "b</s>", "c", tokenizer).chosen.input_ids == [10, 1, 11, 1]
 
 
 def test_a_default_system_prompt_never_leaks_into_a_response() -> None:
@@ -100,27 +138,6 @@ def test_a_default_system_prompt_never_leaks_into_a_response() -> None:
     assert [tokenizer.decode(response_of(side)) for side in sides_of(pair)] == ["yes<|end|>", "no<|end|>"]
     own = tokenize_one(chat("q1", system="It is four."), "yes", "no", tokenizer)
     assert "helpful" not in tokenizer.decode(own.chosen.input_ids)
-
-
-THINKING = (
-    "{% for m in messages %}{{ '<|turn|>' + m['role'] + '\n' }}"
-    "{% if m['role'] == 'assistant' and '[/t]' not in m['content'] %}{{ '[t]\n\n[/t]\n\n' }}{% endif %}"
-    "{{ m['content'] + '<|end|>\n' }}{% endfor %}" + GENERATION
-)
-"""As Qwen3's: an answer without thoughts gets an empty block of them."""
-
-
-def test_a_block_that_the_template_puts_before_an_answer_is_no_part_of_it() -> None:
-    """It is not scored, as it is not generated. An answer with thoughts of its own is scored whole, and then
-    the other side too, since both share one prompt."""
-    tokenizer = make_bpe()
-    tokenizer.chat_template = THINKING
-    pair = tokenize_one(chat("q1"), "yes", "no", tokenizer)
-    assert [tokenizer.decode(response_of(side)) for side in sides_of(pair)] == ["yes<|end|>", "no<|end|>"]
-    assert tokenizer.decode(prompt_of(pair.chosen)).endswith("assistant\n[t]\n\n[/t]\n\n")
-    pair = tokenize_one(chat("q1"), "[t]\na\n[/t]\n\nyes", "no", tokenizer)
-    assert tokenizer.decode(response_of(pair.chosen)).endswith("a\n[/t]\n\nyes<|end|>")
-    assert tokenizer.decode(response_of(pair.rejected)).endswith("[/t]\n\nno<|end|>")
 
 
 # Where the response begins
@@ -154,7 +171,10 @@ def test_a_prompt_that_merges_into_both_responses_is_refused() -> None:
     """Prompt a, sides b and bc: no token is the prompt's alone, and there is no BOS to begin with."""
     data = tokenize([read_record("a", "b", "bc", 0)], make_merging(), on_bad_row="drop")
     assert data.pairs == []
-    assert data.report[-1] == "1 pairs dropped because no token is left of the prompt"
+    assert data.report[-1] == (
+        "1 pairs dropped because no token is left of the prompt, and nothing is written in front of it; "
+        "give a longer prompt"
+    )
 
 
 def test_characters_of_several_tokens_stay_in_the_response() -> None:
@@ -162,7 +182,7 @@ def test_characters_of_several_tokens_stay_in_the_response() -> None:
     tokenizer = make_bpe()
     pair = tokenize_one("q1", "😀", "😁", tokenizer)
     assert [len(response_of(side)) for side in sides_of(pair)] == [5, 5]
-    assert prompt_of(pair.chosen) == [0, *tokenizer("q1")["input_ids"]]
+    assert prompt_of(pair.chosen) == tokenizer("q1")["input_ids"]
 
 
 def test_a_marker_that_swallows_white_space_stays_in_the_prompt() -> None:
@@ -174,7 +194,7 @@ def test_a_marker_that_swallows_white_space_stays_in_the_prompt() -> None:
     )
     go = tokenizer.convert_tokens_to_ids("<|go|>")
     pair = tokenize_one(chat("a"), " b", " c", tokenizer)
-    assert pair.chosen == TokenizedSide([0, 10, go, 11, 1], 3)
+    assert pair.chosen == TokenizedSide([10, go, 11, 1], 2)
 
 
 def test_tokenizers_without_offsets_split_at_the_common_beginning() -> None:
@@ -333,7 +353,7 @@ def test_the_described_example_shows_what_is_scored() -> None:
     bpe = make_bpe()
     bpe.chat_template = TEMPLATES["chatml"]
     shown = describe_pair(tokenize_one(chat("q1"), "yes\nyes", "no", bpe), bpe).splitlines()
-    assert shown[0].endswith("scored): ⟦<s>⟧⟦<|turn|>⟧user\\nq1⟦<|end|>⟧\\n⟦<|turn|>⟧assistant\\n")
+    assert shown[0].endswith("scored): ⟦<|turn|>⟧user\\nq1⟦<|end|>⟧\\n⟦<|turn|>⟧assistant\\n")
     assert shown[1].endswith("«yes\\nyes⟦<|end|>⟧»")
 
 
@@ -429,6 +449,6 @@ def test_what_else_a_template_is_given_comes_from_the_config_and_from_the_row() 
     records = [read_record(*row, 0), read_record(*row, 1, template_kwargs={"mood": "yes"})]
     pairs = tokenize_records(records, tokenizer, 512, None, "error", {"mood": "no"}).pairs
     assert [tokenizer.decode(prompt_of(pair.chosen)).split("<|turn|>")[0] for pair in pairs] == [
-        "<s>no",
-        "<s>yes",
+        "no",
+        "yes",
     ]

@@ -84,6 +84,7 @@ DATA: dict[str, str | bytes] = {
     "no-turn.jinja": "hello",
     "broken.jinja": "{% if %}",
     "latin.jinja": b"\xff",
+    "cuts.jinja": "{% for m in messages %}{{ m.role + m.content.split()[-1] }}{% endfor %}",
     "conf/objective/broken.yaml": "name: [\n",
     "conf2/objective/latin.yaml": b"name: \xff\n",
     "conf3/objective/list.yaml": "- a\n",

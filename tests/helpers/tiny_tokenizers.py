@@ -5,6 +5,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rcpo.data.records import PreferenceRecord, read_record
@@ -52,28 +53,44 @@ CLOSED_BY_TEMPLATE = {name for name in TEMPLATES if "chatml" in name} | {
 """Those whose turns end with <|end|>; the others end with EOS, by themselves or by rcpo."""
 
 
-def make_bpe(bos: str | None = "<s>", eos: str | None = "</s>") -> PreTrainedTokenizerFast:
-    """Byte-level BPE of a few hundred tokens, all bytes among them."""
+def make_bpe(
+    bos: str | None = "<s>",
+    eos: str | None = "</s>",
+    special: tuple[str, ...] = (),
+    writes_bos: bool = True,
+) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of a few hundred tokens, all bytes among them, and `special` ones behind SPECIAL. It
+    writes its BOS in front of a text that it is called on, as Llama's does, or not, as GPT-2's."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=340, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=340, special_tokens=[*SPECIAL, *special],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
     )  # fmt: skip
     tokenizer.train_from_iterator(TEXTS, trainer)
+    if writes_bos:
+        _write_in_front(tokenizer, bos)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos)
 
 
 def make_words(bos: str | None = "<s>", eos: str | None = "</s>") -> PreTrainedTokenizerFast:
     """One token a word; white space is no part of any token. Ids: <s> 0, </s> 1, <|turn|> 2, <|end|> 3, a
-    10, b 11, ... z 35."""
+    10, b 11, ... z 35. It writes its BOS in front of a text that it is called on."""
     vocabulary = {token: idx for idx, token in enumerate(SPECIAL)} | {"[?]": 4}
     vocabulary |= {chr(ord("a") + number): 10 + number for number in range(26)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[?]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(SPECIAL)
+    _write_in_front(tokenizer, bos)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos)
+
+
+def _write_in_front(tokenizer: Tokenizer, bos: str | None) -> None:
+    if bos is not None:
+        tokenizer.post_processor = TemplateProcessing(
+            single=[bos, "$A"], special_tokens=[(bos, tokenizer.token_to_id(bos))]
+        )
 
 
 def tokenize(
