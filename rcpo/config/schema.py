@@ -218,6 +218,9 @@ class DataConfig:
     """Fixes which pairs are held out (and, for arithmetic, the problems)."""
     on_bad_row: Literal["error", "drop"] = "error"  # conf/ has drop for files; a bad problem is rcpo's own
     """A row that cannot train: stop with its number and reason, or drop and count it."""
+    as_chat: bool | None = IN_CONF
+    """Text pairs (a prompt and two responses) under a model with a chat template. true: the prompt is a user
+    turn, the responses are assistant turns. false: plain text. null: plain text, and a note says so."""
     columns: dict[str, str] | None = IN_CONF
     """{prompt: NAME, chosen: NAME, rejected: NAME} where a file uses other names; also {weight: NAME} or
     {probability: NAME} with objective.sample_weight."""

@@ -16,9 +16,11 @@ from rcpo.common.errors import UserError
 from rcpo.config.schema import DataConfig
 from rcpo.data.arithmetic import arithmetic_records
 from rcpo.data.messages import parsed_quietly, unused_keys
+from rcpo.data.reading import shapes
 from rcpo.data.reading.places import Place, held_out_place, training_place
 from rcpo.data.reading.readers import Rows, read_rows
-from rcpo.data.records import BadRowError, PreferenceRecord, read_record
+from rcpo.data.reading.shapes import Shape
+from rcpo.data.records import BadRowError, PreferenceRecord, as_messages, read_record
 from rcpo.data.weights import UNWEIGHTED, WEIGHT_PARTS, Weighing, describe_weights
 
 PARTS = ("prompt", "chosen", "rejected")
@@ -100,9 +102,15 @@ def _read_place(
     data.on_bad_row says."""
     parts = (*PARTS, *FOR_TEMPLATES, *weighing.parts)
     names = {part: (config.columns or {}).get(part, part) for part in parts}
-    source = read_rows(place, set(names.values()))
-    _check_columns(source.columns, names, place, config)
-    records, dropped = _read_records(source, names, place, config.on_bad_row, weighing)
+    is_named = any(part in PARTS for part in config.columns or {})
+    source = read_rows(place, set(names.values()) | (set() if is_named else shapes.COLUMNS))
+    shape = (
+        shapes.own_shape(source, names)
+        if is_named
+        else shapes.shape_of(source, names, config.as_chat is False)
+    )
+    _check_columns(source.columns, shape, place, config)
+    records, dropped = _read_records(source, shape, place, config, weighing)
     reasons = Counter({reason: len(rows) for reason, rows in dropped.items()})
     if not records:
         reason, _ = reasons.most_common(1)[0]
@@ -111,7 +119,9 @@ def _read_place(
         )
     report.append(f"{place}: {len(source.rows)} rows read, {reasons.total()} dropped{_listed(reasons)}")
     report += [f"{place}: {note}" for note in source.notes]
-    report += _unused(source, names, place) + _doubled(records, place)
+    report += [f"{NOTE}{place}: {said}" for said in shapes.read_as(source, shape)]
+    report += _unused(source, shape, place)
+    report += _implicit(records, shape, place) + _doubled(records, place)
     repeats = len(records) - len({_content(record) for record in records})
     if repeats:
         report.append(f"{place}: {repeats} rows repeat an earlier row (kept)")
@@ -122,13 +132,32 @@ NOTE = "note: "
 """How a line of the report begins that is said on the console too."""
 
 
-def _unused(source: Rows, names: dict[str, str], place: Place) -> list[str]:
+def _implicit(records: list[PreferenceRecord], shape: Shape, place: Place) -> list[str]:
+    num = 0 if shape.prompt else sum(isinstance(record.prompt, str) for record in records)
+    if not num:
+        return []
+    return [f"{NOTE}{place}: no column is the prompt; in {num} rows it is what both sides begin with"]
+
+
+def note_on_text(data: PreferenceData, config: DataConfig) -> list[str]:
+    """For a model that has a chat template: how many pairs are trained without it."""
+    num = sum(isinstance(record.prompt, str) for record in (*data.train, *data.held_out))
+    if config.as_chat is not None or not num:
+        return []
+    return [
+        f"{NOTE}{num} pairs are plain text, and are trained without the chat template that the model has; "
+        "type data.as_chat=true to render them with it, or data.as_chat=false to say that this is meant"
+    ]
+
+
+def _unused(source: Rows, shape: Shape, place: Place) -> list[str]:
     """Columns, and keys of messages, that are not trained on."""
-    lines = []
-    columns = [str(name) for name in source.columns if name not in names.values()]
+    lines, used = [], shape.columns()
+    columns = [str(name) for name in source.columns if name not in used]
     if columns:
         lines.append(f"{NOTE}{place}: columns that are not used: {', '.join(columns)}")
-    keys = unused_keys((parsed_quietly(row.get(names[part])) for part in PARTS) for row in source.rows)
+    held = used - {shape.names[part] for part in FOR_TEMPLATES}
+    keys = unused_keys((parsed_quietly(row.get(name)) for name in held) for row in source.rows)
     if keys:
         shown = ", ".join(f"{key} ({num} messages)" for key, num in keys.most_common())
         lines.append(f"{NOTE}{place}: keys of messages that are not used: {shown}")
@@ -171,35 +200,40 @@ def _check_parts(config: DataConfig, weighing: Weighing) -> None:
         )
 
 
-def _check_columns(seen: list[str], names: dict[str, str], place: Place, config: DataConfig) -> None:
+def _check_columns(seen: list[str], shape: Shape, place: Place, config: DataConfig) -> None:
     # A prompt column may be absent, and what is for templates, unless the user has named it.
     optional = {"prompt", *FOR_TEMPLATES} - set(config.columns or {})
+    if shape.choice is not None:
+        optional |= {"chosen", "rejected"}
+    names = shape.names
     needed = [part for part in names if part not in optional]
     missing = [names[part] for part in needed if names[part] not in seen]
     if missing:
         parts = ", ".join(f"{part}: NAME" for part in needed if names[part] in missing)
+        known = shapes.advice(seen) if {"chosen", "rejected"} & set(missing) and not config.columns else None
         raise place.error(
             f"has no column {' and no column '.join(missing)}, but {', '.join(map(str, seen))}; "
-            f"type data.columns='{{{parts}}}'"
+            + (known or f"type data.columns='{{{parts}}}'")
         )
 
 
 def _read_records(
-    source: Rows, names: dict[str, str], place: Place, on_bad_row: str, weighing: Weighing
+    source: Rows, shape: Shape, place: Place, config: DataConfig, weighing: Weighing
 ) -> tuple[list[PreferenceRecord], dict[str, list[int]]]:
     records: list[PreferenceRecord] = []
     dropped: dict[str, list[int]] = {}
-    has_prompt = names["prompt"] in source.columns
     for number, row in zip(source.numbers, source.rows, strict=True):
-        values = {part: row.get(name) for part, name in names.items()}
         try:
-            if has_prompt and values["prompt"] is None:
+            values = shape.values(row)
+            if shape.prompt and values["prompt"] is None:
                 raise BadRowError("prompt is null")
             sides = (values["prompt"], values["chosen"], values["rejected"])
             record = read_record(*sides, number, *(values[part] for part in FOR_TEMPLATES))
+            if config.as_chat:
+                record = as_messages(record, bool(shape.prompt))
             records.append(dataclasses.replace(record, weight=weighing.weight(values)))
         except BadRowError as error:
-            if on_bad_row == "error":
+            if config.on_bad_row == "error":
                 raise place.error(
                     f"{source.where(number)} cannot train: {error}; mend it or type data.on_bad_row=drop"
                 ) from None

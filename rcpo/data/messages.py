@@ -15,6 +15,11 @@ Messages: TypeAlias = list[dict[str, Any]]
 
 HANDED_ON = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
 """What a message may carry beside role and content, and a template may render."""
+FROM_ROLES = {
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
+    "function_call": "assistant", "observation": "tool",
+}  # fmt: skip
+"""ShareGPT's and LLaMA-Factory's names of roles; others are as they are."""
 _LOOKS_LIKE_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
 
 
@@ -24,7 +29,12 @@ class BadMessageError(ValueError):
 
 def parsed(value: Any) -> Any:
     """Messages that a file holds as text, as JSON or as Python writes them (pandas and `datasets` do so in
-    CSV); anything else as it is. Raises BadMessageError for text that looks like messages and is none."""
+    CSV), and ShareGPT's, as messages with role and content; a message alone as a list of it. Anything else
+    as it is. Raises BadMessageError for text that looks like messages and is none."""
+    if isinstance(value, dict) and ("role" in value or _is_sharegpt(value)):
+        value = [value]
+    if isinstance(value, list):
+        return [_from_sharegpt(each) if _is_sharegpt(each) else each for each in value]
     if not isinstance(value, str) or not _LOOKS_LIKE_MESSAGES.match(value):
         return value
     for read in (json.loads, ast.literal_eval):
@@ -33,8 +43,41 @@ def parsed(value: Any) -> Any:
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             continue
         if isinstance(found, list):
-            return found
+            return parsed(found)
     raise BadMessageError("looks like messages written as text, and cannot be read as them")
+
+
+def _is_sharegpt(message: Any) -> bool:
+    return isinstance(message, dict) and "from" in message and "value" in message and "role" not in message
+
+
+def _from_sharegpt(message: dict[str, Any]) -> dict[str, Any]:
+    """Role and content of a message with from and value; a function_call's value is its calls in JSON."""
+    others = {key: held for key, held in message.items() if key not in ("from", "value")}
+    role, value = FROM_ROLES.get(str(message["from"]), message["from"]), message["value"]
+    if message["from"] != "function_call":
+        return {"role": role, "content": value, **others}
+    try:
+        calls = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        calls = None
+    calls = calls if isinstance(calls, list) else [calls]
+    if not calls or not all(isinstance(call, dict) and "name" in call for call in calls):
+        raise BadMessageError("has a function_call that is not JSON with name and arguments")
+    tool_calls = [{"type": "function", "function": call} for call in calls]
+    return {"role": role, "content": "", "tool_calls": tool_calls, **others}
+
+
+def num_sharegpt(values: Iterable[Any]) -> int:
+    """How many of these values hold messages with from and value."""
+    num = 0
+    for value in values:
+        if isinstance(value, str):
+            match = _LOOKS_LIKE_MESSAGES.match(value)
+            num += match is not None and match[1] in ("from", "value")
+        else:
+            num += any(map(_is_sharegpt, value if isinstance(value, list) else [value]))
+    return num
 
 
 def parsed_quietly(value: Any) -> Any:

@@ -105,6 +105,23 @@ def _parsed(name: str, value: Any) -> Any:
         raise BadRowError(f"{name} {error}") from None
 
 
+def as_messages(record: PreferenceRecord, has_prompt: bool) -> PreferenceRecord:
+    """A record of plain text as a user turn and two assistant turns; one of messages as it is. White space
+    between prompt and response is the text's joint, which the template has its own for, and is left out.
+    Raises BadRowError where the prompt is only what both sides begin with."""
+    if not isinstance(record.prompt, str):
+        return record
+    if not has_prompt:
+        raise BadRowError("data.as_chat=true needs a prompt of its own, and the sides only begin alike")
+    turn = {"role": "user", "content": record.prompt.rstrip()}
+    sides = [
+        [{"role": "assistant", "content": str(side).lstrip()}] for side in (record.chosen, record.rejected)
+    ]
+    chat = dataclasses.replace(record, prompt=[turn], chosen=sides[0], rejected=sides[1])
+    _check_parts(chat)
+    return chat
+
+
 def _json_value(name: str, value: Any, kind: type) -> Any:
     """A list or an object of a column, or one as JSON; None where there is none, or nothing in it."""
     if isinstance(value, str):

@@ -12,7 +12,7 @@ from rcpo.common.errors import UserError
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.filter import filter_pairs
 from rcpo.data.inputs import Inputs
-from rcpo.data.load import NOTE, PreferenceData, load_records
+from rcpo.data.load import NOTE, PreferenceData, load_records, note_on_text
 from rcpo.data.pairs import PackedPairs
 from rcpo.data.token_key import content_of, token_key
 from rcpo.data.token_store import Tokens, TokenStore
@@ -98,6 +98,8 @@ def _checked_tokenizer(config: ResolvedConfig) -> PreTrainedTokenizerBase:
 
 def _tokenise(config: ResolvedConfig, tokenizer: PreTrainedTokenizerBase) -> PairsRead:
     records = load_records(config.data, weighing_of(config.composition))
+    if tokenizer.chat_template is not None:
+        records.report.extend(note_on_text(records, config.data))
     limits = (config.train.max_length, config.train.max_prompt_length, config.data.on_bad_row)
     kwargs = config.model.chat_template_kwargs
     train = tokenize_records(records.train, tokenizer, *limits, kwargs)

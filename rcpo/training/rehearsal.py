@@ -114,7 +114,8 @@ def _warn_of_difference(config: ResolvedConfig, largest: float) -> None:
     if not largest <= tolerance:  # a nan is no agreement either
         logger.warning(
             "policy and reference differ by up to %.3f nats before the first update (tolerance %.2f): "
-            "dropout (model.lora.dropout, or in the model's config), another dtype or attention kernel, or a "
-            "reference cache of other weights",
+            "the pairs are not those that the reference was computed for (data, chat template or tokenizer "
+            "have changed), or its weights are others, or the dtype, the attention kernel, or dropout "
+            "(model.lora.dropout, or in the model's config)",
             largest, tolerance,
         )  # fmt: skip

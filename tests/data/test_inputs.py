@@ -41,6 +41,16 @@ def file_config(path: Path, rows: list[dict[str, Any]], **groups: dict[str, Any]
 ROWS = [row(name, "seven", "eight") for name in ("alice", "bob", "carol", "david")]
 
 
+TEXT_ROWS = [
+    {
+        "prompt": f"{name} has one apples and gets six more . how many ?",
+        "chosen": " seven",
+        "rejected": " eight",
+    }
+    for name in ("alice", "bob", "carol", "david")
+]
+
+
 def scored(inputs: Inputs, pair: TokenizedPair) -> list[str]:
     """The tokens of both responses."""
     tokens = inputs.tokenizer.convert_ids_to_tokens
@@ -133,6 +143,21 @@ def test_reasoning_that_a_template_cuts_is_told_once_and_trained_verbatim(tmp_pa
         file_config(tmp_path / "b.jsonl", rows[4:], model=model, train={"pairs_per_step": 1})
     )
     assert scored(inputs, inputs.train[0]) == ["<unk> seven </s>", "<unk> nine </s>"]
+
+
+def test_text_pairs_pass_through_the_template_where_that_is_asked_for(tmp_path: Path) -> None:
+    """The embedded model has a chat template: without as_chat its markers are in no prompt, and a note says
+    so."""
+    markers = "⟦<|user|>⟧"
+    read = {}
+    for as_chat in (None, False, True):
+        groups: dict[str, Any] = {"data": {"as_chat": as_chat}, "train": {"pairs_per_step": 3}}
+        read[as_chat] = read_inputs(file_config(tmp_path / "a.jsonl", TEXT_ROWS, **groups))
+        notes = [line for line in read[as_chat].report if "are trained without the chat template" in line]
+        assert len(notes) == (as_chat is None)
+        assert (markers in read[as_chat].report[-1]) == (as_chat is True)
+    assert read[None].train == read[False].train
+    assert [scored(read[True], pair) for pair in read[True].train] == [["seven </s>", "eight </s>"]] * 3
 
 
 def test_the_report_says_what_the_limits_cut(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def test_wrong_columns_are_named_before_any_row(tmp_path: Path, on_bad_row: str)
     path = write_rows(tmp_path / "a.jsonl", [{"question": "q", "good": "a", "bad": "b"}])
     assert fault(config_of(path, on_bad_row=on_bad_row)) == (
         f"data.path={path}: has no column chosen and no column rejected, but question, good, bad; "
-        "type data.columns='{chosen: NAME, rejected: NAME}'"
+        "type data.columns='{prompt: question, chosen: good, rejected: bad}'"
     )
     assert fault(config_of(path, columns={"chosen": "good", "prompt": "ask"}, on_bad_row=on_bad_row)) == (
         f"data.path={path}: has no column ask and no column rejected, but question, good, bad; "

@@ -240,7 +240,8 @@ def test_a_policy_that_disagrees_with_its_reference_at_the_start_is_said(
     inputs: Path, tmp_path: Path, dropout: float, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Of an adapter whose B is zero nothing can differ, but for one that an SFT adapter left: dropout of half
-    its inputs moves z by more than 0.05 nats, and the likely causes are named; without dropout not a word."""
+    its inputs moves z by more than 0.05 nats, and the likely causes are named, data first; without dropout
+    not a word."""
     words = ("model.lora.rank=2", f"model.lora.dropout={dropout}", "train.steps=1")
     run = make_run(make_config(inputs, tmp_path / "run", CASE, Layout(1, 8), *words))
 
@@ -263,6 +264,7 @@ def test_a_policy_that_disagrees_with_its_reference_at_the_start_is_said(
         assert len(said) == (dropout > 0)
         assert all("policy and reference differ by up to" in line for line in said)
         assert all("dropout (model.lora.dropout, or in the model's config)" in line for line in said)
+        assert all(line.index("(data, chat template or tokenizer") < line.index("dropout") for line in said)
 
     in_a_fork(work)
 
