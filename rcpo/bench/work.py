@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rcpo.config.resolved import ResolvedConfig
+from rcpo.data.account import Account, RowAccount
 from rcpo.data.inputs import Inputs
 from rcpo.data.pairs import SideLogProbs, TokenizedPair, TokenizedSide, pack
 from rcpo.models.load import load_tokenizer
@@ -71,7 +72,8 @@ class Work:
     def load(cls, block: Block) -> "Work":
         run, config = open_run(block.run)
         pairs = load_pairs(Path(block.work) / PAIRS)
-        inputs = Inputs(load_tokenizer(config.model), pack(pairs), pairs[:1], [])
+        account = Account(RowAccount("bench", len(pairs), trained=len(pairs)))
+        inputs = Inputs(load_tokenizer(config.model), pack(pairs), pairs[:1], [], account)
         sampler = inputs.sampler(config)
         batches = [sampler.global_batch(step) for step in range(block.num_warmup + block.num_steps)]
         file = Path(block.work) / REFERENCE

@@ -65,7 +65,7 @@ def held_out_records(run: ComparedRun) -> "list[PreferenceRecord] | str":
     from pydantic import ValidationError
 
     from rcpo.config.schema import DataConfig
-    from rcpo.data.load import load_records
+    from rcpo.data.load import load_records, records_at
 
     tree = _tree_of(run, "data.")
     # Filters and weights are of training pairs alone.
@@ -76,16 +76,31 @@ def held_out_records(run: ComparedRun) -> "list[PreferenceRecord] | str":
             part: name for part, name in columns.items() if part in ("prompt", "chosen", "rejected")
         }
     try:
-        records = load_records(_section(DataConfig, tree)).held_out
+        config = _section(DataConfig, tree)
+        if config.source == "file" and (rows := _noted_rows(run)) is not None:
+            return records_at(config, rows)
+        records = load_records(config).held_out
         if run.pairs is not None and len(records) > len(run.pairs.r_w):
             records = _that_can_be_measured(records, origin_of(run))
     except UserError as error:
         return str(error)
+    except KeyError as error:
+        return f"the data has no row {error} any more that can be held out"
     except (ValidationError, OSError, ValueError, TypeError, ImportError) as error:
         return f"the data cannot be read: {' '.join(str(error).split())[:200]}"
     if run.pairs is None or len(records) != len(run.pairs.r_w):
         return "the data now gives another number of held-out pairs than the run measured"
     return records
+
+
+def _noted_rows(run: ComparedRun) -> list[int] | None:
+    """Row numbers of the held-out pairs in the run's account of rows; None where it has none."""
+    try:
+        rows = json.loads((run.path / "run.json").read_text(encoding="utf-8"))["rows"]["held_out_rows"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    is_whole = isinstance(rows, list) and run.pairs is not None and len(rows) == len(run.pairs.r_w)
+    return rows if is_whole else None
 
 
 def _that_can_be_measured(records: "list[PreferenceRecord]", origin: Origin) -> "list[PreferenceRecord]":

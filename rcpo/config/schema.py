@@ -221,6 +221,10 @@ class DataConfig:
     as_chat: bool | None = IN_CONF
     """Text pairs (a prompt and two responses) under a model with a chat template. true: the prompt is a user
     turn, the responses are assistant turns. false: plain text. null: plain text, and a note says so."""
+    system: Literal["keep", "merge", "drop"] = IN_CONF
+    """What becomes of a system turn at the head of a prompt. keep: the chat template has it. merge: it stands
+    before the first user turn's text, with a blank line between; for templates that refuse system turns.
+    drop: it is left out."""
     columns: dict[str, str] | None = IN_CONF
     """{prompt: NAME, chosen: NAME, rejected: NAME} where a file uses other names; also {weight: NAME} or
     {probability: NAME} with objective.sample_weight."""

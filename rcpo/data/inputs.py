@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from rcpo.config.resolved import ResolvedConfig
+from rcpo.data.account import Account
 from rcpo.data.pairs import PackedPairs, TokenizedPair
 from rcpo.data.sampler import PairSampler
 
@@ -16,6 +17,8 @@ class Inputs:
     held_out: list[TokenizedPair]
     report: list[str]
     """What was read, dropped and cut, and one example; for the log."""
+    account: Account
+    """What became of every row."""
 
     @property
     def pad_id(self) -> int:

@@ -1,26 +1,24 @@
 """From a data config to preference records: training pairs, held-out pairs, and what became of the rows.
 
-Owns the checks on columns, the policy on bad rows, duplicates and the choice of held-out pairs.
-`rcpo.data.reading` reads, `rcpo.data.records` judges single rows. Called by `rcpo.training.read_inputs`; the
+Owns the checks on columns and the policy on bad rows. `rcpo.data.reading` reads, `rcpo.data.records` judges
+single rows, `rcpo.data.selection` draws. Called by `rcpo.training.read_inputs`; the
 same config gives the same records on every rank."""
 
 import dataclasses
-import json
-import random
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rcpo.common.errors import UserError
 from rcpo.config.schema import DataConfig
+from rcpo.data.account import Account, RowAccount, why
 from rcpo.data.arithmetic import arithmetic_records
-from rcpo.data.messages import parsed_quietly, unused_keys
+from rcpo.data.messages import parsed_quietly, unused_keys, without_system
 from rcpo.data.reading import shapes
 from rcpo.data.reading.places import Place, held_out_place, training_place
 from rcpo.data.reading.readers import Rows, read_rows
 from rcpo.data.reading.shapes import Shape
 from rcpo.data.records import BadRowError, PreferenceRecord, as_messages, read_record
+from rcpo.data.selection import Judge, SourceRecords, all_usable, content, select
 from rcpo.data.weights import UNWEIGHTED, WEIGHT_PARTS, Weighing, describe_weights
 
 PARTS = ("prompt", "chosen", "rejected")
@@ -35,71 +33,60 @@ class PreferenceData:
     train: list[PreferenceRecord]
     held_out: list[PreferenceRecord]
     report: list[str]
-    """Lines for the log: rows read, dropped and why, duplicates, held out."""
-    dropped: dict[str, list[int]] = dataclasses.field(default_factory=dict)
-    """Rows of the training source that cannot train, by reason."""
+    """Lines for the log: duplicates, draws, columns that are not used."""
+    account: Account
+    """What became of every row."""
 
 
-def load_records(config: DataConfig, weighing: Weighing = UNWEIGHTED) -> PreferenceData:
+def load_records(
+    config: DataConfig,
+    weighing: Weighing = UNWEIGHTED,
+    train: Judge = all_usable,
+    held_out: Judge = all_usable,
+) -> PreferenceData:
     """Read the pairs that `config` names and hold some out.
 
     Held-out pairs are those of data.eval_path or data.eval_split (at most data.eval_pairs of them, drawn by
     data.seed), else data.eval_pairs pairs drawn by data.seed from the training pairs. A training pair
     identical to a held-out one is dropped. data.train_pairs draws that many of the rest by data.seed, since
     many files are sorted; it never moves the held-out set. Pairs keep their order. Training pairs have
-    the weights that `weighing` reads. Raises UserError with one line for bad input.
+    the weights that `weighing` reads. `train` and `held_out` say which records the model's tokenizer can use:
+    pairs are drawn from those. Raises UserError with one line for bad input.
     """
     _check_parts(config, weighing)
     if config.source == "arithmetic":
-        return _load_arithmetic(config)
+        return _load_arithmetic(config, train, held_out)
     report: list[str] = []
-    train, dropped = _read_place(training_place(config), config, report, weighing)
-    if (place := held_out_place(config)) is None:
-        train, held_out = _draw_held_out(train, config, report)
-    else:
-        held_out = _read_held_out(place, config, report)
-    train = _drop_held_out(train, held_out, report)
-    if not train:
-        raise UserError(
-            f"data.path={config.path}: no training pair is left beside {len(held_out)} held-out pairs; "
-            "give more rows, or type a smaller data.eval_pairs=N"
-        )
-    if config.train_pairs is not None and config.train_pairs < len(train):
-        report.append(f"{config.train_pairs} of {len(train)} training pairs drawn by data.seed={config.seed}")
-        train = _draw(train, config.train_pairs, config.seed)[0]
+    training = _read_place(training_place(config), config, report, weighing)
+    own = held_out_place(config)
+    held_out_source = None if own is None else _read_place(own, config, report, UNWEIGHTED)
+    selected = select(config, training, held_out_source, train, held_out)
+    report += selected.report
     if weighing.parts:
-        report.append(_describe_weights(train, weighing))
-    return PreferenceData(train, held_out, report, dropped)
+        report.append(_describe_weights(selected.train, weighing))
+    return PreferenceData(selected.train, selected.held_out, report, selected.account)
 
 
-def _load_arithmetic(config: DataConfig) -> PreferenceData:
+def _load_arithmetic(config: DataConfig, train: Judge, held_out: Judge) -> PreferenceData:
     if config.path is not None:
         raise UserError(f"data.path={config.path}: data=arithmetic reads no file; type data=file")
     if config.columns:
         raise UserError("data.columns: data=arithmetic has no columns; type data=file data.path=PAIRS.jsonl")
     if config.train_pairs is None:
         raise UserError("data.train_pairs=null: data=arithmetic needs a number; type data.train_pairs=2048")
-    train, held_out = arithmetic_records(config.train_pairs, config.eval_pairs, config.seed)
-    return PreferenceData(
-        train, held_out, [f"arithmetic: {len(train)} training and {len(held_out)} held-out pairs"]
+    both = arithmetic_records(config.train_pairs, config.eval_pairs, config.seed)
+    for records, judge in zip(both, (train, held_out), strict=True):
+        for reason in filter(None, judge(records)):
+            raise UserError(f"data=arithmetic: {reason}; type model=tiny, or data=file data.path=PAIRS.jsonl")
+    account = RowAccount(
+        "arithmetic", config.train_pairs + config.eval_pairs, held_out=len(both[1]), trained=len(both[0])
     )
+    return PreferenceData(*both, [], Account(account, None, [record.row for record in both[1]]))
 
 
-def _read_held_out(place: Place, config: DataConfig, report: list[str]) -> list[PreferenceRecord]:
-    records, _ = _read_place(place, config, report, UNWEIGHTED)
-    if len(records) > config.eval_pairs:
-        report.append(
-            f"{config.eval_pairs} of {len(records)} held-out pairs drawn by data.seed={config.seed}"
-        )
-        records = _draw(records, config.eval_pairs, config.seed)[0]
-    return records
-
-
-def _read_place(
-    place: Place, config: DataConfig, report: list[str], weighing: Weighing
-) -> tuple[list[PreferenceRecord], dict[str, list[int]]]:
-    """Records of one source, and the rows that are none by reason; bad rows stop or are dropped as
-    data.on_bad_row says."""
+def _read_place(place: Place, config: DataConfig, report: list[str], weighing: Weighing) -> SourceRecords:
+    """Records of one source, and the account of its rows; bad rows stop or are dropped as data.on_bad_row
+    says."""
     parts = (*PARTS, *FOR_TEMPLATES, *weighing.parts)
     names = {part: (config.columns or {}).get(part, part) for part in parts}
     is_named = any(part in PARTS for part in config.columns or {})
@@ -111,21 +98,42 @@ def _read_place(
     )
     _check_columns(source.columns, shape, place, config)
     records, dropped = _read_records(source, shape, place, config, weighing)
-    reasons = Counter({reason: len(rows) for reason, rows in dropped.items()})
+    records, num_folded = _without_system(records, config.system)
+    if num_folded:
+        done = {"merge": "stands before the user's text", "drop": "is left out"}[config.system]
+        report.append(f"{NOTE}{place}: the system turn of {num_folded} rows {done} (data.system)")
+    account = RowAccount(str(place), len(source.rows), dropped)
     if not records:
-        reason, _ = reasons.most_common(1)[0]
         raise place.error(
-            f"none of its {len(source.rows)} rows can train ({reason}); give pairs of another form"
+            f"none of its {len(source.rows)} rows can train{why(dropped)}; give pairs of another form"
         )
-    report.append(f"{place}: {len(source.rows)} rows read, {reasons.total()} dropped{_listed(reasons)}")
     report += [f"{place}: {note}" for note in source.notes]
     report += [f"{NOTE}{place}: {said}" for said in shapes.read_as(source, shape)]
     report += _unused(source, shape, place)
     report += _implicit(records, shape, place) + _doubled(records, place)
-    repeats = len(records) - len({_content(record) for record in records})
+    repeats = len(records) - len({content(record) for record in records})
     if repeats:
         report.append(f"{place}: {repeats} rows repeat an earlier row (kept)")
-    return records, dropped
+    return SourceRecords(place, records, account)
+
+
+def _without_system(records: list[PreferenceRecord], how: str) -> tuple[list[PreferenceRecord], int]:
+    """The records as data.system wants their system turns, and how many have changed."""
+    changed = [
+        dataclasses.replace(record, prompt=without_system(record.prompt, how))
+        if isinstance(record.prompt, list)
+        else record
+        for record in records
+    ]
+    return changed, sum(new != old for new, old in zip(changed, records, strict=True))
+
+
+def records_at(config: DataConfig, rows: Sequence[int]) -> list[PreferenceRecord]:
+    """The held-out records of these rows, as a run has noted them. Raises UserError, and KeyError where there
+    is no such row any more."""
+    place = held_out_place(config) or training_place(config)
+    by_row = {record.row: record for record in _read_place(place, config, [], UNWEIGHTED).records}
+    return [by_row[row] for row in rows]
 
 
 NOTE = "note: "
@@ -241,13 +249,6 @@ def _read_records(
     return records, dropped
 
 
-def _listed(reasons: Counter[str]) -> str:
-    """The reasons with their counts, the most frequent first, behind a colon; nothing where there are
-    none."""
-    counts = ", ".join(f"{num} because {reason}" for reason, num in reasons.most_common())
-    return f": {counts}" if counts else ""
-
-
 def _describe_weights(train: list[PreferenceRecord], weighing: Weighing) -> str:
     """The weights' line for the log; raises UserError where nothing would be trained."""
     weights = [record.weight for record in train]
@@ -257,55 +258,3 @@ def _describe_weights(train: list[PreferenceRecord], weighing: Weighing) -> str:
             f"{weighing.parts[0]}; mend it or type objective.sample_weight=null"
         )
     return describe_weights(weights)
-
-
-def _draw_held_out(
-    records: list[PreferenceRecord], config: DataConfig, report: list[str]
-) -> tuple[list[PreferenceRecord], list[PreferenceRecord]]:
-    """(training pairs, held-out pairs), both in the source's order."""
-    if len(records) < 2:
-        raise UserError(f"data.path={config.path}: has 1 usable pair; give at least 2, one to hold out")
-    if len(records) <= config.eval_pairs:
-        raise UserError(
-            f"data.eval_pairs={config.eval_pairs}: {config.path} has {len(records)} usable pairs, and "
-            f"at least 1 must be left to train on; type data.eval_pairs={max(1, len(records) // 5)}"
-        )
-    held_out, train = _draw(records, config.eval_pairs, config.seed)
-    report.append(
-        f"{len(held_out)} held-out pairs drawn from the {len(records)} pairs by data.seed={config.seed}"
-    )
-    return train, held_out
-
-
-def _draw(
-    records: list[PreferenceRecord], num: int, seed: int
-) -> tuple[list[PreferenceRecord], list[PreferenceRecord]]:
-    """`num` records drawn by `seed`, and the rest; both keep their order."""
-    drawn = set(random.Random(seed).sample(range(len(records)), num))
-    return [records[i] for i in sorted(drawn)], [record for i, record in enumerate(records) if i not in drawn]
-
-
-def _drop_held_out(
-    train: list[PreferenceRecord], held_out: list[PreferenceRecord], report: list[str]
-) -> list[PreferenceRecord]:
-    """`train` without the pairs that are held out too; those that only share a prompt are counted and
-    kept."""
-    pairs = {_content(record) for record in held_out}
-    kept = [record for record in train if _content(record) not in pairs]
-    if len(kept) < len(train):
-        report.append(f"{len(train) - len(kept)} training pairs dropped because they are held-out pairs too")
-    prompts = {_key([record.prompt]) for record in held_out}
-    shared = sum(_key([record.prompt]) in prompts for record in kept)
-    if shared:
-        report.append(f"{shared} training pairs share their prompt with a held-out pair (kept)")
-    return kept
-
-
-def _content(record: PreferenceRecord) -> str:
-    """Equal for pairs that are equal in all but their row number."""
-    for_template = (record.tools, record.documents, record.template_kwargs)
-    return _key([record.prompt, record.chosen, record.rejected, *for_template])
-
-
-def _key(parts: Iterable[Any]) -> str:
-    return json.dumps(list(parts))

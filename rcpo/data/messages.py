@@ -134,6 +134,20 @@ def _call(call: Any) -> Any:
     return {**call, "function": {**function, "arguments": arguments}}
 
 
+def without_system(prompt: Messages, how: str) -> Messages:
+    """The turns with the system turn at their head folded into the first user turn ("merge": its text, a
+    blank line, the user's), left out ("drop"), or as they are ("keep"). A system turn without a user turn
+    behind it stays."""
+    if how == "keep" or prompt[0]["role"] != "system" or len(prompt) < 2:
+        return prompt
+    system, first, *rest = prompt
+    if how == "drop":
+        return [first, *rest]
+    if first["role"] != "user":
+        return prompt
+    return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
+
+
 def unused_keys(rows: Iterable[Iterable[Any]]) -> Counter[str]:
     """Keys of messages that no template is handed, with the number of messages that have something there."""
     known = {"role", "content", *HANDED_ON}

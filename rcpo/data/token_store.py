@@ -14,12 +14,13 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rcpo.common.files import remove, replacing
 from rcpo.common.locks import kernel_lock
+from rcpo.data.account import Account, account_of
 from rcpo.data.pairs import PackedPairs, PairArrays
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,8 @@ class Tokens(NamedTuple):
     held_out: PackedPairs
     report: list[str]
     """Lines for the log."""
+    account: Account
+    """What became of every row, before data.filter."""
 
 
 class TokenStore:
@@ -117,26 +120,27 @@ def _write(folder: Path, tokens: Tokens) -> None:
     for files, pairs in zip(FILES.values(), (tokens.train, tokens.held_out), strict=True):
         for file, array in zip(files, map(np.asarray, pairs.arrays), strict=True):
             np.save(folder / file, array)
-    about = {"report": tokens.report, "digest": _digest(folder, tokens.report)}
+    said = {"report": tokens.report, "account": tokens.account.as_json()}
+    about = said | {"digest": _digest(folder, said)}
     (folder / ABOUT).write_text(json.dumps(about))
 
 
 def _read(folder: Path) -> Tokens:
     """Raises ValueError and its like where the folder is not what `_write` wrote."""
     about = json.loads((folder / ABOUT).read_text())
-    if _digest(folder, about["report"]) != about["digest"]:
+    if _digest(folder, {key: about[key] for key in ("report", "account")}) != about["digest"]:
         raise ValueError("it is not what was written")
     train, held_out = (
         # A plain array: a slice of numpy's class for mappings costs forty times as much.
         PackedPairs(PairArrays(*(np.asarray(np.load(folder / file, mmap_mode="r")) for file in files)))
         for files in FILES.values()
     )
-    return Tokens(train, held_out, about["report"])
+    return Tokens(train, held_out, about["report"], account_of(about["account"]))
 
 
-def _digest(folder: Path, report: list[str]) -> str:
+def _digest(folder: Path, said: dict[str, Any]) -> str:
     """By reading, not through mappings, whose pages would count as this process's memory."""
-    digest = hashlib.blake2b(json.dumps(report).encode())
+    digest = hashlib.blake2b(json.dumps(said).encode())
     for file in (file for files in FILES.values() for file in files):
         with (folder / file).open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "blake2b").digest())

@@ -20,6 +20,7 @@ from itertools import groupby
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from rcpo.common.errors import UserError
@@ -36,7 +37,14 @@ from rcpo.data.render import (
     render_text,
 )
 
-__all__ = ["TokenizedData", "TokenizedPair", "TokenizedSide", "describe_pair", "tokenize_records"]
+__all__ = [
+    "Tokeniser",
+    "TokenizedData",
+    "TokenizedPair",
+    "TokenizedSide",
+    "describe_pair",
+    "tokenize_records",
+]
 
 _RECORDS_PER_BATCH = 512
 _WRITTEN_BY_TEMPLATES = ("tools", "documents")
@@ -47,23 +55,18 @@ _MOST_SHOWN = 80
 
 @dataclass(frozen=True)
 class TokenizedData:
-    """Pairs that can train, and lines for the log: what was cut, dropped and why, and how long the pairs
-    are."""
+    """Pairs that can train, in the order of their rows, and lines for the log: what was cut, and how long the
+    pairs are."""
 
     pairs: PackedPairs
     report: list[str]
+    dropped: dict[str, list[int]]
+    """Rows that cannot train, by reason."""
     notes: dict[str, str] = field(default_factory=dict)
     """What a user should know of the tokens: lines by what they are about, so that each is said once."""
 
 
-def tokenize_records(
-    records: Sequence[PreferenceRecord],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    max_prompt_length: int | None,
-    on_bad_row: str,
-    template_kwargs: Mapping[str, Any] = MappingProxyType({}),
-) -> TokenizedData:
+class Tokeniser:
     """Tokenise both sides of every record under one policy.
 
     Messages: rendered whole with the chat template, which is given `template_kwargs` and the row's own, and
@@ -77,30 +80,68 @@ def tokenize_records(
     Truncation, in tokens: a prompt longer than `max_prompt_length` is cut from the left, but keeps BOS; with
     None it may take what the pair's longer response leaves of `max_length`, at least half. Both sides keep
     one prompt. Each response is then cut from the right to what is left of `max_length` (EOS is cut too), and
-    is never empty. A row that cannot train (a template's refusal, sides that the tokenizer or the cut made
-    identical) raises UserError with `on_bad_row` "error", and is dropped and counted with "drop". Raises
-    UserError where records are messages and the tokenizer has no chat template."""
-    work = _Work(tokenizer, max_length, max_prompt_length, template_kwargs)
-    packer = Packer()
-    dropped = Counter[str]()
-    for start in range(0, len(records), _RECORDS_PER_BATCH):
-        batch = records[start : start + _RECORDS_PER_BATCH]
-        pairs = []
-        for record, outcome in zip(batch, work.tokenize_batch(batch), strict=True):
-            if isinstance(outcome, TokenizedPair):
-                pairs.append(outcome)
-            elif on_bad_row == "error":
-                lost = f" (it leaves out {_start_of(outcome)})" if isinstance(outcome, LostPartError) else ""
-                raise UserError(
-                    f"data: row {record.row} (counted from 0) cannot train: {outcome}{lost}; "
-                    "mend it or type data.on_bad_row=drop"
-                )
-            else:
-                dropped[str(outcome)] += 1
-        packer.add(pairs)
-    packed = packer.packed()
-    report = [*work.report(), *_describe_lengths(packed), *_describe_dropped(dropped)]
-    return TokenizedData(packed, report, work.notes())
+    is never empty. Raises UserError where records are messages and the tokenizer has no chat template, and
+    with `on_bad_row` "error" for the first row that cannot train (a template's refusal, sides that the
+    tokenizer or the cut made identical)."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        max_prompt_length: int | None,
+        on_bad_row: str,
+        template_kwargs: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        self._work = _Work(tokenizer, max_length, max_prompt_length, template_kwargs)
+        self._on_bad_row = on_bad_row
+        self._packer = Packer()
+        self._dropped: dict[str, list[int]] = {}
+
+    def __call__(self, records: Sequence[PreferenceRecord]) -> list[str | None]:
+        """Tokenise these, too; for each None, or the reason why it cannot train."""
+        reasons: list[str | None] = []
+        for start in range(0, len(records), _RECORDS_PER_BATCH):
+            batch = records[start : start + _RECORDS_PER_BATCH]
+            outcomes = self._work.tokenize_batch(batch)
+            for record, outcome in zip(batch, outcomes, strict=True):
+                if isinstance(outcome, TokenizedPair):
+                    reasons.append(None)
+                    continue
+                if self._on_bad_row == "error":
+                    lost = (
+                        f" (it leaves out {_start_of(outcome)})" if isinstance(outcome, LostPartError) else ""
+                    )
+                    raise UserError(
+                        f"data: row {record.row} (counted from 0) cannot train: {outcome}{lost}; "
+                        "mend it or type data.on_bad_row=drop"
+                    )
+                reasons.append(str(outcome))
+                self._dropped.setdefault(str(outcome), []).append(record.row)
+            self._packer.add([outcome for outcome in outcomes if isinstance(outcome, TokenizedPair)])
+        return reasons
+
+    def data(self) -> TokenizedData:
+        """All that could be used so far."""
+        packed = self._packer.packed()
+        order = np.argsort(packed.arrays.rows, kind="stable")
+        if (np.diff(order) < 0).any():  # drawn in several goes
+            packed = packed.take(order.tolist())
+        report = [*self._work.report(), *_describe_lengths(packed)]
+        return TokenizedData(packed, report, self._dropped, self._work.notes())
+
+
+def tokenize_records(
+    records: Sequence[PreferenceRecord],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    max_prompt_length: int | None,
+    on_bad_row: str,
+    template_kwargs: Mapping[str, Any] = MappingProxyType({}),
+) -> TokenizedData:
+    """`Tokeniser` over these records; those that cannot train are left out and counted."""
+    tokenise = Tokeniser(tokenizer, max_length, max_prompt_length, on_bad_row, template_kwargs)
+    tokenise(records)
+    return tokenise.data()
 
 
 def describe_pair(pair: TokenizedPair, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -348,10 +389,6 @@ def _describe_lengths(pairs: PackedPairs) -> list[str]:
         f"tokens on average: prompt {prompt:.1f}, chosen {chosen:.1f}, rejected {rejected:.1f}; "
         f"longest row {int(lengths.max())}"
     ]
-
-
-def _describe_dropped(dropped: Counter[str]) -> list[str]:
-    return [f"{num} pairs dropped because {reason}" for reason, num in dropped.most_common()]
 
 
 def _num_common(first: Sequence[object], second: Sequence[object]) -> int:

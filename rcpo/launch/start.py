@@ -84,7 +84,7 @@ def _make_run(prepare: Callable[[], ResolvedConfig | None], overwrite: bool = Fa
     identity = identity_of(config, inputs)
     with old_set_aside(run.path):
         run.create(config, config_tree(config))
-    run.update_run(inputs=identity)
+    run.update_run(inputs=identity, rows=inputs.account.as_json())
     return Prepared(run, config, inputs)
 
 
@@ -101,7 +101,9 @@ def _reopen(path: str, allowed: Sequence[str]) -> Prepared:
         refuse_other_inputs(path, known, identity)
     changed.write(run)
     run.reopen()
-    run.update_run(inputs=known or identity)  # a sweep's cell reads its data at its first start
+    run.update_run(
+        inputs=known or identity, rows=inputs.account.as_json()
+    )  # a sweep's cell reads its data at its first start
     return Prepared(run, config, inputs)
 
 

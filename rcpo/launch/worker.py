@@ -116,11 +116,11 @@ def _train(
     if rank() == 0:
         console = RunConsole()
         print_start(console, config, len(inputs.train), len(inputs.held_out))
-        for line in inputs.report:
-            if line.startswith(
-                ("data.filter", NOTE)
-            ):  # what a user asked to be left out is said where he looks
-                console.print(line, soft_wrap=True)
+        said = inputs.account.lines() if inputs.account.has_losses else []
+        # What a user asked to be left out is said where he looks.
+        said += [line for line in inputs.report if line.startswith(("data.filter", NOTE))]
+        for line in said:
+            console.print(line, soft_wrap=True, markup=False, highlight=False)
     summary = train(config, run, inputs, device, resume)
     if rank() == 0:
         run.update_run(summary=summary)

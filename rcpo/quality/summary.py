@@ -60,9 +60,8 @@ def findings(pair_scores: PairScoreFile, read: PairsRead) -> list[Finding]:
     columns = pair_scores.of_split(TRAIN)
     repeats = _linked(columns, "repeats")
     against = _linked(columns, "contradicts")
-    identical = read.records.dropped.get(IDENTICAL, [])
-    tokenised = {pair.row for pair in read.train.pairs}
-    alike = [record.row for record in read.records.train if record.row not in tokenised]
+    identical = read.records.account.training.dropped.get(IDENTICAL, [])
+    alike = sorted(row for rows in read.train.dropped.values() for row in rows)
     return [
         Finding(
             f"{_counted(repeats, 'pair repeats', 'pairs repeat')} an earlier pair",

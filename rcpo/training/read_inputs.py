@@ -16,7 +16,7 @@ from rcpo.data.load import NOTE, PreferenceData, load_records, note_on_text
 from rcpo.data.pairs import PackedPairs
 from rcpo.data.token_key import content_of, token_key
 from rcpo.data.token_store import Tokens, TokenStore
-from rcpo.data.tokenize import TokenizedData, describe_pair, tokenize_records
+from rcpo.data.tokenize import Tokeniser, TokenizedData, describe_pair
 from rcpo.data.weights import weighing_of
 from rcpo.models.adapters import check_adapters
 from rcpo.models.checks import check_model, check_positions, check_vocabulary
@@ -97,19 +97,12 @@ def _checked_tokenizer(config: ResolvedConfig) -> PreTrainedTokenizerBase:
 
 
 def _tokenise(config: ResolvedConfig, tokenizer: PreTrainedTokenizerBase) -> PairsRead:
-    records = load_records(config.data, weighing_of(config.composition))
+    limits = (config.train.max_length, config.train.max_prompt_length, config.data.on_bad_row)
+    train, held_out = (Tokeniser(tokenizer, *limits, config.model.chat_template_kwargs) for _ in range(2))
+    records = load_records(config.data, weighing_of(config.composition), train, held_out)
     if tokenizer.chat_template is not None:
         records.report.extend(note_on_text(records, config.data))
-    limits = (config.train.max_length, config.train.max_prompt_length, config.data.on_bad_row)
-    kwargs = config.model.chat_template_kwargs
-    train = tokenize_records(records.train, tokenizer, *limits, kwargs)
-    held_out = tokenize_records(records.held_out, tokenizer, *limits, kwargs)
-    for pairs, what in ((train.pairs, "training"), (held_out.pairs, "held-out")):
-        if not len(pairs):
-            raise UserError(
-                f"data: no {what} pair is left after the checks; look at data.path and data.on_bad_row"
-            )
-    return PairsRead(tokenizer, records, train, held_out)
+    return PairsRead(tokenizer, records, train.data(), held_out.data())
 
 
 def _check_lengths(config: ResolvedConfig, train: PackedPairs, held_out: PackedPairs) -> None:
@@ -125,7 +118,7 @@ def _kept_tokens(config: ResolvedConfig, tokenizer: PreTrainedTokenizerBase) -> 
 
     def make() -> Tokens:
         read = _tokenise(config, tokenizer)
-        return Tokens(read.train.pairs, read.held_out.pairs, read.report)
+        return Tokens(read.train.pairs, read.held_out.pairs, read.report, read.records.account)
 
     content = content_of(config.data)
     key = None
@@ -155,10 +148,13 @@ def read_inputs(config: ResolvedConfig) -> Inputs:
             f"train.pairs_per_step={config.train.pairs_per_step}: there are only {len(train)} training "
             f"pairs; type train.pairs_per_step={len(train)} or less"
         )
+    account = tokens.account.after_filter(len(train))
     report = [
+        *account.lines(),
+        *(f"{NOTE}{line}" for line in account.warnings()),
         *tokens.report,
         *filtered,
         f"{len(train)} training pairs, {len(tokens.held_out)} held-out pairs",
         "one training pair as the model sees it:\n" + describe_pair(train[0], tokenizer),
     ]
-    return Inputs(tokenizer, train, list(tokens.held_out), report)
+    return Inputs(tokenizer, train, list(tokens.held_out), report, account)

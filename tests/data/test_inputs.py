@@ -14,12 +14,15 @@ import pytest
 
 import rcpo.builtin
 import rcpo.data.token_key
+import rcpo.data.tokenize
 import rcpo.training.read_inputs
 from helpers import forked
 from helpers.inputs import config_of, fault, row
 from rcpo.config.resolve import resolve
+from rcpo.config.resolved import ResolvedConfig
 from rcpo.config.schema import Config
 from rcpo.config.validate import validate
+from rcpo.data.account import Account, RowAccount
 from rcpo.data.inputs import Inputs
 from rcpo.data.tokenize import TokenizedPair
 from rcpo.runs.frozen import config_tree
@@ -61,7 +64,7 @@ def test_the_embedded_default_is_read_and_described() -> None:
     """30 and 10 word problems; the last entry of the report shows one pair and what of it is scored."""
     inputs = read_inputs(config_of())
     assert (len(inputs.train), len(inputs.held_out)) == (30, 10)
-    assert inputs.report[0] == "arithmetic: 30 training and 10 held-out pairs"
+    assert inputs.report[0] == "arithmetic: 40 rows read, 10 held out, 30 to train on"
     assert inputs.report[-2] == "30 training pairs, 10 held-out pairs"
     title, prompt, chosen, rejected = inputs.report[-1].splitlines()
     assert title == "one training pair as the model sees it:"
@@ -102,14 +105,14 @@ def test_steps_of_a_run(train: dict[str, Any], num_steps: int) -> None:
 def test_padding_needs_no_pad_token() -> None:
     for pad, expected in ((None, 0), (5, 5)):
         tokenizer: Any = SimpleNamespace(pad_token_id=pad)
-        assert Inputs(tokenizer, [], [], []).pad_id == expected
+        assert Inputs(tokenizer, [], [], [], Account(RowAccount("", 0))).pad_id == expected
 
 
 def test_pairs_of_a_file_are_scored_on_the_answer_alone(tmp_path: Path) -> None:
     inputs = read_inputs(file_config(tmp_path / "a.jsonl", ROWS, train={"pairs_per_step": 3}))
     assert [scored(inputs, pair) for pair in inputs.train] == [["seven </s>", "eight </s>"]] * 3
     assert inputs.report[:2] == [
-        f"{tmp_path}/a.jsonl: 4 rows read, 0 dropped",
+        f"{tmp_path}/a.jsonl: 4 rows read, 1 held out, 3 to train on",
         "1 held-out pairs drawn from the 4 pairs by data.seed=0",
     ]
 
@@ -199,7 +202,8 @@ def test_pairs_that_the_model_cannot_tell_apart_stop_or_are_dropped(tmp_path: Pa
         "data.on_bad_row=drop"
     )
     assert fault(file_config(tmp_path / "a.jsonl", alike, data={**data, "on_bad_row": "drop"})) == (
-        "data: no training pair is left after the checks; look at data.path and data.on_bad_row"
+        f"data.path={tmp_path}/a.jsonl: no training pair is left of 4 rows beside 1 held-out pairs (4 "
+        "dropped because the sides are identical once tokenised); give more rows, or rows of another form"
     )
     mixed = file_config(
         tmp_path / "a.jsonl", [alike[0], *ROWS[1:]], data={**data, "on_bad_row": "drop"},
@@ -207,7 +211,7 @@ def test_pairs_that_the_model_cannot_tell_apart_stop_or_are_dropped(tmp_path: Pa
     )  # fmt: skip
     inputs = read_inputs(mixed)
     assert [pair.row for pair in inputs.train] == [1, 2, 3]
-    assert "training pairs: 1 pairs dropped because the sides are identical once tokenised" in inputs.report
+    assert "  1 dropped because the sides are identical once tokenised (row 0)" in inputs.report
 
 
 @pytest.mark.parametrize(
@@ -251,7 +255,7 @@ def nothing_is_tokenised() -> Iterator[None]:
         raise AssertionError("tokenised again")
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("load_records", "tokenize_records"):
+        for name in ("load_records", "Tokeniser"):
             patch.setattr(rcpo.training.read_inputs, name, refuse)
         yield
 
@@ -273,7 +277,7 @@ def test_the_second_start_reads_the_same_without_tokenising(tmp_path: Path, all_
         again = read_inputs(config)
     assert (again.train, again.held_out, again.report) == (fresh.train, fresh.held_out, fresh.report)
     for part in (
-        "1 dropped: 1 because",
+        "  1 dropped because rejected is null (row 1)",
         "prompts cut from the left",
         "weights: mean",
         "as the model sees it",
@@ -339,3 +343,105 @@ def test_generated_and_small_data_are_not_kept(tmp_path: Path) -> None:
     read_inputs(config_of())
     read_inputs(file_config(tmp_path / "a.jsonl", ROWS, train={"pairs_per_step": 3}))
     assert kept_folders() == []
+
+
+GEMMA_LIKE = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+@pytest.fixture
+def system_rows(tmp_path: Path) -> list[dict[str, Any]]:
+    """40 rows of messages; those whose number is no multiple of 5 have a system turn: 80 %."""
+    names = ("alice", "bob", "carol", "david", "eve")
+    rows = []
+    for number in range(40):
+        turns = [{"role": "user", "content": f"{names[number % 5]} has {number} books ."}]
+        if number % 5:
+            turns.insert(0, {"role": "system", "content": "you count books ."})
+        sides = {side: [{"role": "assistant", "content": text}] for side, text in SIDES.items()}
+        rows.append({"prompt": turns, **sides})
+    (tmp_path / "gemma.jinja").write_text(GEMMA_LIKE)
+    return rows
+
+
+SIDES = {"chosen": "seven", "rejected": "eight"}
+
+
+def gemma_config(tmp_path: Path, rows: list[dict[str, Any]], **data: Any) -> ResolvedConfig:
+    return file_config(
+        tmp_path / "a.jsonl", rows, data={"on_bad_row": "drop", **data}, train={"pairs_per_step": 2},
+        model={"path": "builtin:tiny", "chat_template": str(tmp_path / "gemma.jinja")},
+    )  # fmt: skip
+
+
+def test_held_out_pairs_are_drawn_from_what_the_template_takes(
+    tmp_path: Path, system_rows: list[dict[str, Any]]
+) -> None:
+    """8 of 40 rows can be used: 3 are held out as asked for, 5 train, and the account adds up."""
+    inputs = read_inputs(gemma_config(tmp_path, system_rows, eval_pairs=3))
+    assert (len(inputs.held_out), len(inputs.train)) == (3, 5)
+    assert all(pair.row % 5 == 0 for pair in (*inputs.train, *inputs.held_out))
+    rows = inputs.account.training
+    ((reason, lost),) = rows.dropped.items()
+    assert reason == "the chat template refuses it (System role not supported)"
+    assert sorted(lost) == [number for number in range(40) if number % 5]
+    assert (rows.read, rows.num_dropped, rows.held_out, rows.trained) == (40, 32, 3, 5)
+    assert inputs.account.held_out_rows == [pair.row for pair in inputs.held_out]
+    path = f"{tmp_path}/a.jsonl"
+    assert inputs.report[0] == f"{path}: 40 rows read"
+    assert inputs.report[1].startswith(f"  32 dropped because {reason} (rows ")
+    assert inputs.report[2:4] == [
+        "  3 held out, 5 to train on", f"note: 80% of the rows of {path} are dropped",
+    ]  # fmt: skip
+
+
+def test_a_system_turn_that_the_template_refuses_is_merged_or_dropped_where_that_is_asked_for(
+    tmp_path: Path, system_rows: list[dict[str, Any]]
+) -> None:
+    for how, is_there in (("merge", True), ("drop", False)):
+        inputs = read_inputs(gemma_config(tmp_path, system_rows, eval_pairs=3, system=how))
+        assert (inputs.account.training.num_dropped, len(inputs.train)) == (0, 37)
+        (pair,) = (pair for pair in (*inputs.train, *inputs.held_out) if pair.row == 1)
+        prompt = inputs.tokenizer.decode(pair.chosen.input_ids[: pair.chosen.num_prompt])
+        assert (prompt.count("books") == 2) == is_there
+        assert "bob has" in prompt
+        assert any("the system turn of 32 rows" in line for line in inputs.report)
+
+
+def test_where_nothing_is_left_the_error_names_reason_and_cure(
+    tmp_path: Path, system_rows: list[dict[str, Any]]
+) -> None:
+    path = f"{tmp_path}/a.jsonl"
+    refused = [row for number, row in enumerate(system_rows) if number % 5]
+    reason = "32 dropped because the chat template refuses it (System role not supported)"
+    cure = "type data.system=merge to put the system turn into the user's, or model.chat_template=plain"
+    assert fault(gemma_config(tmp_path, refused, eval_pairs=3)) == (
+        f"data.path={path}: has 0 usable pairs ({reason}); give at least 2, one to hold out; or {cure}"
+    )
+    assert fault(gemma_config(tmp_path, system_rows, eval_pairs=20)) == (
+        f"data.eval_pairs=20: {path} has 8 usable pairs ({reason}), and at least 1 must be left to train on; "
+        "type data.eval_pairs=1"
+    )
+
+
+def test_a_draw_that_meets_bad_rows_draws_others(
+    tmp_path: Path, system_rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """data.train_pairs=2 of 8 usable rows: two train, and rows that nobody drew are not tokenised."""
+    asked: list[int] = []
+    whole = rcpo.data.tokenize.Tokeniser.__call__
+
+    def counted(self: Any, records: Any) -> Any:
+        asked.extend(record.row for record in records)
+        return whole(self, records)
+
+    monkeypatch.setattr(rcpo.data.tokenize.Tokeniser, "__call__", counted)
+    inputs = read_inputs(gemma_config(tmp_path, system_rows, eval_pairs=1, train_pairs=2))
+    assert (len(inputs.held_out), len(inputs.train)) == (1, 2)
+    rows = inputs.account.training
+    assert len(asked) == len(set(asked)) == rows.num_dropped + 3
+    assert rows.read == rows.num_dropped + rows.undrawn + 3

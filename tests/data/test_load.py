@@ -56,10 +56,9 @@ def test_held_out_pairs_are_drawn_by_data_seed_and_not_trained_on(tmp_path: Path
     assert load_records(config_of(path, eval_pairs=3)) == data
     draws = {tuple(prompts(load_records(config_of(path, eval_pairs=3, seed=n)).held_out)) for n in range(5)}
     assert len(draws) > 1
-    assert data.report == [
-        f"{path}: 10 rows read, 0 dropped",
-        "3 held-out pairs drawn from the 10 pairs by data.seed=0",
-    ]
+    assert data.report == ["3 held-out pairs drawn from the 10 pairs by data.seed=0"]
+    assert data.account.lines() == [f"{path}: 10 rows read, 3 held out, 7 to train on"]
+    assert data.account.held_out_rows == [record.row for record in data.held_out]
 
 
 def test_train_pairs_draws_from_the_whole_file_and_leaves_the_held_out_set(tmp_path: Path) -> None:
@@ -71,6 +70,9 @@ def test_train_pairs_draws_from_the_whole_file_and_leaves_the_held_out_set(tmp_p
     assert len(some.train) == 20
     assert max(record.row for record in some.train) > 100
     assert some.report[-1] == "20 of 395 training pairs drawn by data.seed=0"
+    assert some.account.lines() == [
+        f"{path}: 400 rows read", "  375 not drawn", "  5 held out, 20 to train on",
+    ]  # fmt: skip
 
 
 def test_held_out_pairs_of_their_own_file(tmp_path: Path) -> None:
@@ -83,14 +85,18 @@ def test_held_out_pairs_of_their_own_file(tmp_path: Path) -> None:
     assert prompts(data.train) == ["q0", "q1", "q21"]
     assert prompts(data.held_out) == ["q20", "q21"]
     assert data.report == [
-        f"{train}: 4 rows read, 0 dropped",
-        f"{held_out}: 2 rows read, 0 dropped",
         "1 training pairs dropped because they are held-out pairs too",
         "1 training pairs share their prompt with a held-out pair (kept)",
     ]
+    assert data.account.lines() == [
+        f"{train}: 4 rows read",
+        "  1 dropped because they are held-out pairs too",
+        "  3 to train on",
+        f"{held_out}: 2 rows read, 2 held out",
+    ]
     fewer = load_records(config_of(train, eval_path=held_out, eval_pairs=1))
     assert len(fewer.held_out) == 1
-    assert "1 of 2 held-out pairs drawn by data.seed=0" in fewer.report
+    assert "1 held-out pairs drawn by data.seed=0" in fewer.report
 
 
 def test_bad_rows_stop_the_run_with_row_and_reason(tmp_path: Path) -> None:
@@ -114,10 +120,14 @@ def test_bad_rows_are_dropped_and_counted_by_reason(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", [*bad, *rows_of([5, 6])])
     data = load_records(config_of(path, on_bad_row="drop"))
     assert sorted(record.row for record in (*data.train, *data.held_out)) == [5, 6]
-    assert data.report[0] == (
-        f"{path}: 7 rows read, 5 dropped: 2 because the sides are identical, 2 because prompt is null, "
-        "1 because rejected is empty"
-    )
+    assert data.account.lines() == [
+        f"{path}: 7 rows read",
+        "  2 dropped because the sides are identical (rows 0, 1)",
+        "  2 dropped because prompt is null (rows 2, 3)",
+        "  1 dropped because rejected is empty (row 4)",
+        "  1 held out, 1 to train on",
+    ]
+    assert data.account.warnings() == [f"71% of the rows of {path} are dropped"]
 
 
 def test_repeated_rows_are_counted_and_never_on_both_sides(tmp_path: Path) -> None:
@@ -126,7 +136,7 @@ def test_repeated_rows_are_counted_and_never_on_both_sides(tmp_path: Path) -> No
     path = write_rows(tmp_path / "a.jsonl", rows_of([0, 0, 0, 1]))
     for seed in range(8):
         data = load_records(config_of(path, seed=seed))
-        assert data.report[1] == f"{path}: 2 rows repeat an earlier row (kept)"
+        assert data.report[0] == f"{path}: 2 rows repeat an earlier row (kept)"
         assert not set(prompts(data.train)) & set(prompts(data.held_out))
 
 
@@ -163,8 +173,8 @@ def test_wrong_roles_throughout_are_one_line(tmp_path: Path) -> None:
     ] * 2
     path = write_rows(tmp_path / "a.jsonl", rows)
     assert fault(config_of(path, on_bad_row="drop")) == (
-        f"data.path={path}: none of its 2 rows can train (chosen has the role 'human'; roles are system, "
-        "developer, user, assistant, tool); give pairs of another form"
+        f"data.path={path}: none of its 2 rows can train (2 dropped because chosen has the role 'human'; "
+        "roles are system, developer, user, assistant, tool); give pairs of another form"
     )
 
 
@@ -178,7 +188,7 @@ def test_too_few_pairs_are_refused(tmp_path: Path) -> None:
     assert "data.eval_pairs=3: " in fault(config_of(three, eval_pairs=3))
     assert len(load_records(config_of(three, eval_pairs=1)).train) == 2
     assert fault(config_of(three, eval_path=three, eval_pairs=3)) == (
-        f"data.path={three}: no training pair is left beside 3 held-out pairs; "
+        f"data.path={three}: no training pair is left of 3 rows beside 3 held-out pairs; "
         "give more rows, or type a smaller data.eval_pairs=N"
     )
 
@@ -186,7 +196,7 @@ def test_too_few_pairs_are_refused(tmp_path: Path) -> None:
 def test_arithmetic_needs_a_number_and_no_file() -> None:
     data = load_records(DataConfig(source="arithmetic", train_pairs=6, eval_pairs=2))
     assert (len(data.train), len(data.held_out)) == (6, 2)
-    assert data.report == ["arithmetic: 6 training and 2 held-out pairs"]
+    assert data.account.lines() == ["arithmetic: 8 rows read, 2 held out, 6 to train on"]
     assert fault(DataConfig(source="arithmetic", path="x.jsonl")) == (
         "data.path=x.jsonl: data=arithmetic reads no file; type data=file"
     )
@@ -246,9 +256,9 @@ def test_ultrafeedback_is_read_from_a_folder_of_its_shape(
             0,
         )
     ]
-    assert data.report[0] == (
-        f"{tmp_path}/uf [train_prefs]: 3 rows read, 1 dropped: 1 because chosen is empty"
-    )
+    assert data.account.lines()[:2] == [
+        f"{tmp_path}/uf [train_prefs]: 3 rows read", "  1 dropped because chosen is empty (row 1)",
+    ]  # fmt: skip
 
 
 def test_hh_rlhf_is_read_from_a_folder_of_its_shape(tmp_path: Path) -> None:

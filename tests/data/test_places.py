@@ -122,9 +122,9 @@ def test_training_and_held_out_slices_of_one_file(tmp_path: Path) -> None:
     data = load_records(DataConfig(source="file", path=path, split="train[:90%]", eval_split="train[90%:]"))
     assert [record.row for record in data.train] == list(range(18))
     assert [record.row for record in data.held_out] == [18, 19]
-    assert data.report[:2] == [
-        f"{path} [train[:90%]]: 18 rows read, 0 dropped",
-        f"{path} [train[90%:]]: 2 rows read, 0 dropped",
+    assert data.account.lines() == [
+        f"{path} [train[:90%]]: 18 rows read, 18 to train on",
+        f"{path} [train[90%:]]: 2 rows read, 2 held out",
     ]
 
 

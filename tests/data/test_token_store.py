@@ -13,6 +13,7 @@ import pytest
 import rcpo.data.token_store
 from rcpo.common.errors import UserError
 from rcpo.common.files import path_beside
+from rcpo.data.account import Account, RowAccount
 from rcpo.data.pairs import TokenizedPair, TokenizedSide, pack
 from rcpo.data.token_store import Tokens, TokenStore
 
@@ -20,7 +21,10 @@ PAIRS = [
     TokenizedPair(TokenizedSide([1, 5, 6], 2), TokenizedSide([1, 5, 70000, 8], 2), 4, weight=0.1),
     TokenizedPair(TokenizedSide([1, 2], 1), TokenizedSide([1, 9], 1), 2**40, weight=1 / 3),
 ]
-TOKENS = Tokens(pack(PAIRS), pack(PAIRS[:1]), ["4 rows read, 0 dropped", "«é»\n⟦"])
+ACCOUNT = Account(
+    RowAccount("a.jsonl", 4, {"it is «é»": [2]}, trained=3), RowAccount("b.jsonl", 1, held_out=1), [0]
+)
+TOKENS = Tokens(pack(PAIRS), pack(PAIRS[:1]), ["4 rows read, 0 dropped", "«é»\n⟦"], ACCOUNT)
 
 
 @pytest.fixture(autouse=True)

@@ -171,10 +171,9 @@ def test_a_prompt_that_merges_into_both_responses_is_refused() -> None:
     """Prompt a, sides b and bc: no token is the prompt's alone, and there is no BOS to begin with."""
     data = tokenize([read_record("a", "b", "bc", 0)], make_merging(), on_bad_row="drop")
     assert data.pairs == []
-    assert data.report[-1] == (
-        "1 pairs dropped because no token is left of the prompt, and nothing is written in front of it; "
-        "give a longer prompt"
-    )
+    assert data.dropped == {
+        "no token is left of the prompt, and nothing is written in front of it; give a longer prompt": [0]
+    }
 
 
 def test_characters_of_several_tokens_stay_in_the_response() -> None:
@@ -284,8 +283,8 @@ def test_cuts_are_counted_and_lengths_described() -> None:
     assert data.report == [
         "1 chosen and 0 rejected responses cut from the right (train.max_length=8)",
         "tokens on average: prompt 4.0, chosen 3.5, rejected 3.0; longest row 8",
-        "1 pairs dropped because the sides are identical once cut to train.max_length=8",
     ]
+    assert data.dropped == {"the sides are identical once cut to train.max_length=8": [2]}
     assert tokenize(records[:1], make_words(), 8, 2).report[0] == (
         "1 prompts cut from the left (train.max_prompt_length=2)"
     )
@@ -313,7 +312,7 @@ def test_rows_that_only_the_tokenizer_makes_unfit_stop_or_are_counted(
     )
     data = tokenize(records, make_words(), on_bad_row="drop")
     assert [pair.row for pair in data.pairs] == [0, 3, 4]
-    assert data.report[-1] == "2 pairs dropped because the sides are identical once tokenised"
+    assert data.dropped == {"the sides are identical once tokenised": [11, 12]}
 
 
 def test_rows_that_the_template_refuses_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,7 +326,7 @@ def test_rows_that_the_template_refuses_are_counted(monkeypatch: pytest.MonkeyPa
     ]
     data = tokenize(records, tokenizer, on_bad_row="drop")
     assert [pair.row for pair in data.pairs] == [0, 2]
-    assert data.report[-1] == "1 pairs dropped because the chat template refuses it (no system turn)"
+    assert data.dropped == {"the chat template refuses it (no system turn)": [1]}
 
 
 def test_messages_need_a_template() -> None:
@@ -420,7 +419,9 @@ def test_a_response_that_the_template_cuts_is_refused() -> None:
     with pytest.raises(UserError, match=said):
         tokenize([record], tokenizer)
     data = tokenize([record], tokenizer, on_bad_row="drop")
-    assert data.report[-1].startswith(f"1 pairs dropped because {said}")
+    ((reason, rows),) = data.dropped.items()
+    assert reason.startswith(said)
+    assert rows == [0]
     own = [{"role": "assistant", "content": "d", "reasoning_content": "b c"}]
     with pytest.raises(UserError, match="the chat template leaves out the response's reasoning_content"):
         tokenize([read_record(chat("a"), own, chat("a", "e")[1:], 0)], tokenizer)

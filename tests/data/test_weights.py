@@ -101,9 +101,7 @@ def test_a_weight_column_alone_weighs_nothing(tmp_path: Path) -> None:
 def test_bad_weights_are_counted_by_reason_or_stop(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", [{"weight": w} for w in (1, -1, 2, None, -3, 3)])
     data = load_records(config_of(path, on_bad_row="drop"), WEIGHT)
-    assert data.report[0] == (
-        f"{path}: 6 rows read, 3 dropped: 2 because weight is negative, 1 because weight is null"
-    )
+    assert data.account.training.dropped == {"weight is negative": [1, 4], "weight is null": [3]}
     assert sorted(record.weight for record in (*data.train, *data.held_out)) == [1.0, 2.0, 3.0]
     assert "row 1 (counted from 0) cannot train: weight is negative; mend it or type" in fault(
         config_of(path), WEIGHT

@@ -92,7 +92,7 @@ def test_odd_input_trains_without_a_warning(answers: dict[str, Answer], name: st
 
 
 def test_what_was_dropped_or_cut_is_in_the_log(answers: dict[str, Answer], folder: Path) -> None:
-    assert "41 rows read, 1 dropped: 1 because rejected is null" in log(folder, "dropped")
+    assert "1 dropped because rejected is null (row 40)" in log(folder, "dropped")
     assert "training pairs: 36 prompts cut from the left (train.max_prompt_length=6)" in log(
         folder, "prompts"
     )

@@ -1,0 +1,139 @@
+"""What became of every row: read, dropped by reason, left out, held out, trained on.
+
+Owns the one account of rows that the console, the log, run.json and `rcpo data` show. Does not decide:
+`rcpo.data.load`, `rcpo.data.selection`, `rcpo.data.tokenize` and `rcpo.data.filter` do.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+ROWS_SHOWN = 3
+"""Row numbers that a line shows for a reason."""
+
+
+@dataclass(frozen=True)
+class RowAccount:
+    """The rows of one place. read = dropped + identical + undrawn + filtered + held_out + trained."""
+
+    place: str
+    read: int
+    dropped: dict[str, list[int]] = field(default_factory=dict)
+    """Numbers of rows that cannot be used, by reason, in the order in which they were found."""
+    identical: int = 0
+    """Rows of the training place that are held-out pairs too."""
+    undrawn: int = 0
+    """Rows that data.train_pairs or data.eval_pairs did not draw."""
+    filtered: int = 0
+    """Rows that data.filter left out."""
+    held_out: int = 0
+    trained: int = 0
+
+    @property
+    def num_dropped(self) -> int:
+        return sum(map(len, self.dropped.values()))
+
+    def with_dropped(self, dropped: dict[str, list[int]]) -> "RowAccount":
+        """The account with further dropped rows."""
+        merged = {reason: list(rows) for reason, rows in self.dropped.items()}
+        for reason, rows in dropped.items():
+            merged.setdefault(reason, []).extend(rows)
+        return dataclasses.replace(self, dropped=merged)
+
+    def lines(self) -> list[str]:
+        """In the order of what happened; what is zero is not said."""
+        dropped = (
+            f"{len(rows)} dropped because {reason} ({_rows(rows)})"
+            for reason, rows in by_number(self.dropped)
+        )
+        happened = [
+            *dropped,
+            *_counted(self.identical, "dropped because they are held-out pairs too"),
+            *_counted(self.undrawn, "not drawn"),
+            *_counted(self.filtered, "left out by data.filter"),
+        ]
+        rest = [*_counted(self.held_out, "held out"), *_counted(self.trained, "to train on")]
+        if not happened:
+            return [f"{self.place}: {', '.join([f'{self.read} rows read', *rest])}"]
+        return [
+            f"{self.place}: {self.read} rows read",
+            *(f"  {line}" for line in happened),
+            f"  {', '.join(rest)}",
+        ]
+
+
+@dataclass(frozen=True)
+class Account:
+    """Of a run's data."""
+
+    training: RowAccount
+    held_out: RowAccount | None = None
+    """Of the held-out pairs' own place; None where they are drawn from the training rows."""
+    held_out_rows: list[int] = field(default_factory=list)
+    """Row numbers of the held-out pairs, in their order."""
+
+    @property
+    def has_losses(self) -> bool:
+        """Whether rows of any place are neither trained on nor held out."""
+        places = [self.training, *([] if self.held_out is None else [self.held_out])]
+        return any(place.read > place.trained + place.held_out for place in places)
+
+    def lines(self) -> list[str]:
+        lines = self.training.lines()
+        if self.held_out is not None:
+            lines += self.held_out.lines()
+        return lines
+
+    def warnings(self) -> list[str]:
+        """Where more than half of a place's rows are lost."""
+        places = [self.training, *([] if self.held_out is None else [self.held_out])]
+        return [
+            f"{place.num_dropped / place.read:.0%} of the rows of {place.place} are dropped"
+            for place in places
+            if 2 * place.num_dropped > place.read
+        ]
+
+    def after_filter(self, kept: int) -> "Account":
+        """With `kept` training pairs after data.filter."""
+        filtered = self.training.trained - kept
+        return dataclasses.replace(
+            self, training=dataclasses.replace(self.training, filtered=filtered, trained=kept)
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """For run.json: counts by reason, with the first rows of each; `account_of` takes it back whole where
+        `rows` is as long as the counts say."""
+        return dataclasses.asdict(self)
+
+
+def account_of(tree: dict[str, Any]) -> Account:
+    """What `Account.as_json` gave. Raises TypeError and KeyError where it is none."""
+    held_out = tree["held_out"]
+    return Account(
+        RowAccount(**tree["training"]),
+        None if held_out is None else RowAccount(**held_out),
+        tree["held_out_rows"],
+    )
+
+
+def by_number(dropped: dict[str, list[int]]) -> list[tuple[str, list[int]]]:
+    """Reasons with their rows, the most frequent first."""
+    return sorted(dropped.items(), key=lambda item: -len(item[1]))
+
+
+def why(dropped: dict[str, list[int]]) -> str:
+    """The reasons in brackets, for an error: " (80 because ..., 3 because ...)"; empty where there are
+    none."""
+    reasons = ", ".join(f"{len(rows)} dropped because {reason}" for reason, rows in by_number(dropped)[:3])
+    return f" ({reasons})" if reasons else ""
+
+
+def _counted(number: int, what: str) -> Iterable[str]:
+    return [f"{number} {what}"] if number else []
+
+
+def _rows(rows: list[int]) -> str:
+    shown = ", ".join(map(str, rows[:ROWS_SHOWN]))
+    more = ", ..." if len(rows) > ROWS_SHOWN else ""
+    return f"row{'s' if len(rows) > 1 else ''} {shown}{more}"
