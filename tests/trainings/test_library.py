@@ -358,7 +358,7 @@ def test_runs_are_compared_as_on_the_command_line(run: rcpo.Run, off: rcpo.Run, 
     assert sorted(found.table["calibration"]) == ["off", "on"]
     chosen = found.table.set_index("calibration")["chosen"]
     assert chosen["on"] == run.eval["displacement/chosen"].iloc[-1]
-    assert list(found.records.columns) == as_csv(found._rows, found._compared).splitlines()[0].split(",")
+    assert list(found.records.columns) == as_csv(found._lines, found._compared).splitlines()[0].split(",")
     assert found.markdown() == repr(found) == found._repr_markdown_()
     assert found.left_out == []
     assert "<html" in found.html(tmp_path / "sub" / "report.html", ches="no").read_text()
