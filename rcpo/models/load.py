@@ -195,7 +195,20 @@ def save_model(
             save_adapter(model, weights, folder)
         else:
             model.save_pretrained(folder, state_dict=weights)
+    save_tokenizer(tokenizer, folder)
+
+
+OF_LOADING = ("is_local", "local_files_only", "name_or_path", "tokenizer_file", "special_tokens_map_file")
+"""Entries of tokenizer_config.json that say how and where it was loaded on this machine."""
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the tokenizer with its template, and nothing of where it came from."""
     tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    entries = json.loads(file.read_text(encoding="utf-8"))
+    kept = {key: value for key, value in entries.items() if key not in OF_LOADING}
+    file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -55,6 +55,9 @@ half.
 
     tokenizer = AutoTokenizer.from_pretrained("PATH")
     model = AutoModelForCausalLM.from_pretrained("PATH")
+
+This needs transformers 5. For transformers 4, `rcpo export RUN OUT --transformers4` writes another folder:
+4 does not find the settings of rotary positions in this one, and would go on with its defaults.
 """
 
 
