@@ -129,8 +129,9 @@ def test_a_hub_id_with_both_is_refused_before_anything_is_loaded(
         (["adapter_config.json"], f"type model.path=org/base {words.format('org/sft')}, or give the model"),
         (
             ["config.json", "adapter_config.json"],
-            "so it is two models; `hf download org/sft --local-dir sft`, move sft/adapter_* to sft-adapter/ and "
-            f"type model.path=sft for the whole weights alone, with {words.format('sft-adapter')} for both",
+            "so it is two models; `hf download org/sft --local-dir sft`, move sft/adapter_* to sft-adapter/ "
+            "and type model.path=sft for the whole weights alone, with "
+            f"{words.format('sft-adapter')} for both",
         ),
     ):
         monkeypatch.setattr("huggingface_hub.list_repo_files", lambda place, found=names: found)
