@@ -119,7 +119,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     return model
 
 
-RANDOM = ("dropout", "pdrop", "jitter_noise", "layerdrop", "drop_path")
+RANDOM = ("dropout", "pdrop", "jitter_noise", "jitter_eps", "layerdrop", "drop_path")
 """In the names of config entries that make a training pass random; 0 turns each of them off."""
 
 
@@ -133,6 +133,8 @@ def _without_randomness(hf_config: PretrainedConfig) -> None:
         is_threshold = (hf_config.model_type, key) in THRESHOLDS
         if isinstance(value, float) and any(part in key for part in RANDOM) and not is_threshold:
             setattr(hf_config, key, 0.0)
+        elif key == "rescale_every":  # RWKV: an evaluation would divide the weights that train
+            setattr(hf_config, key, 0)
 
 
 THRESHOLDS = {("phimoe", "router_jitter_noise")}
