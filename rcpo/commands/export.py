@@ -1,4 +1,5 @@
-"""`rcpo export RUN OUT [step=N]`: a Hugging Face model folder from a checkpoint, at any ZeRO stage.
+"""`rcpo export RUN OUT [step=N] [--transformers4]`: a Hugging Face model folder from a checkpoint, at any
+ZeRO stage.
 
 Every checkpoint holds its whole weights as safetensors, so this is a checked copy: no engine, no pickle.
 """
@@ -17,18 +18,26 @@ def add_arguments(parser: Flags) -> None:
 Write the model of a run's newest checkpoint, or of one step, as a Hugging Face model folder:
 safetensors with tokenizer and config, which transformers loads with
 AutoModelForCausalLM.from_pretrained(OUT). A run that is done has its final model in RUN/final
-already; without a checkpoint, that is what is exported."""
+already; without a checkpoint, that is what is exported. These folders are for transformers 5."""
     parser.epilog = """\
 examples:
   rcpo export runs/dpo-on-1 my-model
-  rcpo export runs/dpo-on-1 my-model step=200"""
+  rcpo export runs/dpo-on-1 my-model step=200
+  rcpo export runs/dpo-on-1 my-model --transformers4"""
     parser.add_argument("run", metavar="RUN", help="a run folder")
     parser.add_argument("out", metavar="OUT", type=Path, help="the new folder")
     parser.add_argument("step", metavar="step=N", nargs="?", help="the checkpoint of that step")
+    parser.add_argument(
+        "--transformers4",
+        action="store_true",
+        help="write config and tokenizer as transformers 4 reads them; of some architectures only",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """Export; returns the exit code. Raises UserError when there is nothing to export or OUT exists."""
+    from rcpo.models.transformers4 import for_transformers4, has_capped_attention
+
     out, step = options.out, options.step
     if step is not None and not step.startswith("step="):
         raise UserError(f"{step}: must be the step of a checkpoint; type step=N")
@@ -38,9 +47,13 @@ def run(options: argparse.Namespace) -> int:
     try:
         with replacing(out) as beside:
             shutil.copytree(folder, beside)
+            if options.transformers4:
+                for_transformers4(beside)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror})") from None
     print(f"wrote {out} from {folder}")
+    if options.transformers4 and has_capped_attention(out):
+        print("transformers 4 caps this model's attention with attn_implementation='eager' alone")
     return 0
 
 

@@ -119,7 +119,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     return model
 
 
-RANDOM = ("dropout", "pdrop", "jitter_noise", "layerdrop", "drop_path")
+RANDOM = ("dropout", "pdrop", "jitter_noise", "jitter_eps", "layerdrop", "drop_path")
 """In the names of config entries that make a training pass random; 0 turns each of them off."""
 
 
@@ -133,6 +133,8 @@ def _without_randomness(hf_config: PretrainedConfig) -> None:
         is_threshold = (hf_config.model_type, key) in THRESHOLDS
         if isinstance(value, float) and any(part in key for part in RANDOM) and not is_threshold:
             setattr(hf_config, key, 0.0)
+        elif key == "rescale_every":  # RWKV: an evaluation would divide the weights that train
+            setattr(hf_config, key, 0)
 
 
 THRESHOLDS = {("phimoe", "router_jitter_noise")}
@@ -195,7 +197,20 @@ def save_model(
             save_adapter(model, weights, folder)
         else:
             model.save_pretrained(folder, state_dict=weights)
+    save_tokenizer(tokenizer, folder)
+
+
+OF_LOADING = ("is_local", "local_files_only", "name_or_path", "tokenizer_file", "special_tokens_map_file")
+"""Entries of tokenizer_config.json that say how and where it was loaded on this machine."""
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the tokenizer with its template, and nothing of where it came from."""
     tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    entries = json.loads(file.read_text(encoding="utf-8"))
+    kept = {key: value for key, value in entries.items() if key not in OF_LOADING}
+    file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -101,7 +101,7 @@ def _rounded(value: float) -> float:
 def _asked(model: PreTrainedModel, head: nn.Module) -> tuple[Tensor, Tensor, float] | None:
     """(points, what the model makes of them, what it makes of FAR), or None."""
     points = torch.tensor([*POINTS, *(-point for point in POINTS)])
-    width = int(model.config.get_text_config().hidden_size)
+    width = int(getattr(head, "in_features", 0))
     hidden = torch.zeros(1, 1, max(width, len(points) + 1))
     hidden[0, 0, : len(points)] = points
     hidden[0, 0, len(points)] = FAR

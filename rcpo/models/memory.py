@@ -54,15 +54,23 @@ def activation_bytes(config: ResolvedConfig, shape: Any, num_rows: int, width: i
     hidden vectors in fp32 for the norms, and with eager attention two matrices of width x width a head. With
     gradient checkpointing one hidden vector a block, and one block whole.
     """
-    hidden, heads = shape.hidden_size, shape.num_attention_heads
-    inner = getattr(shape, "intermediate_size", None) or 4 * hidden
+    hidden = _number(shape, "hidden_size")
+    heads = _number(shape, "num_attention_heads")  # Mamba and RWKV have none
+    inner = _number(shape, "intermediate_size") or 4 * hidden
     block = (9 * hidden + 4 * inner) * size + 2 * hidden * FP32
     if config.model.attention == "eager":
         block += 2 * heads * width * size
-    blocks = shape.num_hidden_layers * block
+    num_blocks = _number(shape, "num_hidden_layers")
+    blocks = num_blocks * block
     if config.model.gradient_checkpointing:
-        blocks = shape.num_hidden_layers * hidden * size + block
+        blocks = num_blocks * hidden * size + block
     return num_rows * width * blocks
+
+
+def _number(shape: Any, name: str) -> int:
+    """An entry of a config: the largest, where every block has its own; 0 where the architecture has none."""
+    value = getattr(shape, name, None) or 0
+    return int(max(value) if isinstance(value, list | tuple) else value)
 
 
 def _calibration_bytes(config: ResolvedConfig, model: PreTrainedModel, trained: int) -> int:

@@ -55,6 +55,8 @@ half.
 
     tokenizer = AutoTokenizer.from_pretrained("PATH")
     model = AutoModelForCausalLM.from_pretrained("PATH")
+
+{_needs_text(config)}
 """
 
 
@@ -64,6 +66,20 @@ def _adapter_text(config: ResolvedConfig) -> str:
         return ""
     saved = "merged into these weights" if lora.save == "merged" else "in this folder, to be put on its base"
     return f" Trained as a low-rank adapter of rank {lora.rank}, {saved}."
+
+
+def _needs_text(config: ResolvedConfig) -> str:
+    lora = config.model.lora
+    if lora.rank is not None and lora.save == "adapter":
+        words = "model.path=BASE model.lora.adapter=PATH model.lora.on_adapter=merge"
+        return (
+            "This needs transformers, peft, and the base model at the place that adapter_config.json names.\n"
+            f"rcpo goes on from here with {words} model.lora.rank={lora.rank}."
+        )
+    return (
+        "This needs transformers 5. For transformers 4, `rcpo export RUN OUT --transformers4` writes one\n"
+        "folder: 4 does not find the settings of rotary positions in this one and goes on with defaults."
+    )
 
 
 LOGPROBS_NOTE = {

@@ -1,10 +1,10 @@
 """What must agree before a number is trusted, on one short pair before anything long starts.
 
-Two passes in training mode: a model that draws random numbers there has no z. rcpo's head against the
-model's own logits: an architecture that does more between its last hidden states and its logits than rcpo
-knows of would be trained on other numbers than it will speak with. A row beside longer rows, or joined with
-others, against the row alone: what follows a token must not reach it. And every adapter must be run. Called
-by `rcpo.training.loop` on every rank; changes nothing.
+Two passes in training mode, and one in evaluation: a model that draws random numbers has no z. rcpo's head
+against the model's own logits: an architecture that does more between its last hidden states and its logits
+than rcpo knows of would be trained on other numbers than it will speak with. A row beside longer rows, or
+joined with others, against the row alone: what follows a token must not reach it. And every adapter must be
+run. Called by `rcpo.training.loop` on every rank; changes nothing.
 """
 
 import functools
@@ -26,7 +26,7 @@ from rcpo.ranks.distributed import gather
 NUM_TOKENS = 48
 """Of each side, at most: the model's own logits are whole ones."""
 SHORTENED_BY = 4
-"""Tokens of a prompt that a shortened pair leaves out."""
+"""Tokens that a shortened pair leaves out at either end."""
 TOLERANCE_NATS = {"float32": 0.01, "bfloat16": 0.5}
 """Largest difference of a token's log-probability that rounding explains; bf16 logits near 20 are 0.125
 apart."""
@@ -63,6 +63,13 @@ def _check_passes(config: ResolvedConfig, engine: Engine, batch: PairBatch) -> N
     first, second = (engine.logprobs_as_trained(batch) for _ in range(2))
     largest = _largest(first - second)
     if largest <= TOLERANCE_NATS[config.model.dtype] / 100:
+        evaluated = engine.logprobs_without_grad(batch)
+        if _largest((first - evaluated) / batch.lengths) > TOLERANCE_NATS[config.model.dtype]:
+            raise UserError(
+                f"model.path={config.model.path}: {type(engine.policy.model).__name__} is another function "
+                f"in a training pass than in an evaluation: a pair's log-probability is {first[0]:.4f} and "
+                f"{evaluated[0]:.4f}; give another model"
+            )
         return
     name = first_random_module(engine.policy.model, lambda: engine.logprobs_as_trained(batch))
     raise UserError(
@@ -86,11 +93,15 @@ def _check_head(config: ResolvedConfig, engine: Engine, batch: PairBatch) -> Non
 
 
 def _shortened(pair: TokenizedPair) -> TokenizedPair:
-    """The pair with fewer tokens in front, so that it is padded beside the pair; its prompts keep one."""
+    """The pair with fewer tokens at both ends, so that it is padded beside the pair; a prompt and a response
+    keep one each."""
 
     def shorter(side: TokenizedSide) -> TokenizedSide:
-        num_left_out = min(SHORTENED_BY, side.num_prompt - 1)
-        return TokenizedSide(side.input_ids[num_left_out:], side.num_prompt - num_left_out)
+        num_front = min(SHORTENED_BY, side.num_prompt - 1)
+        num_back = min(SHORTENED_BY, side.num_tokens - side.num_prompt - 1)
+        return TokenizedSide(
+            side.input_ids[num_front : side.num_tokens - num_back], side.num_prompt - num_front
+        )
 
     return TokenizedPair(shorter(pair.chosen), shorter(pair.rejected), pair.row)
 

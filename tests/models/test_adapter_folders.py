@@ -115,6 +115,32 @@ def test_as_a_reference_either_is_refused_in_its_own_words(tmp_path: Path, is_wh
     assert str(caught.value) == f"reference.path={folder}: {expected}"
 
 
+def test_a_hub_id_with_both_is_refused_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the hub would answer: an adapter_config.json, and whole weights or not."""
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base", "r": 8}')
+    monkeypatch.setattr(
+        "transformers.utils.peft_utils.find_adapter_config_file",
+        lambda place: str(tmp_path / "adapter_config.json"),
+    )
+    words = "model.lora.adapter={} model.lora.on_adapter=merge model.lora.rank=8"
+    for names, expected in (
+        (["adapter_config.json"], f"type model.path=org/base {words.format('org/sft')}, or give the model"),
+        (
+            ["config.json", "adapter_config.json"],
+            "so it is two models; `hf download org/sft --local-dir sft`, move sft/adapter_* to sft-adapter/ "
+            "and type model.path=sft for the whole weights alone, with "
+            f"{words.format('sft-adapter')} for both",
+        ),
+    ):
+        monkeypatch.setattr("huggingface_hub.list_repo_files", lambda place, found=names: found)
+        with pytest.raises(UserError) as caught:
+            check_model(ModelConfig(path="org/sft", dtype="float32"))
+        assert str(caught.value).startswith("model.path=org/sft: ")
+        assert expected in str(caught.value)
+
+
 def test_a_run_folder_names_its_final_model(tmp_path: Path) -> None:
     (tmp_path / "final").mkdir()
     assert said(tmp_path).endswith(f"so it is no model folder; type model.path={tmp_path}/final")

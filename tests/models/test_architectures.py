@@ -8,17 +8,28 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma3nTextConfig,
+    MambaConfig,
+    PreTrainedModel,
+    set_seed,
+)
 
 from helpers.tiny_models import VOCABULARY, make_pairs
 from helpers.tiny_tokenizers import make_words
 from rcpo.common.errors import UserError
+from rcpo.config.compose import compose
+from rcpo.config.resolve import resolve
 from rcpo.config.schema import LoraConfig, ModelConfig
+from rcpo.config.validate import validate
 from rcpo.data.batch import collate
 from rcpo.data.joint import collate_joint
 from rcpo.models.adapters import exported_tensors
 from rcpo.models.checks import check_model
 from rcpo.models.load import load_model, save_model
+from rcpo.models.memory import activation_bytes
 from rcpo.models.policy import Policy, refuse_joint_layout
 
 SMALL: dict[str, Any] = {
@@ -197,3 +208,16 @@ def test_a_given_target_that_cannot_have_an_adapter_is_refused_with_its_reason(t
             check_model(ModelConfig(path=str(tmp_path / name), dtype="float32", lora=lora))
         said = rf"^model\.lora\.targets: {target} of \w+ cannot have an adapter: {reason}; choose from "
         assert re.search(said + r".*\bq_proj\b", str(caught.value)), caught.value
+
+
+def test_the_memory_of_architectures_with_other_entries_is_told() -> None:
+    """By hand, fp32, eager: tokens * blocks * ((9 H + 4 I) * 4 + 2 H * 4 + 2 heads * width * 4). Mamba has no
+    heads; Gemma 3n a list of inner widths, of which the largest counts."""
+    config = resolve(validate(compose(["model.attention=eager", "train.device=cpu"])), 1)
+    sizes = {"hidden_size": 10, "num_hidden_layers": 3}
+    mamba = MambaConfig(**sizes, expand=2)
+    assert activation_bytes(config, mamba, 2, 5, 4) == 2 * 5 * 3 * (
+        (90 + 4 * mamba.intermediate_size) * 4 + 80
+    )
+    gemma = Gemma3nTextConfig(**sizes, intermediate_size=[7, 9, 8], num_attention_heads=2)
+    assert activation_bytes(config, gemma, 2, 5, 4) == 2 * 5 * 3 * ((90 + 36) * 4 + 80 + 2 * 2 * 5 * 4)

@@ -215,6 +215,16 @@ def test_the_model_card_says_objective_calibration_and_displacement() -> None:
         assert part in card
 
 
+def test_the_model_card_says_what_can_load_the_folder() -> None:
+    """A whole model, and an adapter with the words that go on from it."""
+    whole = model_card(config_of("model.lora.rank=4"), summary_of(0, 1))
+    assert "This needs transformers 5. For transformers 4, `rcpo export RUN OUT --transformers4`" in whole
+    adapter = model_card(config_of("model.lora.rank=4", "model.lora.save=adapter"), summary_of(0, 1))
+    assert "This needs transformers, peft, and the base model" in adapter
+    words = "model.path=BASE model.lora.adapter=PATH model.lora.on_adapter=merge model.lora.rank=4."
+    assert words in adapter
+
+
 def test_the_model_card_of_a_run_without_numbers_can_be_written() -> None:
     card = model_card(
         config_of("calibration=on"), summarize([{"step": 1, "calibration/alpha": math.nan}], [])

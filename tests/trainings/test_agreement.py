@@ -16,6 +16,8 @@ from transformers import (
     PhimoeConfig,
     PhimoeForCausalLM,
     PreTrainedModel,
+    RwkvConfig,
+    RwkvForCausalLM,
     set_seed,
 )
 
@@ -27,6 +29,7 @@ from helpers.rank_runs import train_here
 from helpers.same_run import metrics
 from helpers.tiny_models import VOCABULARY, make_llama
 from rcpo.common.errors import UserError
+from rcpo.config.schema import ModelConfig
 
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -68,7 +71,23 @@ def saved(inputs: Path, name: str, make: Callable[[], PreTrainedModel]) -> None:
     AutoTokenizer.from_pretrained(inputs / "llama").save_pretrained(inputs / name)
 
 
-@pytest.mark.parametrize("make", [mixtral, phimoe, gemma3])
+def rwkv() -> PreTrainedModel:
+    """Whose evaluations divide the weights of its later blocks, and whose training passes multiply them."""
+    own = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 3, "rescale_every": 1}
+    return RwkvForCausalLM(RwkvConfig(**own, context_length=64, bos_token_id=1, eos_token_id=2))
+
+
+def test_an_evaluation_leaves_the_weights_as_they_are(tmp_path: Path) -> None:
+    """RWKV's own would have halved and quartered them in final/."""
+    rwkv().save_pretrained(tmp_path)
+    model = rcpo.models.load.load_model(ModelConfig(path=str(tmp_path), dtype="float32"))
+    before = {name: each.clone() for name, each in model.named_parameters()}
+    with torch.no_grad():
+        model.eval()(torch.tensor([[1, 5, 9]]), use_cache=False)
+    assert all(torch.equal(each, before[name]) for name, each in model.named_parameters())
+
+
+@pytest.mark.parametrize("make", [mixtral, phimoe, gemma3, rwkv])
 def test_it_trains(inputs: Path, tmp_path: Path, make: Callable[[], PreTrainedModel]) -> None:
     """The router jitter of Mixtral and PhiMoE is turned off like dropout; a model whose text config is nested
     is read through it, in the memory budget too."""
@@ -160,6 +179,19 @@ def test_a_model_that_looks_ahead_is_refused(inputs: Path, tmp_path: Path) -> No
     said = refused(inputs, tmp_path / "run", "llama", loading(looks_ahead))
     assert "LlamaForCausalLM lets a token depend on what follows it or on its row's neighbours" in said
     assert "on a row of its own and" in said
+
+
+def trains_otherwise(model: PreTrainedModel) -> None:
+    """Hidden states are three times as large in a training pass, every time."""
+    model.model.norm.register_forward_hook(
+        lambda module, inputs, output: output * (3 if module.training else 1)
+    )
+
+
+def test_a_model_that_is_another_function_while_it_trains_is_refused(inputs: Path, tmp_path: Path) -> None:
+    said = refused(inputs, tmp_path / "run", "llama", loading(trains_otherwise))
+    assert "LlamaForCausalLM is another function in a training pass than in an evaluation" in said
+    assert "give another model" in said
 
 
 def has_a_state(model: PreTrainedModel) -> None:
