@@ -112,13 +112,30 @@ def look_at_template(
     continued = _apply_quietly(tokenizer, [*answered, *turns], kwargs).partition(_STAND_IN)[2]
     closing, is_closed, note = _end_of_turn(tokenizer, tail, continued)
     notes = [note] if note is not None else []
-    if overhang.strip() and generation_of(tokenizer).response == "template":
-        notes.append(
-            f"the chat template ends its generation prompt with {overhang.strip()}, and leaves that out "
-            "where it writes a response, which is trained so; model.response=verbatim puts responses "
-            "behind it"
-        )
+    if generation_of(tokenizer).response == "template":
+        lead = whole[len(prompt) - len(overhang) : whole.index(_STAND_IN)]
+        notes += _notes_on_start(tokenizer, overhang.strip(), " ".join(lead.split()), kwargs)
     return Template(header, overhang, tail, closing, is_closed, tuple(notes))
+
+
+def _notes_on_start(
+    tokenizer: PreTrainedTokenizerBase, overhang: str, lead: str, kwargs: Mapping[str, Any]
+) -> list[str]:
+    """`lead`: what the template writes between its generation prompt and a response."""
+    notes = []
+    if overhang:
+        notes.append(
+            f"the chat template ends its generation prompt with {overhang}, and leaves that out where it "
+            "writes a response, which is trained so; model.response=verbatim puts responses behind it"
+        )
+    if lead:
+        can_switch = "enable_thinking" in str(tokenizer.chat_template) and "enable_thinking" not in kwargs
+        switch = "model.chat_template_kwargs='{enable_thinking: false}' may put it into the prompt"
+        notes.append(
+            f"the chat template writes {lead} in front of a response; it is scored, since inference begins "
+            "before it" + (f"; {switch}" if can_switch else "")
+        )
+    return notes
 
 
 def _end_of_turn(

@@ -12,6 +12,7 @@ from helpers.tiny_tokenizers import GENERATION, TURNS, chat, make_bpe, prompt_of
 from rcpo.common.errors import UserError
 from rcpo.data.generation import generation_of, set_generation
 from rcpo.data.records import BadRowError, read_record
+from rcpo.data.render import look_at_template
 from rcpo.data.tokenize import tokenize_records
 
 
@@ -73,6 +74,21 @@ def test_reasoning_is_scored_as_qwen3_writes_it(given: Any) -> None:
         "abc\n</think>\n\nyes<|im_end|>",
         "\n</think>\n\nno<|im_end|>",
     ]
+
+
+def test_what_stands_between_the_generation_prompt_and_a_response_is_told() -> None:
+    """With the words that put Qwen3's empty block into the prompt, unless they are typed already."""
+    told = {
+        "Qwen3": ["<think> </think> in front of a response; it is scored, since inference begins before it; "
+                  "model.chat_template_kwargs='{enable_thinking: false}' may put it into the prompt"],
+        "Qwen3, enable_thinking=false": [],
+        "gpt-oss": ["<|channel|>final<|message|> in front of a response; it is scored, since inference "
+                    "begins before it"],
+        "Command-R": [],
+    }  # fmt: skip
+    for name, lines in told.items():
+        notes = look_at_template(FORMATS[name].tokenizer(), FORMATS[name].kwargs).notes
+        assert list(notes) == [f"the chat template writes {line}" for line in lines]
 
 
 def test_reasoning_against_an_empty_block_in_the_generation_prompt() -> None:
