@@ -180,6 +180,44 @@ def test_channels_of_gpt_oss_are_scored(key: str) -> None:
     ]
 
 
+def test_what_was_thought_before_a_tool_call_stands_in_the_prompt_as_at_inference() -> None:
+    """Where the call is answered, gpt-oss's template cuts it; inference, which writes that answer, has it."""
+    tokenizer = FORMATS["gpt-oss"].tokenizer()
+    turns = [*chat("q1"), {"role": "assistant", **CALL, "thinking": "abc"}, {"role": "tool", "content": "4"}]
+    answer = {"role": "assistant", "content": "yes", "thinking": "d"}
+    pair = tokenize_records(
+        [read_record(turns, [answer], [{"role": "assistant", **CALL}], 0)], tokenizer, 512, None, "error"
+    ).pairs[0]
+    assert "abc" not in tokenizer.apply_chat_template([*turns, answer], tokenize=False)
+    assert tokenizer.decode(prompt_of(pair.chosen)) == tokenizer.apply_chat_template(
+        turns, tokenize=False, add_generation_prompt=True
+    )
+    assert "analysis<|message|>abc<|end|>" in tokenizer.decode(prompt_of(pair.chosen))
+    assert [tokenizer.decode(response_of(side)) for side in sides_of(pair)] == [
+        "<|channel|>analysis<|message|>d<|end|><|start|>assistant<|channel|>final<|message|>yes<|return|>",
+        " to=functions.add<|channel|>commentary json<|message|>{}<|call|>",
+    ]
+
+
+def test_reasoning_of_earlier_turns_is_cut_from_the_prompt_as_at_inference() -> None:
+    tokenizer = FORMATS["Qwen3"].tokenizer()
+    record = read_record(chat("q1", WHOLE, "q2"), "de</think>no", "yes", 0)
+    pair = tokenize_records([record], tokenizer, 512, None, "error").pairs[0]
+    assert tokenizer.decode(prompt_of(pair.chosen)) == (
+        "<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
+        "<|im_start|>user\nq2<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert tokenizer.decode(response_of(pair.chosen)) == "<think>\nde\n</think>\n\nno<|im_end|>"
+
+
+def test_a_prompt_that_an_answer_changes_is_refused() -> None:
+    """Here the template numbers the turns that it was given."""
+    tokenizer = make_bpe()
+    tokenizer.chat_template = "{{ messages | length }}" + TURNS + GENERATION
+    with pytest.raises(UserError, match="renders its prompt in another way once it is answered"):
+        tokenize_records([read_record(chat("a", "b", "c"), "d", "e", 0)], tokenizer, 512, None, "error")
+
+
 # Tools and documents
 
 

@@ -82,7 +82,8 @@ R1 = turns(
 R1_SPECIAL = ("<|User|>", "<|Assistant|>")
 GPT_OSS = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}"
-    "{% if m['thinking'] and loop.last and not add_generation_prompt %}"
+    "{% set later = messages[loop.index0 + 1:] | rejectattr('tool_calls') | map(attribute='role') | list %}"
+    "{% if m['thinking'] and 'assistant' not in later and (m['tool_calls'] or loop.last) %}"
     "<|start|>assistant<|channel|>analysis<|message|>{{ m['thinking'] }}<|end|>{% endif %}"
     "{% if m['tool_calls'] %}"
     "{% set call = m['tool_calls'][0]['function'] %}<|start|>assistant to=functions.{{ call['name'] }}"
@@ -93,6 +94,7 @@ GPT_OSS = (
     "{% else %}<|start|>{{ m['role'] }}<|message|>{{ m['content'] }}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
 )
+"""As gpt-oss writes its channels. What was thought before a tool call is there until there is an answer."""
 COHERE_USER = "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>@q<|END_OF_TURN_TOKEN|>"
 COHERE_HEAD = "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>"
 COHERE_SPECIAL = ("<|START_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>")
