@@ -155,13 +155,12 @@ def _end_of_turn(
         return tail.rstrip(), False, None
     if not ends:
         return closing, True, None
-    return (
-        closing,
-        True,
+    note = (
         f"the chat template ends a turn with {closing.strip()}, and generation does not end there but at "
         f"{', '.join(sorted(ends))}; a model that is to stop needs it as eos_token_id in "
-        "generation_config.json",
+        "generation_config.json"
     )
+    return closing, True, note
 
 
 def _up_to_first(tokens: set[str], text: str) -> str | None:
@@ -294,7 +293,7 @@ def _verbatim(turn: dict[str, Any], opened: re.Match[str] | None, closing: str, 
                 f"the generation prompt opens <{opened[1]}>, and a response does not close it; write "
                 f"responses as REASONING</{opened[1]}>ANSWER"
             )
-    return text if text.rstrip().endswith(ends) else text + closing
+    return text.rstrip() if text.rstrip().endswith(ends) else text + closing
 
 
 _VERBATIM = "model.response=verbatim trains responses as they are written"

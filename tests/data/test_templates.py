@@ -131,7 +131,7 @@ def test_of_rows_that_a_template_cuts_one_is_shown() -> None:
     [
         ("<think>\nabc\n</think>\n\nyes", "abc\n</think>\n\nyes<|end_of_sentence|>"),
         ("abc</think>yes", "abc</think>yes<|end_of_sentence|>"),
-        ("abc</think>yes<|end_of_sentence|>", "abc</think>yes<|end_of_sentence|>"),
+        ("abc</think>yes<|end_of_sentence|>\n", "abc</think>yes<|end_of_sentence|>"),
         ({"content": "yes", "reasoning_content": "abc"}, "abc\n</think>\n\nyes<|end_of_sentence|>"),
         ({"content": "yes", "thinking": "abc\n"}, "abc\n</think>\n\nyes<|end_of_sentence|>"),
     ],
