@@ -57,6 +57,8 @@ class Template:
     """Characters of the generation prompt."""
     overhang: str
     """What the generation prompt ends with, and the whole conversation lacks ("<think>", say)."""
+    lead: str
+    """Text between what both have of the generation prompt and the response's own; it is scored."""
     tail: str
     """Text behind the response's own."""
     closing: str
@@ -112,13 +114,29 @@ def look_at_template(
     continued = _apply_quietly(tokenizer, [*answered, *turns], kwargs).partition(_STAND_IN)[2]
     closing, is_closed, note = _end_of_turn(tokenizer, tail, continued)
     notes = [note] if note is not None else []
-    if overhang.strip() and generation_of(tokenizer).response == "template":
+    lead = whole[len(prompt) - len(overhang) : whole.index(_STAND_IN)]
+    if generation_of(tokenizer).response == "template":
+        notes += _notes_on_start(tokenizer, overhang.strip(), " ".join(lead.split()), kwargs)
+    return Template(header, overhang, lead, tail, closing, is_closed, tuple(notes))
+
+
+def _notes_on_start(
+    tokenizer: PreTrainedTokenizerBase, overhang: str, lead: str, kwargs: Mapping[str, Any]
+) -> list[str]:
+    notes = []
+    if overhang:
         notes.append(
-            f"the chat template ends its generation prompt with {overhang.strip()}, and leaves that out "
-            "where it writes a response, which is trained so; model.response=verbatim puts responses "
-            "behind it"
+            f"the chat template ends its generation prompt with {overhang}, and leaves that out where it "
+            "writes a response, which is trained so; model.response=verbatim puts responses behind it"
         )
-    return Template(header, overhang, tail, closing, is_closed, tuple(notes))
+    if lead:
+        can_switch = "enable_thinking" in str(tokenizer.chat_template) and "enable_thinking" not in kwargs
+        switch = "model.chat_template_kwargs='{enable_thinking: false}' may put it into the prompt"
+        notes.append(
+            f"the chat template writes {lead} in front of a response; it is scored, since inference begins "
+            "before it" + (f"; {switch}" if can_switch else "")
+        )
+    return notes
 
 
 def _end_of_turn(
@@ -137,13 +155,12 @@ def _end_of_turn(
         return tail.rstrip(), False, None
     if not ends:
         return closing, True, None
-    return (
-        closing,
-        True,
+    note = (
         f"the chat template ends a turn with {closing.strip()}, and generation does not end there but at "
         f"{', '.join(sorted(ends))}; a model that is to stop needs it as eos_token_id in "
-        "generation_config.json",
+        "generation_config.json"
     )
+    return closing, True, note
 
 
 def _up_to_first(tokens: set[str], text: str) -> str | None:
@@ -215,16 +232,36 @@ def render_messages(
     split = len(prompt)
     if not all(whole.startswith(prompt) for whole in wholes):
         split -= len(template.overhang)
+    texts = []
     for side, whole in zip(sides, wholes, strict=True):
-        if whole[:turn_start] != prompt[:turn_start]:
-            raise BadRowError("the chat template renders its prompt in another way once it is answered")
+        start = split
         if whole[:split] != prompt[:split]:
-            raise BadRowError(
-                "a response does not begin as the generation prompt ends (with an empty think block, say)"
-            )
-        _check_whole(side[-1], whole[turn_start:], whole[split:])
-    texts = [prompt[:split] + _up_to_end(tokenizer, template, whole[split:]) for whole in wholes]
+            start = _start_once_answered(tokenizer, template, record, whole, prompt[turn_start:split], given)
+        _check_whole(side[-1], whole[start - split + turn_start :], whole[start:])
+        texts.append(prompt[:split] + _up_to_end(tokenizer, template, whole[start:]))
     return Rendered(texts[0], texts[1], split, template.is_closed, True)
+
+
+def _start_once_answered(
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    record: PreferenceRecord,
+    whole: str,
+    header: str,
+    given: tuple[Any, ...],
+) -> int:
+    """Where in `whole` a response begins, of a prompt that the template renders in another way once it is
+    answered: gpt-oss's then cuts what was thought before tool calls, which inference still sees. Raises
+    BadRowError where `header`, which the generation prompt ends with, is not in front of the response."""
+    turns = [*record.prompt, {"role": "assistant", "content": _STAND_IN}]
+    front = _apply(tokenizer, turns, False, *given).partition(_STAND_IN)[0].removesuffix(template.lead)
+    if not header or not front.endswith(header):
+        raise BadRowError("the chat template renders its prompt in another way once it is answered")
+    if not whole.startswith(front):
+        raise BadRowError(
+            "a response does not begin as the generation prompt ends (with an empty think block, say)"
+        )
+    return len(front)
 
 
 def _up_to_end(tokenizer: PreTrainedTokenizerBase, template: Template, written: str) -> str:
@@ -256,7 +293,7 @@ def _verbatim(turn: dict[str, Any], opened: re.Match[str] | None, closing: str, 
                 f"the generation prompt opens <{opened[1]}>, and a response does not close it; write "
                 f"responses as REASONING</{opened[1]}>ANSWER"
             )
-    return text if text.rstrip().endswith(ends) else text + closing
+    return text.rstrip() if text.rstrip().endswith(ends) else text + closing
 
 
 _VERBATIM = "model.response=verbatim trains responses as they are written"

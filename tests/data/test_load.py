@@ -167,6 +167,25 @@ def test_columns_are_read_by_their_own_names(tmp_path: Path) -> None:
     )
 
 
+def test_what_is_for_the_template_is_read_and_makes_rows_differ(tmp_path: Path) -> None:
+    """Rows alike but for their documents are different pairs; the third is the second once more, and is not
+    trained on where that one is held out."""
+    texts = ["a", "b", "b"]
+    rows = [
+        {"prompt": "q", "chosen": " yes", "rejected": " no", "passages": [{"text": text}], "tools": "[]"}
+        for text in texts
+    ]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    data = load_records(config_of(path, columns={"documents": "passages"}))
+    records = sorted([*data.train, *data.held_out], key=lambda record: record.row)
+    assert [record.documents for record in records] in (
+        [[{"text": text}] for text in kept] for kept in (texts, ["a", "b"])
+    )
+    assert all(record.tools is None for record in records)
+    assert f"{path}: 1 rows repeat an earlier row (kept)" in data.report
+    assert not [line for line in data.report if line.startswith(NOTE)]
+
+
 def test_wrong_roles_throughout_are_one_line(tmp_path: Path) -> None:
     rows = [
         {"chosen": [{"role": "human", "content": "a"}], "rejected": [{"role": "gpt", "content": "b"}]}

@@ -12,6 +12,7 @@ from helpers.tiny_tokenizers import GENERATION, TURNS, chat, make_bpe, prompt_of
 from rcpo.common.errors import UserError
 from rcpo.data.generation import generation_of, set_generation
 from rcpo.data.records import BadRowError, read_record
+from rcpo.data.render import look_at_template
 from rcpo.data.tokenize import tokenize_records
 
 
@@ -75,6 +76,21 @@ def test_reasoning_is_scored_as_qwen3_writes_it(given: Any) -> None:
     ]
 
 
+def test_what_stands_between_the_generation_prompt_and_a_response_is_told() -> None:
+    """With the words that put Qwen3's empty block into the prompt, unless they are typed already."""
+    told = {
+        "Qwen3": ["<think> </think> in front of a response; it is scored, since inference begins before it; "
+                  "model.chat_template_kwargs='{enable_thinking: false}' may put it into the prompt"],
+        "Qwen3, enable_thinking=false": [],
+        "gpt-oss": ["<|channel|>final<|message|> in front of a response; it is scored, since inference "
+                    "begins before it"],
+        "Command-R": [],
+    }  # fmt: skip
+    for name, lines in told.items():
+        notes = look_at_template(FORMATS[name].tokenizer(), FORMATS[name].kwargs).notes
+        assert list(notes) == [f"the chat template writes {line}" for line in lines]
+
+
 def test_reasoning_against_an_empty_block_in_the_generation_prompt() -> None:
     """Where thinking is off, a side that thinks does not stand behind that prompt; both sides then begin
     where both texts do."""
@@ -115,7 +131,7 @@ def test_of_rows_that_a_template_cuts_one_is_shown() -> None:
     [
         ("<think>\nabc\n</think>\n\nyes", "abc\n</think>\n\nyes<|end_of_sentence|>"),
         ("abc</think>yes", "abc</think>yes<|end_of_sentence|>"),
-        ("abc</think>yes<|end_of_sentence|>", "abc</think>yes<|end_of_sentence|>"),
+        ("abc</think>yes<|end_of_sentence|>\n", "abc</think>yes<|end_of_sentence|>"),
         ({"content": "yes", "reasoning_content": "abc"}, "abc\n</think>\n\nyes<|end_of_sentence|>"),
         ({"content": "yes", "thinking": "abc\n"}, "abc\n</think>\n\nyes<|end_of_sentence|>"),
     ],
@@ -162,6 +178,44 @@ def test_channels_of_gpt_oss_are_scored(key: str) -> None:
         f"{analysis}<|start|>assistant<|channel|>final<|message|>yes<|return|>",
         " to=functions.add<|channel|>commentary json<|message|>{}<|call|>",
     ]
+
+
+def test_what_was_thought_before_a_tool_call_stands_in_the_prompt_as_at_inference() -> None:
+    """Where the call is answered, gpt-oss's template cuts it; inference, which writes that answer, has it."""
+    tokenizer = FORMATS["gpt-oss"].tokenizer()
+    turns = [*chat("q1"), {"role": "assistant", **CALL, "thinking": "abc"}, {"role": "tool", "content": "4"}]
+    answer = {"role": "assistant", "content": "yes", "thinking": "d"}
+    pair = tokenize_records(
+        [read_record(turns, [answer], [{"role": "assistant", **CALL}], 0)], tokenizer, 512, None, "error"
+    ).pairs[0]
+    assert "abc" not in tokenizer.apply_chat_template([*turns, answer], tokenize=False)
+    assert tokenizer.decode(prompt_of(pair.chosen)) == tokenizer.apply_chat_template(
+        turns, tokenize=False, add_generation_prompt=True
+    )
+    assert "analysis<|message|>abc<|end|>" in tokenizer.decode(prompt_of(pair.chosen))
+    assert [tokenizer.decode(response_of(side)) for side in sides_of(pair)] == [
+        "<|channel|>analysis<|message|>d<|end|><|start|>assistant<|channel|>final<|message|>yes<|return|>",
+        " to=functions.add<|channel|>commentary json<|message|>{}<|call|>",
+    ]
+
+
+def test_reasoning_of_earlier_turns_is_cut_from_the_prompt_as_at_inference() -> None:
+    tokenizer = FORMATS["Qwen3"].tokenizer()
+    record = read_record(chat("q1", WHOLE, "q2"), "de</think>no", "yes", 0)
+    pair = tokenize_records([record], tokenizer, 512, None, "error").pairs[0]
+    assert tokenizer.decode(prompt_of(pair.chosen)) == (
+        "<|im_start|>user\nq1<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
+        "<|im_start|>user\nq2<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert tokenizer.decode(response_of(pair.chosen)) == "<think>\nde\n</think>\n\nno<|im_end|>"
+
+
+def test_a_prompt_that_an_answer_changes_is_refused() -> None:
+    """Here the template numbers the turns that it was given."""
+    tokenizer = make_bpe()
+    tokenizer.chat_template = "{{ messages | length }}" + TURNS + GENERATION
+    with pytest.raises(UserError, match="renders its prompt in another way once it is answered"):
+        tokenize_records([read_record(chat("a", "b", "c"), "d", "e", 0)], tokenizer, 512, None, "error")
 
 
 # Tools and documents

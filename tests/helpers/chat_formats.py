@@ -82,7 +82,8 @@ R1 = turns(
 R1_SPECIAL = ("<|User|>", "<|Assistant|>")
 GPT_OSS = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}"
-    "{% if m['thinking'] and loop.last and not add_generation_prompt %}"
+    "{% set later = messages[loop.index0 + 1:] | rejectattr('tool_calls') | map(attribute='role') | list %}"
+    "{% if m['thinking'] and 'assistant' not in later and (m['tool_calls'] or loop.last) %}"
     "<|start|>assistant<|channel|>analysis<|message|>{{ m['thinking'] }}<|end|>{% endif %}"
     "{% if m['tool_calls'] %}"
     "{% set call = m['tool_calls'][0]['function'] %}<|start|>assistant to=functions.{{ call['name'] }}"
@@ -93,6 +94,7 @@ GPT_OSS = (
     "{% else %}<|start|>{{ m['role'] }}<|message|>{{ m['content'] }}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
 )
+"""As gpt-oss writes its channels. What was thought before a tool call is there until there is an answer."""
 COHERE_USER = "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>@q<|END_OF_TURN_TOKEN|>"
 COHERE_HEAD = "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>"
 COHERE_SPECIAL = ("<|START_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>")
@@ -113,6 +115,7 @@ PHI3 = {
     "template": turns("<|user|>\n@q<|end|>\n", "<|assistant|>\n@a<|end|>\n", "<|assistant|>\n", end=EOS),
     "prompt": "<|user|>\nq1<|end|>\n<|assistant|>\n",
     "eos": "<|endoftext|>",
+    "bos": "<s>",
     "special": ("<|user|>", "<|assistant|>", "<|end|>"),
 }
 
@@ -182,11 +185,11 @@ FORMATS = {
             "<|im_start|>assistant<|im_sep|>",
         ),
         "<|im_start|>user<|im_sep|>q1<|im_end|><|im_start|>assistant<|im_sep|>", "yes<|im_end|>",
-        "<|endoftext|>", ("<|endoftext|>", "<|im_end|>"), special=("<|im_start|>", "<|im_sep|>"),
+        "<|endoftext|>", ("<|endoftext|>", "<|im_end|>"), "<|endoftext|>", ("<|im_start|>", "<|im_sep|>"),
     ),
     "Zephyr": Format(
         turns("<|user|>\n@q" + EOS + "\n", "<|assistant|>\n@a" + EOS + "\n", "<|assistant|>\n"),
-        "<|user|>\nq1</s>\n<|assistant|>\n", "yes</s>", "</s>", ("</s>",),
+        "<|user|>\nq1</s>\n<|assistant|>\n", "yes</s>", "</s>", ("</s>",), "<s>",
     ),
     "DeepSeek-V2": Format(
         turns("User: @q\n\n", "Assistant: @a" + EOS, "Assistant:", BOS),
@@ -205,7 +208,7 @@ FORMATS = {
     "gpt-oss": Format(
         GPT_OSS, "<|start|>user<|message|>q1<|end|><|start|>assistant",
         "<|channel|>final<|message|>yes<|return|>", "<|return|>", ("<|return|>", "<|endoftext|>", "<|call|>"),
-        special=("<|start|>", "<|message|>", "<|channel|>"),
+        "<|startoftext|>", ("<|start|>", "<|message|>", "<|channel|>"),
     ),
     "Command-R": Format(
         turns(COHERE_USER, COHERE_HEAD + "@a<|END_OF_TURN_TOKEN|>", COHERE_HEAD, BOS),
@@ -230,8 +233,8 @@ FORMATS = {
             "<|start_of_role|>assistant<|end_of_role|>",
         ),
         "<|start_of_role|>user<|end_of_role|>q1<|end_of_text|>\n<|start_of_role|>assistant<|end_of_role|>",
-        "yes<|end_of_text|>", "<|end_of_text|>", ("<|end_of_text|>",),
-        special=("<|start_of_role|>", "<|end_of_role|>"),
+        "yes<|end_of_text|>", "<|end_of_text|>", ("<|end_of_text|>",), "<|end_of_text|>",
+        ("<|start_of_role|>", "<|end_of_role|>"),
     ),
     "OLMo 2": Format(
         turns(
@@ -248,7 +251,7 @@ FORMATS = {
     ),
     "Yi": Format(
         turns(IM, IM_HEAD + "@a<|im_end|>\n", IM_HEAD), IM_PROMPT, "yes<|im_end|>", "<|im_end|>",
-        ("<|im_end|>", "<|endoftext|>"), special=("<|im_start|>",),
+        ("<|im_end|>", "<|endoftext|>"), "<|startoftext|>", ("<|im_start|>",),
     ),
     "InternLM2": Format(
         turns(IM, IM_HEAD + "@a<|im_end|>\n", IM_HEAD, BOS), "<s>" + IM_PROMPT, "yes<|im_end|>", "</s>",
@@ -257,7 +260,7 @@ FORMATS = {
     "StableLM": Format(
         turns("<|user|>\n@q<|endoftext|>\n", "<|assistant|>\n@a<|endoftext|>\n", "<|assistant|>\n"),
         "<|user|>\nq1<|endoftext|>\n<|assistant|>\n", "yes<|endoftext|>", "<|endoftext|>",
-        ("<|endoftext|>",),
+        ("<|endoftext|>",), "<|endoftext|>",
     ),
     "SmolLM2": Format(
         turns(IM, IM_HEAD + "@a<|im_end|>\n", IM_HEAD), IM_PROMPT, "yes<|im_end|>", "<|im_end|>",
@@ -276,7 +279,7 @@ FORMATS = {
             "<extra_id_0>System\n\n",
         ),
         "<extra_id_0>System\n\n<extra_id_1>User\nq1\n<extra_id_1>Assistant\n", "yes</s>", "</s>", ("</s>",),
-        special=("<extra_id_0>", "<extra_id_1>"),
+        "<s>", ("<extra_id_0>", "<extra_id_1>"),
     ),
     "Vicuna": Format(
         turns("USER: @q ", "ASSISTANT: @a" + EOS, "ASSISTANT:", BOS), "<s>USER: q1 ASSISTANT:", " yes</s>",
