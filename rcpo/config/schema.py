@@ -365,8 +365,8 @@ class MetricsConfig:
     """Measure scores and band (calibration.scope, calibration.estimator) every k steps even where calibration
     does not ask for it; 0: do not."""
     population: bool = IN_CONF
-    """Also estimate cosine, centre and slack of the population from products between consecutive
-    measurements: 2 P/N more fp32 numbers per rank."""
+    """Also estimate cosine, centre and slack of the population, with intervals, from products between all
+    pairs of measurements so far: 2 P/N more fp32 numbers per rank."""
 
 
 @dataclass(frozen=True, config=STRICT)

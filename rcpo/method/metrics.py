@@ -14,6 +14,7 @@ from torch import Tensor
 from rcpo.method.band import disentanglement_band
 from rcpo.method.calibrators import Calibrator
 from rcpo.method.incentives import Incentives
+from rcpo.method.population import PopulationGeometry
 from rcpo.method.scores import ScoreGeometry
 from rcpo.method.statistics import Probe, StepStatistics
 from rcpo.objectives import PairLogProbs
@@ -99,7 +100,7 @@ def step_row(
     statistics: StepStatistics,
     alpha: float,
     calibrator: Calibrator,
-    population: Mapping[str, ScoreGeometry] = MappingProxyType({}),
+    population: Mapping[str, PopulationGeometry] = MappingProxyType({}),
 ) -> dict[str, float]:
     """One optimizer step's row, all of it as the step was: band, rates and pathway *after* calibration with
     `alpha`."""
@@ -156,20 +157,47 @@ def band_metrics(statistics: StepStatistics, alpha: float) -> dict[str, float]:
 
 
 def population_metrics(
-    statistics: StepStatistics, alpha: float, population: Mapping[str, ScoreGeometry]
+    statistics: StepStatistics, alpha: float, population: Mapping[str, PopulationGeometry]
 ) -> dict[str, float]:
-    """`population/*`: cosine, center, slack as in `band/*`, of the population's mean vectors; adam_* in the
-    metric of 1/sqrt(v), in which Adam steps. nan where a product of one side between two batches is not
-    positive: noise."""
+    """`population/*`: cosine, position, center and slack as in `band/*`, of the population's mean vectors,
+    from all pairs of measurements so far; adam_* in Adam's metric. The estimate of the cosine may lie beyond
+    1; it is nan, and the others are missing, where a squared length is not positive: noise.
+
+    KEY_lower and KEY_upper are the edges of an 80 % interval, to first order, from six measurements on: of
+    cosine, of slack where the cosine is positive, and of what the vectors' lengths decide: center with
+    estimator mean, position with weighted.
+    """
     row: dict[str, float] = {}
     for name, geometry in population.items():
         prefix = "population/adam_" if name == "adam" else "population/"
-        is_positive = geometry.chosen_squared > 0 and geometry.rejected_squared > 0
-        row[f"{prefix}cosine"] = geometry.cosine if is_positive else math.nan
-        if is_positive and statistics.log_ratio is not None:
-            band = disentanglement_band(statistics.log_ratio, alpha, geometry)
-            if band is not None:
-                row |= {f"{prefix}center": band.center, f"{prefix}slack": band.slack}
+        row["population/measurements"] = float(geometry.num_measurements)
+        found = _population_row(statistics, alpha, geometry)
+        row |= {f"{prefix}{key}": value for key, value in found.items()}
+    return row
+
+
+def _population_row(
+    statistics: StepStatistics, alpha: float, geometry: PopulationGeometry
+) -> dict[str, float]:
+    row = {"cosine": geometry.cosine}
+    if not geometry.is_positive:
+        return row
+    by_cosine, by_lengths = geometry.cosine_gradient(), geometry.log_norms_gradient()
+    gradients = {"cosine": by_cosine}
+    band = None
+    if statistics.log_ratio is not None:
+        band = disentanglement_band(statistics.log_ratio, alpha, geometry)
+    if band is not None:
+        row |= {"position": band.position, "center": band.center, "slack": band.slack}
+        gradients["position" if geometry.weighted else "center"] = by_lengths
+        if geometry.cosine > 0:
+            # slack = -log cosine - |offset|, and the offset falls as log(|v_l| / |v_w|) rises.
+            side = math.copysign(1, band.position - band.center)
+            gradients["slack"] = side * by_lengths - by_cosine / geometry.cosine
+    if geometry.covariance is not None:
+        for key, gradient in gradients.items():
+            reach = geometry.reach(gradient)
+            row |= {f"{key}_lower": row[key] - reach, f"{key}_upper": row[key] + reach}
     return row
 
 

@@ -83,6 +83,11 @@ def build_optimizer(config: ResolvedOptim, parameters: list[torch.nn.Parameter])
     )
 
 
+FEWEST_GRADIENTS = 5
+"""Behind a second moment that is used as a metric. 1/sqrt of a mean of k squared normal numbers has no mean
+with k = 1, no variance up to 2 and no fourth moment up to 4: a few coordinates would be all of a product."""
+
+
 class Engine:
     """A policy under training. Every method that says "collective" must be called by all ranks together."""
 
@@ -131,13 +136,18 @@ class Engine:
         return [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
 
     def second_moments(self, parameters: Sequence[torch.nn.Parameter]) -> Iterator[Tensor] | None:
-        """Adam's running mean of squared gradients, whole and fp32, one parameter after the other; None where
-        the optimizer keeps none (yet). Collective."""
+        """Adam's running mean of squared gradients without its bias towards 0, as Adam steps with it: whole
+        and fp32, one parameter after the other; None where the optimizer keeps none, or has seen fewer than
+        `FEWEST_GRADIENTS`. Collective."""
         if not self._has_moments:
             return None
+        num_updates = float(next(iter(self._optimizer.state.values()))["step"])
+        if num_updates < FEWEST_GRADIENTS:
+            return None
+        unbiased = 1 / (1 - self._optimizer.param_groups[0]["betas"][1] ** num_updates)
         if self._is_plain():
-            return (self._optimizer.state[parameter]["exp_avg_sq"] for parameter in parameters)
-        return (safe_get_full_optimizer_state(parameter, "exp_avg_sq") for parameter in parameters)
+            return (unbiased * self._optimizer.state[parameter]["exp_avg_sq"] for parameter in parameters)
+        return (unbiased * safe_get_full_optimizer_state(parameter, "exp_avg_sq") for parameter in parameters)
 
     @torch.no_grad()
     def logprobs_without_grad(

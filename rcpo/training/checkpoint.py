@@ -6,7 +6,7 @@ there itself. A damaged one is reported, and the newest whole one is used.
 checkpoints/step-000100/engine/...   DeepSpeed's files: weights, optimizer, schedule
                         state.json   step, calibrator, batch statistics, world size, ZeRO stage
                         rng/rank-*   random-number states
-                        scores/rank-*  the measurement before (metrics.population)
+                        scores/rank-*  sums over measurements (metrics.population)
                         model/       a Hugging Face model folder: an export is a copy of it
                         manifest.json  size and SHA-256 of every other file
 """

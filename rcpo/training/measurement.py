@@ -17,7 +17,6 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -31,23 +30,12 @@ from rcpo.method.scores import (
     REJECTED,
     HeadScores,
     ParameterScores,
-    ScoreGeometry,
     Sides,
-    partial_dot,
 )
 from rcpo.models.adapters import last_block_parameters
 from rcpo.models.engine import Engine
 from rcpo.ranks.distributed import world_size
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Score geometry of one optimizer step's global batch."""
-
-    geometry: ScoreGeometry | None = None
-    """None where the step was not measured."""
-    population: dict[str, ScoreGeometry] = field(default_factory=dict)
-    """"population" and, in Adam's metric, "adam": from products with the measurement before."""
+from rcpo.training.reader import Measured, Reader
 
 
 class Measurement:
@@ -83,75 +71,8 @@ class Measurement:
         """The geometry from the sums over ranks."""
         return Measured()
 
-
-class Reader:
-    """From sides to numbers: the batch's products, and with `population` those with the measurement before.
-
-    One batch's |v|^2 is mostly its own noise; products between different batches estimate those of the
-    population's mean vectors without it: <v_w(t), v_w(t')>, <v_l(t), v_l(t')> and the mean of both mixed
-    products.
-    """
-
-    def __init__(self, weighted: bool, population: bool) -> None:
-        self.weighted, self.population = weighted, population
-        self._previous: Sides | None = None
-        self._kinds: list[str] = []
-
-    def products(self, sides: Sides, metric: list[Tensor] | None) -> Tensor:
-        """This rank's share of three products per kind of geometry; `metric` is 1/sqrt(v) of Adam, by
-        parts."""
-        products = [sides.partial_products()]
-        self._kinds = ["batch"]
-        if self.population:
-            if self._previous is not None:
-                products.append(_cross_products(sides, self._previous, []))
-                self._kinds.append("population")
-                if metric is not None:
-                    products.append(_cross_products(sides, self._previous, metric))
-                    self._kinds.append("adam")
-            self._previous = sides._replace(
-                chosen=[part.clone() for part in sides.chosen],
-                rejected=[part.clone() for part in sides.rejected],
-            )
-        return torch.cat(products)
-
-    def state(self) -> dict[str, Tensor]:
-        """The measurement before, this rank's shards: what a resumed run needs for its first row of
-        `population/*`."""
-        if self._previous is None:
-            return {}
-        named = {"scales": torch.tensor(self._previous[2:], dtype=torch.float64)}
-        for name, parts in zip(("chosen", "rejected"), self._previous[:2], strict=True):
-            named |= {f"{name}.{idx}": part for idx, part in enumerate(parts)}
-        return named
-
-    def load_state(self, state: dict[str, Tensor], device: torch.device) -> None:
-        """Take `state` back."""
-        if not state:
-            return
-        num_parts = (len(state) - 1) // 2
-        chosen, rejected = (
-            [state[f"{name}.{idx}"].to(device) for idx in range(num_parts)] for name in ("chosen", "rejected")
-        )
-        self._previous = Sides(chosen, rejected, *state["scales"].tolist())
-
-    def read(self, products: list[float]) -> Measured:
-        """The geometries from the sums over ranks."""
-        found = {
-            kind: ScoreGeometry(
-                products[3 * idx], products[3 * idx + 1], products[3 * idx + 2], self.weighted
-            )
-            for idx, kind in enumerate(self._kinds)
-        }
-        return Measured(found.pop("batch"), found)
-
-
-def _cross_products(now: Sides, before: Sides, metric: list[Tensor]) -> Tensor:
-    chosen = now.chosen_scale * before.chosen_scale * partial_dot(now.chosen, before.chosen, metric)
-    rejected = now.rejected_scale * before.rejected_scale * partial_dot(now.rejected, before.rejected, metric)
-    mixed = now.chosen_scale * before.rejected_scale * partial_dot(now.chosen, before.rejected, metric)
-    mixed += now.rejected_scale * before.chosen_scale * partial_dot(now.rejected, before.chosen, metric)
-    return torch.stack([chosen, rejected, mixed / 2])
+    def keep(self) -> None:
+        """The step has been taken: what was read of it joins metrics.population."""
 
 
 ADAM_EPS = 1e-12
@@ -196,6 +117,9 @@ class HeadMeasurement(Measurement):
     def read(self, products: list[float]) -> Measured:
         return self._reader.read(products)
 
+    def keep(self) -> None:
+        self._reader.keep()
+
 
 def _calibrated_scales(alpha: float) -> tuple[float, float]:
     """What turns the sum over ranks of the calibrated surrogate's two gradients, -alpha G_w and G_l / alpha
@@ -229,6 +153,9 @@ class ApartMeasurement(Measurement):
     def read(self, products: list[float]) -> Measured:
         return self._reader.read(products)
 
+    def keep(self) -> None:
+        self._reader.keep()
+
 
 class BesideMeasurement(Measurement):
     """Geometry of a set of parameters beside an ordinary step, which it leaves as it is, bit for bit."""
@@ -255,6 +182,9 @@ class BesideMeasurement(Measurement):
     def read(self, products: list[float]) -> Measured:
         return self._reader.read(products)
 
+    def keep(self) -> None:
+        self._reader.keep()
+
 
 class ParameterReader:
     """`Reader` for sides over parameters; shared by both measurements, so that either follows the other."""
@@ -269,6 +199,9 @@ class ParameterReader:
 
     def read(self, products: list[float]) -> Measured:
         return self._reader.read(products)
+
+    def keep(self) -> None:
+        self._reader.keep()
 
 
 class Measurements:

@@ -124,6 +124,7 @@ def train_step(
     if any(totals["lost"]):
         raise NonFiniteStepError(row, lost.nonzero().flatten().tolist())
     engine.step()
+    measurement.keep()
     state.calibrator.update(seen)
     state.objective_state = objective.advance(
         state.objective_state, [total / method.pairs_per_step for total in totals["statistics"]]

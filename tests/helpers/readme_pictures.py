@@ -2,6 +2,7 @@
 
 python tests/helpers/readme_pictures.py displacement .readme/displacement.png "dpo, off=RUN" ...
 python tests/helpers/readme_pictures.py band .readme/band.png "calibration=exact=RUN" ...
+python tests/helpers/readme_pictures.py population .readme/population.png "calibration=off=RUN"
 """
 
 import math
@@ -16,6 +17,8 @@ from matplotlib.figure import Figure
 
 from rcpo.common.console import nats, percent
 from rcpo.monitor.plot import (
+    ALPHA,
+    BAND,
     CHOSEN,
     DPI,
     FAINT,
@@ -95,6 +98,44 @@ def plot_band(runs: list[tuple[str, RunFolder]], path: Path) -> None:
         save(figure, path)
 
 
+POPULATION_PANELS = {
+    "cosine": ("score/cosine", "cosine of the two sides", (-0.3, 1.5)),
+    "position": ("band/position", "position: log of pull over push", (-1.1, 1.1)),
+    "slack": ("band/slack", "slack: inside the band above 0", (-0.6, 0.6)),
+}
+"""By the end of population/*: the batch's key, the panel's title, what is shown."""
+POPULATION_KINDS = (
+    ("population/", BAND, "population, 80 % interval"),
+    ("population/adam_", ALPHA, "the same in Adam's metric"),
+)
+
+
+def plot_population(runs: list[tuple[str, RunFolder]], path: Path) -> None:
+    """Cosine, position and slack of the population with their intervals, of one (label, run) that measured
+    them with estimator weighted, over the batches' own."""
+    ((label, run),) = runs
+    metrics = run.rows(run.metrics)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(15, 3.9), dpi=DPI, layout="constrained")
+        for axis, (key, (of_batch, title, limits)) in zip(
+            figure.subplots(1, len(POPULATION_PANELS)), POPULATION_PANELS.items(), strict=True
+        ):
+            steps, values = column(metrics, of_batch)
+            axis.axhline(1 if key == "cosine" else 0, color=FAINT, linewidth=1, linestyle=(0, (4, 3)))
+            axis.scatter(steps, values.clip(*limits), s=9, color=FAINT, label="batches, one by one")
+            for kind, colour, name in POPULATION_KINDS:
+                steps, low = column(metrics, f"{kind}{key}_lower")
+                high = column(metrics, f"{kind}{key}_upper")[1]
+                axis.fill_between(steps, low, high, color=colour, alpha=0.25, linewidth=0)
+                axis.plot(*column(metrics, f"{kind}{key}"), color=colour, linewidth=2, label=name)
+            axis.set_ylim(*limits)
+            axis.set_title(title)
+            axis.set_xlabel("optimizer step")
+        figure.suptitle(label, x=0.01, ha="left", fontweight="bold", fontsize=12)
+        figure.legend(*axis.get_legend_handles_labels(), loc="outside upper right", ncols=3)
+        save(figure, path)
+
+
 def with_median_edges(metrics: Rows) -> Rows:
     """The rows that measured the band, its edges as centred running medians over up to SMOOTH_STEPS values
     that may be infinite, shorter at the ends."""
@@ -135,7 +176,8 @@ def main(kind: str, picture: str, *labelled: str) -> None:
     """LABEL=RUN: the label may hold "=", the folder may not."""
     parts = [word.rpartition("=") for word in labelled]
     runs = [(label, RunFolder(run)) for label, _, run in parts]
-    {"displacement": plot_displacement, "band": plot_band}[kind](runs, Path(picture))
+    kinds = {"displacement": plot_displacement, "band": plot_band, "population": plot_population}
+    kinds[kind](runs, Path(picture))
 
 
 if __name__ == "__main__":

@@ -157,7 +157,7 @@ def test_killed_and_resumed_equals_never_killed(
         assert len(lost["rows"]) == layout.pairs_per_device
 
 
-def test_the_row_after_a_resume_has_its_products_with_the_measurement_before(
+def test_the_row_after_a_resume_has_its_products_with_the_measurements_before(
     request: pytest.FixtureRequest, runs: dict[str, RunFolder]
 ) -> None:
     """Every row but the first has population/*, the one after the checkpoint too."""
