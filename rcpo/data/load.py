@@ -16,8 +16,9 @@ from rcpo.common.errors import UserError
 from rcpo.config.schema import DataConfig
 from rcpo.data.arithmetic import arithmetic_records
 from rcpo.data.messages import parsed_quietly, unused_keys
+from rcpo.data.mixture import drawn
 from rcpo.data.reading import shapes
-from rcpo.data.reading.places import Place, held_out_place, training_place
+from rcpo.data.reading.places import Place, held_out_place, mixed_place, training_place
 from rcpo.data.reading.readers import Rows, read_rows
 from rcpo.data.reading.shapes import Shape
 from rcpo.data.records import BadRowError, PreferenceRecord, as_messages, read_record
@@ -53,7 +54,7 @@ def load_records(config: DataConfig, weighing: Weighing = UNWEIGHTED) -> Prefere
     if config.source == "arithmetic":
         return _load_arithmetic(config)
     report: list[str] = []
-    train, dropped = _read_place(training_place(config), config, report, weighing)
+    train, dropped = _read_training(config, report, weighing)
     if (place := held_out_place(config)) is None:
         train, held_out = _draw_held_out(train, config, report)
     else:
@@ -61,7 +62,7 @@ def load_records(config: DataConfig, weighing: Weighing = UNWEIGHTED) -> Prefere
     train = _drop_held_out(train, held_out, report)
     if not train:
         raise UserError(
-            f"data.path={config.path}: no training pair is left beside {len(held_out)} held-out pairs; "
+            f"{_named(config)}: no training pair is left beside {len(held_out)} held-out pairs; "
             "give more rows, or type a smaller data.eval_pairs=N"
         )
     if config.train_pairs is not None and config.train_pairs < len(train):
@@ -85,8 +86,35 @@ def _load_arithmetic(config: DataConfig) -> PreferenceData:
     )
 
 
+def _named(config: DataConfig) -> str:
+    """Where training pairs are read from, for errors."""
+    return "data.mix" if config.mix is not None else f"data.path={training_place(config).shown}"
+
+
+def _read_training(
+    config: DataConfig, report: list[str], weighing: Weighing
+) -> tuple[list[PreferenceRecord], dict[str, list[int]]]:
+    """Training records of one place, or of a mixture, whose rows are numbered as if its sources lay one
+    behind the other."""
+    if config.mix is None:
+        return _read_place(training_place(config), config, report, weighing)[:2]
+    sources, dropped, start = [], dict[str, list[int]](), 0
+    for part in config.mix:
+        of_part = dataclasses.replace(config, columns=part.columns or config.columns)
+        try:
+            _check_parts(of_part, weighing)
+            records, lost, num_rows = _read_place(mixed_place(part), of_part, report, weighing)
+        except UserError as error:
+            raise UserError(f"data.mix: {error}") from error.__cause__
+        sources.append([dataclasses.replace(record, row=record.row + start) for record in records])
+        for reason, rows in lost.items():
+            dropped.setdefault(reason, []).extend(row + start for row in rows)
+        start += num_rows
+    return drawn(config.mix, sources, config.seed, report, NOTE), dropped
+
+
 def _read_held_out(place: Place, config: DataConfig, report: list[str]) -> list[PreferenceRecord]:
-    records, _ = _read_place(place, config, report, UNWEIGHTED)
+    records, _, _ = _read_place(place, config, report, UNWEIGHTED)
     if len(records) > config.eval_pairs:
         report.append(
             f"{config.eval_pairs} of {len(records)} held-out pairs drawn by data.seed={config.seed}"
@@ -97,9 +125,9 @@ def _read_held_out(place: Place, config: DataConfig, report: list[str]) -> list[
 
 def _read_place(
     place: Place, config: DataConfig, report: list[str], weighing: Weighing
-) -> tuple[list[PreferenceRecord], dict[str, list[int]]]:
-    """Records of one source, and the rows that are none by reason; bad rows stop or are dropped as
-    data.on_bad_row says."""
+) -> tuple[list[PreferenceRecord], dict[str, list[int]], int]:
+    """Records of one source, the rows that are none by reason, and the number of rows that there are, slices
+    aside; bad rows stop or are dropped as data.on_bad_row says."""
     parts = (*PARTS, *FOR_TEMPLATES, *weighing.parts)
     names = {part: (config.columns or {}).get(part, part) for part in parts}
     is_named = any(part in PARTS for part in config.columns or {})
@@ -125,7 +153,7 @@ def _read_place(
     repeats = len(records) - len({_content(record) for record in records})
     if repeats:
         report.append(f"{place}: {repeats} rows repeat an earlier row (kept)")
-    return records, dropped
+    return records, dropped, source.size
 
 
 NOTE = "note: "
@@ -264,11 +292,12 @@ def _draw_held_out(
 ) -> tuple[list[PreferenceRecord], list[PreferenceRecord]]:
     """(training pairs, held-out pairs), both in the source's order."""
     if len(records) < 2:
-        raise UserError(f"data.path={config.path}: has 1 usable pair; give at least 2, one to hold out")
+        raise UserError(f"{_named(config)}: has 1 usable pair; give at least 2, one to hold out")
     if len(records) <= config.eval_pairs:
         raise UserError(
-            f"data.eval_pairs={config.eval_pairs}: {config.path} has {len(records)} usable pairs, and "
-            f"at least 1 must be left to train on; type data.eval_pairs={max(1, len(records) // 5)}"
+            f"data.eval_pairs={config.eval_pairs}: {', '.join(config.train_paths())} has {len(records)} "
+            "usable pairs, and at least 1 must be left to train on; type "
+            f"data.eval_pairs={max(1, len(records) // 5)}"
         )
     held_out, train = _draw(records, config.eval_pairs, config.seed)
     report.append(

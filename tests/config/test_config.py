@@ -95,7 +95,7 @@ WRONG = {
     "model.dtype=fp16": "model.dtype=fp16: must be 'auto', 'float32' or 'bfloat16'; type model.dtype=VALUE",
     "objective.beta=abc": "objective.beta=abc: must be a finite number; type objective.beta=0.1",
     "objective.beta=-1": "objective.beta=-1: must be greater than 0; type objective.beta=0.1",
-    "data=file": "data.path: has no value and needs one; type data.path=...",
+    "data=file": "data.path: has no value and data=file needs one; type data.path=PAIRS.jsonl",
     "optim=sgd": "optim.lr: has no value and needs one; type optim.lr=...",
     "data.seed=${nope}": "data.seed: interpolation key 'nope' not found; type data.seed=VALUE",
     "foo": "foo: cannot be read as KEY=VALUE; quote values that hold signs as KEY='\"VALUE\"'",
@@ -158,10 +158,10 @@ def test_mistakes_are_one_exact_line(composed: dict[str, dict[str, Any]], word: 
 def test_unset_values_and_group_mistakes_leave_the_flags_working(tmp_path: Path) -> None:
     """--cfg job prints the composed YAML and stops, with a value unset too."""
     code = "from rcpo.config.compose import *; print(compose(sys.argv[1:]))"
-    done = forked.script(code, "data=file", "--cfg", "job", cwd=tmp_path)
+    done = forked.script(code, "optim=sgd", "--cfg", "job", cwd=tmp_path)
     *document, answer = done.stdout.splitlines()
     assert answer == "None"
-    assert yaml.safe_load("\n".join(document))["data"]["path"] == "???"
+    assert yaml.safe_load("\n".join(document))["optim"]["lr"] == "???"
 
 
 def plain_tree(**groups: dict[str, Any]) -> dict[str, Any]:
@@ -206,7 +206,7 @@ def test_missing_group_is_named() -> None:
         ),
         (
             {"data": {"source": "file"}},
-            "data.path: has no value and data.source=file needs one; type data.path=PAIRS.jsonl",
+            "data.path: has no value and data=file needs one; type data.path=PAIRS.jsonl",
         ),
         (
             {"deepspeed": {"stage": 0, "offload": "optimizer"}},
