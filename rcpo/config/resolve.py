@@ -89,11 +89,13 @@ def model_label(config: Config) -> str:
 
 
 def data_label(config: Config) -> str:
-    """Short name of the data: arithmetic, or the last part of its path without suffixes."""
+    """Short name of the data: arithmetic, or the last part of its path without suffixes and a glob's
+    signs."""
     paths = config.data.train_paths()
     if not paths:
         return config.data.source
-    last = paths[0].rstrip("/").rsplit("/", 1)[-1].split(".", 1)[0]
+    *folders, name = paths[0].rstrip("/").split("/")
+    last = re.sub(r"[*?\[\]]+", "", name.split(".", 1)[0]) or (folders or ["files"])[-1]
     return last if len(paths) == 1 else f"{last}-and-{len(paths) - 1}-more"
 
 

@@ -4,6 +4,7 @@ in.
 Composing goes through Hydra in another process, as users start it: Hydra keeps state per process.
 """
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -320,6 +321,12 @@ def test_labels_and_default_name() -> None:
         plain_tree(model={"path": "/x/My Model/"}, data={"source": "file", "path": "a/hh.jsonl.gz"})
     )
     assert (model_label(config), data_label(config)) == ("My Model", "hh")
+    labels = {"/x/pairs/*.jsonl": "pairs", "part-*.jsonl": "part-", "*.csv": "files", "a/b/": "b"}
+    for path, label in labels.items():
+        data = dataclasses.replace(config.data, path=path)
+        assert data_label(dataclasses.replace(config, data=data)) == label
+    data = dataclasses.replace(config.data, path=["x/a.jsonl", "b.jsonl", "c.jsonl"])
+    assert data_label(dataclasses.replace(config, data=data)) == "a-and-2-more"
     objective, calibration, label, day, time = default_name(config).split("-")
     assert (objective, calibration, label, len(day), len(time)) == ("dpo", "on", "My_Model", 8, 6)
 
