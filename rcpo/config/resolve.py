@@ -17,7 +17,7 @@ import torch
 
 from rcpo.common.errors import UserError, shortened
 from rcpo.config.resolved import ResolvedConfig, as_resolved
-from rcpo.config.schema import Config, LaunchConfig, ModelConfig, TrackingConfig
+from rcpo.config.schema import Config, LaunchConfig, MixPart, ModelConfig, TrackingConfig
 from rcpo.objectives import objective_of
 
 TINY = "builtin:tiny"
@@ -63,6 +63,7 @@ def resolve(
             data=dataclasses.replace(
                 config.data,
                 path=_all_absolute(config.data.path),
+                mix=_mix(config.data.mix),
                 eval_path=_all_absolute(config.data.eval_path),
                 filter=dataclasses.replace(config.data.filter, scores=_absolute(config.data.filter.scores)),
             ),
@@ -88,11 +89,13 @@ def model_label(config: Config) -> str:
 
 
 def data_label(config: Config) -> str:
-    """Short name of the data: arithmetic, or the last part of its path without suffixes."""
+    """Short name of the data: arithmetic, or the last part of its path without suffixes and a glob's
+    signs."""
     paths = config.data.train_paths()
     if not paths:
         return config.data.source
-    last = paths[0].rstrip("/").rsplit("/", 1)[-1].split(".", 1)[0]
+    *folders, name = paths[0].rstrip("/").split("/")
+    last = re.sub(r"[*?\[\]]+", "", name.split(".", 1)[0]) or (folders or ["files"])[-1]
     return last if len(paths) == 1 else f"{last}-and-{len(paths) - 1}-more"
 
 
@@ -143,6 +146,12 @@ def _all_absolute(paths: str | list[str] | None) -> str | list[str] | None:
     if paths is None:
         return None
     return [_absolute_glob(path) for path in paths] if isinstance(paths, list) else _absolute_glob(paths)
+
+
+def _mix(parts: list[MixPart] | None) -> list[MixPart] | None:
+    if parts is None:
+        return None
+    return [dataclasses.replace(part, path=_all_absolute(part.path) or part.path) for part in parts]
 
 
 def _absolute_glob(path: str) -> str:

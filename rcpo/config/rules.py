@@ -8,7 +8,7 @@ machine is in `rcpo.config.resolve`, what on the data and the model in `rcpo.tra
 import dataclasses
 
 from rcpo.common.errors import UserError, shortened
-from rcpo.config.schema import CalibrationConfig, Config, FilterConfig, LoraConfig, TrackingConfig
+from rcpo.config.schema import CalibrationConfig, Config, DataConfig, FilterConfig, LoraConfig, TrackingConfig
 from rcpo.objectives import composition_of, objective_of
 
 
@@ -29,8 +29,7 @@ def check_combinations(config: Config) -> None:
             f"train.max_length={train.max_length}, so that a response has room; "
             f"type train.max_prompt_length={max(1, train.max_length // 2)}"
         )
-    if data.source == "file" and data.path is None:
-        raise UserError("data.path: has no value and data.source=file needs one; type data.path=PAIRS.jsonl")
+    _check_places(data)
     _check_filter(data.filter)
     if config.deepspeed.offload == "optimizer" and config.deepspeed.stage == 0:
         raise UserError("deepspeed.offload=optimizer: needs ZeRO 1, 2 or 3; type deepspeed.stage=2")
@@ -111,6 +110,30 @@ def _check_tracking(tracking: TrackingConfig) -> None:
             f"tracking.log_model=true: sends nothing with {off}; type tracking=wandb tracking.mode=auto as "
             "well, or tracking.log_model=false"
         )
+
+
+def _check_places(data: DataConfig) -> None:
+    """Where pairs are read from."""
+    if data.source == "arithmetic":
+        if data.mix is not None:
+            raise UserError("data.mix: data=arithmetic reads no file; type data=file")
+        return
+    if data.path is None and data.mix is None:
+        raise UserError("data.path: has no value and data=file needs one; type data.path=PAIRS.jsonl")
+    if data.mix is None:
+        return
+    if data.path is not None:
+        raise UserError("data.path and data.mix: give one of the two; type data=file data.mix=... alone")
+    for key in ("split", "config"):
+        if (value := getattr(data, key)) is not None:
+            raise UserError(
+                f"data.{key}={value}: is of data.path; with data.mix give it to a source: "
+                f"data.mix='[{{path: PATH, weight: 1, {key}: {value}}}, ...]'"
+            )
+        if (value := getattr(data, f"eval_{key}")) is not None and data.eval_path is None:
+            raise UserError(
+                f"data.eval_{key}={value}: with data.mix it needs data.eval_path; type that as well"
+            )
 
 
 def _check_filter(given: FilterConfig) -> None:

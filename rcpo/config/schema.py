@@ -10,7 +10,7 @@ After `rcpo.config.validate` the rest of rcpo sees only `Config`. Null means
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from rcpo.config.conf import IN_CONF, defaults_in
@@ -191,11 +191,44 @@ class FilterConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
+class MixPart:
+    path: Paths
+    weight: Annotated[float, Field(gt=0)]
+    split: Text | None = None
+    config: Text | None = None
+    columns: dict[str, str] | None = None
+
+
+def _mix(value: object) -> object:
+    """{PATH: WEIGHT, ...}, or a list of mappings with more keys, as a list of `MixPart`."""
+    if isinstance(value, dict):
+        value = [{"path": path, "weight": weight} for path, weight in value.items()]
+    is_list = isinstance(value, list) and value and all(isinstance(part, dict | MixPart) for part in value)
+    if not isinstance(value, list) or not is_list:
+        raise ValueError("must be {PATH: WEIGHT, PATH: WEIGHT}, or a list of {path: PATH, weight: WEIGHT}")
+    for part in value:
+        keys = {"path", "weight"} if isinstance(part, MixPart) else set(part)
+        if not {"path", "weight"} <= keys <= {"path", "weight", "split", "config", "columns"}:
+            raise ValueError(
+                "must have path and weight of each source; it may have split, config and columns"
+            )
+    try:
+        return [part if isinstance(part, MixPart) else MixPart(**part) for part in value]
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        rule = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+        raise ValueError(f"{first['loc'][0]}={first['input']!r} {rule}") from None
+
+
+Mix = Annotated[list[MixPart], BeforeValidator(_mix)]
+
+
+@dataclass(frozen=True, config=STRICT)
 @defaults_in("data/file")
 class DataConfig:
     source: Literal["arithmetic", "file"]
     """arithmetic: generated word problems. file: anything that `path` names."""
-    path: Paths | None = None  # conf/ has ??? for file; arithmetic has none
+    path: Paths | None = IN_CONF
     """File, glob ('pairs/*.jsonl'), folder or hub id, or a list of them ('[a.jsonl, b.csv]'); for
     source=file."""
     config: Text | None = IN_CONF
@@ -203,6 +236,10 @@ class DataConfig:
     split: Text | None = IN_CONF
     """Training split where `path` has several, or a slice of it, as `datasets` spells them: 'train[:10%]',
     'train[100:200]', 'train+test'. The split of a file is train."""
+    mix: Mix | None = IN_CONF
+    """Several sources in fixed proportions, in place of `path`: '{a.jsonl: 0.7, b.jsonl: 0.3}', or a list of
+    {path: PATH, weight: WEIGHT}, each of which may have split, config and columns. As many pairs are drawn by
+    data.seed as the proportions allow with no pair twice."""
     eval_path: Paths | None = IN_CONF
     """Held-out pairs of their own."""
     eval_config: Text | None = IN_CONF
@@ -233,7 +270,7 @@ class DataConfig:
 
     def train_paths(self) -> list[str]:
         """What training pairs are read from."""
-        return _listed(self.path)
+        return [*_listed(self.path), *(path for part in self.mix or () for path in _listed(part.path))]
 
     def eval_paths(self) -> list[str]:
         """What held-out pairs are read from where that is another place."""

@@ -13,8 +13,9 @@ from rcpo.config.schema import DataConfig
 from rcpo.data.account import Account, RowAccount, why
 from rcpo.data.arithmetic import arithmetic_records
 from rcpo.data.messages import parsed_quietly, unused_keys, without_system
+from rcpo.data.mixture import drawn
 from rcpo.data.reading import shapes
-from rcpo.data.reading.places import Place, held_out_place, training_place
+from rcpo.data.reading.places import Place, held_out_place, mixed_place, training_place
 from rcpo.data.reading.readers import Rows, read_rows
 from rcpo.data.reading.shapes import Shape
 from rcpo.data.records import BadRowError, PreferenceRecord, as_messages, read_record
@@ -57,7 +58,7 @@ def load_records(
     if config.source == "arithmetic":
         return _load_arithmetic(config, train, held_out)
     report: list[str] = []
-    training = _read_place(training_place(config), config, report, weighing)
+    training = _read_training(config, report, weighing)
     own = held_out_place(config)
     held_out_source = None if own is None else _read_place(own, config, report, UNWEIGHTED)
     selected = select(config, training, held_out_source, train, held_out)
@@ -82,6 +83,29 @@ def _load_arithmetic(config: DataConfig, train: Judge, held_out: Judge) -> Prefe
         "arithmetic", config.train_pairs + config.eval_pairs, held_out=len(both[1]), trained=len(both[0])
     )
     return PreferenceData(*both, [], Account(account, None, [record.row for record in both[1]]))
+
+
+def _read_training(config: DataConfig, report: list[str], weighing: Weighing) -> SourceRecords:
+    """Training records of one place, or of a mixture, whose rows are numbered as if its sources lay one
+    behind the other."""
+    if config.mix is None:
+        return _read_place(training_place(config), config, report, weighing)
+    sources, dropped, read, start = [], dict[str, list[int]](), 0, 0
+    for part in config.mix:
+        of_part = dataclasses.replace(config, columns=part.columns or config.columns)
+        try:
+            _check_parts(of_part, weighing)
+            source = _read_place(mixed_place(part), of_part, report, weighing)
+        except UserError as error:
+            raise UserError(f"data.mix: {error}") from error.__cause__
+        sources.append([dataclasses.replace(record, row=record.row + start) for record in source.records])
+        for reason, rows in source.account.dropped.items():
+            dropped.setdefault(reason, []).extend(row + start for row in rows)
+        start += source.size
+        read += source.account.read
+    records = drawn(config.mix, sources, config.seed, report, NOTE)
+    undrawn = sum(map(len, sources)) - len(records)
+    return SourceRecords("data.mix", records, RowAccount("data.mix", read, dropped, undrawn=undrawn), start)
 
 
 def _read_place(place: Place, config: DataConfig, report: list[str], weighing: Weighing) -> SourceRecords:
@@ -114,7 +138,7 @@ def _read_place(place: Place, config: DataConfig, report: list[str], weighing: W
     repeats = len(records) - len({content(record) for record in records})
     if repeats:
         report.append(f"{place}: {repeats} rows repeat an earlier row (kept)")
-    return SourceRecords(place, records, account)
+    return SourceRecords(f"{place.path_key}={place.shown}", records, account, source.size)
 
 
 def _without_system(records: list[PreferenceRecord], how: str) -> tuple[list[PreferenceRecord], int]:
@@ -131,8 +155,11 @@ def _without_system(records: list[PreferenceRecord], how: str) -> tuple[list[Pre
 def records_at(config: DataConfig, rows: Sequence[int]) -> list[PreferenceRecord]:
     """The held-out records of these rows, as a run has noted them. Raises UserError, and KeyError where there
     is no such row any more."""
-    place = held_out_place(config) or training_place(config)
-    by_row = {record.row: record for record in _read_place(place, config, [], UNWEIGHTED).records}
+    own = held_out_place(config)
+    source = (
+        _read_training(config, [], UNWEIGHTED) if own is None else _read_place(own, config, [], UNWEIGHTED)
+    )
+    by_row = {record.row: record for record in source.records}
     return [by_row[row] for row in rows]
 
 

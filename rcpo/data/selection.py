@@ -15,7 +15,6 @@ from typing import Any, TypeAlias
 from rcpo.common.errors import UserError
 from rcpo.config.schema import DataConfig
 from rcpo.data.account import Account, RowAccount, why
-from rcpo.data.reading.places import Place
 from rcpo.data.records import PreferenceRecord
 
 Judge: TypeAlias = Callable[[Sequence[PreferenceRecord]], Sequence[str | None]]
@@ -33,9 +32,15 @@ def all_usable(records: Sequence[PreferenceRecord]) -> list[None]:
 class SourceRecords:
     """The rows of one place that are preference records."""
 
-    place: Place
+    name: str
+    """The key and the value that say where they are, for errors."""
     records: list[PreferenceRecord]
     account: RowAccount
+    size: int
+    """Rows that there are, slices aside."""
+
+    def error(self, fault: str) -> UserError:
+        return UserError(f"{self.name}: {fault}")
 
 
 @dataclass
@@ -69,7 +74,7 @@ def select(
         held = _draw_usable(own.records, config.eval_pairs, config.seed, held_out)
         own_account = own.account.with_dropped(held.dropped)
         if not held.drawn:
-            raise own.place.error(
+            raise own.error(
                 f"no held-out pair is left of {own_account.read} rows{why(own_account.dropped)}; "
                 f"{advice(own_account.dropped)}"
             )
@@ -83,7 +88,7 @@ def select(
     taken = _take(kept, config, train, report)
     account = account.with_dropped(taken.dropped)
     if not taken.drawn:
-        raise training.place.error(
+        raise training.error(
             f"no training pair is left of {account.read} rows beside {len(held.drawn)} held-out pairs"
             f"{why(account.dropped)}; "
             + (
@@ -95,7 +100,7 @@ def select(
     account = dataclasses.replace(
         account,
         identical=num_identical,
-        undrawn=len(taken.rest),
+        undrawn=account.undrawn + len(taken.rest),
         held_out=len(held.drawn) if own is None else 0,
         trained=len(taken.drawn),
     )
@@ -121,12 +126,12 @@ def _hold_out(config: DataConfig, training: SourceRecords, judge: Judge, report:
         usable = len(records) - lost
         reasons = why(training.account.with_dropped(held.dropped).dropped)
         if usable < 2:
-            raise training.place.error(
+            raise training.error(
                 f"has {usable} usable pair{'' if usable == 1 else 's'}{reasons}; give at least 2, one to "
                 f"hold out{'; or ' + advice(held.dropped) if lost else ''}"
             )
         raise UserError(
-            f"data.eval_pairs={num}: {training.place.shown} has {usable} usable pairs{reasons}, and at least "
+            f"data.eval_pairs={num}: {', '.join(config.train_paths())} has {usable} usable pairs{reasons}, and at least "
             f"1 must be left to train on; type data.eval_pairs={max(1, usable // 5)}"
         )
     num_usable = len(records) - lost

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from rcpo.common.errors import UserError
 from rcpo.config.schema import DataConfig
 from rcpo.data.generation import generation_of, special_ids
-from rcpo.data.reading.places import MOST_FILES, held_out_place, spelled_out, training_place
+from rcpo.data.reading.places import MOST_FILES, held_out_place, mixed_place, spelled_out, training_place
 from rcpo.data.reading.readers import hub_fingerprint
 from rcpo.data.weights import Weighing
 
@@ -52,7 +52,8 @@ def content_of(config: DataConfig) -> Content | None:
     little to be kept. What is wrong with a place is for `rcpo.data.reading` to say."""
     if config.source != "file":
         return None
-    places = [place for place in (training_place(config), held_out_place(config)) if place is not None]
+    training = [training_place(config)] if config.mix is None else list(map(mixed_place, config.mix))
+    places = [*training, *filter(None, [held_out_place(config)])]
     try:
         found = [
             _content_at(file, place.config)

@@ -21,6 +21,7 @@ Pairs: TypeAlias = "Iterable[Mapping[str, Any]] | datasets.Dataset | pd.DataFram
 OF_DATA = (
     "data",
     "data.path",
+    "data.mix",
     "data.config",
     "data.split",
     "data.eval_path",

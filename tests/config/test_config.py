@@ -4,6 +4,7 @@ in.
 Composing goes through Hydra in another process, as users start it: Hydra keeps state per process.
 """
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -95,7 +96,7 @@ WRONG = {
     "model.dtype=fp16": "model.dtype=fp16: must be 'auto', 'float32' or 'bfloat16'; type model.dtype=VALUE",
     "objective.beta=abc": "objective.beta=abc: must be a finite number; type objective.beta=0.1",
     "objective.beta=-1": "objective.beta=-1: must be greater than 0; type objective.beta=0.1",
-    "data=file": "data.path: has no value and needs one; type data.path=...",
+    "data=file": "data.path: has no value and data=file needs one; type data.path=PAIRS.jsonl",
     "optim=sgd": "optim.lr: has no value and needs one; type optim.lr=...",
     "data.seed=${nope}": "data.seed: interpolation key 'nope' not found; type data.seed=VALUE",
     "foo": "foo: cannot be read as KEY=VALUE; quote values that hold signs as KEY='\"VALUE\"'",
@@ -158,10 +159,10 @@ def test_mistakes_are_one_exact_line(composed: dict[str, dict[str, Any]], word: 
 def test_unset_values_and_group_mistakes_leave_the_flags_working(tmp_path: Path) -> None:
     """--cfg job prints the composed YAML and stops, with a value unset too."""
     code = "from rcpo.config.compose import *; print(compose(sys.argv[1:]))"
-    done = forked.script(code, "data=file", "--cfg", "job", cwd=tmp_path)
+    done = forked.script(code, "optim=sgd", "--cfg", "job", cwd=tmp_path)
     *document, answer = done.stdout.splitlines()
     assert answer == "None"
-    assert yaml.safe_load("\n".join(document))["data"]["path"] == "???"
+    assert yaml.safe_load("\n".join(document))["optim"]["lr"] == "???"
 
 
 def plain_tree(**groups: dict[str, Any]) -> dict[str, Any]:
@@ -206,7 +207,7 @@ def test_missing_group_is_named() -> None:
         ),
         (
             {"data": {"source": "file"}},
-            "data.path: has no value and data.source=file needs one; type data.path=PAIRS.jsonl",
+            "data.path: has no value and data=file needs one; type data.path=PAIRS.jsonl",
         ),
         (
             {"deepspeed": {"stage": 0, "offload": "optimizer"}},
@@ -320,6 +321,12 @@ def test_labels_and_default_name() -> None:
         plain_tree(model={"path": "/x/My Model/"}, data={"source": "file", "path": "a/hh.jsonl.gz"})
     )
     assert (model_label(config), data_label(config)) == ("My Model", "hh")
+    labels = {"/x/pairs/*.jsonl": "pairs", "part-*.jsonl": "part-", "*.csv": "files", "a/b/": "b"}
+    for path, label in labels.items():
+        data = dataclasses.replace(config.data, path=path)
+        assert data_label(dataclasses.replace(config, data=data)) == label
+    data = dataclasses.replace(config.data, path=["x/a.jsonl", "b.jsonl", "c.jsonl"])
+    assert data_label(dataclasses.replace(config, data=data)) == "a-and-2-more"
     objective, calibration, label, day, time = default_name(config).split("-")
     assert (objective, calibration, label, len(day), len(time)) == ("dpo", "on", "My_Model", 8, 6)
 

@@ -1,5 +1,5 @@
 """A default stands once, in conf/. The schema reads it there for a config that lacks the key, and has values
-of its own for five keys alone."""
+of its own for four keys alone."""
 
 import json
 import shutil
@@ -22,7 +22,6 @@ OWN = {
     "calibration.every": (1, "8 for those that measure scores; metrics.geometry_every counts for the others"),
     "calibration.warmup_steps": (0, "the same, 50"),
     "calibration.alpha": (1.0, "fixed has none that could be meant; the others have no use for it"),
-    "data.path": (None, "file has none that could be meant; arithmetic reads no file"),
     "data.on_bad_row": ("error", "real files nearly always hold a few; a bad problem is rcpo's fault"),
 }
 """Keys whose default is written in the schema, and why it is another than conf/'s."""

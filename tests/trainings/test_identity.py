@@ -99,6 +99,35 @@ def test_other_data_under_the_old_path_are_refused(
     assert len(run.rows(run.metrics)) == 4
 
 
+@pytest.mark.parametrize("by", ["path", "mix"])
+def test_several_files_are_trained_on_as_one_and_known_by_all(inputs: Path, tmp_path: Path, by: str) -> None:
+    """The 20 pairs in two files that a glob or a mixture names: the run resumes; one more row in a file, and
+    one more file, are refused."""
+    lines = (inputs / "train.jsonl").read_text().splitlines(keepends=True)
+    for name, part in (("a", lines[:10]), ("b", lines[10:])):
+        (tmp_path / f"part-{name}.jsonl").write_text("".join(part))
+    glob = f"data.path={tmp_path}/part-*.jsonl"
+    mix = f"data.mix={{{tmp_path}/part-a.jsonl:1,{tmp_path}/part-b.jsonl:1}}"
+    words = [glob] if by == "path" else ["data.path=null", mix]
+    run = trained(inputs, tmp_path / "run", *words)
+    whole = trained(inputs, tmp_path / "whole")
+    assert run.read_run()["inputs"] == whole.read_run()["inputs"]
+    losses = [[row["train/loss"] for row in each.rows(each.metrics)] for each in (run, whole)]
+    assert losses[0] == losses[1]
+
+    def work() -> None:
+        assert start.resume(str(run.path), ["train.steps=4"]) == 0
+
+    in_a_fork(work)
+    assert len(run.rows(run.metrics)) == 4
+    if by == "path":
+        (tmp_path / "part-c.jsonl").write_text(lines[0])
+        assert "there are 21 training pairs, there were 20" in refused(run)
+    else:
+        (tmp_path / "part-b.jsonl").write_text("".join(lines[11:]))
+        assert "there are 18 training pairs, there were 20" in refused(run)
+
+
 def test_other_held_out_pairs_are_refused(inputs: Path, tmp_path: Path) -> None:
     held_out = tmp_path / "held-out.jsonl"
     held_out.write_bytes((inputs / "held-out.jsonl").read_bytes())

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rcpo.common.errors import UserError, shortened
-from rcpo.config.schema import DataConfig
+from rcpo.config.schema import DataConfig, MixPart
 
 MOST_FILES = 100_000
 """In a data folder, or matched by a glob; one with more is something else, such as a home folder."""
@@ -57,6 +57,11 @@ class Place:
 
 def training_place(config: DataConfig) -> Place:
     return Place(_given(config.path), config.split, config=config.config)
+
+
+def mixed_place(part: MixPart) -> Place:
+    """A source of data.mix; errors name the keys that it has there."""
+    return Place(_given(part.path), part.split, "path", "split", part.config, "config")
 
 
 def held_out_place(config: DataConfig) -> Place | None:

@@ -32,6 +32,8 @@ class Rows:
     """Of each row, counted from 0, in the whole: all files and splits one behind the other, unsliced."""
     parts: list[tuple[str, int]]
     """Name of each file or split, and the number of its first row in the whole."""
+    size: int
+    """Rows of the whole."""
     notes: list[str]
     """How parts were read, where that could be doubted."""
 
@@ -74,6 +76,7 @@ def read_rows(place: Place, wanted: set[str]) -> Rows:
         rows,
         numbers,
         [(part.name, first) for part, first in zip(in_order, firsts, strict=False) if part.num_rows],
+        firsts[-1],
         [note if len(in_order) == 1 else f"{part.name}: {note}" for part in in_order for note in part.notes],
     )
 
@@ -210,7 +213,7 @@ def _split_of(loaded: Any, place: Place, split: str | None, wanted: set[str]) ->
     known = list(splits)
     named = split
     if named is None:
-        is_default = "train" in splits and place.split_key == "data.split"
+        is_default = "train" in splits and place.split_key != "data.eval_split"
         named = known[0] if len(known) == 1 else "train" if is_default else None
     if named not in splits:
         raise _unknown_split(place, named, known)
