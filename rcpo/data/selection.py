@@ -131,8 +131,8 @@ def _hold_out(config: DataConfig, training: SourceRecords, judge: Judge, report:
                 f"hold out{'; or ' + advice(held.dropped) if lost else ''}"
             )
         raise UserError(
-            f"data.eval_pairs={num}: {', '.join(config.train_paths())} has {usable} usable pairs{reasons}, and at least "
-            f"1 must be left to train on; type data.eval_pairs={max(1, usable // 5)}"
+            f"data.eval_pairs={num}: {', '.join(config.train_paths())} has {usable} usable pairs{reasons}, "
+            f"and at least 1 must be left to train on; type data.eval_pairs={max(1, usable // 5)}"
         )
     num_usable = len(records) - lost
     report.append(
