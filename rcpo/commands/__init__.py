@@ -9,6 +9,7 @@ COMMANDS = {
     "cancel": "stop a sweep; its cells write a checkpoint first",
     "sync": "upload what W&B wrote offline",
     "export": "write a Hugging Face model folder from a checkpoint",
+    "data": "what will be trained on: rows, lengths, pairs as the model sees them",
     "score": "what a model says of preference pairs before training",
     "compare": "runs side by side: a table, an HTML report, figures",
     "dashboard": "pages in W&B: a workspace, and a report with the table",

@@ -16,8 +16,10 @@ class RunConsole(Console):
     """stdout: colours and a live line on a terminal, and no escape code anywhere else, whatever the
     environment asks for."""
 
-    def __init__(self) -> None:
-        super().__init__(force_terminal=None if sys.stdout.isatty() else False, highlight=False)
+    def __init__(self, in_colour: bool = False) -> None:
+        """`in_colour` asks for colours where there is no terminal."""
+        force = True if in_colour else None if sys.stdout.isatty() else False
+        super().__init__(force_terminal=force, highlight=False)
 
     def on_broken_pipe(self) -> None:
         """Rich would exit here; the run goes on instead, and says nothing more."""

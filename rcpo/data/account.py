@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+LOST = "more than half of the data is lost: "
+"""How a warning begins."""
 ROWS_SHOWN = 3
 """Row numbers that a line shows for a reason."""
 
@@ -33,6 +35,11 @@ class RowAccount:
     @property
     def num_dropped(self) -> int:
         return sum(map(len, self.dropped.values()))
+
+    @property
+    def dropped_share(self) -> float:
+        """Of the rows that were looked at: nobody has asked of the others whether they can be used."""
+        return self.num_dropped / max(1, self.read - self.undrawn)
 
     def with_dropped(self, dropped: dict[str, list[int]]) -> "RowAccount":
         """The account with further dropped rows."""
@@ -89,9 +96,10 @@ class Account:
         """Where more than half of a place's rows are lost."""
         places = [self.training, *([] if self.held_out is None else [self.held_out])]
         return [
-            f"{place.num_dropped / place.read:.0%} of the rows of {place.place} are dropped"
+            f"{LOST}{place.num_dropped} of {place.read - place.undrawn} rows of {place.place} are dropped "
+            f"({place.dropped_share:.0%})"
             for place in places
-            if 2 * place.num_dropped > place.read
+            if place.dropped_share > 0.5
         ]
 
     def after_filter(self, kept: int) -> "Account":

@@ -20,7 +20,6 @@ from itertools import groupby
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from rcpo.common.errors import UserError
@@ -62,6 +61,8 @@ class TokenizedData:
     report: list[str]
     dropped: dict[str, list[int]]
     """Rows that cannot train, by reason."""
+    cuts: dict[str, int]
+    """Pairs with a cut prompt, chosen or rejected response."""
     notes: dict[str, str] = field(default_factory=dict)
     """What a user should know of the tokens: lines by what they are about, so that each is said once."""
 
@@ -95,6 +96,7 @@ class Tokeniser:
         self._work = _Work(tokenizer, max_length, max_prompt_length, template_kwargs)
         self._on_bad_row = on_bad_row
         self._packer = Packer()
+        self._kept: list[PreferenceRecord] = []
         self._dropped: dict[str, list[int]] = {}
 
     def __call__(self, records: Sequence[PreferenceRecord]) -> list[str | None]:
@@ -105,6 +107,7 @@ class Tokeniser:
             outcomes = self._work.tokenize_batch(batch)
             for record, outcome in zip(batch, outcomes, strict=True):
                 if isinstance(outcome, TokenizedPair):
+                    self._kept.append(record)
                     reasons.append(None)
                     continue
                 if self._on_bad_row == "error":
@@ -120,14 +123,16 @@ class Tokeniser:
             self._packer.add([outcome for outcome in outcomes if isinstance(outcome, TokenizedPair)])
         return reasons
 
-    def data(self) -> TokenizedData:
-        """All that could be used so far."""
+    def data(self, records: Sequence[PreferenceRecord]) -> TokenizedData:
+        """The pairs of `records`, in their order: those, all told, that could be used."""
+        assert len(records) == len(self._kept)
         packed = self._packer.packed()
-        order = np.argsort(packed.arrays.rows, kind="stable")
-        if (np.diff(order) < 0).any():  # drawn in several goes
-            packed = packed.take(order.tolist())
+        places = {id(record): place for place, record in enumerate(self._kept)}
+        order = [places[id(record)] for record in records]
+        if order != list(range(len(order))):  # they were drawn in several goes
+            packed = packed.take(order)
         report = [*self._work.report(), *_describe_lengths(packed)]
-        return TokenizedData(packed, report, self._dropped, self._work.notes())
+        return TokenizedData(packed, report, self._dropped, self._work.cuts(), self._work.notes())
 
 
 def tokenize_records(
@@ -140,22 +145,27 @@ def tokenize_records(
 ) -> TokenizedData:
     """`Tokeniser` over these records; those that cannot train are left out and counted."""
     tokenise = Tokeniser(tokenizer, max_length, max_prompt_length, on_bad_row, template_kwargs)
-    tokenise(records)
-    return tokenise.data()
+    reasons = tokenise(records)
+    return tokenise.data([record for record, reason in zip(records, reasons, strict=True) if reason is None])
 
 
 def describe_pair(pair: TokenizedPair, tokenizer: PreTrainedTokenizerBase) -> str:
     """One decoded pair for the log: response tokens, which alone are scored, in « », special tokens in ⟦
     ⟧."""
     prompt = pair.chosen.input_ids[: pair.chosen.num_prompt]
-    lines = [f"prompt   ({len(prompt)} tokens, not scored): {_decode(prompt, tokenizer)}"]
+    lines = [f"prompt   ({len(prompt)} tokens, not scored): {_on_one_line(prompt, tokenizer)}"]
     for name, side in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         response = side.input_ids[side.num_prompt :]
-        lines.append(f"{name:8} ({len(response)} tokens, scored): «{_decode(response, tokenizer)}»")
+        lines.append(f"{name:8} ({len(response)} tokens, scored): «{_on_one_line(response, tokenizer)}»")
     return "\n".join(lines)
 
 
-def _decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+def _on_one_line(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    return decoded(ids, tokenizer).replace("\n", "\\n")
+
+
+def decoded(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of tokens; special ones in ⟦ ⟧."""
     special = special_ids(tokenizer)
     parts = []
     for is_special, run in groupby(ids, lambda token: token in special):
@@ -163,7 +173,7 @@ def _decode(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
             parts += [f"⟦{tokenizer.convert_ids_to_tokens(token)}⟧" for token in run]
         else:
             parts.append(str(tokenizer.decode(list(run), clean_up_tokenization_spaces=False)))
-    return "".join(parts).replace("\n", "\\n")
+    return "".join(parts)
 
 
 class _Work:
@@ -205,6 +215,9 @@ class _Work:
             except BadRowError as error:
                 outcomes.append(error)
         return outcomes
+
+    def cuts(self) -> dict[str, int]:
+        return {part: self._counts[part] for part in ("prompt", "chosen", "rejected")}
 
     def report(self) -> list[str]:
         """What was cut or out of the ordinary; nothing where nothing was."""

@@ -45,7 +45,7 @@ from rcpo.models.generation import end_ids
 logger = logging.getLogger(__name__)
 
 
-def model_place(path: str, allow_pickle: bool = False) -> str:
+def model_place(path: str, allow_pickle: bool = False, needs_weights: bool = True) -> str:
     """What transformers is asked to load: the packaged folder for builtin:tiny, else `path` itself.
 
     Raises UserError where a local folder lacks what a model needs; pickled weights count with `allow_pickle`.
@@ -63,7 +63,7 @@ def model_place(path: str, allow_pickle: bool = False) -> str:
         return path
     refuse_adapter(path, path)
     _check_config_file(folder, path)
-    if any(folder.glob("*.safetensors")):
+    if not needs_weights or any(folder.glob("*.safetensors")):
         return path
     if not any(folder.glob("*.bin")):
         raise UserError(f"model.path={path}: has no *.safetensors weights; give the folder of a whole model")
@@ -91,8 +91,9 @@ def _check_config_file(folder: Path, path: str) -> None:
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer with the chat template that `config` asks for, and with what ends a response."""
-    place = model_place(config.path, config.allow_pickle)
+    """The model's tokenizer with the chat template that `config` asks for, and with what ends a response.
+    Needs no weights."""
+    place = model_place(config.path, config.allow_pickle, needs_weights=False)
     with one_line_errors(config.path, "tokenizer"), quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=config.trust_remote_code)
         ends = end_ids(place)
@@ -182,9 +183,8 @@ def from_pretrained(place: str, config: ModelConfig, **options: Any) -> Any:
 
 def read_config(config: ModelConfig) -> PretrainedConfig:
     with one_line_errors(config.path, "config"), quiet_transformers():
-        return AutoConfig.from_pretrained(
-            model_place(config.path, config.allow_pickle), trust_remote_code=config.trust_remote_code
-        )
+        place = model_place(config.path, config.allow_pickle, needs_weights=False)
+        return AutoConfig.from_pretrained(place, trust_remote_code=config.trust_remote_code)
 
 
 def save_model(

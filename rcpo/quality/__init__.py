@@ -1,2 +1,2 @@
-"""What a model says of preference pairs before it is trained on them: their scores and the page that shows
-them. Does not leave pairs out: `rcpo.data.filter` does."""
+"""What preference pairs are before a model is trained on them: as it sees them, their scores, and the page
+that shows those. Does not leave pairs out: `rcpo.data.filter` does."""

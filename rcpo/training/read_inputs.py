@@ -71,6 +71,10 @@ class PairsRead(NamedTuple):
     held_out: TokenizedData
 
     @property
+    def tokens(self) -> Tokens:
+        return Tokens(self.train.pairs, self.held_out.pairs, self.report, self.records.account)
+
+    @property
     def report(self) -> list[str]:
         return [
             *self.records.report,
@@ -83,7 +87,7 @@ class PairsRead(NamedTuple):
 def read_pairs(config: ResolvedConfig) -> PairsRead:
     """Check the model's files, read and tokenise the data. Raises UserError with one line for whatever is
     wrong with them."""
-    read = _tokenise(config, _checked_tokenizer(config))
+    read = tokenise(config, _checked_tokenizer(config))
     _check_lengths(config, read.train.pairs, read.held_out.pairs)
     return read
 
@@ -96,13 +100,14 @@ def _checked_tokenizer(config: ResolvedConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _tokenise(config: ResolvedConfig, tokenizer: PreTrainedTokenizerBase) -> PairsRead:
+def tokenise(config: ResolvedConfig, tokenizer: PreTrainedTokenizerBase) -> PairsRead:
+    """Read and tokenise the data of a config; of the model its tokenizer alone is needed."""
     limits = (config.train.max_length, config.train.max_prompt_length, config.data.on_bad_row)
     train, held_out = (Tokeniser(tokenizer, *limits, config.model.chat_template_kwargs) for _ in range(2))
     records = load_records(config.data, weighing_of(config.composition), train, held_out)
     if tokenizer.chat_template is not None:
         records.report.extend(note_on_text(records, config.data))
-    return PairsRead(tokenizer, records, train.data(), held_out.data())
+    return PairsRead(tokenizer, records, train.data(records.train), held_out.data(records.held_out))
 
 
 def _check_lengths(config: ResolvedConfig, train: PackedPairs, held_out: PackedPairs) -> None:
@@ -117,8 +122,8 @@ def _kept_tokens(config: ResolvedConfig, tokenizer: PreTrainedTokenizerBase) -> 
     """The tokenised data, from the cache where they are there; made, and kept, where they are not."""
 
     def make() -> Tokens:
-        read = _tokenise(config, tokenizer)
-        return Tokens(read.train.pairs, read.held_out.pairs, read.report, read.records.account)
+        read = tokenise(config, tokenizer)
+        return read.tokens
 
     content = content_of(config.data)
     key = None
@@ -134,20 +139,9 @@ def _kept_tokens(config: ResolvedConfig, tokenizer: PreTrainedTokenizerBase) -> 
     return store.read_or_make(make, lambda: content_of(config.data) == content)
 
 
-def read_inputs(config: ResolvedConfig) -> Inputs:
-    """Read, tokenise and filter the data of a resolved config. Raises UserError with one line for whatever
-    cannot train."""
-    check_deepspeed(config)
-    tokenizer = _checked_tokenizer(config)
-    tokens = _kept_tokens(config, tokenizer)
-    _check_lengths(config, tokens.train, tokens.held_out)
-    check_reference(config, tokenizer, _longest(tokens.train, tokens.held_out))
+def filtered_inputs(config: ResolvedConfig, tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> Inputs:
+    """What of these tokens is trained on and held out, with the account of all rows."""
     train, filtered = filter_pairs(tokens.train, config)
-    if len(train) < config.train.pairs_per_step:
-        raise UserError(
-            f"train.pairs_per_step={config.train.pairs_per_step}: there are only {len(train)} training "
-            f"pairs; type train.pairs_per_step={len(train)} or less"
-        )
     account = tokens.account.after_filter(len(train))
     report = [
         *account.lines(),
@@ -158,3 +152,26 @@ def read_inputs(config: ResolvedConfig) -> Inputs:
         "one training pair as the model sees it:\n" + describe_pair(train[0], tokenizer),
     ]
     return Inputs(tokenizer, train, list(tokens.held_out), report, account)
+
+
+def check_sizes(config: ResolvedConfig, tokens: Tokens, num_pairs: int) -> None:
+    """Raise UserError where a row is longer than the model takes, or a step takes more pairs than the
+    `num_pairs` that there are to train on. Reads of the model config.json alone."""
+    _check_lengths(config, tokens.train, tokens.held_out)
+    if num_pairs < config.train.pairs_per_step:
+        raise UserError(
+            f"train.pairs_per_step={config.train.pairs_per_step}: there are only {num_pairs} training "
+            f"pairs; type train.pairs_per_step={num_pairs} or less"
+        )
+
+
+def read_inputs(config: ResolvedConfig) -> Inputs:
+    """Read, tokenise and filter the data of a resolved config. Raises UserError with one line for whatever
+    cannot train."""
+    check_deepspeed(config)
+    tokenizer = _checked_tokenizer(config)
+    tokens = _kept_tokens(config, tokenizer)
+    check_reference(config, tokenizer, _longest(tokens.train, tokens.held_out))
+    inputs = filtered_inputs(config, tokenizer, tokens)
+    check_sizes(config, tokens, len(inputs.train))
+    return inputs

@@ -395,8 +395,9 @@ def test_held_out_pairs_are_drawn_from_what_the_template_takes(
     assert inputs.report[0] == f"{path}: 40 rows read"
     assert inputs.report[1].startswith(f"  32 dropped because {reason} (rows ")
     assert inputs.report[2:4] == [
-        "  3 held out, 5 to train on", f"note: 80% of the rows of {path} are dropped",
-    ]  # fmt: skip
+        "  3 held out, 5 to train on",
+        f"note: more than half of the data is lost: 32 of 40 rows of {path} are dropped (80%)",
+    ]
 
 
 def test_a_system_turn_that_the_template_refuses_is_merged_or_dropped_where_that_is_asked_for(

@@ -127,7 +127,9 @@ def test_bad_rows_are_dropped_and_counted_by_reason(tmp_path: Path) -> None:
         "  1 dropped because rejected is empty (row 4)",
         "  1 held out, 1 to train on",
     ]
-    assert data.account.warnings() == [f"71% of the rows of {path} are dropped"]
+    assert data.account.warnings() == [
+        f"more than half of the data is lost: 5 of 7 rows of {path} are dropped (71%)"
+    ]
 
 
 def test_repeated_rows_are_counted_and_never_on_both_sides(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ NOT_RUN = {
     r"launch\.processes=4": "starts four ranks; tests/trainings/test_resume.py changes their number",
 }
 """Pattern of a command, and why it is not run here."""
-COMPOSED = ("train", "score", "bench", "sweep")
+COMPOSED = ("train", "data", "score", "bench", "sweep")
 """Commands whose KEY=VALUE words are those of `rcpo train`."""
 WITH_A_VALUE = ("--shape", "--lengths", "--variant")
 """Flags before values that hold a =, too."""

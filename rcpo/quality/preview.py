@@ -1,0 +1,185 @@
+"""What a config would train on: the account of its rows, lengths, and pairs as the model sees them.
+
+Owns what `rcpo data` says, by the functions that a run reads its data with; `rcpo.quality.preview_text`
+prints it. Needs the model's tokenizer and config.json, and no weights.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from rcpo.common.errors import UserError
+from rcpo.config.resolved import ResolvedConfig
+from rcpo.data.inputs import Inputs
+from rcpo.data.load import NOTE
+from rcpo.data.pairs import TokenizedPair, TokenizedSide
+from rcpo.data.records import PreferenceRecord
+from rcpo.data.tokenize import decoded, tokenize_records
+from rcpo.models.checks import check_vocabulary
+from rcpo.models.load import load_tokenizer
+from rcpo.training.read_inputs import PairsRead, check_sizes, filtered_inputs, tokenise
+
+PARTS = ("prompt", "chosen", "rejected")
+NUM_BINS = 10
+UNCUT = 10**8
+"""Tokens of a side, as train.max_length has it at most."""
+
+
+@dataclass(frozen=True)
+class ShownPart:
+    """A prompt or a response, decoded."""
+
+    text: str
+    """Special tokens in ⟦ ⟧."""
+    tokens: int
+    cut: int
+    """Tokens that train.max_length or train.max_prompt_length has cut off: in front of a prompt, behind a
+    response."""
+
+
+@dataclass(frozen=True)
+class ShownPair:
+    row: int
+    use: str
+    """trained, or held out."""
+    prompt: ShownPart
+    chosen: ShownPart
+    """Scored, as is `rejected`."""
+    rejected: ShownPart
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What `rcpo data` says of a config."""
+
+    inputs: Inputs
+    notes: list[str]
+    """What the console of a run says, beside the account."""
+    cuts: dict[str, int]
+    """Training pairs, before data.filter, with a cut prompt, chosen or rejected response."""
+    pairs: list[ShownPair]
+    refused: str | None
+    """Why `rcpo train` would refuse to begin."""
+
+    def lengths(self) -> dict[str, list[int]]:
+        """Tokens of each part of the training pairs."""
+        arrays = self.inputs.train.arrays
+        responses = arrays.lengths - arrays.num_prompt
+        columns = (arrays.num_prompt[:, 0], responses[:, 0], responses[:, 1])
+        return {part: column.tolist() for part, column in zip(PARTS, columns, strict=True)}
+
+    def edges(self) -> list[int]:
+        """Ends of the histograms' bins, in tokens: of one width, the same for all parts."""
+        longest = max(map(max, self.lengths().values()))
+        width = -(-(longest + 1) // NUM_BINS)
+        return [number * width for number in range(NUM_BINS + 1)]
+
+    def histograms(self) -> dict[str, list[int]]:
+        """Training pairs of each bin."""
+        return {
+            part: np.histogram(values, self.edges())[0].tolist() for part, values in self.lengths().items()
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        edges, histograms = self.edges(), self.histograms()
+        return {
+            "refused": self.refused,
+            "rows": self.inputs.account.as_json(),
+            "notes": self.notes,
+            "lengths": {
+                part: {
+                    "mean": float(np.mean(values)),
+                    "median": float(np.median(values)),
+                    "longest": max(values),
+                    "cut": self.cuts[part],
+                    "histogram": {"edges": edges, "pairs": histograms[part]},
+                }
+                for part, values in self.lengths().items()
+            },
+            "pairs": [
+                {"row": pair.row, "use": pair.use} | {part: vars(getattr(pair, part)) for part in PARTS}
+                for pair in self.pairs
+            ],
+        }
+
+
+def preview_of(config: ResolvedConfig, num_pairs: int, rows: Sequence[int]) -> Preview:
+    """Read the data as a run does. Shows the first `num_pairs` training pairs, and those of `rows`, which
+    may be held out. Raises UserError where no pair is left, or a row is not used, with the reason."""
+    tokenizer = load_tokenizer(config.model)
+    check_vocabulary(config.model, tokenizer)
+    read = tokenise(config, tokenizer)
+    inputs = filtered_inputs(config, tokenizer, read.tokens)
+    try:
+        check_sizes(config, read.tokens, len(inputs.train))
+        refused = None
+    except UserError as error:
+        refused = str(error)
+    wanted = [(pair, "trained") for pair in inputs.train[:num_pairs]]
+    wanted += [_pair_of_row(row, inputs) for row in rows]
+    notes = [line for line in inputs.report if line.startswith(("data.filter", NOTE))]
+    shown = _shown(wanted, read, config)
+    return Preview(inputs, notes, read.train.cuts, shown, refused)
+
+
+def _pair_of_row(row: int, inputs: Inputs) -> tuple[TokenizedPair, str]:
+    """A pair and its use, by its row in the training source. Raises UserError where the row is not used."""
+    account = inputs.account
+    places = np.flatnonzero(inputs.train.arrays.rows == row)
+    if len(places):
+        return inputs.train[int(places[0])], "trained"
+    if account.held_out is None:
+        for pair in inputs.held_out:
+            if pair.row == row:
+                return pair, "held out"
+    place = account.training
+    for reason, lost in place.dropped.items():
+        if row in lost:
+            raise UserError(f"--row {row}: is dropped because {reason}; give a row that is used")
+    raise UserError(
+        f"--row {row}: no pair of {place.place} that is used has this number (counted from 0, of "
+        f"{place.read} rows); give another"
+    )
+
+
+def _shown(
+    wanted: Sequence[tuple[TokenizedPair, str]], read: PairsRead, config: ResolvedConfig
+) -> list[ShownPair]:
+    """The pairs decoded; what is cut from them shows beside the same records without limits."""
+    records = {"trained": _by_row(read.records.train), "held out": _by_row(read.records.held_out)}
+    originals = [records[use][pair.row] for pair, use in wanted]
+    kwargs = config.model.chat_template_kwargs
+    whole = tokenize_records(originals, read.tokenizer, UNCUT, UNCUT, "error", kwargs).pairs
+    return [
+        _shown_pair(pair, uncut, use, read.tokenizer)
+        for (pair, use), uncut in zip(wanted, whole, strict=True)
+    ]
+
+
+def _by_row(records: Sequence[PreferenceRecord]) -> dict[int, PreferenceRecord]:
+    return {record.row: record for record in records}
+
+
+def _shown_pair(
+    pair: TokenizedPair, whole: TokenizedPair, use: str, tokenizer: PreTrainedTokenizerBase
+) -> ShownPair:
+    side, uncut = pair.chosen, whole.chosen
+    prompt = side.input_ids[: side.num_prompt]
+    return ShownPair(
+        pair.row,
+        use,
+        ShownPart(decoded(prompt, tokenizer), len(prompt), uncut.num_prompt - side.num_prompt),
+        _shown_response(pair.chosen, whole.chosen, tokenizer),
+        _shown_response(pair.rejected, whole.rejected, tokenizer),
+    )
+
+
+def _shown_response(
+    side: TokenizedSide, whole: TokenizedSide, tokenizer: PreTrainedTokenizerBase
+) -> ShownPart:
+    response = side.input_ids[side.num_prompt :]
+    num_whole = whole.num_tokens - whole.num_prompt
+    return ShownPart(decoded(response, tokenizer), len(response), num_whole - len(response))
