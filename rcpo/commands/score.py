@@ -26,7 +26,7 @@ examples:
   rcpo score
   rcpo score model.path=MODEL data=file data.path=PAIRS.jsonl train.max_length=512 --out pairs.parquet
   rcpo train model.path=MODEL data=file data.path=PAIRS.jsonl train.max_length=512 \\
-      data.filter.scores=pairs.parquet data.filter.ches_norm_max_percentile=95"""
+      data.filter.scores=pairs.parquet data.filter.ches_norm_max_percentile=5"""
     add_config_words(parser)
     parser.add_argument(
         "--out",

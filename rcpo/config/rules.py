@@ -136,6 +136,10 @@ def _check_places(data: DataConfig) -> None:
             )
 
 
+NEAR = ("ches_near_percentile", "ches_norm_near_percentile")
+"""Keys of `data.filter` that go with `nearest`."""
+
+
 def _check_filter(given: FilterConfig) -> None:
     """Keys that do nothing alone, or exclude each other."""
     limits = [field.name for field in dataclasses.fields(given) if field.name != "scores"]
@@ -148,13 +152,38 @@ def _check_filter(given: FilterConfig) -> None:
     if key is None and given.scores is not None:
         raise UserError(
             f"data.filter.scores={given.scores}: leaves nothing out without a limit; type "
-            "data.filter.ches_norm_max_percentile=95 as well, or data.filter.scores=null"
+            "data.filter.ches_norm_max_percentile=5 as well, or data.filter.scores=null"
         )
-    low, high = given.margin_min, given.margin_max
-    if low is not None and high is not None and low > high:
+    ends = (
+        ("margin_min", "margin_max"),
+        ("ches_min_percentile", "ches_max_percentile"),
+        ("ches_norm_min_percentile", "ches_norm_max_percentile"),
+    )
+    for lowest, highest in ends:
+        low, high = getattr(given, lowest), getattr(given, highest)
+        if low is not None and high is not None and low > high:
+            raise UserError(
+                f"data.filter.{lowest}={low:g}: must be at most data.filter.{highest}={high:g}; "
+                f"type data.filter.{lowest}=null"
+            )
+    _check_nearest(given)
+
+
+def _check_nearest(given: FilterConfig) -> None:
+    """One percentile to be near to, and how many."""
+    around = [name for name in NEAR if getattr(given, name) is not None]
+    if len(around) > 1:
+        both = " ".join(f"data.filter.{name}={getattr(given, name):g}" for name in around)
+        raise UserError(f"{both}: only one can be the middle; type data.filter.{around[0]}=null")
+    if around and given.nearest is None:
         raise UserError(
-            f"data.filter.margin_min={low:g}: must be at most data.filter.margin_max={high:g}; "
-            "type data.filter.margin_min=null"
+            f"data.filter.{around[0]}={getattr(given, around[0]):g}: needs the number of pairs; "
+            "type data.filter.nearest=512 as well"
+        )
+    if given.nearest is not None and not around:
+        raise UserError(
+            f"data.filter.nearest={given.nearest}: needs the percentile to be near to; type "
+            "data.filter.ches_norm_near_percentile=50 as well"
         )
 
 

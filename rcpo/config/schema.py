@@ -172,6 +172,8 @@ class ModelConfig:
 
 
 Percentile = Annotated[float, Field(gt=0, le=100)]
+LowPercentile = Annotated[float, Field(ge=0, lt=100)]
+AnyPercentile = Annotated[float, Field(ge=0, le=100)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -182,8 +184,20 @@ class FilterConfig:
     need it."""
     ches_max_percentile: Percentile | None = IN_CONF
     """Leave out training pairs with a CHES (arXiv 2410.08847) above this percentile; 95 leaves out 5 %."""
+    ches_min_percentile: LowPercentile | None = IN_CONF
+    """Leave out training pairs with a CHES below this percentile."""
+    ches_near_percentile: AnyPercentile | None = IN_CONF
+    """Train on the `nearest` pairs around this percentile of CHES, by their place in its order: 0 is the
+    lowest, 100 the highest."""
     ches_norm_max_percentile: Percentile | None = IN_CONF
-    """The same of length-normalised CHES, for responses of different lengths; the paper filters by it."""
+    """The same of length-normalised CHES, for responses of different lengths; the paper filters by it, and
+    keeps the lowest 5 %."""
+    ches_norm_min_percentile: LowPercentile | None = IN_CONF
+    """Leave out training pairs with a length-normalised CHES below this percentile."""
+    ches_norm_near_percentile: AnyPercentile | None = IN_CONF
+    """`ches_near_percentile` of length-normalised CHES."""
+    nearest: Positive | None = IN_CONF
+    """How many pairs `ches_near_percentile` or `ches_norm_near_percentile` keeps."""
     margin_min: float | None = IN_CONF
     """Leave out training pairs with a margin z_w - z_l under the scoring model below this, in nats."""
     margin_max: float | None = IN_CONF

@@ -43,8 +43,10 @@ def ti_dpo(pair: PairLogProbs, config: DPOConfig) -> Tensor:
 
     DPO on token-importance-weighted log-ratios, omega_t = 1 - p_t over its mean: what the policy finds likely
     already counts little. omega is detached, and its mean over a response is 1, so that equal weights give
-    DPO; `rcpo.models.logprobs` weighs the tokens. rcpo's own reading of the name: TI-DPO (Yang et al. 2025,
-    arXiv 2505.19653) weighs by gradient attribution and adds a triplet loss, which this does not."""
+    DPO; `rcpo.models.logprobs` weighs the tokens. The weights 1 - p are those of the code published with
+    arXiv 2604.18239, which divides them by their sum: a mean over tokens, |y| times smaller than this one's
+    sum. TI-DPO itself (Yang et al. 2025, arXiv 2505.19653) weighs by gradient attribution and adds a triplet
+    loss, which this does not."""
     return dpo(pair, config)
 
 

@@ -46,13 +46,27 @@ def filtered(path: Path, **limits: Any) -> Config:
         ({"ches_max_percentile": 50}, range(15)),
         ({"ches_max_percentile": 100}, range(30)),
         ({"ches_norm_max_percentile": 50}, range(15, 30)),
+        ({"ches_min_percentile": 50}, range(15, 30)),
+        ({"ches_min_percentile": 0}, range(30)),
+        ({"ches_norm_min_percentile": 50}, range(15)),
+        ({"ches_min_percentile": 20, "ches_max_percentile": 80}, range(6, 24)),
+        ({"ches_near_percentile": 0, "nearest": 5}, range(5)),
+        ({"ches_near_percentile": 100, "nearest": 5}, range(25, 30)),
+        ({"ches_near_percentile": 50, "nearest": 4}, range(13, 17)),
+        ({"ches_near_percentile": 50, "nearest": 5}, range(12, 17)),
+        ({"ches_near_percentile": 10, "nearest": 8}, range(8)),
+        ({"ches_norm_near_percentile": 0, "nearest": 6}, range(24, 30)),
+        ({"ches_near_percentile": 0, "nearest": 4, "margin_min": 10.0}, range(10, 14)),
+        ({"ches_near_percentile": 7, "nearest": 30}, range(30)),
         ({"margin_min": 4.0}, range(4, 30)),
         ({"margin_max": 9.0}, range(10)),
         ({"margin_min": 4.0, "ches_max_percentile": 50}, range(4, 15)),
     ],
 )
 def test_pairs_within_all_limits_train(tmp_path: Path, limits: dict[str, float], kept: range) -> None:
-    """Scores 0 to 29: the median is 14.5; a score equal to a limit is within it. Held-out pairs all stay."""
+    """Scores 0 to 29: the median is 14.5, the 20th percentile 5.8; a score equal to a limit is within it.
+    Places are the scores here: near 14.5 are 13 to 16, and of 12 and 17, as near, the lower one; near 2.9 are
+    0 to 5, then 6 and 7. Held-out pairs all stay."""
     plain = config_of()
     score(tmp_path / "s.parquet", plain)
     everything, inputs = read_inputs(plain), read_inputs(filtered(tmp_path / "s.parquet", **limits))
@@ -71,6 +85,19 @@ def test_the_log_says_what_each_limit_left_out(tmp_path: Path) -> None:
         "data.filter.margin_min=4: leaves out 4 of 30 training pairs, with margin < 4",
         "data.filter: 11 of 30 training pairs are kept",
     ]
+
+
+def test_the_nearest_are_counted_by_place_not_by_value(tmp_path: Path) -> None:
+    """Scores 0, 1, 4, 9, ..., 841: the middle ten places, 10 to 19, hold 100 to 361. By value 81 would be
+    nearer to the median, 210.5, than 361. Equal scores keep their order."""
+    path = tmp_path / "s.parquet"
+    everything = read_inputs(config_of()).train
+    score(path, config_of(), [float(num) ** 2 for num in range(NUM_PAIRS)])
+    inputs = read_inputs(filtered(path, ches_near_percentile=50, nearest=10))
+    assert inputs.train == everything[10:20]
+    assert "data.filter.ches_near_percentile=50 nearest=10: keeps ches from 100 to 361" in inputs.report
+    score(path, config_of(), [1.0] * NUM_PAIRS)
+    assert read_inputs(filtered(path, ches_near_percentile=0, nearest=4)).train == everything[:4]
 
 
 def test_rows_are_found_whatever_their_order_in_the_file(tmp_path: Path) -> None:
@@ -118,6 +145,10 @@ def test_limits_that_leave_too_little_are_refused(tmp_path: Path) -> None:
         "data.filter.margin_min=30: leaves none of 30 training pairs; type wider limits"
     )
     assert "train.pairs_per_step=4: there are only 3 training pairs" in fault(filtered(path, margin_max=2.0))
+    assert fault(filtered(path, ches_near_percentile=50, nearest=9, margin_max=7.0)) == (
+        "data.filter.nearest=9: there are only 8 training pairs to choose from; "
+        "type data.filter.nearest=8 or less"
+    )
 
 
 @pytest.mark.parametrize(
@@ -130,6 +161,30 @@ def test_limits_that_leave_too_little_are_refused(tmp_path: Path) -> None:
             "data.filter.margin_min=2: must be at most data.filter.margin_max=1; type ",
         ),
         ({"scores": "s", "ches_max_percentile": 0}, "data.filter.ches_max_percentile=0: must be greater "),
+        (
+            {"scores": "s", "ches_min_percentile": 100},
+            "data.filter.ches_min_percentile=100: must be less ",
+        ),
+        (
+            {"scores": "s", "ches_norm_min_percentile": 60, "ches_norm_max_percentile": 40},
+            "data.filter.ches_norm_min_percentile=60: must be at most "
+            "data.filter.ches_norm_max_percentile=40; type data.filter.ches_norm_min_percentile=null",
+        ),
+        ({"nearest": 4}, "data.filter.nearest=4: needs the pairs' scores; type data.filter.scores="),
+        (
+            {"scores": "s", "nearest": 4},
+            "data.filter.nearest=4: needs the percentile to be near to; type "
+            "data.filter.ches_norm_near_percentile=50 as well",
+        ),
+        (
+            {"scores": "s", "ches_near_percentile": 0},
+            "data.filter.ches_near_percentile=0: needs the number of pairs; type data.filter.nearest=512 as ",
+        ),
+        (
+            {"scores": "s", "nearest": 4, "ches_near_percentile": 0, "ches_norm_near_percentile": 50},
+            "data.filter.ches_near_percentile=0 data.filter.ches_norm_near_percentile=50: only one can be "
+            "the middle; type data.filter.ches_near_percentile=null",
+        ),
     ],
 )
 def test_keys_that_make_no_filter_are_refused(filter_keys: dict[str, Any], said: str) -> None:
