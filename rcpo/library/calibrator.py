@@ -26,7 +26,7 @@ from rcpo.method.incentives import Incentives, loss_and_incentives
 from rcpo.method.metrics import QUANTITIES, pair_sums, statistics_of, step_row
 from rcpo.method.scores import ScoreGeometry, partial_dot
 from rcpo.method.statistics import Probe
-from rcpo.objectives import Objective, PairLogProbs, load_objective
+from rcpo.objectives import Objective, PairLogProbs, objective_of
 
 # B pairs of a micro-batch.
 KINDS: tuple[str, ...] = typing.get_args(typing.get_type_hints(CalibrationConfig)["name"])
@@ -64,16 +64,26 @@ class Calibrator:
         parameters: Iterable[nn.Parameter] | None = None,
         first_pass_steps: int = 0,
         momentum: float = 0.9,
+        log_probs: str | None = None,
         group: "dist.ProcessGroup | None" = None,
         **options: Any,
     ) -> None:
         """`first_pass_steps`: optimizer steps at the start whose pairs are all new to the run, one pass over
         the data; feedback steers by them. `momentum`: AdamW's first decay rate, or SGD's momentum, which
-        balance takes into account. `group`: the data-parallel ranks, where they are not all. Raises
-        UserError, one line, for an unknown kind or option, or where a kind lacks what it measures."""
+        balance takes into account. `log_probs`: mean where an objective given by name is to read z
+        averaged over tokens; `surrogate` takes sums all the same. `group`: the data-parallel ranks, where
+        they are not all. Raises UserError, one line, for an unknown kind or option, or where a kind lacks
+        what it measures."""
         config = _config_of(kind, options)
         self.kind = kind
-        self.objective = load_objective(objective) if isinstance(objective, str) else objective
+        if isinstance(objective, str):
+            objective = objective_of({"name": objective, "log_probs": log_probs or "sum"})
+        elif log_probs is not None:
+            raise UserError(
+                f"log_probs={log_probs}: is for an objective given by name; write "
+                f"rcpo.Calibrator({kind!r}, {objective.name!r}, log_probs=...)"
+            )
+        self.objective = objective
         if self.objective.weighs_tokens:
             raise UserError(
                 f"objective={self.objective.name}: weighs the tokens of z, which a loop of your own does "
@@ -118,11 +128,13 @@ class Calibrator:
         responses in tokens; `weight`, which multiplies a pair's loss.
         """
         pair = self._pair(z_w, z_l, ref_w, ref_l, len_w, len_l)
-        loss, (d_w, d_l) = loss_and_incentives(self.objective, pair)
+        loss, (d_w, d_l) = loss_and_incentives(self.objective, self.objective.view(pair))
         if weight is not None:
             weight = weight.to(loss)
             loss, d_w, d_l = weight * loss, weight * d_w, weight * d_l
         self._add(loss, pair, Incentives(d_w, d_l))
+        if self.objective.averages:
+            z_w, z_l = z_w / pair.len_w, z_l / pair.len_l
         if self._vectors is not None and self._calibrator.measures_at(self._step):
             one = torch.ones_like(d_w)
             c_w, c_l = (d_w, d_l) if self._weighted else (one, one)
@@ -228,7 +240,8 @@ class Calibrator:
             ):  # of the first micro-batches alone, where a run takes all of them
                 length = self._reduced(length) / self._num_ranks
             self._state = self.objective.initial_state(float(length))
-        return PairLogProbs(z_w.detach(), **rest, state=self._state)
+        z_l, ref_w, ref_l, len_w, len_l = rest.values()
+        return PairLogProbs(z_w.detach(), z_l, ref_w, ref_l, len_w, len_l, self._state)
 
     @torch.no_grad()
     def _add(self, loss: Tensor, pair: PairLogProbs, incentives: Incentives) -> None:

@@ -185,3 +185,12 @@ def importance_weighted(
     means = sum_per_side(importance, batch) / batch.lengths
     omega = importance / means[side_of_token(batch)]
     return sum_per_side(ref_token_logps + omega * (token_logps - ref_token_logps), batch), omega
+
+
+def score_shares(batch: PairBatch, omega: Tensor | None, averages: bool) -> Tensor | None:
+    """What multiplies each token's score in that of its response (N,): `omega`, over |y| where the objective
+    `averages` log-probs; None: 1."""
+    if not averages:
+        return omega
+    shares = batch.lengths.float().reciprocal()[side_of_token(batch)]
+    return shares if omega is None else omega * shares

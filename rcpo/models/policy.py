@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from rcpo.common.errors import UserError
 from rcpo.data.batch import PairBatch, Segments
 from rcpo.models.logit_transform import body_of, logit_transform
-from rcpo.models.logprobs import TokenLogProbHead, importance_weighted, sum_per_side
+from rcpo.models.logprobs import TokenLogProbHead, importance_weighted, score_shares, sum_per_side
 
 
 class Policy(nn.Module):
@@ -48,11 +48,13 @@ class Policy(nn.Module):
         token_logps: Tensor = self.head(hidden, batch)
         if tokens:
             return token_logps
+        omega: Tensor | None = None
         if batch.ref_token_logps is None:
-            return sum_per_side(token_logps, batch)
-        z, omega = importance_weighted(token_logps, batch.ref_token_logps, batch)
+            z = sum_per_side(token_logps, batch)
+        else:
+            z, omega = importance_weighted(token_logps, batch.ref_token_logps, batch)
         if self.head.scores is not None:
-            self.head.scores.importance = omega
+            self.head.scores.importance = score_shares(batch, omega, self.head.scores.averages)
         return z
 
     def _by_own_logits(self, batch: PairBatch) -> Tensor:

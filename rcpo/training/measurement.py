@@ -15,7 +15,7 @@
 `Measurements` says which one is due; made by `rcpo.training.loop`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -59,8 +59,9 @@ class Measurement:
         """Open around the backward pass of one side, `CHOSEN` or `REJECTED`, where the sides are apart."""
         return nullcontext()
 
-    def passes_beside(self, engine: Engine, batch: PairBatch, incentives: Incentives) -> None:
-        """Backward passes that the engine's gradient sees nothing of. Collective at ZeRO 3."""
+    def passes_beside(self, engine: Engine, batch: PairBatch, pulls: Incentives) -> None:
+        """Backward passes that the engine's gradient sees nothing of; `pulls` are the incentives by z, the
+        sum. Collective at ZeRO 3."""
 
     def products(self, engine: Engine, alpha: float) -> Tensor:
         """This rank's share of what `read` wants of a step that was calibrated with `alpha`, to be summed
@@ -82,10 +83,10 @@ ADAM_EPS = 1e-12
 class HeadMeasurement(Measurement):
     """Geometry of the output projection, from the ordinary backward pass."""
 
-    def __init__(self, engine: Engine, reader: Reader, num_pairs: int) -> None:
+    def __init__(self, engine: Engine, reader: Reader, num_pairs: int, averages: bool) -> None:
         has_bias = engine.policy.head.bias is not None
         self._scores = HeadScores(
-            engine.vocabulary, engine.hidden_size, has_bias, engine.device, reader.weighted
+            engine.vocabulary, engine.hidden_size, has_bias, engine.device, reader.weighted, averages
         )
         self._reader = reader
         self._num_pairs = num_pairs
@@ -163,14 +164,21 @@ class BesideMeasurement(Measurement):
     takes_joint_layouts = False
     has_passes_beside = True
 
-    def __init__(self, scores: ParameterScores, reader: "ParameterReader", weighted: bool) -> None:
-        self._scores, self._reader, self._weighted = scores, reader, weighted
+    def __init__(
+        self, scores: ParameterScores, reader: "ParameterReader", weighted: bool, averages: bool
+    ) -> None:
+        self._scores, self._reader = scores, reader
+        self._weighted, self._averages = weighted, averages
 
     def begin(self) -> None:
         self._scores.reset()
 
-    def passes_beside(self, engine: Engine, batch: PairBatch, incentives: Incentives) -> None:
-        weights = incentives if self._weighted else [torch.ones_like(incentives.d_w)] * 2
+    def passes_beside(self, engine: Engine, batch: PairBatch, pulls: Incentives) -> None:
+        weights: Sequence[Tensor] = pulls
+        if not self._weighted:
+            weights = [torch.ones_like(pulls.d_w)] * 2
+            if self._averages:
+                weights = batch.lengths.to(pulls.d_w.dtype).reciprocal().chunk(2)
         for side, is_last in ((CHOSEN, False), (REJECTED, True)):
             z = engine.logprobs(batch.side(chosen=side == CHOSEN))
             with self._scores.capture(side, keep_gradient=False):
@@ -244,10 +252,14 @@ class Measurements:
     def _weighted(self) -> bool:
         return self._config.calibration.estimator == "weighted"
 
+    @property
+    def _averages(self) -> bool:
+        return self._config.objective_function.averages
+
     def _of_head(self) -> HeadMeasurement:
         if self._head is None:
             pairs_per_step = self._config.train.pairs_per_step
-            self._head = HeadMeasurement(self._engine, self._make_reader(), pairs_per_step)
+            self._head = HeadMeasurement(self._engine, self._make_reader(), pairs_per_step, self._averages)
         return self._head
 
     def _of_parameters(self) -> tuple[ApartMeasurement, BesideMeasurement]:
@@ -259,5 +271,5 @@ class Measurements:
             scores = ParameterScores(parameters, self._engine.device)
             reader = ParameterReader(parameters, scores, self._make_reader())
             self._apart = ApartMeasurement(scores, reader)
-            self._beside = BesideMeasurement(scores, reader, self._weighted)
+            self._beside = BesideMeasurement(scores, reader, self._weighted, self._averages)
         return self._apart, self._beside

@@ -10,7 +10,8 @@
     calibrator  sees the global batch once, after the step   method.calibrators: alpha of the next step
     objective   its batch statistics advance likewise        kto's z0, bco's d, ...: the next step's numbers
 
-With alpha = 1 the surrogate's gradient is the loss's own, -d_w grad z_w + d_l grad z_l. There is no branch on
+With alpha = 1 the surrogate's gradient is the loss's own, -d_w grad z_w + d_l grad z_l. With
+objective.log_probs=mean the objective reads z/|y|: d and the scores are those of z/|y|. There is no branch on
 the objective's name, and none on the kind of calibration. The door in is `train_step`, called by
 `rcpo.training.loop`; the door out is the `TrainedStep` that it returns.
 
@@ -52,8 +53,12 @@ class Priced(NamedTuple):
     """A micro-batch after the objective has seen it; every tensor (B,), detached."""
 
     pair: PairLogProbs
+    """Log-probs summed over tokens, whatever the objective reads."""
     loss: Tensor
     incentives: Incentives
+    """By what the objective reads of z: its sum, or its mean over tokens."""
+    pulls: Incentives
+    """By the sum z: the same, or divided by |y|."""
 
 
 class TrainedStep(NamedTuple):
@@ -144,14 +149,15 @@ def price(
     the pairs' weights, as the aggregate tilts them."""
     len_w, len_l = micro_batch.batch.lengths.to(z_w.dtype).chunk(2)
     pair = PairLogProbs(z_w, z_l, micro_batch.ref_w, micro_batch.ref_l, len_w, len_l, objective_state)
-    loss, (d_w, d_l) = loss_and_incentives(objective, pair)
+    loss, (d_w, d_l) = loss_and_incentives(objective, objective.view(pair))
     weight = micro_batch.weight
-    priced = Priced(pair, weight * loss, Incentives(weight * d_w, weight * d_l))
-    if micro_batch.tilt is None:
-        return priced
-    p, total = micro_batch.tilt
-    d_w, d_l = priced.incentives
-    return Priced(pair, total.expand_as(priced.loss), Incentives(p * d_w, p * d_l))
+    loss, d_w, d_l = weight * loss, weight * d_w, weight * d_l
+    if micro_batch.tilt is not None:
+        p, total = micro_batch.tilt
+        loss, d_w, d_l = total.expand_as(loss), p * d_w, p * d_l
+    incentives = Incentives(d_w, d_l)
+    pulls = Incentives(d_w / len_w, d_l / len_l) if objective.averages else incentives
+    return Priced(pair, loss, incentives, pulls)
 
 
 def tilted(method: Method, state: TrainState, micro_batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
@@ -170,7 +176,7 @@ def tilted(method: Method, state: TrainState, micro_batches: Sequence[MicroBatch
 def surrogate(priced: Priced, alpha: float) -> tuple[Tensor, Tensor]:
     """Coefficients of z_w and z_l whose gradient is the calibrated loss's: -alpha d_w and d_l / alpha, each
     (B,)."""
-    return -alpha * priced.incentives.d_w, priced.incentives.d_l / alpha
+    return -alpha * priced.pulls.d_w, priced.pulls.d_l / alpha
 
 
 def backward_together(
@@ -183,7 +189,7 @@ def backward_together(
         priced = price(method.objective, state.objective_state, micro_batch, z_w.detach(), z_l.detach())
         c_w, c_l = surrogate(priced, alpha)
         engine.backward((c_w * z_w + c_l * z_l).mean(), is_last=not measurement.has_passes_beside)
-    measurement.passes_beside(engine, micro_batch.batch, priced.incentives)
+    measurement.passes_beside(engine, micro_batch.batch, priced.pulls)
     return priced
 
 
