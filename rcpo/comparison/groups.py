@@ -47,6 +47,7 @@ OF_CALIBRATION = {
     "exact": ("scope", "estimator", "ema_beta", "max_log_alpha", "every", "warmup_steps"),
     "feedback": ("feedback.*", "max_log_alpha"),
     "balance": ("balance.*",),
+    "published": ("scope", "ema_beta", "max_log_alpha"),
     "fixed": ("alpha",),
 }
 """What each calibration reads of its section; the rest of it distinguishes nothing."""

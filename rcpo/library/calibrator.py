@@ -91,9 +91,13 @@ class Calibrator:
             )
         self._calibrator = build_calibrator(config, first_pass_steps, momentum)
         self._weighted = config.estimator == "weighted"
-        self._vectors = _vectors_of(kind, self._calibrator.measures_at(0), head, parameters)
+        if self._calibrator.per_micro_batch and group is not None:
+            raise UserError(
+                f"Calibrator({kind!r}, ...): has a state for every rank there is; leave group out"
+            )
         self._group = group
         self._step = 0
+        self._vectors = _vectors_of(kind, self._measures(), head, parameters)
         self._state: tuple[float, ...] | None = None
         self._sums: Tensor | None = None
         self._has_reference = True
@@ -132,14 +136,19 @@ class Calibrator:
         if weight is not None:
             weight = weight.to(loss)
             loss, d_w, d_l = weight * loss, weight * d_w, weight * d_l
+        if self._sums is None:
+            self._calibrator.begin()
         self._add(loss, pair, Incentives(d_w, d_l))
         if self.objective.averages:
             z_w, z_l = z_w / pair.len_w, z_l / pair.len_l
-        if self._vectors is not None and self._calibrator.measures_at(self._step):
+        if self._vectors is not None and self._measures():
             one = torch.ones_like(d_w)
             c_w, c_l = (d_w, d_l) if self._weighted else (one, one)
             self._vectors.add((c_w * z_w).sum(), (c_l * z_l).sum())
-        alpha = self.alpha
+        geometry = None
+        if self._vectors is not None and self._calibrator.per_micro_batch:
+            geometry = self._geometry_of(*self._vectors.take(), len(d_w))
+        alpha = self._calibrator.alpha_of(Incentives(d_w, d_l), geometry)
         value = (-alpha * d_w * z_w + d_l / alpha * z_l).mean()
         return loss.mean() + (value - value.detach())
 
@@ -169,7 +178,12 @@ class Calibrator:
         num_pairs, *sums = self._reduced(self._sums).tolist()
         means = {name: total / num_pairs for name, total in zip(QUANTITIES, sums, strict=False)}
         seen = statistics_of(means, self._geometry(num_pairs), probe, lr_share)
-        row = step_row(means, seen, self.alpha, self._calibrator)
+        of_ranks = self._calibrator.of_rank(self._num_ranks)
+        if of_ranks:
+            shares = self._reduced(self._sums.new_tensor(list(of_ranks.values()))).tolist()
+            of_ranks = dict(zip(of_ranks, shares, strict=True))
+        alpha = of_ranks.get("calibration/alpha", self.alpha)
+        row = step_row(means, seen, alpha, self._calibrator) | of_ranks
         self._calibrator.update(seen)
         assert self._state is not None
         columns = [total / num_pairs for total in sums[len(QUANTITIES) :]]
@@ -201,7 +215,11 @@ class Calibrator:
 
     def _watch_if_due(self) -> None:
         if self._vectors is not None:
-            self._vectors.watch(self._calibrator.measures_at(self._step))
+            self._vectors.watch(self._measures())
+
+    def _measures(self) -> bool:
+        """Whether this step's micro-batches give score vectors."""
+        return self._calibrator.per_micro_batch or self._calibrator.measures_at(self._step)
 
     def _pair(
         self,
@@ -255,6 +273,10 @@ class Calibrator:
         if self._vectors is None or not self._calibrator.measures_at(self._step):
             return None
         chosen, rejected = (self._reduced(side) for side in self._vectors.take())
+        return self._geometry_of(chosen, rejected, num_pairs)
+
+    def _geometry_of(self, chosen: Tensor, rejected: Tensor, num_pairs: float) -> ScoreGeometry:
+        """From sums over so many pairs."""
         return ScoreGeometry(
             chosen_squared=float(partial_dot([chosen], [chosen])) / num_pairs**2,
             rejected_squared=float(partial_dot([rejected], [rejected])) / num_pairs**2,

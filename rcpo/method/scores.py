@@ -124,11 +124,14 @@ class HeadScores:
         device: torch.device,
         weighted: bool = False,
         averages: bool = False,
+        in_forward: bool = False,
     ) -> None:
         self._has_bias = has_bias
         self.importance: Tensor | None = None
-        """What multiplies the tokens' own scores in the coming backward pass, (N,); None: 1."""
+        """What multiplies the tokens' own scores in the coming pass, (N,); None: 1."""
         self.weighted, self.averages = weighted, averages
+        self.in_forward = in_forward
+        """Whether the forward pass adds up, rather than the backward pass; for unweighted sums."""
         # The reduce-scatter wants equal shares; rows of zeros change no norm.
         rows = -(-vocabulary // world_size()) * world_size()
         self._vocabulary = vocabulary
@@ -156,6 +159,11 @@ class HeadScores:
         side[:, : product.shape[1]] += product
         if bias is not None:
             side[:, -1] += bias
+
+    def own_sums(self) -> list[Tensor]:
+        """This rank's sums, chosen and rejected; views that `reset` and the next pass change. Their first
+        dimension is a multiple of the ranks."""
+        return list(self._sums)
 
     def _side(self, chosen: bool) -> Tensor:
         return self._sums[CHOSEN if chosen else REJECTED, : self._vocabulary]

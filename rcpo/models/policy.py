@@ -45,16 +45,17 @@ class Policy(nn.Module):
             mask = self._attention_mask(batch.segments)
             joint = {"attention_mask": mask, "position_ids": batch.position_ids}
         hidden = self.body(input_ids=batch.input_ids, use_cache=False, **joint).last_hidden_state
+        scores = self.head.scores
+        if scores is not None:
+            scores.importance = score_shares(batch, None, scores.averages)
         token_logps: Tensor = self.head(hidden, batch)
         if tokens:
             return token_logps
-        omega: Tensor | None = None
         if batch.ref_token_logps is None:
-            z = sum_per_side(token_logps, batch)
-        else:
-            z, omega = importance_weighted(token_logps, batch.ref_token_logps, batch)
-        if self.head.scores is not None:
-            self.head.scores.importance = score_shares(batch, omega, self.head.scores.averages)
+            return sum_per_side(token_logps, batch)
+        z, omega = importance_weighted(token_logps, batch.ref_token_logps, batch)
+        if scores is not None:
+            scores.importance = score_shares(batch, omega, scores.averages)
         return z
 
     def _by_own_logits(self, batch: PairBatch) -> Tensor:
