@@ -36,7 +36,7 @@ IGNORED = (
     "model.lora.save",
 )
 """Settings that change neither training nor its speed: runs that differ in them are one group."""
-ABSENT = (("objective.module", None),)
+ABSENT = (("objective.module", None), ("objective.log_probs", "sum"))
 """Settings that runs of before the key was there do not have, and that mean the same."""
 HARDWARE = ("launch.*", "deepspeed.*", "train.device", "train.pairs_per_device")
 """Settings that change the speed alone: other groups, but with the same baseline."""
@@ -47,6 +47,7 @@ OF_CALIBRATION = {
     "exact": ("scope", "estimator", "ema_beta", "max_log_alpha", "every", "warmup_steps"),
     "feedback": ("feedback.*", "max_log_alpha"),
     "balance": ("balance.*",),
+    "published": ("scope", "ema_beta", "max_log_alpha"),
     "fixed": ("alpha",),
 }
 """What each calibration reads of its section; the rest of it distinguishes nothing."""

@@ -59,6 +59,7 @@ def resolve(
             name=name,
             run_dir=_run_dir(config.run_dir or f"runs/{name}"),
             train=train,
+            calibration=dataclasses.replace(config.calibration, scope=_scope(config)),
             model=_model(config.model, dtype),
             data=dataclasses.replace(
                 config.data,
@@ -75,6 +76,12 @@ def resolve(
             tracking=_tracking(config),
         )
     )
+
+
+def _scope(config: Config) -> Literal["head", "lora_last", "full"]:
+    """What calibration measures."""
+    given = config.calibration.scope
+    return given or ("head" if config.model.lora.rank is None else "lora_last")
 
 
 def _default_lr(config: Config) -> float:

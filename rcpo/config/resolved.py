@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from rcpo.config.schema import (
     STRICT,
+    CalibrationConfig,
     Config,
     DeepSpeedConfig,
     ModelConfig,
@@ -24,6 +25,11 @@ from rcpo.config.schema import (
 )
 from rcpo.config.validate import validate_as
 from rcpo.objectives import Composition, Objective, composition_of, objective_of
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class ResolvedCalibration(CalibrationConfig):
+    scope: Literal["head", "lora_last", "full"]
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -60,6 +66,7 @@ class ResolvedTrain(TrainConfig):
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class ResolvedConfig(Config):
+    calibration: ResolvedCalibration
     model: ResolvedModel
     optim: ResolvedOptim
     deepspeed: ResolvedDeepSpeed

@@ -35,6 +35,7 @@ def check_combinations(config: Config) -> None:
         raise UserError("deepspeed.offload=optimizer: needs ZeRO 1, 2 or 3; type deepspeed.stage=2")
     _check_tracking(config.tracking)
     check_calibration(config.calibration)
+    _check_published(config)
     _check_reference(config)
     if config.calibration.scope == "lora_last" and config.model.lora.rank is None:
         raise UserError(
@@ -206,12 +207,37 @@ def _check_reference(config: Config) -> None:
         )
 
 
+def _check_published(config: Config) -> None:
+    """What cannot give every micro-batch its own scores before it goes backward."""
+    scope = config.calibration.scope or ("head" if config.model.lora.rank is None else "lora_last")
+    if config.calibration.name != "published":
+        return
+    if scope == "lora_last" and config.deepspeed.stage == 3:
+        raise UserError(
+            "deepspeed.stage=3: takes each backward pass right after its own forward pass, and "
+            "calibration=published with scope=lora_last three after one; type deepspeed.stage=2"
+        )
+    objective = objective_of(config.objective)
+    if objective.weighs_tokens:
+        raise UserError(
+            f"objective={objective.name}: weighs tokens by what the forward pass finds, and "
+            "calibration=published reads their scores in that pass; type calibration=on"
+        )
+
+
 def check_calibration(calibration: CalibrationConfig) -> None:
     """Rules that join several keys of one calibration."""
     if calibration.alpha != 1.0 and calibration.name != "fixed":
         raise UserError(
             f"calibration.alpha={calibration.alpha}: is for a constant alpha; type calibration=fixed as well"
         )
+    if calibration.name == "published":
+        for key, value, right in (("estimator", "weighted", "mean"), ("scope", "full", "null")):
+            if getattr(calibration, key) == value:
+                raise UserError(
+                    f"calibration.{key}={value}: is not of the published protocol; type "
+                    f"calibration.{key}={right}, or calibration=on"
+                )
     feedback = calibration.feedback
     if feedback.high is not None and feedback.high < feedback.low:
         raise UserError(

@@ -88,18 +88,21 @@ class BalanceConfig:
 @dataclass(frozen=True, config=STRICT)
 @defaults_in("calibration/on")
 class CalibrationConfig:
-    name: Literal["off", "on", "exact", "feedback", "balance", "fixed"]
+    name: Literal["off", "on", "exact", "feedback", "balance", "published", "fixed"]
     """off: plain training. on: reward calibration as in arXiv 2604.18239. exact: the same on the two real
     halves of the gradient. feedback: steers alpha by the chosen responses' displacement. balance: by the
-    middle of both sides. fixed: alpha as given."""
-    scope: Literal["head", "lora_last", "full"] = IN_CONF
+    middle of both sides. published: the protocol of the paper's published code, alpha per micro-batch and
+    rank. fixed: alpha as given."""
+    scope: Literal["head", "lora_last", "full"] | None = IN_CONF
     """Parameters whose score vectors are compared. head: the output projection, through the head path.
-    lora_last: the adapters of the last transformer block. full: all that are trained."""
+    lora_last: the adapters of the last transformer block. full: all that are trained. null: lora_last where
+    an adapter trains, else head."""
     estimator: Literal["mean", "weighted"] = IN_CONF
     """mean: r = mean(d_w)/mean(d_l) and scores of the mean log-probabilities (the paper's). weighted: the two
     halves G_w = mean(d_w s_w) and G_l = mean(d_l s_l) of the real gradient."""
     ema_beta: Annotated[float, Field(ge=0, lt=1)] = IN_CONF
-    """Decay of the EMA of log ratio and band centre, per optimizer step; the paper's 0.98."""
+    """Decay of the EMA of log ratio and band centre, per optimizer step; the paper's 0.98. published: per
+    micro-batch."""
     max_log_alpha: Annotated[float, Field(gt=0, le=20)] = IN_CONF
     """Limit of |log alpha|; limited steps are counted in calibration/clamped."""
     every: Positive = 1  # conf/ has 8 for those that measure; metrics.geometry_every counts for the others

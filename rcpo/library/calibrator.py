@@ -26,7 +26,7 @@ from rcpo.method.incentives import Incentives, loss_and_incentives
 from rcpo.method.metrics import QUANTITIES, pair_sums, statistics_of, step_row
 from rcpo.method.scores import ScoreGeometry, partial_dot
 from rcpo.method.statistics import Probe
-from rcpo.objectives import Objective, PairLogProbs, load_objective
+from rcpo.objectives import Objective, PairLogProbs, objective_of
 
 # B pairs of a micro-batch.
 KINDS: tuple[str, ...] = typing.get_args(typing.get_type_hints(CalibrationConfig)["name"])
@@ -64,16 +64,26 @@ class Calibrator:
         parameters: Iterable[nn.Parameter] | None = None,
         first_pass_steps: int = 0,
         momentum: float = 0.9,
+        log_probs: str | None = None,
         group: "dist.ProcessGroup | None" = None,
         **options: Any,
     ) -> None:
         """`first_pass_steps`: optimizer steps at the start whose pairs are all new to the run, one pass over
         the data; feedback steers by them. `momentum`: AdamW's first decay rate, or SGD's momentum, which
-        balance takes into account. `group`: the data-parallel ranks, where they are not all. Raises
-        UserError, one line, for an unknown kind or option, or where a kind lacks what it measures."""
+        balance takes into account. `log_probs`: mean where an objective given by name is to read z
+        averaged over tokens; `surrogate` takes sums all the same. `group`: the data-parallel ranks, where
+        they are not all. Raises UserError, one line, for an unknown kind or option, or where a kind lacks
+        what it measures."""
         config = _config_of(kind, options)
         self.kind = kind
-        self.objective = load_objective(objective) if isinstance(objective, str) else objective
+        if isinstance(objective, str):
+            objective = objective_of({"name": objective, "log_probs": log_probs or "sum"})
+        elif log_probs is not None:
+            raise UserError(
+                f"log_probs={log_probs}: is for an objective given by name; write "
+                f"rcpo.Calibrator({kind!r}, {objective.name!r}, log_probs=...)"
+            )
+        self.objective = objective
         if self.objective.weighs_tokens:
             raise UserError(
                 f"objective={self.objective.name}: weighs the tokens of z, which a loop of your own does "
@@ -81,9 +91,13 @@ class Calibrator:
             )
         self._calibrator = build_calibrator(config, first_pass_steps, momentum)
         self._weighted = config.estimator == "weighted"
-        self._vectors = _vectors_of(kind, self._calibrator.measures_at(0), head, parameters)
+        if self._calibrator.per_micro_batch and group is not None:
+            raise UserError(
+                f"Calibrator({kind!r}, ...): has a state for every rank there is; leave group out"
+            )
         self._group = group
         self._step = 0
+        self._vectors = _vectors_of(kind, self._measures(), head, parameters)
         self._state: tuple[float, ...] | None = None
         self._sums: Tensor | None = None
         self._has_reference = True
@@ -118,16 +132,23 @@ class Calibrator:
         responses in tokens; `weight`, which multiplies a pair's loss.
         """
         pair = self._pair(z_w, z_l, ref_w, ref_l, len_w, len_l)
-        loss, (d_w, d_l) = loss_and_incentives(self.objective, pair)
+        loss, (d_w, d_l) = loss_and_incentives(self.objective, self.objective.view(pair))
         if weight is not None:
             weight = weight.to(loss)
             loss, d_w, d_l = weight * loss, weight * d_w, weight * d_l
+        if self._sums is None:
+            self._calibrator.begin()
         self._add(loss, pair, Incentives(d_w, d_l))
-        if self._vectors is not None and self._calibrator.measures_at(self._step):
+        if self.objective.averages:
+            z_w, z_l = z_w / pair.len_w, z_l / pair.len_l
+        if self._vectors is not None and self._measures():
             one = torch.ones_like(d_w)
             c_w, c_l = (d_w, d_l) if self._weighted else (one, one)
             self._vectors.add((c_w * z_w).sum(), (c_l * z_l).sum())
-        alpha = self.alpha
+        geometry = None
+        if self._vectors is not None and self._calibrator.per_micro_batch:
+            geometry = self._geometry_of(*self._vectors.take(), len(d_w))
+        alpha = self._calibrator.alpha_of(Incentives(d_w, d_l), geometry)
         value = (-alpha * d_w * z_w + d_l / alpha * z_l).mean()
         return loss.mean() + (value - value.detach())
 
@@ -157,7 +178,12 @@ class Calibrator:
         num_pairs, *sums = self._reduced(self._sums).tolist()
         means = {name: total / num_pairs for name, total in zip(QUANTITIES, sums, strict=False)}
         seen = statistics_of(means, self._geometry(num_pairs), probe, lr_share)
-        row = step_row(means, seen, self.alpha, self._calibrator)
+        of_ranks = self._calibrator.of_rank(self._num_ranks)
+        if of_ranks:
+            shares = self._reduced(self._sums.new_tensor(list(of_ranks.values()))).tolist()
+            of_ranks = dict(zip(of_ranks, shares, strict=True))
+        alpha = of_ranks.get("calibration/alpha", self.alpha)
+        row = step_row(means, seen, alpha, self._calibrator) | of_ranks
         self._calibrator.update(seen)
         assert self._state is not None
         columns = [total / num_pairs for total in sums[len(QUANTITIES) :]]
@@ -189,7 +215,11 @@ class Calibrator:
 
     def _watch_if_due(self) -> None:
         if self._vectors is not None:
-            self._vectors.watch(self._calibrator.measures_at(self._step))
+            self._vectors.watch(self._measures())
+
+    def _measures(self) -> bool:
+        """Whether this step's micro-batches give score vectors."""
+        return self._calibrator.per_micro_batch or self._calibrator.measures_at(self._step)
 
     def _pair(
         self,
@@ -228,7 +258,8 @@ class Calibrator:
             ):  # of the first micro-batches alone, where a run takes all of them
                 length = self._reduced(length) / self._num_ranks
             self._state = self.objective.initial_state(float(length))
-        return PairLogProbs(z_w.detach(), **rest, state=self._state)
+        z_l, ref_w, ref_l, len_w, len_l = rest.values()
+        return PairLogProbs(z_w.detach(), z_l, ref_w, ref_l, len_w, len_l, self._state)
 
     @torch.no_grad()
     def _add(self, loss: Tensor, pair: PairLogProbs, incentives: Incentives) -> None:
@@ -242,6 +273,10 @@ class Calibrator:
         if self._vectors is None or not self._calibrator.measures_at(self._step):
             return None
         chosen, rejected = (self._reduced(side) for side in self._vectors.take())
+        return self._geometry_of(chosen, rejected, num_pairs)
+
+    def _geometry_of(self, chosen: Tensor, rejected: Tensor, num_pairs: float) -> ScoreGeometry:
+        """From sums over so many pairs."""
         return ScoreGeometry(
             chosen_squared=float(partial_dot([chosen], [chosen])) / num_pairs**2,
             rejected_squared=float(partial_dot([rejected], [rejected])) / num_pairs**2,

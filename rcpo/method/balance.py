@@ -41,6 +41,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rcpo.method.per_step import PerStep
 from rcpo.method.statistics import StepStatistics
 
 Grid = NDArray[np.float64]
@@ -122,7 +123,7 @@ class Filters:
 
 
 @dataclass
-class BalanceCalibration:
+class BalanceCalibration(PerStep):
     """Steers c = (r_w + r_l) / 2 of held-out probe pairs to 0; two-sided, and nothing to tune. The module
     says how.
 

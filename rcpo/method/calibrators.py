@@ -3,11 +3,10 @@
 All kinds share one interface: `alpha()` before the step, `update(statistics)` after it, `state_dict()`. `off`
 is a null object. Owns the band formulas and the EMA; does not own where the statistics come from
 (`rcpo.training.step` measures them for the global batch, so alpha is the same on every rank and for every
-split into micro-batches).
+split into micro-batches). One kind, `rcpo.method.published`, has an alpha per micro-batch and rank instead.
 
-Source: arXiv 2604.18239. Departures from the published code, each on purpose: alpha once per optimizer step
-from the global batch with lag one; EMA starts as a running mean; steps without a positive incentive mean are
-skipped and counted; log alpha is clamped and the clamps are counted; rho <= 0 is reported as it is.
+Source: arXiv 2604.18239. README.md of this room has a table of what is done otherwise than in the published
+code, each on purpose.
 """
 
 import math
@@ -17,6 +16,10 @@ from typing import Any, Protocol
 from rcpo.config.schema import CalibrationConfig
 from rcpo.method.balance import BalanceCalibration
 from rcpo.method.band import disentanglement_band
+from rcpo.method.incentives import Incentives
+from rcpo.method.per_step import PerStep
+from rcpo.method.published import PublishedCalibration
+from rcpo.method.scores import ScoreGeometry
 from rcpo.method.statistics import Probe, StepStatistics
 
 __all__ = [
@@ -26,6 +29,7 @@ __all__ = [
     "FeedbackCalibration",
     "FixedCalibration",
     "Probe",
+    "PublishedCalibration",
     "StepStatistics",
     "build_calibrator",
 ]
@@ -33,6 +37,11 @@ __all__ = [
 
 class Calibrator(Protocol):
     """Decides alpha: d_w becomes alpha d_w, d_l becomes d_l / alpha; product and loss value stay."""
+
+    @property
+    def per_micro_batch(self) -> bool:
+        """Whether every micro-batch of every rank has an alpha of its own; `PerStep` says what else that
+        means."""
 
     @property
     def steers_by_batches(self) -> bool:
@@ -47,6 +56,16 @@ class Calibrator(Protocol):
 
     def alpha(self) -> float:
         """The factor for the next step."""
+
+    def begin(self) -> None:
+        """A step begins; what one that was given up has left is forgotten."""
+
+    def alpha_of(self, incentives: Incentives, geometry: ScoreGeometry | None) -> float:
+        """The factor of one micro-batch with these incentives (B,), and this geometry where every micro-batch
+        is measured: the step's."""
+
+    def of_rank(self, num_ranks: int) -> dict[str, float]:
+        """This rank's share of `calibration/*` that differ between ranks, to be summed over them."""
 
     def update(self, statistics: StepStatistics) -> None:
         """Take in what the step showed: the one place where state changes."""
@@ -63,7 +82,7 @@ class Calibrator(Protocol):
 
 
 @dataclass
-class FixedCalibration:
+class FixedCalibration(PerStep):
     """alpha constant: the static baseline, and at 1 plain training. Learns nothing, measures nothing."""
 
     value: float = 1.0
@@ -98,7 +117,7 @@ class FixedCalibration:
 
 
 @dataclass
-class BandCalibration:
+class BandCalibration(PerStep):
     """alpha = exp(1/2 (EMA[center] - EMA[position])), clamped to exp(+-max_log_alpha); position is log r and
     center log r* for the estimator mean, log(|G_w| / |G_l|) and 0 for weighted, which gives the two halves
     equal norm.
@@ -183,7 +202,7 @@ class BandCalibration:
 
 
 @dataclass
-class FeedbackCalibration:
+class FeedbackCalibration(PerStep):
     """Closed loop: a proportional-integral law holds the displacement r of pairs not trained on at `target`.
 
         e        <- smoothing^k e + (1 - smoothing^k) clip(r - target, -5, 5)    e = 0 at the start, as r is
@@ -295,6 +314,8 @@ def build_calibrator(
     pairs that are new to it, and whose optimizer has this `momentum` (AdamW's first decay rate)."""
     if config.name in ("off", "fixed"):
         return FixedCalibration(config.alpha)
+    if config.name == "published":
+        return PublishedCalibration(config.ema_beta, config.max_log_alpha)
     if config.name == "balance":
         return BalanceCalibration(config.balance.limit, config.balance.every, momentum)
     if config.name == "feedback":

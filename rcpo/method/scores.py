@@ -34,7 +34,8 @@ CHOSEN, REJECTED = 0, 1
 class ScoreGeometry:
     """|v_w|^2, |v_l|^2 and <v_w, v_l> of the two sides' vectors, for the global batch.
 
-    mean: v = s, the gradient of the batch mean of z; units nats^2/parameter^2. weighted: v = G = (1/B) sum_i
+    mean: v = s, the gradient of the batch mean of z (of z/|y| where the objective averages log-probs); units
+    nats^2/parameter^2. weighted: v = G = (1/B) sum_i
     d_i s_i, the two halves of the loss's real gradient before calibration, grad L = -G_w + G_l.
     """
 
@@ -108,20 +109,29 @@ class HeadScores:
     """Accumulates both sides' sums over tokens of c_t e_t h_t^T (V x H, and V for a bias) in one optimizer
     step.
 
-    e_t = onehot(target_t) - softmax(logits_t). unweighted: c = 1, one more product per chunk of the head's
-    backward. weighted: c_t is the gradient that reaches token t, so that the sums are the two parts of the
-    head's own gradient: no product more. Memory: 2 V (H + 1) fp32 numbers per rank while geometry is
-    measured; weighted: V H more for a chunk's product. Traffic with several ranks: one reduce-scatter of both
-    sums.
+    e_t = onehot(target_t) - softmax(logits_t). unweighted: c = 1, or 1/|y| where the objective averages
+    log-probs: one more product per chunk of the head's backward. weighted: c_t is the gradient that reaches
+    token t, so that the sums are the two parts of the head's own gradient: no product more. Memory: 2 V (H +
+    1) fp32 numbers per rank while geometry is measured; weighted: V H more for a chunk's product. Traffic
+    with several ranks: one reduce-scatter of both sums.
     """
 
     def __init__(
-        self, vocabulary: int, hidden: int, has_bias: bool, device: torch.device, weighted: bool = False
+        self,
+        vocabulary: int,
+        hidden: int,
+        has_bias: bool,
+        device: torch.device,
+        weighted: bool = False,
+        averages: bool = False,
+        in_forward: bool = False,
     ) -> None:
         self._has_bias = has_bias
         self.importance: Tensor | None = None
-        """What multiplies the tokens' own scores in the coming backward pass, (N,); None: 1."""
-        self.weighted = weighted
+        """What multiplies the tokens' own scores in the coming pass, (N,); None: 1."""
+        self.weighted, self.averages = weighted, averages
+        self.in_forward = in_forward
+        """Whether the forward pass adds up, rather than the backward pass; for unweighted sums."""
         # The reduce-scatter wants equal shares; rows of zeros change no norm.
         rows = -(-vocabulary // world_size()) * world_size()
         self._vocabulary = vocabulary
@@ -149,6 +159,11 @@ class HeadScores:
         side[:, : product.shape[1]] += product
         if bias is not None:
             side[:, -1] += bias
+
+    def own_sums(self) -> list[Tensor]:
+        """This rank's sums, chosen and rejected; views that `reset` and the next pass change. Their first
+        dimension is a multiple of the ranks."""
+        return list(self._sums)
 
     def _side(self, chosen: bool) -> Tensor:
         return self._sums[CHOSEN if chosen else REJECTED, : self._vocabulary]

@@ -43,10 +43,15 @@ class _TokenLogProbs(torch.autograd.Function):
         num_kept = 0
         for part in _chunks(hidden.shape[0], num_chosen, weight.shape[0]):
             exps = transform(_logits(hidden[part], weight, bias))
+            in_forward = scores is not None and scores.in_forward
+            slope = transform.slope(exps) if in_forward else None
             target, largest = exps.gather(1, targets[part, None]).squeeze(1), exps.amax(1)
             sums = exps.sub_(largest[:, None]).exp_().sum(1)
             log_norms[part] = largest + sums.log()
             token_logps[part] = target - log_norms[part]
+            if scores is not None and in_forward:
+                error = _error(exps.clone(), sums, targets[part], slope).to(weight.dtype)
+                _add_scores(scores, part, num_chosen, error, hidden, transform.scale)
             num_kept += exps.numel()
             if num_kept <= KEPT_ELEMENTS and any(ctx.needs_input_grad) and transform.cap is None:
                 kept[part.start] = exps, sums
@@ -74,17 +79,10 @@ class _TokenLogProbs(torch.autograd.Function):
                 exps.sub_(log_norms[part, None]).exp_()
                 sums = torch.ones_like(own)
             # The vocabulary-sized error stays as it is; what multiplies it multiplies small factors.
-            error = exps.mul_((-1 / sums)[:, None])
-            error.scatter_add_(1, targets[part, None], torch.ones_like(own)[:, None])
-            if slope is not None:
-                error.mul_(slope)
+            error = _error(exps, sums, targets[part], slope)
             rounded = error.to(weight.dtype)  # itself, in fp32
-            if scores is not None and not scores.weighted:
-                importance = None if scores.importance is None else scores.importance[part]
-                if transform.scale != 1.0:
-                    importance = torch.ones_like(own) if importance is None else importance
-                    importance = transform.scale * importance
-                scores.add(is_chosen, rounded, hidden[part], importance)
+            if scores is not None and not (scores.weighted or scores.in_forward):
+                _add_scores(scores, part, ctx.num_chosen, rounded, hidden, transform.scale)
             if grad_hidden is not None:
                 grad_hidden[part] = own[:, None] * (rounded @ weight)
             if ctx.needs_input_grad[1]:
@@ -102,6 +100,23 @@ class _TokenLogProbs(torch.autograd.Function):
             None if grad_bias is None else grad_bias.to(bias.dtype),
             None, None, None, None,
         )  # fmt: skip
+
+
+def _error(exps: Tensor, sums: Tensor, targets: Tensor, slope: Tensor | None) -> Tensor:
+    """e_t of some tokens (n, V), in the place of `exps`, whose rows add up to `sums`."""
+    error = exps.mul_((-1 / sums)[:, None])
+    error.scatter_add_(1, targets[:, None], torch.ones_like(sums)[:, None])
+    return error if slope is None else error.mul_(slope)
+
+
+def _add_scores(
+    scores: HeadScores, part: slice, num_chosen: int, error: Tensor, hidden: Tensor, scale: float
+) -> None:
+    """Hand some tokens' own scores on, times their importance and the model's `scale`."""
+    importance = None if scores.importance is None else scores.importance[part]
+    if scale != 1.0:
+        importance = scale * (torch.ones_like(hidden[part, 0]).float() if importance is None else importance)
+    scores.add(part.start < num_chosen, error, hidden[part], importance)
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -185,3 +200,12 @@ def importance_weighted(
     means = sum_per_side(importance, batch) / batch.lengths
     omega = importance / means[side_of_token(batch)]
     return sum_per_side(ref_token_logps + omega * (token_logps - ref_token_logps), batch), omega
+
+
+def score_shares(batch: PairBatch, omega: Tensor | None, averages: bool) -> Tensor | None:
+    """What multiplies each token's score in that of its response (N,): `omega`, over |y| where the objective
+    `averages` log-probs; None: 1."""
+    if not averages:
+        return omega
+    shares = batch.lengths.float().reciprocal()[side_of_token(batch)]
+    return shares if omega is None else omega * shares

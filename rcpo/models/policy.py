@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from rcpo.common.errors import UserError
 from rcpo.data.batch import PairBatch, Segments
 from rcpo.models.logit_transform import body_of, logit_transform
-from rcpo.models.logprobs import TokenLogProbHead, importance_weighted, sum_per_side
+from rcpo.models.logprobs import TokenLogProbHead, importance_weighted, score_shares, sum_per_side
 
 
 class Policy(nn.Module):
@@ -45,14 +45,17 @@ class Policy(nn.Module):
             mask = self._attention_mask(batch.segments)
             joint = {"attention_mask": mask, "position_ids": batch.position_ids}
         hidden = self.body(input_ids=batch.input_ids, use_cache=False, **joint).last_hidden_state
+        scores = self.head.scores
+        if scores is not None:
+            scores.importance = score_shares(batch, None, scores.averages)
         token_logps: Tensor = self.head(hidden, batch)
         if tokens:
             return token_logps
         if batch.ref_token_logps is None:
             return sum_per_side(token_logps, batch)
         z, omega = importance_weighted(token_logps, batch.ref_token_logps, batch)
-        if self.head.scores is not None:
-            self.head.scores.importance = omega
+        if scores is not None:
+            scores.importance = score_shares(batch, omega, scores.averages)
         return z
 
     def _by_own_logits(self, batch: PairBatch) -> Tensor:

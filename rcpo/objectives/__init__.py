@@ -17,7 +17,8 @@ values.
     ratio.py           density-ratio estimation
     anchored.py        made to hold the chosen response up
     mix.py             weighted sums of all of these
-    composition.py     what every objective accepts: weights of pairs, and what takes the mean's place
+    composition.py     what every objective accepts: means of log-probs, weights of pairs, what takes the
+                       mean's place
 
 Shape legend: B pairs. z_w, z_l are log-probabilities *summed* over response tokens; r = z - ref, mt = r_w -
 r_l, m = z_w - z_l, a bar divides by the side's length |y|.

@@ -1,10 +1,10 @@
-"""What every objective accepts beside its own parameters: weights of pairs, what takes the mean's place, and
-the module that registers an objective of a user's own.
+"""What every objective accepts beside its own parameters: sums or means of log-probs, weights of pairs, what
+takes the mean's place, and the module that registers an objective of a user's own.
 
 Owns these keys of the `objective` section, their rules, and the one way from that section to an `Objective`.
 The keys' defaults as users see them are in conf/every_objective.yaml. Does not own what they mean:
-`rcpo.data.weights` reads the weights, `rcpo.training.step` multiplies by them, `rcpo.training.aggregate`
-aggregates."""
+`rcpo.objectives.loss` averages log-probs, `rcpo.data.weights` reads the weights, `rcpo.training.step`
+multiplies by them, `rcpo.training.aggregate` aggregates."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -19,6 +19,7 @@ from rcpo.objectives.registry import TOP, load_at, one_line
 
 SAMPLE_WEIGHTS = (None, "weight", "dora")
 AGGREGATES = ("mean", "kl_dro")
+LOG_PROBS = ("sum", "mean")
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,10 @@ class Composition:
     same data.
     """
 
+    log_probs: str = "sum"
+    """sum: z and ref as the objective's formula has them, summed over tokens. mean: both divided by the
+    response's length before the loss sees them, which then finds |y| = 1: what divides by |y| divides once,
+    and a loss about lengths (r_dpo) keeps them."""
     sample_weight: str | None = None
     """null: every pair counts alike. weight: by the column `weight`. dora: by 1/(a + a_i (1-p)/p) of the
     column `probability` (`rcpo.data.weights`)."""
@@ -48,6 +53,8 @@ class Composition:
     """File or Python module of a user's own that registers objectives (`rcpo.objectives.own`); null: none."""
 
     def __post_init__(self) -> None:
+        if self.log_probs not in LOG_PROBS:
+            raise ParameterError("log_probs", self.log_probs, "sum or mean", "sum")
         if self.sample_weight not in SAMPLE_WEIGHTS:
             raise ParameterError("sample_weight", self.sample_weight, "null, weight or dora", "weight")
         if self.aggregate not in AGGREGATES:
@@ -66,8 +73,10 @@ class Composition:
                 )
 
     def describe(self) -> str:
-        """What departs from a plain mean, for people; empty where nothing does."""
+        """What departs from summed log-probs and the mean loss, for people; empty where nothing does."""
         parts = []
+        if self.log_probs == "mean":
+            parts.append("log-probabilities averaged over each response's tokens")
         if self.sample_weight == "weight":
             parts.append("each pair's loss times its weight in the data")
         if self.sample_weight == "dora":
@@ -100,4 +109,5 @@ def objective_of(section: Mapping[str, Any], fresh: bool = False) -> Objective:
     if section.get("module") is not None:
         import_own(section["module"], fresh)
     params = {str(key): value for key, value in section.items() if key not in DEFAULTS}
-    return load_at(TOP, str(params.pop("name", None)), params, also=tuple(DEFAULTS))
+    loaded = load_at(TOP, str(params.pop("name", None)), params, also=tuple(DEFAULTS))
+    return dataclasses.replace(loaded, averages=composition_of(section).log_probs == "mean")

@@ -18,20 +18,23 @@ class PairLogProbs(NamedTuple):
     """What an objective sees of a batch of B pairs; every tensor is (B,) and floating point."""
 
     z_w: Tensor
-    """log pi(y_w|x), summed over the chosen response's tokens, in nats."""
+    """log pi(y_w|x), summed over the chosen response's tokens, in nats; averaged in what `averaged` makes."""
     z_l: Tensor
-    """log pi(y_l|x), summed over the rejected response's tokens, in nats."""
+    """log pi(y_l|x) of the rejected response, likewise."""
     ref_w: Tensor
     """z_w under the frozen reference; zeros where the objective declares `needs_reference=False`."""
     ref_l: Tensor
     """z_l under the frozen reference."""
     len_w: Tensor
-    """|y_w|, number of chosen response tokens, at least 1."""
+    """|y_w|, what turns z_w into a mean over tokens: the chosen response's tokens, at least 1; 1 where z_w is
+    that mean already."""
     len_l: Tensor
-    """|y_l|, number of rejected response tokens, at least 1."""
+    """|y_l| of the rejected response, likewise."""
     state: tuple[float, ...] = ()
     """The objective's batch statistics, from the optimizer step before; () stands for their values at the
     start."""
+    tokens: tuple[Tensor, Tensor] | None = None
+    """The responses' tokens where z is averaged, and len_w, len_l are 1; None: len_w, len_l."""
 
     @property
     def r_w(self) -> Tensor:
@@ -46,6 +49,27 @@ class PairLogProbs(NamedTuple):
     def margin(self) -> Tensor:
         """mt = r_w - r_l, the implicit reward margin divided by beta, (B,)."""
         return self.r_w - self.r_l
+
+    def extra_tokens(self) -> Tensor:
+        """Tokens of the chosen response less those of the rejected one, (B,), whatever z is: for a loss that
+        is about the lengths themselves."""
+        chosen, rejected = (self.len_w, self.len_l) if self.tokens is None else self.tokens
+        return chosen - rejected
+
+    def averaged(self) -> "PairLogProbs":
+        """z and ref as means over tokens, and |y| = 1, so that nothing is divided twice; itself where they
+        are."""
+        if self.tokens is not None:
+            return self
+        return self._replace(
+            z_w=self.z_w / self.len_w,
+            z_l=self.z_l / self.len_l,
+            ref_w=self.ref_w / self.len_w,
+            ref_l=self.ref_l / self.len_l,
+            len_w=torch.ones_like(self.len_w),
+            len_l=torch.ones_like(self.len_l),
+            tokens=(self.len_w, self.len_l),
+        )
 
 
 LossFunction = Callable[[PairLogProbs, Any], Tensor]
@@ -86,8 +110,16 @@ class Objective:
     weighs_tokens: bool = False
     """Whether z and r are sums over tokens weighted by importance
     (`rcpo.models.logprobs.importance_weighted`)."""
+    averages: bool = False
+    """Whether the loss reads log-probs averaged over tokens, whatever its formula says of z
+    (objective.log_probs=mean)."""
+
+    def view(self, pair: PairLogProbs) -> PairLogProbs:
+        """The pair as the loss reads it, which incentives are derivatives by: as it is, or averaged."""
+        return pair.averaged() if self.averages else pair
 
     def __call__(self, pair: PairLogProbs) -> Tensor:
+        pair = self.view(pair)
         if self.statistics and not pair.state:
             pair = pair._replace(state=self.initial_state(float((pair.len_w + pair.len_l).mean())))
         return self.loss(pair, self.config)
@@ -105,12 +137,14 @@ class Objective:
         """The columns whose global-batch means `advance` wants: (num_statistics, B), detached."""
         if not self.statistics:
             return pair.z_w.new_zeros(0, len(pair.z_w))
+        pair = self.view(pair)
         return torch.stack([statistic.column(pair).detach() for statistic in self.statistics])
 
     def initial_state(self, mean_total_length: float) -> tuple[float, ...]:
         """State before the first step; `mean_total_length` is the mean of |y_w| + |y_l| over the first global
-        batch."""
-        return tuple(number for statistic in self.statistics for number in statistic.start(mean_total_length))
+        batch, in tokens."""
+        length = 2.0 if self.averages else mean_total_length
+        return tuple(number for statistic in self.statistics for number in statistic.start(length))
 
     def advance(self, state: tuple[float, ...], means: Sequence[float]) -> tuple[float, ...]:
         """State for the next step from this one's and the global batch's means, once per optimizer step."""

@@ -205,4 +205,4 @@ def r_dpo(pair: PairLogProbs, config: LengthRegularizedDPOConfig) -> Tensor:
 
     Park et al. 2024 (arXiv 2403.19159).
     """
-    return -F.logsigmoid(config.beta * pair.margin() + config.a * (pair.len_w - pair.len_l))
+    return -F.logsigmoid(config.beta * pair.margin() + config.a * pair.extra_tokens())

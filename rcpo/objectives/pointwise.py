@@ -44,8 +44,9 @@ def kto(pair: PairLogProbs, config: PointwiseConfig) -> Tensor:
     KTO.
 
     z0 = max(0, mean r over both sides) is a number from the previous step's global batch. The paper estimates
-    it as a KL from mismatched prompts and responses, which pairs do not have; its weights of the two sides
-    are 1 here. Ethayarajh et al. 2024 (arXiv 2402.01306).
+    it as a KL from prompts with other prompts' responses in the batch. Pairs have these too; but each needs a
+    forward pass of policy and reference beyond the step's own, which rcpo does not take. The paper's weights
+    of the two sides are 1 here. Ethayarajh et al. 2024 (arXiv 2402.01306).
     """
     (z0,) = pair.state
     return sigmoid(-config.beta * (pair.r_w - z0)) + sigmoid(-config.beta * (z0 - pair.r_l))

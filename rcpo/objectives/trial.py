@@ -30,12 +30,7 @@ def try_out(objective: Objective) -> None:
     state = objective.initial_state(20.0)
     pairs = PAIRS._replace(state=state)
     together = _loss(objective, pairs)
-    tensors = PAIRS._asdict()
-    del tensors["state"]
-    alone = [
-        _loss(objective, pairs._replace(**{name: tensor[idx : idx + 1] for name, tensor in tensors.items()}))
-        for idx in range(len(together))
-    ]
+    alone = [_loss(objective, _alone(idx)._replace(state=state)) for idx in range(len(together))]
     if not torch.allclose(together, torch.cat(alone), rtol=1e-4, atol=1e-5, equal_nan=True):
         raise _fault(
             objective,
@@ -47,6 +42,12 @@ def try_out(objective: Objective) -> None:
     moved = pairs._replace(ref_w=pairs.ref_w - 1, ref_l=pairs.ref_l + 1)
     if not torch.equal(_loss(objective, moved), together):
         raise _fault(objective, "it reads ref_w or ref_l; register it with needs_reference=True")
+
+
+def _alone(idx: int) -> PairLogProbs:
+    one = slice(idx, idx + 1)
+    z_w, z_l, ref_w, ref_l, len_w, len_l = PAIRS[:6]
+    return PairLogProbs(z_w[one], z_l[one], ref_w[one], ref_l[one], len_w[one], len_l[one])
 
 
 def _loss(objective: Objective, pairs: PairLogProbs) -> Tensor:

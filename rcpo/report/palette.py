@@ -25,6 +25,7 @@ _KNOWN = {
     "exact": Look("#009E73", ("dash", "--"), ("diamond", "D")),
     "feedback": Look("#CC79A7", ("dot", ":"), ("triangle-up", "^")),
     "balance": Look("#332288", ("solid", "-"), ("star", "*")),
+    "published": Look("#117733", ("dashdot", "-."), ("hexagon", "h")),
     "fixed": Look("#E69F00", ("dashdot", "-."), ("x", "x")),
 }
 _FURTHER = [

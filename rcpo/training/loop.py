@@ -35,7 +35,7 @@ from rcpo.runs.folder import RunFolder
 from rcpo.training.aggregate import aggregate_of
 from rcpo.training.agreement import check_agreement
 from rcpo.training.checkpoint import checkpoint_to_resume, load_checkpoint
-from rcpo.training.measurement import Measurements
+from rcpo.training.measurements import Measurements
 from rcpo.training.rehearsal import rehearse
 from rcpo.training.setbacks import save_or_go_on, skip_or_stop, stop_with_checkpoint
 from rcpo.training.state import Method, Training, TrainState

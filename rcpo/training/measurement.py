@@ -11,28 +11,27 @@
                        unweighted scores: two backward passes beside the ordinary one, whose gradients are
                        captured and withheld from the engine. The training is bit-identical; the step takes
                        twice its time.
+    EachMicroBatch     every micro-batch by itself, before it goes backward (`rcpo.training.each_micro_batch`)
 
-`Measurements` says which one is due; made by `rcpo.training.loop`.
+`rcpo.training.measurements` says which one is due.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
-from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.batch import PairBatch
-from rcpo.method.calibrators import Calibrator
 from rcpo.method.incentives import Incentives
 from rcpo.method.scores import (
     CHOSEN,
     REJECTED,
     HeadScores,
     ParameterScores,
+    ScoreGeometry,
     Sides,
 )
-from rcpo.models.adapters import last_block_parameters
 from rcpo.models.engine import Engine
 from rcpo.ranks.distributed import world_size
 from rcpo.training.reader import Measured, Reader
@@ -59,8 +58,14 @@ class Measurement:
         """Open around the backward pass of one side, `CHOSEN` or `REJECTED`, where the sides are apart."""
         return nullcontext()
 
-    def passes_beside(self, engine: Engine, batch: PairBatch, incentives: Incentives) -> None:
-        """Backward passes that the engine's gradient sees nothing of. Collective at ZeRO 3."""
+    def of_micro_batch(self, batch: PairBatch) -> ScoreGeometry | None:
+        """Geometry on this rank of the micro-batch that has just gone forward, and not yet backward; None
+        where whole steps are measured."""
+        return None
+
+    def passes_beside(self, engine: Engine, batch: PairBatch, pulls: Incentives) -> None:
+        """Backward passes that the engine's gradient sees nothing of; `pulls` are the incentives by z, the
+        sum. Collective at ZeRO 3."""
 
     def products(self, engine: Engine, alpha: float) -> Tensor:
         """This rank's share of what `read` wants of a step that was calibrated with `alpha`, to be summed
@@ -82,10 +87,10 @@ ADAM_EPS = 1e-12
 class HeadMeasurement(Measurement):
     """Geometry of the output projection, from the ordinary backward pass."""
 
-    def __init__(self, engine: Engine, reader: Reader, num_pairs: int) -> None:
+    def __init__(self, engine: Engine, reader: Reader, num_pairs: int, averages: bool) -> None:
         has_bias = engine.policy.head.bias is not None
         self._scores = HeadScores(
-            engine.vocabulary, engine.hidden_size, has_bias, engine.device, reader.weighted
+            engine.vocabulary, engine.hidden_size, has_bias, engine.device, reader.weighted, averages
         )
         self._reader = reader
         self._num_pairs = num_pairs
@@ -163,14 +168,21 @@ class BesideMeasurement(Measurement):
     takes_joint_layouts = False
     has_passes_beside = True
 
-    def __init__(self, scores: ParameterScores, reader: "ParameterReader", weighted: bool) -> None:
-        self._scores, self._reader, self._weighted = scores, reader, weighted
+    def __init__(
+        self, scores: ParameterScores, reader: "ParameterReader", weighted: bool, averages: bool
+    ) -> None:
+        self._scores, self._reader = scores, reader
+        self._weighted, self._averages = weighted, averages
 
     def begin(self) -> None:
         self._scores.reset()
 
-    def passes_beside(self, engine: Engine, batch: PairBatch, incentives: Incentives) -> None:
-        weights = incentives if self._weighted else [torch.ones_like(incentives.d_w)] * 2
+    def passes_beside(self, engine: Engine, batch: PairBatch, pulls: Incentives) -> None:
+        weights: Sequence[Tensor] = pulls
+        if not self._weighted:
+            weights = [torch.ones_like(pulls.d_w)] * 2
+            if self._averages:
+                weights = batch.lengths.to(pulls.d_w.dtype).reciprocal().chunk(2)
         for side, is_last in ((CHOSEN, False), (REJECTED, True)):
             z = engine.logprobs(batch.side(chosen=side == CHOSEN))
             with self._scores.capture(side, keep_gradient=False):
@@ -202,62 +214,3 @@ class ParameterReader:
 
     def keep(self) -> None:
         self._reader.keep()
-
-
-class Measurements:
-    """The measurements of a run; buffers are made when the first one is due, and never where none is."""
-
-    def __init__(self, config: ResolvedConfig, engine: Engine) -> None:
-        self._config, self._engine = config, engine
-        self._unmeasured = Measurement()
-        self._head: HeadMeasurement | None = None
-        self._apart: ApartMeasurement | None = None
-        self._beside: BesideMeasurement | None = None
-        self._reader: Reader | None = None
-        self._loaded: dict[str, Tensor] = {}
-
-    def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps of measurements, this rank's share; empty without metrics.population."""
-        return self._loaded if self._reader is None else self._reader.state()
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take `state` back, before the first measurement."""
-        self._loaded = state
-
-    def _make_reader(self) -> Reader:
-        self._reader = Reader(self._weighted, self._config.metrics.population)
-        self._reader.load_state(self._loaded, self._engine.device)
-        return self._reader
-
-    def at(self, step: int, calibrator: Calibrator) -> Measurement:
-        """How optimizer step `step` (counted from 0) is measured."""
-        every = self._config.metrics.geometry_every
-        wanted = calibrator.measures_at(step)
-        if not wanted and (every == 0 or step % every):
-            return self._unmeasured
-        if self._config.calibration.scope == "head":
-            return self._of_head()
-        apart, beside = self._of_parameters()
-        return apart if wanted and self._weighted else beside
-
-    @property
-    def _weighted(self) -> bool:
-        return self._config.calibration.estimator == "weighted"
-
-    def _of_head(self) -> HeadMeasurement:
-        if self._head is None:
-            pairs_per_step = self._config.train.pairs_per_step
-            self._head = HeadMeasurement(self._engine, self._make_reader(), pairs_per_step)
-        return self._head
-
-    def _of_parameters(self) -> tuple[ApartMeasurement, BesideMeasurement]:
-        if self._apart is None or self._beside is None:
-            if self._config.calibration.scope == "lora_last":
-                parameters = last_block_parameters(self._engine.policy.model)
-            else:
-                parameters = self._engine.trainable_parameters()
-            scores = ParameterScores(parameters, self._engine.device)
-            reader = ParameterReader(parameters, scores, self._make_reader())
-            self._apart = ApartMeasurement(scores, reader)
-            self._beside = BesideMeasurement(scores, reader, self._weighted)
-        return self._apart, self._beside

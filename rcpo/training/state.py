@@ -19,7 +19,7 @@ from rcpo.reference.table import Reference
 from rcpo.runs.folder import RunFolder
 from rcpo.training.aggregate import Aggregate
 from rcpo.training.checkpoint import save_checkpoint
-from rcpo.training.measurement import Measurements
+from rcpo.training.measurements import Measurements
 
 
 @dataclass(frozen=True)

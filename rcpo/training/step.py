@@ -8,9 +8,11 @@
     guard       every loss, z and gradient is finite         or nothing is updated: NonFiniteStepError
     geometry    = products of the sides' score vectors       training.measurement, where this step is measured
     calibrator  sees the global batch once, after the step   method.calibrators: alpha of the next step
+                or each micro-batch before it goes backward  method.published: alpha of that micro-batch
     objective   its batch statistics advance likewise        kto's z0, bco's d, ...: the next step's numbers
 
-With alpha = 1 the surrogate's gradient is the loss's own, -d_w grad z_w + d_l grad z_l. There is no branch on
+With alpha = 1 the surrogate's gradient is the loss's own, -d_w grad z_w + d_l grad z_l. With
+objective.log_probs=mean the objective reads z/|y|: d and the scores are those of z/|y|. There is no branch on
 the objective's name, and none on the kind of calibration. The door in is `train_step`, called by
 `rcpo.training.loop`; the door out is the `TrainedStep` that it returns.
 
@@ -30,7 +32,7 @@ from rcpo.method.metrics import QUANTITIES, pair_sums, statistics_of, step_row
 from rcpo.method.scores import CHOSEN, REJECTED
 from rcpo.method.statistics import Probe
 from rcpo.objectives import Objective, PairLogProbs
-from rcpo.ranks.distributed import sum_parts_over_ranks
+from rcpo.ranks.distributed import sum_parts_over_ranks, world_size
 from rcpo.training.aggregate import Tilt
 from rcpo.training.measurement import Measurement
 from rcpo.training.state import Method, TrainState
@@ -52,8 +54,12 @@ class Priced(NamedTuple):
     """A micro-batch after the objective has seen it; every tensor (B,), detached."""
 
     pair: PairLogProbs
+    """Log-probs summed over tokens, whatever the objective reads."""
     loss: Tensor
     incentives: Incentives
+    """By what the objective reads of z: its sum, or its mean over tokens."""
+    pulls: Incentives
+    """By the sum z: the same, or divided by |y|."""
 
 
 class TrainedStep(NamedTuple):
@@ -94,24 +100,27 @@ def train_step(
     """
     engine, objective = method.engine, method.objective
     alpha = state.calibrator.alpha()
+    state.calibrator.begin()
     measurement.begin()
     quantities = torch.zeros(len(QUANTITIES), dtype=torch.float64, device=engine.device)
     statistics = quantities.new_zeros(objective.num_statistics)
     finite = []
     backward = backward_apart if measurement.takes_sides_apart else backward_together
     for micro_batch in tilted(method, state, micro_batches):
-        priced = backward(method, state, micro_batch, alpha, measurement)
+        priced = backward(method, state, micro_batch, measurement)
         engine.end_micro_batch()
         quantities += pair_sums(priced.loss, priced.pair, priced.incentives)
         statistics += objective.statistic_columns(priced.pair).double().sum(1)
         finite.append(is_finite(priced, engine.largest_gradient()))
 
+    of_rank = state.calibrator.of_rank(world_size())
     lost = ~torch.stack(finite)
     totals = sum_parts_over_ranks(
         lost=lost.any(),
         asked_to_stop=lost.new_tensor(asked_to_stop),
         quantities=quantities,
         statistics=statistics,
+        of_ranks=quantities.new_tensor(list(of_rank.values())),
         products=measurement.products(engine, alpha),
     )
     means = {
@@ -120,7 +129,9 @@ def train_step(
     }
     measured = measurement.read(totals["products"])
     seen = statistics_of(means, measured.geometry, probe, engine.lr_share())
-    row = step_row(means, seen, alpha, state.calibrator, measured.population)
+    of_ranks = dict(zip(of_rank, totals["of_ranks"], strict=True))
+    alpha = of_ranks.get("calibration/alpha", alpha)
+    row = step_row(means, seen, alpha, state.calibrator, measured.population) | of_ranks
     if any(totals["lost"]):
         raise NonFiniteStepError(row, lost.nonzero().flatten().tolist())
     engine.step()
@@ -144,14 +155,15 @@ def price(
     the pairs' weights, as the aggregate tilts them."""
     len_w, len_l = micro_batch.batch.lengths.to(z_w.dtype).chunk(2)
     pair = PairLogProbs(z_w, z_l, micro_batch.ref_w, micro_batch.ref_l, len_w, len_l, objective_state)
-    loss, (d_w, d_l) = loss_and_incentives(objective, pair)
+    loss, (d_w, d_l) = loss_and_incentives(objective, objective.view(pair))
     weight = micro_batch.weight
-    priced = Priced(pair, weight * loss, Incentives(weight * d_w, weight * d_l))
-    if micro_batch.tilt is None:
-        return priced
-    p, total = micro_batch.tilt
-    d_w, d_l = priced.incentives
-    return Priced(pair, total.expand_as(priced.loss), Incentives(p * d_w, p * d_l))
+    loss, d_w, d_l = weight * loss, weight * d_w, weight * d_l
+    if micro_batch.tilt is not None:
+        p, total = micro_batch.tilt
+        loss, d_w, d_l = total.expand_as(loss), p * d_w, p * d_l
+    incentives = Incentives(d_w, d_l)
+    pulls = Incentives(d_w / len_w, d_l / len_l) if objective.averages else incentives
+    return Priced(pair, loss, incentives, pulls)
 
 
 def tilted(method: Method, state: TrainState, micro_batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
@@ -170,25 +182,26 @@ def tilted(method: Method, state: TrainState, micro_batches: Sequence[MicroBatch
 def surrogate(priced: Priced, alpha: float) -> tuple[Tensor, Tensor]:
     """Coefficients of z_w and z_l whose gradient is the calibrated loss's: -alpha d_w and d_l / alpha, each
     (B,)."""
-    return -alpha * priced.incentives.d_w, priced.incentives.d_l / alpha
+    return -alpha * priced.pulls.d_w, priced.pulls.d_l / alpha
 
 
 def backward_together(
-    method: Method, state: TrainState, micro_batch: MicroBatch, alpha: float, measurement: Measurement
+    method: Method, state: TrainState, micro_batch: MicroBatch, measurement: Measurement
 ) -> Priced:
     """The ordinary micro-batch: both sides forward, and one pass back. Collective at ZeRO 3."""
     engine = method.engine
     with measurement.watching(engine):
         z_w, z_l = engine.logprobs(micro_batch.batch).chunk(2)
         priced = price(method.objective, state.objective_state, micro_batch, z_w.detach(), z_l.detach())
-        c_w, c_l = surrogate(priced, alpha)
+        geometry = measurement.of_micro_batch(micro_batch.batch)
+        c_w, c_l = surrogate(priced, state.calibrator.alpha_of(priced.incentives, geometry))
         engine.backward((c_w * z_w + c_l * z_l).mean(), is_last=not measurement.has_passes_beside)
-    measurement.passes_beside(engine, micro_batch.batch, priced.incentives)
+    measurement.passes_beside(engine, micro_batch.batch, priced.pulls)
     return priced
 
 
 def backward_apart(
-    method: Method, state: TrainState, micro_batch: MicroBatch, alpha: float, measurement: Measurement
+    method: Method, state: TrainState, micro_batch: MicroBatch, measurement: Measurement
 ) -> Priced:
     """A micro-batch whose two halves of the gradient are caught one after the other: one pass back a side.
     ZeRO 3 wants each backward pass right after its own forward pass, so there the rejected side goes forward
@@ -200,7 +213,7 @@ def backward_apart(
         z_l = engine.logprobs(rejected)
     z_w = engine.logprobs(chosen)
     priced = price(method.objective, state.objective_state, micro_batch, z_w.detach(), z_l.detach())
-    c_w, c_l = surrogate(priced, alpha)
+    c_w, c_l = surrogate(priced, state.calibrator.alpha())
     with measurement.catching(CHOSEN):
         engine.backward((c_w * z_w).mean(), is_last=False)
     if goes_again:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from helpers.tiny_models import HIDDEN, VOCABULARY
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.batch import PairBatch, collate
 from rcpo.data.tokenize import TokenizedPair
@@ -17,7 +16,7 @@ from rcpo.method.calibrators import build_calibrator
 from rcpo.models.engine import build_optimizer
 from rcpo.models.policy import Policy
 from rcpo.training.aggregate import aggregate_of
-from rcpo.training.measurement import Measurements
+from rcpo.training.measurements import Measurements
 from rcpo.training.state import Method, TrainState
 from rcpo.training.step import MicroBatch, train_step
 
@@ -27,10 +26,10 @@ class SmallEngine:
 
     stage = 0
     device = torch.device("cpu")
-    vocabulary, hidden_size = VOCABULARY, HIDDEN
 
     def __init__(self, model: PreTrainedModel, config: ResolvedConfig, num_micro_batches: int) -> None:
         self.policy = Policy(model).train()
+        self.vocabulary, self.hidden_size = model.get_output_embeddings().weight.shape
         self._num_micro_batches = num_micro_batches
         self._optimizer = build_optimizer(config.optim, self.trainable_parameters())
         self._grad_clip = config.train.grad_clip

@@ -94,7 +94,8 @@ def test_words_choose_it_as_one_of_rcpos_own(here: Path, words: list[str]) -> No
     section = config_of("objective.module=my_losses.py", *words).objective
     own = {key: section[key] for key in ("name", "k", "kind", "module")}
     assert own == {"name": "my_loss", "k": 0.3, "kind": "plain", "module": str(here / "my_losses.py")}
-    assert set(section) - set(own) == {"sample_weight", "dora_a", "dora_a_i", "aggregate", "dro_lambda"}
+    shared = {"log_probs", "sample_weight", "dora_a", "dora_a_i", "aggregate", "dro_lambda"}
+    assert set(section) - set(own) == shared
     loss = config_of("objective.module=my_losses.py", *words).objective_function(ONE)
     assert loss.item() == pytest.approx(load_objective("dpo", beta=0.3)(ONE).item())
 

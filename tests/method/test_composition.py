@@ -89,8 +89,8 @@ def prices(
     method = Method(engine, objective, aggregate, sum(sizes))  # type: ignore[arg-type]
     state = TrainState(0, FixedCalibration(), objective.initial_state(6.0))
     for batch, both in zip(tilted(method, state, batches), z, strict=True):
-        loss, (d_w, d_l) = price(objective, state.objective_state, batch, *both.chunk(2))[1:]
-        seen.append(Prices(loss, d_w, d_l))
+        priced = price(objective, state.objective_state, batch, *both.chunk(2))
+        seen.append(Prices(priced.loss, *priced.incentives))
     return Prices(*(torch.cat(columns) for columns in zip(*seen, strict=True)))
 
 
@@ -106,7 +106,7 @@ def test_a_weight_multiplies_loss_and_incentives_by_hand() -> None:
     """dpo, pairs A and B: beta mt = 0.2 and -0.3; d = 0.1 s(-0.2) and 0.1 s(0.3). Weights 3 and 0."""
     pairs = PairLogProbs(*(torch.cat(both) for both in zip(PAIR_A[:6], PAIR_B[:6], strict=True)))
     batch = micro_batches(pairs, (3.0, 0.0), (2,))[0]
-    _, loss, (d_w, d_l) = price(load_objective("dpo"), (), batch, pairs.z_w, pairs.z_l)
+    _, loss, (d_w, d_l), _ = price(load_objective("dpo"), (), batch, pairs.z_w, pairs.z_l)
     single = load_objective("dpo")(pairs)
     assert loss.tolist() == [pytest.approx(3 * single[0].item()), 0.0]
     assert d_w.tolist() == d_l.tolist() == [pytest.approx(0.3 * s(-0.2)), 0.0]

@@ -240,7 +240,7 @@ def test_a_dry_run_of_hub_data_fetches_nothing_and_says_so(tmp_path: Path) -> No
     begun = time.monotonic()
     said, _ = rcpo(tmp_path, "sweep", sweep_file, "--dry-run", "--pairs-per-second", 20)
     assert "not checked: hub data and models that are not on this machine: Qwen/Qwen2.5-7B-Instruct, " in said
-    assert "8 cells, 15,288 steps, 489,216 pairs, 6.79 " in said  # 8 x 1911 x 32; / 20 / 3600
+    assert "15 cells, 28,665 steps, 917,280 pairs, 12.7 " in said  # 15 x 1911 x 32; / 20 / 3600
     assert "Retrying" not in said
     assert time.monotonic() - begun < 100
     assert list(tmp_path.iterdir()) == []

@@ -155,7 +155,7 @@ def some_of(name: str, folder: Path, step: int) -> tuple[Definition, list[Frozen
 @pytest.mark.parametrize("model", ["pythia", "mistral", "qwen"])
 def test_the_papers_grids_compose_with_the_published_settings(tmp_path: Path, model: str) -> None:
     """32 pairs a step, constant rate, one epoch, 1024 tokens of which 512 of prompt, seed 42, EMA 0.98."""
-    definition, averaged = some_of(f"paper_{model}.yaml", tmp_path, 3)
+    definition, averaged = some_of(f"paper_{model}.yaml", tmp_path, 4)
     own, summed = some_of(f"paper_{model}_summed.yaml", tmp_path, 3)
     for frozen in averaged + summed:
         train = frozen.config.train
@@ -166,15 +166,21 @@ def test_the_papers_grids_compose_with_the_published_settings(tmp_path: Path, mo
         assert (frozen.config.seed, frozen.config.calibration.ema_beta) == (42, 0.98)
         assert frozen.config.data.path in definition.estimate.train_pairs
     betas = {
-        frozen.config.objective["beta"]
-        for frozen in averaged
-        if frozen.config.objective["name"] == "dpo_norm"
+        frozen.config.objective["beta"] for frozen in averaged if frozen.config.objective["name"] == "dpo"
     }
     assert betas == {1.0 if model == "pythia" else 2.0}
     rates = {(frozen.config.model.lora.rank, frozen.config.optim.lr) for frozen in averaged + summed}
     wanted = {"pythia": {(None, 6e-7), (16, 1e-4)}, "mistral": {(8, 3e-7)}, "qwen": {(8, 5e-7)}}
     assert rates == wanted[model]
-    assert [value.label for value in own.axes["objective"]] == ["dpo", "ipo", "simpo", "cpo", "slic"]
+    for grid in (definition, own):
+        assert [value.label for value in grid.axes["objective"]] == ["dpo", "ipo", "simpo", "cpo", "slic"]
+    assert {value.label for value in definition.axes["calibration"]} == {"off", "published", "on"}
+    for frozen in averaged:
+        config = frozen.config
+        assert config.objective_function.averages
+        adapts = config.model.lora.rank is not None
+        assert config.calibration.scope == ("lora_last" if adapts else "head")
+    assert not any(frozen.config.objective_function.averages for frozen in summed)
 
 
 def test_the_demo_is_the_grid_of_the_readme(tmp_path: Path) -> None:

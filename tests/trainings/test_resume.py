@@ -29,6 +29,7 @@ CASE = Case("dpo", "on", "llama-tied", "adamw")
 EXACT = Case("dpo", "exact", "llama", "adamw")
 FEEDBACK = Case("simpo", "feedback", "llama-tied", "adamw")
 BALANCE = Case("dpo", "balance", "neox-tied", "adamw")
+PUBLISHED = Case("cpo", "published", "neox", "adamw")
 POPULATION = Case("simpo", "exact", "llama", "adamw")
 POPULATION_HEAD = Case("ipo", "on", "neox", "adamw")
 WORDS = {
@@ -58,6 +59,7 @@ MOMENTS: list[tuple[Case, Layout, tuple[Moment, int]]] = [
     (FEEDBACK, Layout(2, 2, 2), AFTER_A_CHECKPOINT),
     (BALANCE, Layout(1, 4, 1), AFTER_A_CHECKPOINT),
     (BALANCE, Layout(2, 2, 3), AFTER_A_CHECKPOINT),
+    (PUBLISHED, Layout(2, 2, 2), AFTER_A_CHECKPOINT),  # each rank has a state of its own
     *((CASE, layout, ("signal", 4)) for layout in LAYOUTS[1:]),  # stops after step 5, between two checkpoints
     *((CASE, layout, ("nan", 5)) for layout in LAYOUTS),  # the step is repeated, with its number this time
     (POPULATION, Layout(1, 4, 1), ("signal", 4)),
@@ -78,6 +80,7 @@ ALWAYS = {
     (EXACT, Layout(1, 4, 1), ("row", 5)),
     (FEEDBACK, Layout(2, 2, 2), ("row", 5)),
     (BALANCE, Layout(1, 4, 1), ("row", 5)),
+    (PUBLISHED, Layout(2, 2, 2), ("row", 5)),
     (POPULATION, Layout(1, 4, 1), ("signal", 4)),
     (Case("bco", "on", "neox", "adamw"), Layout(1, 4, 1), ("row", 5)),
     (Case("simpo", "off", "neox", "sgd"), Layout(1, 4, 1), ("row", 5)),
