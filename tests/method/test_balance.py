@@ -65,9 +65,13 @@ class Plant:
         self.draw = np.random.default_rng(seed)
 
     def run(
-        self, calibrator: BalanceCalibration | None, num_steps: int = 100, momentum: float = 0.9
+        self,
+        calibrator: BalanceCalibration | None,
+        num_steps: int = 100,
+        momentum: float = 0.9,
+        delay: int = 0,
     ) -> tuple[list[float], list[float]]:
-        """c before every step, in units of k, and log alpha."""
+        """c before every step, in units of k, and log alpha, which acts `delay` steps later than known."""
         c, top, bottom = 0.0, 0.0, 0.0
         cs, log_alphas = [], []
         for step in range(num_steps):
@@ -76,7 +80,7 @@ class Plant:
             log_alphas.append(log_alpha)
             if calibrator is not None:
                 calibrator.update(seen(c if calibrator.probes_at(step) else None))
-            top, bottom = momentum * top + log_alpha, momentum * bottom + 1
+            top, bottom = momentum * top + log_alphas[max(0, step - delay)], momentum * bottom + 1
             c += self.k * (top / bottom + self.drift(step) + self.noise * self.draw.normal())
         return cs, log_alphas
 
@@ -126,6 +130,18 @@ def test_probes_are_close_together_at_first() -> None:
         15,
     ]
     assert [step for step in range(5) if BalanceCalibration(1.0, 2, 0.9).probes_at(step)] == [1, 2, 4]
+
+
+@pytest.mark.parametrize(("delay", "momentum"), [(2, 0.9), (0, 0.95), (0, 0.5)])
+def test_a_plant_that_is_another_than_thought_settles_too(delay: int, momentum: float) -> None:
+    """Two more steps of delay, more momentum, less: log alpha stays near what holds c, for all drifts."""
+    for drift in (dpo, simpo, toy):
+        for seed in range(4):
+            plant = Plant(1.2, 0.1, drift, seed)
+            cs, log_alphas = plant.run(BalanceCalibration(1.0, 5, 0.9), 100, momentum, delay)
+            held = [log_alpha + drift(step) for step, log_alpha in enumerate(log_alphas)]
+            assert np.sqrt(np.square(held[60:]).mean()) < 0.2
+            assert np.sqrt(np.square(cs[60:]).mean()) < 2
 
 
 def test_without_noise_the_error_goes_and_stays_away() -> None:
