@@ -45,6 +45,18 @@ from rcpo.models.generation import end_ids
 logger = logging.getLogger(__name__)
 
 
+def refuse_no_place(path: str) -> None:
+    """Raise UserError where `path` is neither a folder, nor builtin:tiny, nor may be a hub id."""
+    if path == TINY or os.path.isdir(path):
+        return
+    if os.path.exists(path):
+        raise UserError(f"model.path={path}: is a file; it must be a folder with config.json and weights")
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise UserError(
+            f"model.path={path[:200]}: no such folder; give a model folder, a hub id or builtin:tiny"
+        )
+
+
 def model_place(path: str, allow_pickle: bool = False, needs_weights: bool = True) -> str:
     """What transformers is asked to load: the packaged folder for builtin:tiny, else `path` itself.
 
@@ -52,14 +64,9 @@ def model_place(path: str, allow_pickle: bool = False, needs_weights: bool = Tru
     """
     if path == TINY:
         return str(Path(rcpo.builtin.__file__).parent / "tiny")
+    refuse_no_place(path)
     folder = Path(path)
     if not os.path.isdir(folder):
-        if os.path.exists(folder):
-            raise UserError(f"model.path={path}: is a file; it must be a folder with config.json and weights")
-        if path.startswith((".", "/", "~")) or path.count("/") != 1:
-            raise UserError(
-                f"model.path={path[:200]}: no such folder; give a model folder, a hub id or builtin:tiny"
-            )
         return path
     refuse_adapter(path, path)
     _check_config_file(folder, path)

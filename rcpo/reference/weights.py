@@ -14,7 +14,7 @@ from rcpo.config.resolved import ResolvedConfig
 from rcpo.config.schema import LoraConfig, ModelConfig
 from rcpo.models.adapter_files import refuse_adapter
 from rcpo.models.checks import check_model, check_positions, check_vocabulary
-from rcpo.models.load import load_tokenizer, one_line_errors
+from rcpo.models.load import load_tokenizer, one_line_errors, refuse_no_place
 
 
 def own_weights(config: ResolvedConfig) -> str | None:
@@ -48,6 +48,7 @@ def check_reference(config: ResolvedConfig, tokenizer: PreTrainedTokenizerBase, 
         return
     model, path = reference_model(config), config.reference.path
     try:
+        refuse_no_place(model.path)
         with one_line_errors(model.path, "model"):
             refuse_adapter(model.path, model.path, key="reference.path")
         check_model(model)
