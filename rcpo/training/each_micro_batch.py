@@ -113,7 +113,7 @@ class EachByAdapters(EachMicroBatch):
     ) -> None:
         super().__init__(reader, num_pairs)
         self._parameters, self._averages = list(parameters), averages
-        self._token_logps = torch.empty(0)
+        self._made = torch.empty(0)
 
     @contextmanager
     def watching(self, engine: Engine) -> Iterator[None]:
@@ -122,19 +122,19 @@ class EachByAdapters(EachMicroBatch):
             yield
         finally:
             handle.remove()
-            self._token_logps = torch.empty(0)
+            self._made = torch.empty(0)
 
-    def _note(self, head: nn.Module, inputs: tuple[Any, ...], token_logps: Tensor) -> None:
-        self._token_logps = token_logps
+    def _note(self, head: nn.Module, inputs: tuple[Any, ...], made: Tensor) -> None:
+        self._made = made
 
     def vectors(self, batch: PairBatch) -> list[Tensor]:
         shares = score_shares(batch, None, self._averages)
         if shares is None:
-            shares = torch.ones_like(self._token_logps)
+            shares = torch.ones_like(self._made)
         is_chosen = torch.arange(len(shares), device=shares.device) < batch.num_chosen_tokens
         return [self._gradient(shares * is_chosen), self._gradient(shares * ~is_chosen)]
 
     def _gradient(self, shares: Tensor) -> Tensor:
-        parts = torch.autograd.grad(self._token_logps, self._parameters, shares, retain_graph=True)
+        parts = torch.autograd.grad(self._made, self._parameters, shares, retain_graph=True)
         flat = torch.cat([part.flatten().float() for part in parts])
         return nn.functional.pad(flat, (0, -len(flat) % world_size()))
