@@ -15,10 +15,10 @@ from rcpo.data.arithmetic import arithmetic_records
 from rcpo.models.load import model_place
 
 SMALL = ("train.steps=2", "train.pairs_per_step=4", "train.eval_every=1", "train.save_every=1",
-         "data.eval_pairs=8", "data.train_pairs=32", "tracking=none")  # fmt: skip
+         "data.eval_pairs=8", "data.train_pairs=128", "tracking=none")  # fmt: skip
 """Further words of `rcpo train`."""
 SWEEP = {"overrides": list(SMALL), "axes": {"objective": ["dpo"], "calibration": ["off", "on"]}, "seeds": [0]}
-"""What stands in for sweeps/demo.yaml: two cells of two steps."""
+"""What stands in for the sweeps of sweeps/: two cells of two steps."""
 FIRST_RUN = "runs/RUN"
 """Where the first `rcpo train` goes."""
 STANDS_FOR = {
@@ -53,7 +53,8 @@ def furnish(place: Path) -> None:
     (place / "HH.jsonl.gz").write_bytes(gzip.compress("".join(rows).encode()))
     for folder in ("sweeps", "DIR/objective"):
         (place / folder).mkdir(parents=True)
-    (place / "sweeps/demo.yaml").write_text(yaml.safe_dump(SWEEP))
+    for name in ("demo", "ches"):
+        (place / f"sweeps/{name}.yaml").write_text(yaml.safe_dump(SWEEP))
     (place / "DIR/objective/mine.yaml").write_text("# My own.\nname: dpo\nbeta: 0.3\n")
     own = code(ROOT / "rcpo/objectives/README.md", "python")[0]
     (place / "my_losses.py").write_text(own)
