@@ -78,9 +78,14 @@ def test_a_mixture_is_drawn_in_its_proportions_and_counted(tmp_path: Path) -> No
     b = write(tmp_path / "b.jsonl", [f"b{n}" for n in range(30)])
     data = load_records(config_of({a: 0.7, b: 0.3}))
     assert (num_of(data, "a"), num_of(data, "b"), len(set(prompts(data)))) == (70, 30, 100)
-    assert data.report[2] == (
-        f"{NOTE}data.mix: 70 of 100 pairs of {a} (70.0%); 30 of 30 pairs of {b} (30.0%), drawn by data.seed=0"
-    )
+    assert data.report == [
+        f"{NOTE}data.mix: 70 of 100 pairs of {a} (70.0%); 30 of 30 pairs of {b} (30.0%), "
+        "drawn by data.seed=0",
+        "1 held-out pairs drawn from the 100 pairs by data.seed=0",
+    ]
+    assert data.account.training.lines() == [
+        "data.mix: 130 rows read", "  30 not drawn", "  1 held out, 99 to train on"
+    ]  # fmt: skip
     # Rows are numbered as if b lay behind a.
     assert {record.row for record in data.train if str(record.prompt)[0] == "b"} <= set(range(100, 130))
     assert all(record.prompt == f"a{record.row}" for record in data.train if record.row < 100)
@@ -119,7 +124,7 @@ def test_bad_rows_of_a_source_are_counted_and_named_with_it(tmp_path: Path) -> N
     b = write(tmp_path / "b.jsonl", ["b0", "", "b2"])
     data = load_records(config_of({a: 1, b: 1}))
     assert (num_of(data, "a"), num_of(data, "b")) == (2, 2)
-    assert data.dropped == {"the prompt is empty": [5]}
+    assert data.account.training.dropped == {"the prompt is empty": [5]}
     with pytest.raises(UserError) as caught:
         load_records(config_of({a: 1, b: 1}, on_bad_row="error"))
     assert str(caught.value) == (

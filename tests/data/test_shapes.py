@@ -147,7 +147,7 @@ def test_sharegpt_tool_turns_reach_the_template(tmp_path: Path) -> None:
     assert record.prompt == [turn("system", "s"), turn("user", "1 + 1?"), called, turn("tool", "2")]
     assert (record.rejected, record.tools) == ([called], [{"name": "add"}])
     row["rejected"] = said("function_call", "add 1 and 1")
-    assert "(rejected has a function_call that is not JSON with name and arguments)" in fault(tmp_path, row)
+    assert "rejected has a function_call that is not JSON with name and arguments" in fault(tmp_path, row)
 
 
 def test_openai_messages_with_two_single_answers(tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_safe_rlhfs_better_response_is_chosen(tmp_path: Path) -> None:
         "in 2 rows, chosen is the one of response_0 and response_1 that better_response_id prefers",
         "columns that are not used: safer_response_id",
     ]
-    assert "(better_response_id prefers neither)" in fault(tmp_path, {**row, "better_response_id": None})
+    assert "better_response_id prefers neither)" in fault(tmp_path, {**row, "better_response_id": None})
 
 
 def test_shps_preferred_comment_is_chosen(tmp_path: Path) -> None:
@@ -267,14 +267,14 @@ def test_text_as_chat_is_a_user_turn_and_assistant_turns(tmp_path: Path) -> None
 
 
 def test_as_chat_needs_a_prompt_and_leaves_messages_alone(tmp_path: Path) -> None:
-    assert "(data.as_chat=true needs a prompt of its own, and the sides only begin alike)" in fault(
+    assert "data.as_chat=true needs a prompt of its own, and the sides only begin alike)" in fault(
         tmp_path, SIDES, as_chat=True
     )
     row = {name: f"\n\nHuman: Hi\n\nAssistant: {name}" for name in SIDES}
     records, _ = load(tmp_path, [row] * 2, as_chat=True)
     assert parts(records[0]) == ([turn("user", "Hi")], *answers("chosen", "rejected"))
     only_spaces_differ = {"prompt": "a", "chosen": " b", "rejected": "b"}
-    assert "(the sides are identical)" in fault(tmp_path, only_spaces_differ, as_chat=True)
+    assert "because the sides are identical)" in fault(tmp_path, only_spaces_differ, as_chat=True)
 
 
 @pytest.mark.parametrize(("as_chat", "is_said"), [(None, True), (False, False), (True, False)])
