@@ -1,6 +1,6 @@
-"""From records to whole texts: what the chat template writes, and where in it the response begins and ends.
+"""From records to whole texts: where in what the chat template writes a response begins and ends.
 
-Owns chat templates. Does not tokenise: `rcpo.data.tokenize` does, and calls this.
+Owns what of a rendered row is scored. Does not tokenise: `rcpo.data.tokenize` does, and calls this.
 
 The response begins where inference begins: behind the text that the template renders with
 `add_generation_prompt=True`. Whatever stands behind that text is scored, since the model has to write it:
@@ -8,9 +8,6 @@ the channel of gpt-oss, Qwen3's empty think block unless `enable_thinking=false`
 prompt. The response ends with the token that ends generation; what the template writes behind that token is
 cut. Where a template's whole conversation lacks a part of its generation prompt (DeepSeek-R1's "<think>"),
 the response begins behind what both have, which is said.
-
-A template's frame around a response is learnt once, from a conversation whose response is known, since the
-text that a row's prompt and whole conversation have in common may run on into its response.
 """
 
 import json
@@ -18,56 +15,18 @@ import re
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from rcpo.common.errors import UserError
 from rcpo.data.generation import end_tokens, generation_of, special_tokens
 from rcpo.data.messages import Messages
 from rcpo.data.records import BadRowError, PreferenceRecord
-
-PLAIN_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{{ message['role'] | capitalize + ': ' + message['content'] | trim }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-)
-"""model.chat_template=plain: turns as "User: ..." and "Assistant: ...", for base models. It ends a prompt
-before the space, so that a response begins with the token that a model trained on text expects."""
-
-_STAND_IN = "\u241fresponse\u241f"
-"""Stands for a response where a template is looked at; its first character is in no template."""
-
+from rcpo.data.template import REASONING, STAND_IN, Template, apply, taken_apart
 
 _OPENED = re.compile(r"<([\w:]*(?:think|thought|reason)[\w:]*)>\s*$")
 """A tag of reasoning that a generation prompt leaves open."""
-_REASONING = ("reasoning_content", "thinking")
-"""Two names of one thing; a template knows one of them."""
-
-
-@dataclass(frozen=True)
-class Template:
-    """What a chat template puts around every response."""
-
-    header: int
-    """Characters of the generation prompt."""
-    overhang: str
-    """What the generation prompt ends with, and the whole conversation lacks ("<think>", say)."""
-    lead: str
-    """Text between what both have of the generation prompt and the response's own; it is scored."""
-    tail: str
-    """Text behind the response's own."""
-    closing: str
-    """The part of `tail` that belongs to the response: up to the token that ends generation, else up to the
-    first special token, else up to white space."""
-    is_closed: bool
-    """Whether `closing` ends with one of these tokens, so that no EOS is due."""
-    notes: tuple[str, ...]
-    """Where answered conversations are not what inference sees or ends with."""
 
 
 @dataclass(frozen=True)
@@ -92,121 +51,6 @@ class LostPartError(BadRowError):
         self.lost = lost
 
 
-def look_at_template(
-    tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any] = MappingProxyType({})
-) -> Template:
-    """Learn the template's frame, given these `kwargs`, from one conversation whose response is known."""
-    turns = [{"role": "user", "content": "user"}]
-    answered = [*turns, {"role": "assistant", "content": _STAND_IN}]
-    try:
-        prompt = _apply(tokenizer, turns, True, kwargs)
-        whole = _apply(tokenizer, answered, False, kwargs)
-    except BadRowError as error:
-        raise UserError(f"model.chat_template: {error}; type model.chat_template=plain") from None
-    if _STAND_IN not in whole:
-        raise UserError(
-            "model.chat_template: the template does not show an assistant turn; "
-            "type model.chat_template=plain"
-        )
-    header = len(prompt) - _num_common(prompt, _apply_quietly(tokenizer, turns, kwargs))
-    overhang = prompt[_num_common(prompt, whole) :]
-    tail = whole.partition(_STAND_IN)[2]
-    continued = _apply_quietly(tokenizer, [*answered, *turns], kwargs).partition(_STAND_IN)[2]
-    closing, is_closed, note = _end_of_turn(tokenizer, tail, continued)
-    notes = [note] if note is not None else []
-    lead = whole[len(prompt) - len(overhang) : whole.index(_STAND_IN)]
-    if generation_of(tokenizer).response == "template":
-        notes += _notes_on_start(tokenizer, overhang.strip(), " ".join(lead.split()), kwargs)
-    return Template(header, overhang, lead, tail, closing, is_closed, tuple(notes))
-
-
-def _notes_on_start(
-    tokenizer: PreTrainedTokenizerBase, overhang: str, lead: str, kwargs: Mapping[str, Any]
-) -> list[str]:
-    notes = []
-    if overhang:
-        notes.append(
-            f"the chat template ends its generation prompt with {overhang}, and leaves that out where it "
-            "writes a response, which is trained so; model.response=verbatim puts responses behind it"
-        )
-    if lead:
-        can_switch = "enable_thinking" in str(tokenizer.chat_template) and "enable_thinking" not in kwargs
-        switch = "model.chat_template_kwargs='{enable_thinking: false}' may put it into the prompt"
-        notes.append(
-            f"the chat template writes {lead} in front of a response; it is scored, since inference begins "
-            "before it" + (f"; {switch}" if can_switch else "")
-        )
-    return notes
-
-
-def _end_of_turn(
-    tokenizer: PreTrainedTokenizerBase, tail: str, continued: str
-) -> tuple[str, bool, str | None]:
-    """What of `tail` the model has to write, whether that ends the turn, and a note where it does not end
-    generation. `continued` is the tail where another turn follows: GLM-4's template writes nothing behind an
-    answer, and the next turn's <|user|> is what ends it."""
-    ends, special = end_tokens(tokenizer), special_tokens(tokenizer)
-    if (closing := _up_to_first(ends, tail)) is not None:
-        return closing, True, None
-    following = _up_to_first(ends | special, continued)
-    if not tail.strip() and following is not None and following.strip() in ends:
-        return following, True, None
-    if (closing := _up_to_first(special, tail)) is None:
-        return tail.rstrip(), False, None
-    if not ends:
-        return closing, True, None
-    note = (
-        f"the chat template ends a turn with {closing.strip()}, and generation does not end there but at "
-        f"{', '.join(sorted(ends))}; a model that is to stop needs it as eos_token_id in "
-        "generation_config.json"
-    )
-    return closing, True, note
-
-
-def _up_to_first(tokens: set[str], text: str) -> str | None:
-    """`text` up to the end of the first of `tokens` in it; None where there is none."""
-    places = [text.index(token) + len(token) for token in tokens if token in text]
-    return text[: min(places)] if places else None
-
-
-def _apply(
-    tokenizer: PreTrainedTokenizerBase,
-    turns: Messages,
-    generation_prompt: bool,
-    kwargs: Mapping[str, Any],
-    tools: list[Any] | None = None,
-    documents: list[Any] | None = None,
-) -> str:
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                [_with_both_names(turn) for turn in turns],
-                tools=tools,
-                documents=documents,
-                tokenize=False,
-                add_generation_prompt=generation_prompt,
-                **kwargs,
-            )
-        )
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise BadRowError(f"the chat template refuses it ({reason[0][:200]})") from None
-
-
-def _apply_quietly(tokenizer: PreTrainedTokenizerBase, turns: Messages, kwargs: Mapping[str, Any]) -> str:
-    """Without a generation prompt; nothing where the template refuses."""
-    try:
-        return _apply(tokenizer, turns, False, kwargs)
-    except BadRowError:
-        return ""
-
-
-def _with_both_names(turn: dict[str, Any]) -> dict[str, Any]:
-    """A turn's reasoning under either name: Qwen3's template reads reasoning_content, gpt-oss's thinking."""
-    said = [turn[name] for name in _REASONING if name in turn]
-    return {**turn, **dict.fromkeys(_REASONING, said[0])} if len(said) == 1 else turn
-
-
 def render_messages(
     tokenizer: PreTrainedTokenizerBase,
     template: Template,
@@ -221,14 +65,17 @@ def render_messages(
     assert isinstance(record.prompt, list)
     assert isinstance(record.chosen, list)
     assert isinstance(record.rejected, list)
-    sides, given = (record.chosen, record.rejected), (kwargs, record.tools, record.documents)
-    prompt = _apply(tokenizer, record.prompt, True, *given)
+    turns, *sides = record.prompt, record.chosen, record.rejected
+    if template.takes_apart and generation_of(tokenizer).response == "template":
+        turns, *sides = ([taken_apart(turn) for turn in part] for part in (turns, *sides))
+    given = (kwargs, record.tools, record.documents)
+    prompt = apply(tokenizer, turns, True, *given)
     turn_start = len(prompt) - template.header
     if generation_of(tokenizer).response == "verbatim":
         opened, ends = _OPENED.search(prompt, turn_start), tuple(end_tokens(tokenizer))
         texts = [prompt + _verbatim(side[-1], opened, template.closing, ends) for side in sides]
         return Rendered(texts[0], texts[1], len(prompt), template.is_closed, True)
-    wholes = [_apply(tokenizer, record.prompt + side, False, *given) for side in sides]
+    wholes = [apply(tokenizer, turns + side, False, *given) for side in sides]
     split = len(prompt)
     if not all(whole.startswith(prompt) for whole in wholes):
         split -= len(template.overhang)
@@ -236,8 +83,8 @@ def render_messages(
     for side, whole in zip(sides, wholes, strict=True):
         start = split
         if whole[:split] != prompt[:split]:
-            start = _start_once_answered(tokenizer, template, record, whole, prompt[turn_start:split], given)
-        _check_whole(side[-1], whole[start - split + turn_start :], whole[start:])
+            start = _start_once_answered(tokenizer, template, turns, whole, prompt[turn_start:split], given)
+        _check_whole(side[-1], whole[start - split + turn_start :], whole[start:], prompt)
         texts.append(prompt[:split] + _up_to_end(tokenizer, template, whole[start:]))
     return Rendered(texts[0], texts[1], split, template.is_closed, True)
 
@@ -245,7 +92,7 @@ def render_messages(
 def _start_once_answered(
     tokenizer: PreTrainedTokenizerBase,
     template: Template,
-    record: PreferenceRecord,
+    turns: Messages,
     whole: str,
     header: str,
     given: tuple[Any, ...],
@@ -253,8 +100,8 @@ def _start_once_answered(
     """Where in `whole` a response begins, of a prompt that the template renders in another way once it is
     answered: gpt-oss's then cuts what was thought before tool calls, which inference still sees. Raises
     BadRowError where `header`, which the generation prompt ends with, is not in front of the response."""
-    turns = [*record.prompt, {"role": "assistant", "content": _STAND_IN}]
-    front = _apply(tokenizer, turns, False, *given).partition(_STAND_IN)[0].removesuffix(template.lead)
+    answered = [*turns, {"role": "assistant", "content": STAND_IN}]
+    front = apply(tokenizer, answered, False, *given).partition(STAND_IN)[0].removesuffix(template.lead)
     if not header or not front.endswith(header):
         raise BadRowError("the chat template renders its prompt in another way once it is answered")
     if not whole.startswith(front):
@@ -277,7 +124,7 @@ def _verbatim(turn: dict[str, Any], opened: re.Match[str] | None, closing: str, 
     """A response as it is written, behind a generation prompt that may have `opened` a block of reasoning,
     and `closing`, if it does not end with one of `ends` itself."""
     text = str(turn["content"])
-    reasoning = next((str(turn[name]).strip() for name in _REASONING if name in turn), None)
+    reasoning = next((str(turn[name]).strip() for name in REASONING if name in turn), None)
     if "tool_calls" in turn:
         raise BadRowError("model.response=verbatim writes no tool calls; write them into content")
     if reasoning is not None:
@@ -299,18 +146,19 @@ def _verbatim(turn: dict[str, Any], opened: re.Match[str] | None, closing: str, 
 _VERBATIM = "model.response=verbatim trains responses as they are written"
 
 
-def _check_whole(turn: dict[str, Any], written: str, response: str) -> None:
+def _check_whole(turn: dict[str, Any], written: str, response: str, prompt: str) -> None:
     """Raise LostPartError where a part of a response is not in what the template has written of its turn,
-    white space aside. `response` is what of `written` is scored."""
+    white space aside. `response` is what of `written` is scored; `prompt` ends as inference begins."""
     there, scored = "".join(written.split()), "".join(response.split())
     said = "the chat template leaves out"
-    for key in ("content", *_REASONING):
+    if "".join(turn["content"].split()) not in there:
+        lost = _lost(turn["content"], scored)
+        raise LostPartError(f"{said} a part of the response (its reasoning, say); {_VERBATIM}", lost)
+    for key in REASONING:
         text = turn.get(key)
         if isinstance(text, str) and "".join(text.split()) not in there:
-            what = (
-                "a part of the response (its reasoning, say)" if key == "content" else f"the response's {key}"
-            )
-            raise LostPartError(f"{said} {what}; {_VERBATIM}", _lost(text, scored))
+            advice = _VERBATIM if _OPENED.search(prompt) else "write it into content, or leave it out"
+            raise LostPartError(f"{said} the response's {key}; {advice}", text)
     for call in turn.get("tool_calls", ()):
         function = call.get("function", call) if isinstance(call, dict) else {}
         if isinstance(function, dict) and str(function.get("name", "")) not in written:
@@ -334,7 +182,7 @@ def ignores(
     """Whether the template writes this record's prompt alike without its `part`: "tools" or "documents"."""
     assert isinstance(record.prompt, list)
     given = {"tools": record.tools, "documents": record.documents}
-    return _apply(tokenizer, record.prompt, True, kwargs, **given) == _apply(
+    return apply(tokenizer, record.prompt, True, kwargs, **given) == apply(
         tokenizer, record.prompt, True, kwargs, **{**given, part: None}
     )
 
@@ -347,32 +195,3 @@ def render_text(record: PreferenceRecord) -> Rendered:
     return Rendered(
         prompt + record.chosen, prompt + record.rejected, len(prompt), is_closed=False, is_chat=False
     )
-
-
-def _num_common(first: str, second: str) -> int:
-    """Length of the common beginning."""
-    shorter = min(len(first), len(second))
-    return next((i for i in range(shorter) if first[i] != second[i]), shorter)
-
-
-def apply_chat_template_choice(tokenizer: PreTrainedTokenizerBase, choice: str | None) -> None:
-    """Set the tokenizer's chat template: None keeps its own, "plain" sets `PLAIN_TEMPLATE`, else a jinja
-    file.
-
-    Raises UserError where the file is missing or cannot render a user and an assistant turn.
-    """
-    if choice is None:
-        return
-    if choice == "plain":
-        tokenizer.chat_template = PLAIN_TEMPLATE
-        return
-    path = Path(choice).expanduser()
-    if not path.is_file():
-        raise UserError(
-            f"model.chat_template={choice}: no such file; give a jinja file, or type plain or null"
-        )
-    try:
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"model.chat_template={choice}: is not UTF-8 text; give a jinja file") from None
-    look_at_template(tokenizer)

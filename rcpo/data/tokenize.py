@@ -29,12 +29,11 @@ from rcpo.data.records import BadRowError, PreferenceRecord
 from rcpo.data.render import (
     LostPartError,
     Rendered,
-    Template,
     ignores,
-    look_at_template,
     render_messages,
     render_text,
 )
+from rcpo.data.template import Template, look_at_template
 
 __all__ = [
     "Tokeniser",

@@ -31,7 +31,7 @@ from rcpo.common.errors import UserError
 from rcpo.config.resolve import TINY
 from rcpo.config.schema import ModelConfig
 from rcpo.data.generation import Generation, set_generation
-from rcpo.data.render import apply_chat_template_choice
+from rcpo.data.template import apply_chat_template_choice
 from rcpo.models.adapter_files import refuse_adapter
 from rcpo.models.adapters import (
     add_adapters,

@@ -12,7 +12,7 @@ from helpers.tiny_tokenizers import GENERATION, TURNS, chat, make_bpe, prompt_of
 from rcpo.common.errors import UserError
 from rcpo.data.generation import generation_of, set_generation
 from rcpo.data.records import BadRowError, read_record
-from rcpo.data.render import look_at_template
+from rcpo.data.template import look_at_template
 from rcpo.data.tokenize import tokenize_records
 
 
@@ -123,7 +123,8 @@ def test_of_rows_that_a_template_cuts_one_is_shown() -> None:
         "reasoning, say); model.response=verbatim trains responses as they are written; it leaves out "
         "'abc</think>'",
     ]
-    assert data.report[-1].startswith("2 pairs dropped because the chat template leaves out a part of ")
+    [(reason, rows)] = data.dropped.items()
+    assert (reason[:53], rows) == ("the chat template leaves out a part of the response (", [1, 2])
 
 
 @pytest.mark.parametrize(
@@ -178,6 +179,35 @@ def test_channels_of_gpt_oss_are_scored(key: str) -> None:
         f"{analysis}<|start|>assistant<|channel|>final<|message|>yes<|return|>",
         " to=functions.add<|channel|>commentary json<|message|>{}<|call|>",
     ]
+
+
+@pytest.mark.parametrize("given", [WHOLE, "abc</think>yes"])
+def test_reasoning_in_content_goes_where_the_template_writes_it(given: str) -> None:
+    """gpt-oss's would write the tags into the answer, other templates an empty block in front of them. A
+    template that writes reasoning as the content has it is left alone."""
+    assert said("gpt-oss", given, "no") == [
+        "<|channel|>analysis<|message|>abc<|end|><|start|>assistant<|channel|>final<|message|>yes<|return|>",
+        "<|channel|>final<|message|>no<|return|>",
+    ]
+    assert said("Qwen3, inline unread", given, "no") == [
+        "abc\n</think>\n\nyes<|im_end|>",
+        "\n</think>\n\nno<|im_end|>",
+    ]
+    assert said("Qwen2.5", given, "no") == [f"{given}<|im_end|>", "no<|im_end|>"]
+
+
+def test_arguments_of_calls_are_text_where_the_template_wants_text() -> None:
+    """DeepSeek's adds them to text; others write an object as JSON."""
+    tokenizer = make_bpe()
+    write = "{% for c in m['tool_calls'] or [] %}{{ c['function']['name'] + c['function']['arguments'] }}"
+    tokenizer.chat_template = (
+        TURNS.replace("+ '<|end|>", "}}" + write + "{% endfor %}{{ '<|end|>") + GENERATION
+    )
+    call = {"type": "function", "function": {"name": "add", "arguments": {"d": 4}}}
+    answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+    record = read_record(chat("a"), [answer], chat("a", "no")[1:], 0)
+    pair = tokenize_records([record], tokenizer, 512, None, "error").pairs[0]
+    assert tokenizer.decode(response_of(pair.chosen)) == 'add{"d": 4}<|end|>'
 
 
 def test_what_was_thought_before_a_tool_call_stands_in_the_prompt_as_at_inference() -> None:

@@ -25,7 +25,7 @@ from helpers.tiny_tokenizers import (
 )  # fmt: skip
 from rcpo.common.errors import UserError
 from rcpo.data.records import read_record
-from rcpo.data.render import apply_chat_template_choice
+from rcpo.data.template import apply_chat_template_choice
 from rcpo.data.tokenize import TokenizedPair, TokenizedSide, describe_pair, tokenize_records
 
 # BOS, EOS and the split, for every kind of tokenizer and template

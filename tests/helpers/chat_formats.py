@@ -137,6 +137,15 @@ FORMATS = {
         turns(IM, IM_HEAD + THOUGHT, IM_HEAD + "<think>\n"), IM_PROMPT + "<think>\n",
         "\n</think>\n\nyes<|im_end|>", "<|im_end|>", QWEN_ENDS, special=("<|im_start|>",),
     ),
+    "Qwen3, inline unread": Format(
+        turns(
+            IM,
+            IM_HEAD + "<think>\n{{ m['reasoning_content'] }}\n</think>\n\n{{ m['content'] }}<|im_end|>\n",
+            IM_HEAD + "<think>\n",
+        ),
+        IM_PROMPT + "<think>\n", "\n</think>\n\nyes<|im_end|>", "<|im_end|>", QWEN_ENDS,
+        special=("<|im_start|>",),
+    ),
     "Llama 2": Format(
         turns(BOS + "[INST] @q [/INST]", " @a " + EOS, ""), "<s>[INST] q1 [/INST]", " yes </s>", "</s>",
         ("</s>",), "<s>",

@@ -9,7 +9,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rcpo.data.records import PreferenceRecord, read_record
-from rcpo.data.render import PLAIN_TEMPLATE
+from rcpo.data.template import PLAIN_TEMPLATE
 from rcpo.data.tokenize import TokenizedData, TokenizedPair, TokenizedSide, tokenize_records
 
 SPECIAL = ["<s>", "</s>", "<|turn|>", "<|end|>"]
