@@ -96,6 +96,8 @@ def _config_words(begun: str) -> list[str]:
     words = [word for word in getattr(options, "words", []) if "=" in word and word != begun]
     found = _from_hydra(begun, getattr(options, "hydra", []), words)
     found = [word for word in found if not word.startswith(NOT_TRAINED_WITH)]
+    if name == "data" and "=" not in begun:
+        found += FilesCompleter()(begun)
     key, equals, value = begun.partition("=")
     return found or [f"{key}={path}" for path in FilesCompleter()(value) if equals]
 

@@ -48,6 +48,13 @@ class RowAccount:
             merged.setdefault(reason, []).extend(rows)
         return dataclasses.replace(self, dropped=merged)
 
+    def as_json(self) -> dict[str, Any]:
+        dropped = [
+            {"reason": reason, "rows": len(rows), "first": rows[:ROWS_SHOWN]}
+            for reason, rows in by_number(self.dropped)
+        ]
+        return dataclasses.asdict(self) | {"dropped": dropped}
+
     def lines(self) -> list[str]:
         """In the order of what happened; what is zero is not said."""
         dropped = (
@@ -110,13 +117,17 @@ class Account:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """For run.json: counts by reason, with the first rows of each; `account_of` takes it back whole where
-        `rows` is as long as the counts say."""
-        return dataclasses.asdict(self)
+        """For run.json and `rcpo data --json`: of the dropped rows their counts by reason, with the first of
+        each."""
+        return {
+            "training": self.training.as_json(),
+            "held_out": None if self.held_out is None else self.held_out.as_json(),
+            "held_out_rows": self.held_out_rows,
+        }
 
 
 def account_of(tree: dict[str, Any]) -> Account:
-    """What `Account.as_json` gave. Raises TypeError and KeyError where it is none."""
+    """What `dataclasses.asdict` gave. Raises TypeError and KeyError where it is none."""
     held_out = tree["held_out"]
     return Account(
         RowAccount(**tree["training"]),

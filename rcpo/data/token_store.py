@@ -6,6 +6,7 @@ cache is a warning: pairs can always be made again. Called by `rcpo.training.rea
 """
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -120,7 +121,7 @@ def _write(folder: Path, tokens: Tokens) -> None:
     for files, pairs in zip(FILES.values(), (tokens.train, tokens.held_out), strict=True):
         for file, array in zip(files, map(np.asarray, pairs.arrays), strict=True):
             np.save(folder / file, array)
-    said = {"report": tokens.report, "account": tokens.account.as_json()}
+    said = {"report": tokens.report, "account": dataclasses.asdict(tokens.account)}
     about = said | {"digest": _digest(folder, said)}
     (folder / ABOUT).write_text(json.dumps(about))
 

@@ -53,7 +53,7 @@ def test_what_was_kept_comes_back(store: TokenStore) -> None:
         store.read_or_make(lambda: TOKENS, always),
         TokenStore(store.path.parent, "key").read_or_make(must_not_be_called, always),
     ):
-        assert (tokens.train, tokens.held_out, tokens.report) == TOKENS
+        assert tokens == TOKENS
     assert TokenStore(store.path.parent, "other").read() is None
 
 
