@@ -142,8 +142,8 @@ def by_number(dropped: dict[str, list[int]]) -> list[tuple[str, list[int]]]:
 
 
 def why(dropped: dict[str, list[int]]) -> str:
-    """The reasons in brackets, for an error: " (80 because ..., 3 because ...)"; empty where there are
-    none."""
+    """The reasons in brackets, for an error: " (80 dropped because ..., 3 dropped because ...)"; empty where
+    there are none."""
     reasons = ", ".join(f"{len(rows)} dropped because {reason}" for reason, rows in by_number(dropped)[:3])
     return f" ({reasons})" if reasons else ""
 

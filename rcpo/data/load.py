@@ -128,8 +128,9 @@ def _read_place(place: Place, config: DataConfig, report: list[str], weighing: W
         report.append(f"{NOTE}{place}: the system turn of {num_folded} rows {done} (data.system)")
     account = RowAccount(str(place), len(source.rows), dropped)
     if not records:
+        reasons = why(dropped) if len(dropped) > 1 else "".join(f" ({reason})" for reason in dropped)
         raise place.error(
-            f"none of its {len(source.rows)} rows can train{why(dropped)}; give pairs of another form"
+            f"none of its {len(source.rows)} rows can train{reasons}; give pairs of another form"
         )
     report += [f"{place}: {note}" for note in source.notes]
     report += [f"{NOTE}{place}: {said}" for said in shapes.read_as(source, shape)]

@@ -194,7 +194,7 @@ def test_wrong_roles_throughout_are_one_line(tmp_path: Path) -> None:
     ] * 2
     path = write_rows(tmp_path / "a.jsonl", rows)
     assert fault(config_of(path, on_bad_row="drop")) == (
-        f"data.path={path}: none of its 2 rows can train (2 dropped because chosen has the role 'human'; "
+        f"data.path={path}: none of its 2 rows can train (chosen has the role 'human'; "
         "roles are system, developer, user, assistant, tool); give pairs of another form"
     )
 

@@ -11,6 +11,7 @@ import torch
 
 from helpers.plain_loop import summed
 from helpers.plain_published import train_published
+from helpers.selection import matrix
 from helpers.small_engine import train_small
 from rcpo.common.errors import UserError
 from rcpo.config.compose import compose
@@ -154,9 +155,10 @@ CASES = {
     "dil_bce of adapters, 4": ("dil_bce", 4, ("model.lora.rank=3",)),
 }
 """Objective, micro-batches a step, further words."""
+ALWAYS = ("dpo, 4", "dil_bce of adapters, 4")
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", matrix(CASES, ALWAYS.__contains__, "rows of matrices"))
 def test_alphas_and_weights_are_the_recursions(name: str) -> None:
     """After every step the mean alpha and both averages to 1e-5, and after three of them the weights to
     1e-5."""
