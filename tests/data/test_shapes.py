@@ -274,7 +274,7 @@ def test_as_chat_needs_a_prompt_and_leaves_messages_alone(tmp_path: Path) -> Non
     records, _ = load(tmp_path, [row] * 2, as_chat=True)
     assert parts(records[0]) == ([turn("user", "Hi")], *answers("chosen", "rejected"))
     only_spaces_differ = {"prompt": "a", "chosen": " b", "rejected": "b"}
-    assert "because the sides are identical)" in fault(tmp_path, only_spaces_differ, as_chat=True)
+    assert "(the sides are identical)" in fault(tmp_path, only_spaces_differ, as_chat=True)
 
 
 @pytest.mark.parametrize(("as_chat", "is_said"), [(None, True), (False, False), (True, False)])
