@@ -55,6 +55,8 @@ def furnish(place: Path) -> None:
         (place / folder).mkdir(parents=True)
     for name in ("demo", "ches"):
         (place / f"sweeps/{name}.yaml").write_text(yaml.safe_dump(SWEEP))
+    for paper in (ROOT / "sweeps").glob("paper_*.yaml"):  # for their dry run
+        shutil.copy(paper, place / "sweeps")
     (place / "DIR/objective/mine.yaml").write_text("# My own.\nname: dpo\nbeta: 0.3\n")
     own = code(ROOT / "rcpo/objectives/README.md", "python")[0]
     (place / "my_losses.py").write_text(own)
@@ -70,7 +72,7 @@ def typed(command: str, number: int, place: Path) -> list[str]:
     if line[:2] == ["rcpo", "train"] and not {"--help", "--cfg"} & set(line):
         is_first = not (place / FIRST_RUN).exists()
         line += [*SMALL, f"run_dir={FIRST_RUN if is_first else f'runs/{number}'}"]
-    if line[:2] == ["rcpo", "score"]:
+    if line[:2] in (["rcpo", "score"], ["rcpo", "data"]):
         line += [word for word in SMALL if word.startswith("data.")]
     return ["train.steps=4" if word == "train.steps=300" else word for word in line]
 
