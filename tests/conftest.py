@@ -2,6 +2,7 @@
 was not run. The process that only hands files to workers imports this one too: no torch at its top."""
 
 import itertools
+import os
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ from helpers import forked, tools
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+"""Before torch is imported: a fork of a process with a pool of threads may wait for them for ever."""
 FORKING = ("processes", "trainings")
 """Folders whose tests ask the fork server."""
 ORDER = {name: number for number, name in enumerate(("method", *FORKING))}
