@@ -19,8 +19,6 @@ from rcpo.data.records import PreferenceRecord
 
 Judge: TypeAlias = Callable[[Sequence[PreferenceRecord]], Sequence[str | None]]
 """For each record None, or the reason why it cannot be used. Asked once for a record."""
-
-
 FEWER = "give more rows, or type a smaller data.eval_pairs=N"
 
 
@@ -90,12 +88,7 @@ def select(
     if not taken.drawn:
         raise training.error(
             f"no training pair is left of {account.read} rows beside {len(held.drawn)} held-out pairs"
-            f"{why(account.dropped)}; "
-            + (
-                "give more rows, or type a smaller data.eval_pairs=N"
-                if num_identical
-                else advice(account.dropped)
-            )
+            f"{why(account.dropped)}; {FEWER if num_identical else advice(account.dropped)}"
         )
     account = dataclasses.replace(
         account,

@@ -148,13 +148,6 @@ class BalanceCalibration(PerStep):
     last: float = math.nan
     """The newest measurement used."""
 
-    @property
-    def steers_by_batches(self) -> bool:
-        return False
-
-    def measures_at(self, step: int) -> bool:
-        return False
-
     def probes_at(self, step: int) -> bool:
         is_early = step in FIRST_PROBES and step < self.every
         return step > 0 and (step % self.every == 0 or is_early)

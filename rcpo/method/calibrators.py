@@ -87,27 +87,11 @@ class FixedCalibration(PerStep):
 
     value: float = 1.0
 
-    @property
-    def steers_by_batches(self) -> bool:
-        return False
-
-    def measures_at(self, step: int) -> bool:
-        return False
-
-    def probes_at(self, step: int) -> bool:
-        return False
-
     def alpha(self) -> float:
         return self.value
 
     def update(self, statistics: StepStatistics) -> None:
         pass
-
-    def metrics(self) -> dict[str, float]:
-        return {}
-
-    def counts(self) -> dict[str, float]:
-        return {}
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -153,15 +137,8 @@ class BandCalibration(PerStep):
     num_clamped: int = 0
     """Steps whose alpha was limited by `max_log_alpha`."""
 
-    @property
-    def steers_by_batches(self) -> bool:
-        return False
-
     def measures_at(self, step: int) -> bool:
         return step < self.warmup_steps or step % self.every == 0
-
-    def probes_at(self, step: int) -> bool:
-        return False
 
     def _raw_log_alpha(self) -> float:
         return 0.5 * (self.center_ema - self.position_ema)
@@ -249,9 +226,6 @@ class FeedbackCalibration(PerStep):
     @property
     def steers_by_batches(self) -> bool:
         return not self.from_probe
-
-    def measures_at(self, step: int) -> bool:
-        return False
 
     def probes_at(self, step: int) -> bool:
         return (self.from_probe or step >= self.num_fresh_steps) and step % self.every == 0

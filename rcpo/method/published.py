@@ -20,6 +20,7 @@ import torch
 
 from rcpo.method.band import disentanglement_band
 from rcpo.method.incentives import Incentives
+from rcpo.method.per_step import Quiet
 from rcpo.method.scores import ScoreGeometry
 from rcpo.method.statistics import StepStatistics
 from rcpo.ranks.distributed import gather, rank
@@ -42,7 +43,7 @@ class Averages:
 
 
 @dataclass
-class PublishedCalibration:
+class PublishedCalibration(Quiet):
     """alpha of every micro-batch of every rank, from the micro-batches so far, itself among them.
 
     Two waits for the device a micro-batch. A step whose numbers are not finite leaves no trace.
@@ -59,16 +60,6 @@ class PublishedCalibration:
     """Of the step under way."""
 
     per_micro_batch = True
-
-    @property
-    def steers_by_batches(self) -> bool:
-        return False
-
-    def measures_at(self, step: int) -> bool:
-        return False
-
-    def probes_at(self, step: int) -> bool:
-        return False
 
     def begin(self) -> None:
         self.now, self.alphas = self.kept, []
@@ -114,12 +105,6 @@ class PublishedCalibration:
             "calibration/skipped": float(now.num_skipped),
             "calibration/clamped": float(now.num_clamped),
         }
-
-    def metrics(self) -> dict[str, float]:
-        return {}
-
-    def counts(self) -> dict[str, float]:
-        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """Of all ranks. Collective."""
