@@ -8,7 +8,8 @@ machine is in `rcpo.config.resolve`, what on the data and the model in `rcpo.tra
 import dataclasses
 
 from rcpo.common.errors import UserError, shortened
-from rcpo.config.schema import CalibrationConfig, Config, DataConfig, FilterConfig, LoraConfig, TrackingConfig
+from rcpo.config.calibration import CalibrationConfig
+from rcpo.config.schema import Config, DataConfig, FilterConfig, LoraConfig, TrackingConfig
 from rcpo.objectives import composition_of, objective_of
 
 

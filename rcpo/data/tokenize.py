@@ -16,7 +16,6 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from types import MappingProxyType
 from typing import Any
 
@@ -40,7 +39,6 @@ __all__ = [
     "TokenizedData",
     "TokenizedPair",
     "TokenizedSide",
-    "describe_pair",
     "tokenize_records",
 ]
 
@@ -146,33 +144,6 @@ def tokenize_records(
     tokenise = Tokeniser(tokenizer, max_length, max_prompt_length, on_bad_row, template_kwargs)
     reasons = tokenise(records)
     return tokenise.data([record for record, reason in zip(records, reasons, strict=True) if reason is None])
-
-
-def describe_pair(pair: TokenizedPair, tokenizer: PreTrainedTokenizerBase) -> str:
-    """One decoded pair for the log: response tokens, which alone are scored, in « », special tokens in ⟦
-    ⟧."""
-    prompt = pair.chosen.input_ids[: pair.chosen.num_prompt]
-    lines = [f"prompt   ({len(prompt)} tokens, not scored): {_on_one_line(prompt, tokenizer)}"]
-    for name, side in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        response = side.input_ids[side.num_prompt :]
-        lines.append(f"{name:8} ({len(response)} tokens, scored): «{_on_one_line(response, tokenizer)}»")
-    return "\n".join(lines)
-
-
-def _on_one_line(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    return decoded(ids, tokenizer).replace("\n", "\\n")
-
-
-def decoded(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text of tokens; special ones in ⟦ ⟧."""
-    special = special_ids(tokenizer)
-    parts = []
-    for is_special, run in groupby(ids, lambda token: token in special):
-        if is_special:
-            parts += [f"⟦{tokenizer.convert_ids_to_tokens(token)}⟧" for token in run]
-        else:
-            parts.append(str(tokenizer.decode(list(run), clean_up_tokenization_spaces=False)))
-    return "".join(parts)
 
 
 class _Work:

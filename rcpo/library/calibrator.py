@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rcpo.common.errors import UserError
+from rcpo.config.calibration import CalibrationConfig
 from rcpo.config.conf import conf_dir, option_tree
 from rcpo.config.rules import check_calibration
-from rcpo.config.schema import CalibrationConfig
 from rcpo.config.validate import section_of
 from rcpo.library.score_vectors import HeadScoreVectors, ParameterScoreVectors, ScoreVectors
 from rcpo.method.calibrators import build_calibrator

@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from rcpo.config.schema import CalibrationConfig
+from rcpo.config.calibration import CalibrationConfig
 from rcpo.method.balance import BalanceCalibration
 from rcpo.method.band import disentanglement_band
 from rcpo.method.incentives import Incentives

@@ -24,9 +24,10 @@ from helpers.tiny_tokenizers import (
     tokenize_one,
 )  # fmt: skip
 from rcpo.common.errors import UserError
+from rcpo.data.describe import describe_pair
 from rcpo.data.records import read_record
 from rcpo.data.template import apply_chat_template_choice
-from rcpo.data.tokenize import TokenizedPair, TokenizedSide, describe_pair, tokenize_records
+from rcpo.data.tokenize import TokenizedPair, TokenizedSide, tokenize_records
 
 # BOS, EOS and the split, for every kind of tokenizer and template
 

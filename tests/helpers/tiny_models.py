@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from transformers import (
     GPTNeoXConfig,
@@ -17,6 +18,12 @@ from rcpo.data.tokenize import TokenizedPair, TokenizedSide
 
 VOCABULARY = 37
 """Of every tiny model: a prime, so that no chunk size or rank count divides it."""
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
+    "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+"""Of configs of nearly any family."""
 HIDDEN = 16
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from helpers.tiny_models import make_llama
-from rcpo.config.schema import CalibrationConfig
+from rcpo.config.calibration import CalibrationConfig
 from rcpo.method.band import Band, disentanglement_band
 from rcpo.method.calibrators import BandCalibration, FixedCalibration, StepStatistics, build_calibrator
 from rcpo.method.incentives import incentives

@@ -7,8 +7,8 @@ import math
 
 import pytest
 
+from rcpo.config.calibration import CalibrationConfig, FeedbackConfig
 from rcpo.config.compose import compose
-from rcpo.config.schema import CalibrationConfig, FeedbackConfig
 from rcpo.config.validate import validate
 from rcpo.method.band import disentanglement_band
 from rcpo.method.calibrators import (

@@ -17,7 +17,7 @@ from transformers import (
     set_seed,
 )
 
-from helpers.tiny_models import VOCABULARY, make_pairs
+from helpers.tiny_models import SMALL, make_pairs
 from helpers.tiny_tokenizers import make_words
 from rcpo.common.errors import UserError
 from rcpo.config.compose import compose
@@ -32,11 +32,6 @@ from rcpo.models.load import load_model, save_model
 from rcpo.models.memory import activation_bytes
 from rcpo.models.policy import Policy, refuse_joint_layout
 
-SMALL: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
-    "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
 EXPERTS: dict[str, Any] = {
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
     "moe_intermediate_size": 16, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 2,

@@ -24,18 +24,12 @@ from transformers import (
     set_seed,
 )
 
-from helpers.tiny_models import HIDDEN, VOCABULARY, make_batch, make_llama
+from helpers.tiny_models import HIDDEN, SMALL, VOCABULARY, make_batch, make_llama
 from rcpo.common.errors import UserError
 from rcpo.method.scores import HeadScores
 from rcpo.models.logit_transform import NOTHING, LogitTransform, logit_transform
 from rcpo.models.logprobs import TokenLogProbHead, sum_per_side
 from rcpo.models.policy import Policy
-
-SMALL: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
-    "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
 
 FAMILIES: dict[str, tuple[Callable[..., Any], dict[str, Any], LogitTransform]] = {
     "gemma2": (Gemma2Config, {"final_logit_softcapping": 2.0}, LogitTransform(1.0, 2.0)),
