@@ -80,10 +80,12 @@ def train_small(
     config: ResolvedConfig,
     num_steps: int,
     split: Sequence[int],
+    reference: PreTrainedModel | None = None,
 ) -> list[dict[str, float]]:
-    """Train `model` in place against what it was, each step on all of `pairs`, cut into micro-batches of
-    equal `split`; returns the metrics rows."""
+    """Train `model` in place against `reference` or what it was, each step on all of `pairs`, cut into
+    micro-batches of equal `split`; returns the metrics rows."""
     engine = SmallEngine(model, config, len(split))
+    frozen = engine if reference is None else SmallEngine(reference, config, len(split))
     objective = config.objective_function
     measurements = Measurements(config, engine)  # type: ignore[arg-type]
     state = TrainState(0, build_calibrator(config.calibration), objective.initial_state(8.0))
@@ -92,8 +94,8 @@ def train_small(
     for size in split:
         batch = collate(pairs[start : start + size], 0)
         if objective.weighs_tokens:
-            batch = batch._replace(ref_token_logps=engine.logprobs_without_grad(batch, tokens=True))
-        ref_w, ref_l = engine.logprobs_without_grad(batch).chunk(2)
+            batch = batch._replace(ref_token_logps=frozen.logprobs_without_grad(batch, tokens=True))
+        ref_w, ref_l = frozen.logprobs_without_grad(batch).chunk(2)
         micro_batches.append(MicroBatch(batch, ref_w, ref_l, torch.ones(size)))
         start += size
     rows = []
