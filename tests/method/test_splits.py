@@ -20,7 +20,7 @@ EVERY_STEP = ("calibration.every=1", "calibration.warmup_steps=0")
 @pytest.mark.parametrize("name", sorted(REGISTRY))
 def test_micro_batches_change_nothing(name: str, tmp_path: Path) -> None:
     """With `exact`, after 3 steps: weights to 1e-5, every metric of every step to fp32 tolerance. The
-    reference is another model: apo_down's d_w is zero at r = 0, the direction of its G_w would be rounding."""
+    reference is another model: apo_down's d_w is zero at r = 0, its G_w rounding."""
     case = Case(name, "exact", "llama-tied", "sgd")
     config = make_config(tmp_path, tmp_path / "run", case, Layout(1, 8), *EVERY_STEP)
     start = make_llama(tied=True).state_dict()
