@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from rcpo.config.conf import IN_CONF, defaults_in
+from rcpo.common.conf import IN_CONF, defaults_in
 from rcpo.config.types import STRICT, NonNegative, Positive
 
 

@@ -24,8 +24,8 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from rcpo.common.conf import conf_dir
 from rcpo.common.errors import UserError, shortened
-from rcpo.config.conf import conf_dir
 from rcpo.config.words import MULTIRUN, grid_line, hydra_words, placed_module
 
 PRINTING = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc")

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rcpo.common.conf import conf_dir
 from rcpo.config.compose import config_dirs, look_at
-from rcpo.config.conf import conf_dir
 from rcpo.config.meanings import comments, first_comment, leaves, option_file, schema_meanings, shown
 from rcpo.config.schema import Config
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from rcpo.config.conf import conf_dir, option_tree
+from rcpo.common.conf import conf_dir, option_tree
 from rcpo.config.meanings import comments, field_docstrings, first_comment, leaves, shown
 from rcpo.config.schema import Config
 from rcpo.objectives import REGISTRY, config_key

@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
+from rcpo.common.conf import IN_CONF, defaults_in
 from rcpo.config.calibration import CalibrationConfig
-from rcpo.config.conf import IN_CONF, defaults_in
 from rcpo.config.types import STRICT, NonNegative, Paths, Positive, Seed, Stage, Text
 
 

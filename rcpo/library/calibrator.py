@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from rcpo.common.conf import conf_dir, option_tree
 from rcpo.common.errors import UserError
 from rcpo.config.calibration import CalibrationConfig
-from rcpo.config.conf import conf_dir, option_tree
 from rcpo.config.rules import check_calibration
 from rcpo.config.validate import section_of
 from rcpo.library.score_vectors import HeadScoreVectors, ParameterScoreVectors, ScoreVectors

@@ -17,7 +17,7 @@ from rcpo.objectives.registry import objective
 
 @dataclass(frozen=True)
 class CalDPOConfig:
-    beta: float = 0.001
+    beta: float
     """Inverse of twice the log-ratio that each side is to reach, > 0; the paper's 1e-3."""
 
     def __post_init__(self) -> None:
@@ -37,9 +37,9 @@ def cal_dpo(pair: PairLogProbs, config: CalDPOConfig) -> Tensor:
 
 @dataclass(frozen=True)
 class DPOPConfig:
-    beta: float = 0.3
+    beta: float
     """Strength of the pull to the reference, > 0; the paper's 0.3."""
-    lambda_: float = 50.0
+    lambda_: float
     """Penalty per nat that the chosen response has fallen, >= 0; the paper's 50."""
 
     def __post_init__(self) -> None:
@@ -58,9 +58,9 @@ def dpop(pair: PairLogProbs, config: DPOPConfig) -> Tensor:
 
 @dataclass(frozen=True)
 class RPOConfig:
-    beta: float = 0.1
+    beta: float
     """Strength of the pull to the reference, > 0."""
-    a: float = 1.0
+    a: float
     """Weight of the DPO term beside the likelihood term, >= 0; the paper's alpha, 1."""
 
     def __post_init__(self) -> None:
@@ -79,9 +79,9 @@ def rpo(pair: PairLogProbs, config: RPOConfig) -> Tensor:
 
 @dataclass(frozen=True)
 class DPOShiftConfig:
-    beta: float = 0.01
+    beta: float
     """Strength of the pull to the reference, > 0; the paper's 0.01."""
-    f: float = 0.95
+    f: float
     """Factor on the rejected side's log-ratio, in (0, 1]; 1 is dpo. The paper's constant f, 0.95."""
 
     def __post_init__(self) -> None:
@@ -105,9 +105,9 @@ TOTAL_LENGTH = BatchStatistic(
 
 @dataclass(frozen=True)
 class ACPOConfig:
-    beta: float = 0.1
+    beta: float
     """Strength of the pull to the reference, > 0."""
-    delta: float = 0.01
+    delta: float
     """Target reward margin per token of both responses, >= 0."""
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ beta: 0.2}. Called through `rcpo.objectives.load_objective`.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -28,9 +28,7 @@ class Term(NamedTuple):
 
 @dataclass(frozen=True)
 class MixConfig:
-    terms: list[dict[str, Any]] = field(
-        default_factory=lambda: [{"name": "dpo", "weight": 1.0}, {"name": "sft", "weight": 0.2}]
-    )
+    terms: list[dict[str, Any]]
     """Each with the name of another objective, a weight (finite; 1 if left out) and that objective's
     parameters."""
 

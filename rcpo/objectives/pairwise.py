@@ -23,7 +23,7 @@ def normalized_margin(pair: PairLogProbs) -> Tensor:
 
 @dataclass(frozen=True)
 class DPOConfig:
-    beta: float = 0.1
+    beta: float
     """Strength of the pull to the reference, > 0; the paper's 0.1."""
 
     def __post_init__(self) -> None:
@@ -52,7 +52,7 @@ def ti_dpo(pair: PairLogProbs, config: DPOConfig) -> Tensor:
 
 @dataclass(frozen=True)
 class NormalizedDPOConfig:
-    beta: float = 5.0
+    beta: float
     """Scale of the per-token margin, > 0; Tulu 3's 5."""
 
     def __post_init__(self) -> None:
@@ -71,9 +71,9 @@ def dpo_norm(pair: PairLogProbs, config: NormalizedDPOConfig) -> Tensor:
 
 @dataclass(frozen=True)
 class NoisyLabelConfig:
-    beta: float = 0.1
+    beta: float
     """Strength of the pull to the reference, > 0."""
-    eps: float = 0.1
+    eps: float
     """Share of pairs whose labels are taken to be swapped, in [0, 0.5)."""
 
     def __post_init__(self) -> None:
@@ -105,9 +105,9 @@ def robust_dpo(pair: PairLogProbs, config: NoisyLabelConfig) -> Tensor:
 
 @dataclass(frozen=True)
 class IPOConfig:
-    tau: float = 0.1
+    tau: float
     """Regularisation, > 0; the target of the margin is 1/(2 tau)."""
-    length_normalized: bool = True
+    length_normalized: bool
     """Divide each side's log-ratio by its length (as the published code of the authors' later work does);
     false gives the paper's summed form."""
 
@@ -124,7 +124,7 @@ def ipo(pair: PairLogProbs, config: IPOConfig) -> Tensor:
 
 @dataclass(frozen=True)
 class HingeConfig:
-    beta: float = 0.1
+    beta: float
     """1/beta is the margin in nats beyond which a pair has no incentive, > 0."""
 
     def __post_init__(self) -> None:
@@ -140,9 +140,9 @@ def hinge(pair: PairLogProbs, config: HingeConfig) -> Tensor:
 
 @dataclass(frozen=True)
 class EXOConfig:
-    beta: float = 0.1
+    beta: float
     """Strength of the pull to the reference, > 0."""
-    eps: float = 0.001
+    eps: float
     """Label smoothing in (0, 1): the preference that the model is to match is 1 - eps; the paper's 1e-3."""
 
     def __post_init__(self) -> None:
@@ -165,9 +165,9 @@ def exo(pair: PairLogProbs, config: EXOConfig) -> Tensor:
 
 @dataclass(frozen=True)
 class DiscoPOPConfig:
-    beta: float = 0.1
+    beta: float
     """Strength of the pull to the reference, > 0."""
-    tau: float = 0.05
+    tau: float
     """Temperature of the switch between the two losses, in units of beta mt, > 0; the paper's 0.05."""
 
     def __post_init__(self) -> None:
@@ -188,9 +188,9 @@ def discopop(pair: PairLogProbs, config: DiscoPOPConfig) -> Tensor:
 
 @dataclass(frozen=True)
 class LengthRegularizedDPOConfig:
-    beta: float = 0.1
+    beta: float
     """Strength of the pull to the reference, > 0."""
-    a: float = 0.05
+    a: float
     """Weight of the length difference, logits per token, >= 0; the paper's alpha."""
 
     def __post_init__(self) -> None:

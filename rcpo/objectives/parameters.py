@@ -4,7 +4,6 @@ The configs beside the loss functions call `require` in `__post_init__`; `rcpo.o
 `ParameterError` into one line that says where the value stands. Does not know objectives.
 """
 
-import dataclasses
 import math
 from typing import Any
 
@@ -12,7 +11,8 @@ from typing import Any
 class ParameterError(ValueError):
     """A parameter's value breaks its rule."""
 
-    def __init__(self, key: str, value: Any, rule: str, example: Any) -> None:
+    def __init__(self, key: str, value: Any, rule: str, example: Any = None) -> None:
+        """`example`: what to type; None: the parameter's default."""
         super().__init__(f"{key}={value}: must be {rule}")
         self.key, self.value, self.rule, self.example = key, value, rule, example
 
@@ -24,11 +24,9 @@ def config_key(field_name: str) -> str:
 
 
 def require(config: Any, name: str, holds: bool, rule: str) -> None:
-    """Raise ParameterError for the field `name` unless `holds`; the example to type is the field's
-    default."""
+    """Raise ParameterError for the field `name` unless `holds`."""
     if not holds:
-        default = next(field.default for field in dataclasses.fields(config) if field.name == name)
-        raise ParameterError(config_key(name), getattr(config, name), rule, default)
+        raise ParameterError(config_key(name), getattr(config, name), rule)
 
 
 def require_positive(config: Any, *names: str) -> None:
@@ -58,4 +56,4 @@ def check_kind(key: str, value: Any, default: Any) -> None:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         fits, kind = number and math.isfinite(value), "a finite number"
     if not fits:
-        raise ParameterError(key, value, kind, default)
+        raise ParameterError(key, value, kind)

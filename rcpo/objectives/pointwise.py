@@ -23,7 +23,7 @@ def mean_displacement(pair: PairLogProbs) -> Tensor:
 
 @dataclass(frozen=True)
 class PointwiseConfig:
-    beta: float = 0.1
+    beta: float
     """Strength of the pull to the reference, > 0."""
 
     def __post_init__(self) -> None:
@@ -98,7 +98,7 @@ def apo_down(pair: PairLogProbs, config: PointwiseConfig) -> Tensor:
 
 @dataclass(frozen=True)
 class NCAConfig:
-    beta: float = 0.01
+    beta: float
     """Strength of the pull to the reference, > 0; the paper's 0.01."""
 
     def __post_init__(self) -> None:
@@ -118,7 +118,7 @@ def nca(pair: PairLogProbs, config: NCAConfig) -> Tensor:
 
 @dataclass(frozen=True)
 class SPPOConfig:
-    beta: float = 0.001
+    beta: float
     """Inverse of twice the log-ratio that each side is to reach, > 0; the paper's 1e-3 (targets +-500
     nats)."""
 

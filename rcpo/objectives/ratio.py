@@ -72,9 +72,9 @@ def ddro(pair: PairLogProbs, config: DensityRatioConfig) -> Tensor:
 
 @dataclass(frozen=True)
 class BoundedDPOConfig:
-    beta: float = 0.1
+    beta: float
     """Strength of the pull to the reference, > 0."""
-    lam: float = 0.5
+    lam: float
     """Share of the policy in the mixture that stands for the rejected side, between 0 and 1; the rest is
     reference."""
 

@@ -29,9 +29,9 @@ def sft(pair: PairLogProbs, config: SFTConfig) -> Tensor:
 
 @dataclass(frozen=True)
 class SimPOConfig:
-    beta: float = 2.0
+    beta: float
     """Scale of the per-token margin, > 0; the paper's range is 2 to 2.5."""
-    gamma: float = 1.0
+    gamma: float
     """Target margin, >= 0. This is gamma itself, not the ratio gamma/beta that some tools call the margin."""
 
     def __post_init__(self) -> None:
@@ -49,11 +49,11 @@ def simpo(pair: PairLogProbs, config: SimPOConfig) -> Tensor:
 
 @dataclass(frozen=True)
 class AlphaPOConfig:
-    beta: float = 2.5
+    beta: float
     """Scale of the margin, > 0."""
-    gamma: float = 0.75
+    gamma: float
     """Target margin, >= 0; gamma itself, as in simpo."""
-    a: float = 0.25
+    a: float
     """Shape of the reward, not 0 (its limit there is simpo); the paper's alpha."""
 
     def __post_init__(self) -> None:
@@ -76,9 +76,9 @@ def alpha_po(pair: PairLogProbs, config: AlphaPOConfig) -> Tensor:
 
 @dataclass(frozen=True)
 class CPOConfig:
-    beta: float = 0.1
+    beta: float
     """Scale of the summed margin, > 0."""
-    lambda_: float = 1.0
+    lambda_: float
     """Weight of the likelihood term on the chosen response, per token, >= 0."""
 
     def __post_init__(self) -> None:
@@ -98,9 +98,9 @@ def cpo(pair: PairLogProbs, config: CPOConfig) -> Tensor:
 
 @dataclass(frozen=True)
 class SLiCConfig:
-    delta: float = 1.0
+    delta: float
     """Margin in nats beyond which a pair has no ranking incentive, >= 0; the paper's 1."""
-    lambda_: float = 0.1
+    lambda_: float
     """Weight of the likelihood term on the chosen response, summed over tokens, >= 0."""
 
     def __post_init__(self) -> None:
@@ -135,7 +135,7 @@ def log_odds(a: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ORPOConfig:
-    lambda_: float = 0.1
+    lambda_: float
     """Weight of the odds-ratio term, >= 0; the paper's 0.1."""
 
     def __post_init__(self) -> None:

@@ -1,14 +1,17 @@
 """The table of all objectives by name: the decorator that registers one, the loader that checks parameters.
 
+The defaults of rcpo's own objectives stand in conf/objective/NAME.yaml, once; a user's own has them in its
+config.
 Does not own any formula: those are in the family files beside it, and in users' own modules
 (`rcpo.objectives.own`). Called by `rcpo.objectives.composition` for what a config asks for."""
 
 import dataclasses
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rcpo.common.conf import value_in_conf
 from rcpo.common.errors import UserError
 from rcpo.common.installed import OBJECTIVES, load_from, names_in
 from rcpo.objectives.loss import BatchStatistic, LossFunction, Objective
@@ -29,6 +32,15 @@ class Entry:
     """A function of the config where the parameters decide (mix)."""
     statistics: tuple[BatchStatistic, ...] | Callable[[Any], tuple[BatchStatistic, ...]]
     weighs_tokens: bool = False
+
+    def defaults(self, name: str) -> dict[str, Any]:
+        """Value of every parameter by its key. Raises UserError where conf/objective/NAME.yaml lacks one."""
+        fields = dataclasses.fields(self.config_type)
+        if REGISTRY.get(name) is not self:
+            config = self.config_type()
+            return {config_key(field.name): getattr(config, field.name) for field in fields}
+        keys = [config_key(field.name) for field in fields]
+        return {key: value_in_conf((f"{TOP}/{name}",), key) for key in keys}
 
     def build(self, name: str, config: Any) -> Objective:
         needs, statistics = self.needs_reference, self.statistics
@@ -68,7 +80,8 @@ def objective(
         def my_loss(pair: PairLogProbs, config: MyConfig) -> Tensor:
             return -F.logsigmoid(config.beta * pair.margin())   # one number a pair, (B,)
 
-    `config_type` is a frozen dataclass whose fields, all with defaults, are the parameters. Public as
+    `config_type` is a frozen dataclass whose fields, all with defaults, are the parameters; those of rcpo's
+    own objectives have their defaults in conf/objective/NAME.yaml instead. Public as
     `rcpo.objectives.register`. Raises ValueError for a name that rcpo's own objectives have.
     """
 
@@ -77,7 +90,8 @@ def objective(
         if name in REGISTRY:
             fault = "is one of rcpo's; choose another name" if is_own else "is registered twice"
             raise ValueError(f"objective {name!r} {fault}")
-        _check_config_type(name, config_type)
+        if is_own:
+            _check_config_type(name, config_type)
         table = OWN if is_own else REGISTRY
         table[name] = Entry(loss, config_type, needs_reference, statistics, weighs_tokens)
         return loss
@@ -137,7 +151,7 @@ def load_at(path: str, name: str, params: dict[str, Any], also: tuple[str, ...] 
     """`load_objective` for any section; error messages begin with `path`, and hint at keys in `also` too."""
     entry = _entry_at(path, name)
     fields = {config_key(field.name): field.name for field in dataclasses.fields(entry.config_type)}
-    defaults = entry.config_type()
+    defaults = entry.defaults(name)
     for key, value in params.items():
         if key not in fields:
             close = difflib.get_close_matches(str(key), [*fields, *also], n=1)
@@ -145,10 +159,10 @@ def load_at(path: str, name: str, params: dict[str, Any], also: tuple[str, ...] 
             raise UserError(f"{path}.{key}={value}: {name} has no such parameter; {hint}")
     try:
         for key, value in params.items():
-            check_kind(key, value, getattr(defaults, fields[key]))
-        config = entry.config_type(**{fields[key]: value for key, value in params.items()})
+            check_kind(key, value, defaults[key])
+        config = entry.config_type(**{fields[key]: value for key, value in (defaults | params).items()})
     except ParameterError as error:
-        raise UserError(one_line(path, error)) from None
+        raise UserError(one_line(path, error, defaults)) from None
     except ValueError as error:  # a user's own check
         raise UserError(f"{path}={name}: refuses its parameters ({error}); give others") from None
     built = entry.build(name, config)
@@ -157,9 +171,9 @@ def load_at(path: str, name: str, params: dict[str, Any], also: tuple[str, ...] 
     return built
 
 
-def one_line(path: str, error: ParameterError) -> str:
+def one_line(path: str, error: ParameterError, defaults: Mapping[str, Any]) -> str:
     """Value, rule and what to type, for a parameter of the section at `path`."""
-    example = str(error.example).lower()
+    example = str(defaults.get(error.key) if error.example is None else error.example).lower()
     # The command line sets a list whole, so a term's value is mended where the list is written.
     cure = f"type {path}.{error.key}={example}"
     if path != TOP:

@@ -91,7 +91,7 @@ def test_the_sdist_holds_sources_and_tests_and_nothing_else(built: Path) -> None
 
 def test_the_wheel_trains_from_any_folder(installed: Path, tmp_path: Path) -> None:
     """Two steps with the wheel's own conf/ and model, and a model folder at the end."""
-    where = run([installed / "python", "-c", "import rcpo.config.conf as c; print(c.conf_dir())"], tmp_path)
+    where = run([installed / "python", "-c", "import rcpo.common.conf as c; print(c.conf_dir())"], tmp_path)
     assert where.strip().startswith(str(installed.parent))
     words = ["objective=simpo", "calibration=on", "train.steps=2", "data.train_pairs=32"]
     output = run([installed / "rcpo", "train", *words, "name=wheel"], tmp_path)

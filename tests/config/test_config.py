@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from helpers import forked
+from rcpo.common.conf import conf_dir
 from rcpo.common.errors import UserError
-from rcpo.config.conf import conf_dir
 from rcpo.config.resolve import data_label, default_name, model_label, resolve
 from rcpo.config.schema import Config
 from rcpo.config.validate import validate

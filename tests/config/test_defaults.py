@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
+from rcpo.common import conf
+from rcpo.common.conf import conf_dir, option_tree, value_in_conf
 from rcpo.common.errors import UserError
-from rcpo.config import conf
-from rcpo.config.conf import conf_dir, option_tree, value_in_conf
 from rcpo.config.meanings import leaves
 from rcpo.config.schema import Config
 from rcpo.config.validate import validate

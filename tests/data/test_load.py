@@ -10,8 +10,8 @@ import datasets
 import pytest
 
 from helpers import ROOT
+from rcpo.common.conf import option_tree
 from rcpo.common.errors import UserError
-from rcpo.config.conf import option_tree
 from rcpo.config.schema import DataConfig
 from rcpo.data.load import NOTE, load_records
 from rcpo.data.records import PreferenceRecord

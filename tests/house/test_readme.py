@@ -6,13 +6,13 @@ Their commands are in `tests/processes/test_readme_commands.py`.
 
 import ast
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from torch import Tensor
 
 import rcpo
@@ -21,6 +21,8 @@ from helpers.forked import in_a_fork
 from helpers.plain_loop import summed
 from helpers.readmes import anchors, code, links, readmes, spans, table_rows, text_of
 from helpers.tiny_models import MODELS, make_pairs
+from rcpo.common import conf
+from rcpo.common.conf import conf_dir
 from rcpo.config.keys import page
 from rcpo.data.tokenize import TokenizedPair
 from rcpo.monitor.model_card import formula
@@ -150,18 +152,23 @@ def test_an_objective_of_ones_own_is_registered_from_its_file(tmp_path: Path) ->
         in_a_fork(work)
 
 
-def test_the_objective_to_ship_works_where_it_belongs() -> None:
+def test_the_objective_to_ship_works_where_it_belongs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its function beside the others of a family, its YAML file, and the lines that use an objective."""
     _, function, usage = code(OBJECTIVES, "python")
     (config,) = code(OBJECTIVES, "yaml")
+    shutil.copytree(conf_dir(), tmp_path / "conf")
+    (tmp_path / "conf/objective/mine.yaml").write_text(config)
+    monkeypatch.setattr(conf, "conf_dir", lambda: tmp_path / "conf")
     names: dict[str, Any] = {}
     exec(usage, names)
     assert names["loss"].shape == names["d_w"].shape == (1,)
 
     def work() -> None:
         exec(function, vars(pairwise))
-        own = yaml.safe_load(config)
-        objective = load_objective(own.pop("name"), **own)
+        objective = load_objective("mine")
+        assert objective.params() == {"beta": 0.1}
         assert formula(objective) == "softplus(-beta mt)"
         assert objective(names["pair"]).shape == (1,)
 

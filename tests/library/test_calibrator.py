@@ -351,7 +351,7 @@ def test_without_a_reference_there_is_no_displacement() -> None:
 
 
 def test_every_kind_of_the_command_line_is_known() -> None:
-    from rcpo.config.conf import conf_dir
+    from rcpo.common.conf import conf_dir
     from rcpo.library.calibrator import KINDS
 
     assert set(KINDS) == {path.stem for path in (conf_dir() / "calibration").glob("*.yaml")}

@@ -11,8 +11,8 @@ import torch
 import yaml
 
 import rcpo
+from rcpo.common.conf import conf_dir
 from rcpo.config.compose import compose
-from rcpo.config.conf import conf_dir
 from rcpo.config.resolve import resolve
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.config.validate import validate

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, MistralConfig, Pre
 
 from helpers import forked
 from helpers.tiny_models import VOCABULARY, make_neox
+from rcpo.common.conf import conf_dir
 from rcpo.common.errors import UserError
-from rcpo.config.conf import conf_dir
 from rcpo.config.schema import LoraConfig, ModelConfig
 from rcpo.config.validate import validate
 from rcpo.models.load import load_model, model_place

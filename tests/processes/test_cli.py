@@ -25,7 +25,7 @@ from rcpo.config.schema import LaunchConfig
 from rcpo.config.validate import validate
 from rcpo.models.load import model_place
 from rcpo.objectives import REGISTRY
-from rcpo.objectives.composition import DEFAULTS
+from rcpo.objectives.composition import composition_defaults
 
 RUN_ALL = """
 import contextlib, io, json, sys, traceback
@@ -217,7 +217,7 @@ def test_train_help_lists_what_all_objectives_have_after_what_one_has(
     shown = [line for line in lines if line.startswith("objective.")]
     assert [line.split("=")[0] for line in shown] == [
         "objective.beta",
-        *(f"objective.{key}" for key in DEFAULTS),
+        *(f"objective.{key}" for key in composition_defaults()),
     ]
     assert all(len(line.split()) > 3 for line in shown[1:])
 
@@ -242,7 +242,7 @@ def test_an_experiment_sets_options_and_keys_of_the_root(answers: dict[str, tupl
 def test_cfg_with_a_package_prints_that_group_alone(answers: dict[str, tuple[int, str, str]]) -> None:
     first, *lines = answers["train --cfg job --package objective"][1].splitlines()
     assert first == "# @package objective"
-    assert yaml.safe_load("\n".join(lines)) == DEFAULTS | {"name": "dpo", "beta": 0.1}
+    assert yaml.safe_load("\n".join(lines)) == {**composition_defaults(), "name": "dpo", "beta": 0.1}
 
 
 def rcpo_command(words: list[str], cwd: Path) -> tuple[int, str, str]:

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from helpers import forked
-from rcpo.config.conf import conf_dir
+from rcpo.common.conf import conf_dir
 from rcpo.models.load import model_place
 from rcpo.runs.folder import RunFolder
 

@@ -14,8 +14,8 @@ import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from rcpo.common.conf import conf_dir
 from rcpo.common.errors import UserError
-from rcpo.config.conf import conf_dir
 from rcpo.config.resolve import resolve
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.config.schema import Config
