@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rcpo.config.resolved import ResolvedConfig
-from rcpo.data.account import Account, RowAccount
 from rcpo.data.inputs import Inputs
 from rcpo.data.pairs import SideLogProbs, TokenizedPair, TokenizedSide, pack
 from rcpo.models.load import load_tokenizer
+from rcpo.records.account import Account, RowAccount
 from rcpo.runs.folder import RunFolder
 from rcpo.runs.frozen import open_run
 

@@ -4,7 +4,7 @@
 
 writes a Hugging Face model folder to OUT: 341,472 parameters, fp32, 1.4 MB; 110 s on one CPU thread. The same
 machine and libraries give the same bytes. Owns tokenizer, architecture and SFT recipe; the problems belong to
-`rcpo.data.arithmetic`. Called by hand; training reads the files in `rcpo/builtin/tiny`.
+`rcpo.records.arithmetic`. Called by hand; training reads the files in `rcpo/builtin/tiny`.
 
 An SFT answer is right with probability 1/2, else one of the near misses, drawn anew for every sequence;
 held-out problems of data.seed=0 are left out. So the model can add but is unsure whether it should. With four
@@ -29,7 +29,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rcpo.data.arithmetic import WORDS, Problem, all_problems, assistant_turn, problem_split, user_turn
+from rcpo.records.arithmetic import WORDS, Problem, all_problems, assistant_turn, problem_split, user_turn
 
 PAD, UNK, BOS, EOS = "<pad>", "<unk>", "<s>", "</s>"
 ASSISTANT = "<|assistant|>"
@@ -52,7 +52,7 @@ WARMUP_STEPS = 20
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One id per word of `rcpo.data.arithmetic`, after the special tokens; lower case, split at spaces."""
+    """One id per word of `rcpo.records.arithmetic`, after the special tokens; lower case, split at spaces."""
     vocabulary = {word: idx for idx, word in enumerate([*SPECIAL_TOKENS, *WORDS])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=UNK))
     tokenizer.normalizer = Lowercase()

@@ -16,8 +16,8 @@ from rcpo.comparison.load import ComparedRun
 
 if TYPE_CHECKING:
     from rcpo.config.schema import ModelConfig
-    from rcpo.data.records import PreferenceRecord
     from rcpo.data.tokenize import TokenizedPair
+    from rcpo.records.record import PreferenceRecord
 
 Section = TypeVar("Section")
 
@@ -65,7 +65,7 @@ def held_out_records(run: ComparedRun) -> "list[PreferenceRecord] | str":
     from pydantic import ValidationError
 
     from rcpo.config.schema import DataConfig
-    from rcpo.data.load import load_records, records_at
+    from rcpo.records.load import load_records, records_at
 
     tree = _tree_of(run, "data.")
     # Filters and weights are of training pairs alone.

@@ -1,1 +1,2 @@
-"""From records to batches: reading, rendering, tokenising, filtering, laying out. Does not load models."""
+"""From records to batches: rendering, tokenising, filtering, laying out. Reads no pairs
+from files and loads no models."""

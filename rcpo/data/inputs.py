@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from rcpo.config.resolved import ResolvedConfig
-from rcpo.data.account import Account
 from rcpo.data.pairs import PackedPairs, TokenizedPair
 from rcpo.data.sampler import PairSampler
+from rcpo.records.account import Account
 
 
 @dataclass(frozen=True)

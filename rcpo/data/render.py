@@ -21,9 +21,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from rcpo.data.generation import end_tokens, generation_of, special_tokens
-from rcpo.data.messages import Messages
-from rcpo.data.records import BadRowError, PreferenceRecord
 from rcpo.data.template import REASONING, STAND_IN, Template, apply, taken_apart
+from rcpo.records.messages import Messages
+from rcpo.records.record import BadRowError, PreferenceRecord
 
 _OPENED = re.compile(r"<([\w:]*(?:think|thought|reason)[\w:]*)>\s*$")
 """A tag of reasoning that a generation prompt leaves open."""

@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rcpo.common.errors import UserError
 from rcpo.data.generation import end_tokens, generation_of, special_tokens
-from rcpo.data.messages import Messages
-from rcpo.data.records import BadRowError
+from rcpo.records.messages import Messages
+from rcpo.records.record import BadRowError
 
 PLAIN_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"

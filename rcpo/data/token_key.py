@@ -25,9 +25,9 @@ from transformers import PreTrainedTokenizerBase
 from rcpo.common.errors import UserError
 from rcpo.config.schema import DataConfig
 from rcpo.data.generation import generation_of, special_ids
-from rcpo.data.reading.places import MOST_FILES, held_out_place, mixed_place, spelled_out, training_place
-from rcpo.data.reading.readers import hub_fingerprint
-from rcpo.data.weights import Weighing
+from rcpo.records.places import MOST_FILES, held_out_place, mixed_place, spelled_out, training_place
+from rcpo.records.readers import hub_fingerprint
+from rcpo.records.weights import Weighing
 
 SMALLEST_BYTES = 100_000
 """Data smaller than this are read and tokenised in a fraction of a second; keeping them would not pay."""
@@ -49,7 +49,7 @@ class Content(NamedTuple):
 
 def content_of(config: DataConfig) -> Content | None:
     """The content of the data; None where it is generated, where it cannot be told, and where it is too
-    little to be kept. What is wrong with a place is for `rcpo.data.reading` to say."""
+    little to be kept. What is wrong with a place is for `rcpo.records` to say."""
     if config.source != "file":
         return None
     training = [training_place(config)] if config.mix is None else list(map(mixed_place, config.mix))
@@ -173,8 +173,9 @@ def _digest_of(content: bytes) -> str:
 
 @functools.cache
 def _code_digest() -> str:
-    """Of the modules of this room, which read, render, tokenise and keep."""
-    files = sorted(Path(__file__).parent.rglob("*.py"))
+    """Of the modules of this room and of `records`, which read, render, tokenise and keep."""
+    package = Path(__file__).parents[1]
+    files = [file for room in ("data", "records") for file in sorted((package / room).glob("*.py"))]
     return _digest_of(b"\0".join(file.name.encode() + b"\0" + file.read_bytes() for file in files))
 
 

@@ -21,8 +21,8 @@ import numpy as np
 
 from rcpo.common.files import remove, replacing
 from rcpo.common.locks import kernel_lock
-from rcpo.data.account import Account, account_of
 from rcpo.data.pairs import PackedPairs, PairArrays
+from rcpo.records.account import Account, account_of
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """From preference records to token ids: chat template, prompt/response split, truncation budget, counts.
 
 Owns the one policy on BOS and EOS: tokens are what inference will see. Does not read data
-(`rcpo.data.load`), say where a response begins (`rcpo.data.render`) or pad (`rcpo.data.batch`). Called by
+(`rcpo.records.load`), say where a response begins (`rcpo.data.render`) or pad (`rcpo.data.batch`). Called by
 `rcpo.training.read_inputs`.
 
 How a side becomes ids: the whole conversation is rendered and tokenised once, since a tokenizer may merge
@@ -24,7 +24,6 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 from rcpo.common.errors import UserError
 from rcpo.data.generation import special_ids, tokens_in_front
 from rcpo.data.pairs import PackedPairs, Packer, TokenizedPair, TokenizedSide
-from rcpo.data.records import BadRowError, PreferenceRecord
 from rcpo.data.render import (
     LostPartError,
     Rendered,
@@ -33,6 +32,7 @@ from rcpo.data.render import (
     render_text,
 )
 from rcpo.data.template import Template, look_at_template
+from rcpo.records.record import BadRowError, PreferenceRecord
 
 __all__ = [
     "Tokeniser",

@@ -13,7 +13,7 @@ from pathlib import Path
 from rcpo.common.errors import UserError
 from rcpo.common.locks import HeldError, hold, is_held, read_holder, run_lock
 from rcpo.config.resolved import ResolvedConfig
-from rcpo.data.reading.places import spelled_out
+from rcpo.records.places import spelled_out
 
 INSTEAD = "type another name=... or run_dir=..."
 

@@ -104,9 +104,9 @@ def _train(
     inputs: "Inputs | None",
 ) -> None:
     from rcpo.common.console import RunConsole
-    from rcpo.data.load import NOTE
     from rcpo.monitor.summary import print_report, print_start
     from rcpo.ranks.distributed import rank
+    from rcpo.records.load import NOTE
     from rcpo.training.loop import train
     from rcpo.training.read_inputs import read_inputs
 

@@ -8,7 +8,7 @@ from rcpo.common.errors import UserError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from rcpo.data.records import Messages
+    from rcpo.records.record import Messages
 
 TEXTS = ("prompt", "chosen", "rejected")
 

@@ -3,7 +3,7 @@ takes the mean's place, and the module that registers an objective of a user's o
 
 Owns these keys of the `objective` section, their rules, and the one way from that section to an `Objective`.
 Their defaults stand in conf/every_objective.yaml. Does not own what they mean:
-`rcpo.objectives.loss` averages log-probs, `rcpo.data.weights` reads the weights, `rcpo.training.step`
+`rcpo.objectives.loss` averages log-probs, `rcpo.records.weights` reads the weights, `rcpo.training.step`
 multiplies by them, `rcpo.training.aggregate` aggregates."""
 
 import dataclasses
@@ -46,7 +46,7 @@ class Composition:
     and a loss about lengths (r_dpo) keeps them."""
     sample_weight: str | None = IN_CONF
     """null: every pair counts alike. weight: by the column `weight`. dora: by 1/(a + a_i (1-p)/p) of the
-    column `probability` (`rcpo.data.weights`)."""
+    column `probability` (`rcpo.records.weights`)."""
     dora_a: float = IN_CONF
     """DoRA's a > 0: the target distribution's share of the data; the weight is at most 1/a. Published code:
     1/2 for pairs."""

@@ -8,9 +8,9 @@ import numpy as np
 
 from rcpo.common.console import number
 from rcpo.common.page import TableCell, render
-from rcpo.data.records import shortened_texts
 from rcpo.data.score_file import HELD_OUT, TRAIN, PairScoreFile
 from rcpo.quality.summary import PAIR_SCORES, findings, quantile_heads, quantile_rows
+from rcpo.records.record import shortened_texts
 from rcpo.training.read_inputs import PairsRead
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"

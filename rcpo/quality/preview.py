@@ -15,12 +15,12 @@ from rcpo.common.errors import UserError
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.describe import decoded
 from rcpo.data.inputs import Inputs
-from rcpo.data.load import NOTE
 from rcpo.data.pairs import TokenizedPair, TokenizedSide
-from rcpo.data.records import PreferenceRecord
 from rcpo.data.tokenize import tokenize_records
 from rcpo.models.checks import check_vocabulary
 from rcpo.models.load import load_tokenizer
+from rcpo.records.load import NOTE
+from rcpo.records.record import PreferenceRecord
 from rcpo.training.read_inputs import PairsRead, check_sizes, filtered_inputs, tokenise
 
 PARTS = ("prompt", "chosen", "rejected")

@@ -6,9 +6,9 @@ import re
 from rich.console import Console
 from rich.text import Text
 
-from rcpo.data.account import LOST
-from rcpo.data.load import NOTE
 from rcpo.quality.preview import PARTS, Preview, ShownPair, ShownPart
+from rcpo.records.account import LOST
+from rcpo.records.load import NOTE
 
 BAR = 18
 """Columns of the longest bar."""

@@ -11,11 +11,11 @@ from rcpo.comparison.groups import Group
 from rcpo.comparison.held_out import data_settings, held_out_records, model_settings
 from rcpo.comparison.load import ComparedRun
 from rcpo.comparison.statistics import spearman
-from rcpo.data.records import shortened_texts
+from rcpo.records.record import shortened_texts
 from rcpo.report.pair_ches import Ches, ches_of_pairs
 
 if TYPE_CHECKING:
-    from rcpo.data.records import PreferenceRecord
+    from rcpo.records.record import PreferenceRecord
 
 NUM_PAIRS = 10
 

@@ -23,7 +23,7 @@ from rcpo.comparison.held_out import Origin, model_folder, origin_of, tokenized
 from rcpo.comparison.load import ComparedRun, one_line
 
 if TYPE_CHECKING:
-    from rcpo.data.records import PreferenceRecord
+    from rcpo.records.record import PreferenceRecord
 
 CACHE = "ches.json"
 MAX_BYTES = 1e9

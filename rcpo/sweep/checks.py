@@ -14,7 +14,7 @@ from pathlib import Path
 from rcpo.common.errors import UserError
 from rcpo.config.resolve import TINY
 from rcpo.config.resolved import ResolvedConfig
-from rcpo.data.reading.places import is_glob
+from rcpo.records.places import is_glob
 from rcpo.sweep.freeze import FrozenCell
 
 
@@ -81,8 +81,8 @@ def _check(config: ResolvedConfig, fetch: bool) -> Checked:
 
 def _count_pairs(config: ResolvedConfig) -> int:
     """Training pairs before tokenising: what can be said without the model's tokenizer."""
-    from rcpo.data.load import load_records
-    from rcpo.data.weights import weighing_of
+    from rcpo.records.load import load_records
+    from rcpo.records.weights import weighing_of
 
     return len(load_records(config.data, weighing_of(config.composition)).train)
 

@@ -13,15 +13,15 @@ from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.describe import describe_pair
 from rcpo.data.filter import filter_pairs
 from rcpo.data.inputs import Inputs
-from rcpo.data.load import NOTE, PreferenceData, load_records, note_on_text
 from rcpo.data.pairs import PackedPairs
 from rcpo.data.token_key import content_of, token_key
 from rcpo.data.token_store import Tokens, TokenStore
 from rcpo.data.tokenize import Tokeniser, TokenizedData
-from rcpo.data.weights import weighing_of
 from rcpo.models.adapters import check_adapters
 from rcpo.models.checks import check_model, check_positions, check_vocabulary
 from rcpo.models.load import load_tokenizer
+from rcpo.records.load import NOTE, PreferenceData, load_records, note_on_text
+from rcpo.records.weights import weighing_of
 from rcpo.reference.weights import check_reference
 
 DECIDED_ELSEWHERE = {

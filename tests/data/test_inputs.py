@@ -22,9 +22,9 @@ from rcpo.config.resolve import resolve
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.config.schema import Config
 from rcpo.config.validate import validate
-from rcpo.data.account import Account, RowAccount
 from rcpo.data.inputs import Inputs
 from rcpo.data.tokenize import TokenizedPair
+from rcpo.records.account import Account, RowAccount
 from rcpo.runs.frozen import config_tree
 from rcpo.training.read_inputs import read_inputs
 

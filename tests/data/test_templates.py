@@ -11,9 +11,9 @@ from helpers.chat_formats import FORMATS
 from helpers.tiny_tokenizers import GENERATION, TURNS, chat, make_bpe, prompt_of, response_of, sides_of
 from rcpo.common.errors import UserError
 from rcpo.data.generation import generation_of, set_generation
-from rcpo.data.records import BadRowError, read_record
 from rcpo.data.template import look_at_template
 from rcpo.data.tokenize import tokenize_records
+from rcpo.records.record import BadRowError, read_record
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -16,7 +16,7 @@ from helpers.tiny_tokenizers import TEMPLATES, make_bpe, make_words
 from rcpo.config.schema import DataConfig, FilterConfig
 from rcpo.data.generation import Generation, set_generation
 from rcpo.data.token_key import content_of, token_key
-from rcpo.data.weights import UNWEIGHTED, ColumnWeight, DoraWeight, Weighing
+from rcpo.records.weights import UNWEIGHTED, ColumnWeight, DoraWeight, Weighing
 
 
 @pytest.fixture(autouse=True)

@@ -13,9 +13,9 @@ import pytest
 import rcpo.data.token_store
 from rcpo.common.errors import UserError
 from rcpo.common.files import path_beside
-from rcpo.data.account import Account, RowAccount
 from rcpo.data.pairs import TokenizedPair, TokenizedSide, pack
 from rcpo.data.token_store import Tokens, TokenStore
+from rcpo.records.account import Account, RowAccount
 
 PAIRS = [
     TokenizedPair(TokenizedSide([1, 5, 6], 2), TokenizedSide([1, 5, 70000, 8], 2), 4, weight=0.1),

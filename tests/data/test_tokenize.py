@@ -25,9 +25,9 @@ from helpers.tiny_tokenizers import (
 )  # fmt: skip
 from rcpo.common.errors import UserError
 from rcpo.data.describe import describe_pair
-from rcpo.data.records import read_record
 from rcpo.data.template import apply_chat_template_choice
 from rcpo.data.tokenize import TokenizedPair, TokenizedSide, tokenize_records
+from rcpo.records.record import read_record
 
 # BOS, EOS and the split, for every kind of tokenizer and template
 

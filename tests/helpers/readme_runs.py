@@ -11,8 +11,8 @@ import yaml
 
 from helpers import ROOT, forked
 from helpers.readmes import code, words
-from rcpo.data.arithmetic import arithmetic_records
 from rcpo.models.load import model_place
+from rcpo.records.arithmetic import arithmetic_records
 
 SMALL = ("train.steps=2", "train.pairs_per_step=4", "train.eval_every=1", "train.save_every=1",
          "data.eval_pairs=8", "data.train_pairs=128", "tracking=none")  # fmt: skip

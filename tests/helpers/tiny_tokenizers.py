@@ -8,9 +8,9 @@ from tokenizers.decoders import ByteLevel
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from rcpo.data.records import PreferenceRecord, read_record
 from rcpo.data.template import PLAIN_TEMPLATE
 from rcpo.data.tokenize import TokenizedData, TokenizedPair, TokenizedSide, tokenize_records
+from rcpo.records.record import PreferenceRecord, read_record
 
 SPECIAL = ["<s>", "</s>", "<|turn|>", "<|end|>"]
 TEXTS = [

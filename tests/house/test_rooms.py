@@ -15,6 +15,7 @@ ORDER: list[set[str]] = [
     {"config"},
     {"ranks"},
     {"method"},
+    {"records"},
     {"data"},
     {"builtin"},
     {"models"},

@@ -13,8 +13,8 @@ import pytest
 
 import rcpo
 from rcpo.config.schema import DataConfig
-from rcpo.data.load import load_records
 from rcpo.library.rows import kept_rows
+from rcpo.records.load import load_records
 
 ROWS = [
     {"prompt": f"p {idx}", "chosen": f" yes\u2028{idx}", "rejected": " no", "weight": idx / 2}

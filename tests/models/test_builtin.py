@@ -18,7 +18,7 @@ from rcpo.builtin.make_tiny import (
     sft_problems,
     train_sft,
 )
-from rcpo.data.arithmetic import NUMBERS, Problem, all_problems, arithmetic_records
+from rcpo.records.arithmetic import NUMBERS, Problem, all_problems, arithmetic_records
 
 TINY = Path(rcpo.builtin.__file__).parent / "tiny"
 

@@ -11,7 +11,7 @@ import pytest
 from helpers.compare_folders import compare, make_run
 from helpers.compare_page import EVIL, REJECTED, page_of, write_pairs
 from rcpo import cli
-from rcpo.data.records import PreferenceRecord, shortened_texts
+from rcpo.records.record import PreferenceRecord, shortened_texts
 from rcpo.report.fallen import find_fallen
 
 

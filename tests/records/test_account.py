@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from helpers.inputs import config_of, row
-from rcpo.data.account import Account, RowAccount, account_of
+from rcpo.records.account import Account, RowAccount, account_of
 from rcpo.training.read_inputs import read_inputs
 
 NAMES = ("alice", "bob", "carol", "dave", "emma", "frank")

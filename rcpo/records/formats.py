@@ -1,5 +1,5 @@
 """Files to rows, by the end of their name: JSON, JSON lines, CSV, TSV and parquet. Owns the one-line errors
-about them; does not know splits (`rcpo.data.reading.readers`)."""
+about them; does not know splits (`rcpo.records.readers`)."""
 
 import csv
 import gzip
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rcpo.data.reading.places import Place
+from rcpo.records.places import Place
 
 SUFFIXES = (
     ".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet",

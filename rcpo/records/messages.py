@@ -1,6 +1,6 @@
 """Chat messages as rows hold them: which of their parts a chat template is handed, and text that is messages.
 
-Owns what a message may carry. Does not judge a row (`rcpo.data.records`) or render (`rcpo.data.render`).
+Owns what a message may carry. Does not judge a row (`rcpo.records.record`) or render (`rcpo.data.render`).
 """
 
 import ast

@@ -9,10 +9,10 @@ import pytest
 
 from rcpo.common.errors import UserError
 from rcpo.config.schema import DataConfig
-from rcpo.data.load import load_records
-from rcpo.data.records import BadRowError
-from rcpo.data.weights import UNWEIGHTED, ColumnWeight, DoraWeight, Weighing, weighing_of
 from rcpo.objectives import Composition
+from rcpo.records.load import load_records
+from rcpo.records.record import BadRowError
+from rcpo.records.weights import UNWEIGHTED, ColumnWeight, DoraWeight, Weighing, weighing_of
 
 WEIGHT, DORA = ColumnWeight(), DoraWeight(0.5, 0.5)
 

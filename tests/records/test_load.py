@@ -13,8 +13,8 @@ from helpers import ROOT
 from rcpo.common.conf import option_tree
 from rcpo.common.errors import UserError
 from rcpo.config.schema import DataConfig
-from rcpo.data.load import NOTE, load_records
-from rcpo.data.records import PreferenceRecord
+from rcpo.records.load import NOTE, load_records
+from rcpo.records.record import PreferenceRecord
 
 CONF = ROOT / "conf" / "data"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rcpo.data.records import BadRowError, read_record
+from rcpo.records.record import BadRowError, read_record
 
 
 def turns(*contents: str) -> list[dict[str, str]]:

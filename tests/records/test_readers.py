@@ -14,8 +14,8 @@ import pytest
 from pyarrow import parquet
 
 from rcpo.common.errors import UserError
-from rcpo.data.reading.places import Place
-from rcpo.data.reading.readers import read_rows
+from rcpo.records.places import Place
+from rcpo.records.readers import read_rows
 
 COLUMNS = {"prompt", "chosen", "rejected"}
 TEXT_ROWS = [

@@ -1,8 +1,8 @@
 """Rows from wherever pairs lie: files, globs, `datasets` folders and hub ids, and slices of their splits.
 
 Owns splits, a data set's configs, and the one-line errors about them; file formats are in
-`rcpo.data.reading.formats`. Does not know what a row means: `rcpo.data.load` calls `read_rows` and gives the
-rows to `rcpo.data.records`. The `datasets` library takes seconds to import, so plain files are read without
+`rcpo.records.formats`. Does not know what a row means: `rcpo.records.load` calls `read_rows` and gives the
+rows to `rcpo.records.record`. The `datasets` library takes seconds to import, so plain files are read without
 it.
 """
 
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from rcpo.common.errors import UserError, shortened
-from rcpo.data.reading.formats import SUFFIXES, Part, first_line, read_file
-from rcpo.data.reading.places import MOST_FILES, Place, files_of, slices_of
+from rcpo.records.formats import SUFFIXES, Part, first_line, read_file
+from rcpo.records.places import MOST_FILES, Place, files_of, slices_of
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 

@@ -1,5 +1,5 @@
 """Where rows lie and which of them are meant: paths, globs, splits and slices, and the config keys that say
-so. Reads nothing (`rcpo.data.reading.readers`).
+so. Reads nothing (`rcpo.records.readers`).
 """
 
 import dataclasses

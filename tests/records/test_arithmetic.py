@@ -5,7 +5,7 @@ import re
 import pytest
 
 from rcpo.common.errors import UserError
-from rcpo.data.arithmetic import (
+from rcpo.records.arithmetic import (
     GAINS,
     NUMBERS,
     WORDS,

@@ -2,7 +2,7 @@
 
 Owns the draws and what is left of a source after them. Whether a row can be used is asked of its caller,
 since that takes the tokenizer: only rows that are drawn are looked at, so a small data.train_pairs of a large
-file stays cheap. Called by `rcpo.data.load`.
+file stays cheap. Called by `rcpo.records.load`.
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ from typing import Any, TypeAlias
 
 from rcpo.common.errors import UserError
 from rcpo.config.schema import DataConfig
-from rcpo.data.account import Account, RowAccount, why
-from rcpo.data.records import PreferenceRecord
+from rcpo.records.account import Account, RowAccount, why
+from rcpo.records.record import PreferenceRecord
 
 Judge: TypeAlias = Callable[[Sequence[PreferenceRecord]], Sequence[str | None]]
 """For each record None, or the reason why it cannot be used. Asked once for a record."""

@@ -2,16 +2,16 @@
 called prompt, chosen and rejected, and what to say of rows that are no pairs.
 
 Looks at the names of columns and at what the first row has in them; data.columns overrules it. Does not judge
-rows (`rcpo.data.records`). What was read as what is in `Shape.said`, for the console.
+rows (`rcpo.records.record`). What was read as what is in `Shape.said`, for the console.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from rcpo.data.messages import num_sharegpt, parsed_quietly
-from rcpo.data.reading.readers import Rows
-from rcpo.data.records import BadRowError
+from rcpo.records.messages import num_sharegpt, parsed_quietly
+from rcpo.records.readers import Rows
+from rcpo.records.record import BadRowError
 
 
 class Choice(NamedTuple):

@@ -1,7 +1,7 @@
 """Preference records: the one shape every data source is read into, and how a row of a source becomes one.
 
 Owns the formats (TRL's preference formats, UltraFeedback's, raw HH-RLHF strings) and what makes a row unfit
-to train. Does not read files (`rcpo.data.reading`), count or select (`rcpo.data.load`), or tokenise
+to train. Does not read files (`rcpo.records`), count or select (`rcpo.records.load`), or tokenise
 (`rcpo.data.tokenize`).
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rcpo.common.errors import shortened
-from rcpo.data.messages import BadMessageError, Messages, content_text, parsed, turns
+from rcpo.records.messages import BadMessageError, Messages, content_text, parsed, turns
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 """Roles that a prompt may hold; a response is one assistant turn."""
@@ -33,7 +33,7 @@ class PreferenceRecord:
     row: int
     """Row number in the source, counted from 0, for reports."""
     weight: float = 1.0
-    """What multiplies the pair's loss, finite and >= 0 (`rcpo.data.weights`)."""
+    """What multiplies the pair's loss, finite and >= 0 (`rcpo.records.weights`)."""
     tools: list[Any] | None = None
     """Definitions of tools, for the chat template."""
     documents: list[Any] | None = None

@@ -13,10 +13,10 @@ from rcpo.common.errors import UserError
 from rcpo.config.resolve import resolve
 from rcpo.config.schema import DataConfig
 from rcpo.config.validate import validate
-from rcpo.data.load import load_records
-from rcpo.data.reading.places import Place, slices_of, spelled_out
-from rcpo.data.reading.readers import read_rows
 from rcpo.data.token_key import content_of
+from rcpo.records.load import load_records
+from rcpo.records.places import Place, slices_of, spelled_out
+from rcpo.records.readers import read_rows
 
 COLUMNS = {"prompt", "chosen", "rejected"}
 

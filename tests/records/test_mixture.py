@@ -13,9 +13,9 @@ from rcpo.config.compose import compose
 from rcpo.config.resolve import resolve
 from rcpo.config.schema import DataConfig
 from rcpo.config.validate import validate
-from rcpo.data.load import NOTE, PreferenceData, load_records
-from rcpo.data.mixture import counts_of
 from rcpo.data.token_key import content_of
+from rcpo.records.load import NOTE, PreferenceData, load_records
+from rcpo.records.mixture import counts_of
 from rcpo.runs.frozen import config_tree
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from rcpo.common.errors import UserError
 from rcpo.config.schema import DataConfig
-from rcpo.data.load import NOTE, load_records, note_on_text
-from rcpo.data.records import PreferenceRecord
+from rcpo.records.load import NOTE, load_records, note_on_text
+from rcpo.records.record import PreferenceRecord
 
 
 def load(tmp_path: Path, rows: list[dict[str, Any]], **keys: Any) -> tuple[list[PreferenceRecord], list[str]]:

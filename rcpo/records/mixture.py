@@ -1,6 +1,6 @@
 """A mixture of sources (data.mix): how many pairs of each are trained on, and which.
 
-Owns the counts and the draw. Does not read (`rcpo.data.load`, which calls this).
+Owns the counts and the draw. Does not read (`rcpo.records.load`, which calls this).
 """
 
 import random
@@ -9,7 +9,7 @@ from fractions import Fraction
 
 from rcpo.common.errors import UserError
 from rcpo.config.schema import MixPart
-from rcpo.data.records import PreferenceRecord
+from rcpo.records.record import PreferenceRecord
 
 
 def name_of(part: MixPart) -> str:

@@ -1,7 +1,7 @@
 """Word problems made on the spot: the right answer is chosen, a near miss is rejected.
 
 Owns the sentences of `data=arithmetic`, their words (the vocabulary of `model=tiny`) and the split into
-training and held-out problems. Does not tokenise. Called by `rcpo.data.load` and `rcpo.builtin.make_tiny`.
+training and held-out problems. Does not tokenise. Called by `rcpo.records.load` and `rcpo.builtin.make_tiny`.
 """
 
 import itertools
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rcpo.common.errors import UserError
-from rcpo.data.records import Messages, PreferenceRecord
+from rcpo.records.record import Messages, PreferenceRecord
 
 NAMES = ("alice", "bob", "carol", "dave", "emma", "frank")
 ITEMS = ("apples", "books", "coins", "pears", "shells")

@@ -20,11 +20,11 @@ from rcpo.config.resolve import resolve
 from rcpo.config.resolved import resolved_of
 from rcpo.config.schema import DataConfig
 from rcpo.config.validate import validate
-from rcpo.data.load import load_records
-from rcpo.data.reading.places import Place
-from rcpo.data.reading.readers import read_rows
-from rcpo.data.records import BadRowError, PreferenceRecord, read_record
 from rcpo.data.tokenize import tokenize_records
+from rcpo.records.load import load_records
+from rcpo.records.places import Place
+from rcpo.records.readers import read_rows
+from rcpo.records.record import BadRowError, PreferenceRecord, read_record
 from rcpo.runs.frozen import config_tree
 from rcpo.runs.rows import decode_row, encode_row
 from rcpo.sweep.definition import read_definition

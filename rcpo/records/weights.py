@@ -1,8 +1,8 @@
 """The weight of a pair, from its row: what multiplies the pair's loss, and so its incentives.
 
 Owns the columns that weights come from and which values are fit. `rcpo.objectives.composition` says which
-kind a run uses; `rcpo.data.load` applies it to training rows. Held-out pairs are measured, not trained, and
-need no such column.
+kind a run uses; `rcpo.records.load` applies it to training rows. Held-out pairs are measured, not trained,
+and need no such column.
 """
 
 import math
@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from rcpo.data.records import BadRowError
 from rcpo.objectives.composition import Composition
+from rcpo.records.record import BadRowError
 
 WEIGHT, PROBABILITY = "weight", "probability"
 WEIGHT_PARTS = (WEIGHT, PROBABILITY)

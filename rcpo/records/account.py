@@ -1,7 +1,7 @@
 """What became of every row: read, dropped by reason, left out, held out, trained on.
 
 Owns the one account of rows that the console, the log, run.json and `rcpo data` show. Does not decide:
-`rcpo.data.load`, `rcpo.data.selection`, `rcpo.data.tokenize` and `rcpo.data.filter` do.
+`rcpo.records.load`, `rcpo.records.selection`, `rcpo.data.tokenize` and `rcpo.data.filter` do.
 """
 
 import dataclasses

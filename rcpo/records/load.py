@@ -1,7 +1,7 @@
 """From a data config to preference records: training pairs, held-out pairs, and what became of the rows.
 
-Owns the checks on columns and the policy on bad rows. `rcpo.data.reading` reads, `rcpo.data.records` judges
-single rows, `rcpo.data.selection` draws. Called by `rcpo.training.read_inputs`; the
+Owns the checks on columns and the policy on bad rows. `rcpo.records` reads, `rcpo.records.record` judges
+single rows, `rcpo.records.selection` draws. Called by `rcpo.training.read_inputs`; the
 same config gives the same records on every rank."""
 
 import dataclasses
@@ -10,17 +10,17 @@ from dataclasses import dataclass
 
 from rcpo.common.errors import UserError
 from rcpo.config.schema import DataConfig
-from rcpo.data.account import Account, RowAccount, why
-from rcpo.data.arithmetic import arithmetic_records
-from rcpo.data.messages import parsed_quietly, unused_keys, without_system
-from rcpo.data.mixture import drawn
-from rcpo.data.reading import shapes
-from rcpo.data.reading.places import Place, held_out_place, mixed_place, training_place
-from rcpo.data.reading.readers import Rows, read_rows
-from rcpo.data.reading.shapes import Shape
-from rcpo.data.records import BadRowError, PreferenceRecord, as_messages, read_record
-from rcpo.data.selection import Judge, SourceRecords, all_usable, content, select
-from rcpo.data.weights import UNWEIGHTED, WEIGHT_PARTS, Weighing, describe_weights
+from rcpo.records import shapes
+from rcpo.records.account import Account, RowAccount, why
+from rcpo.records.arithmetic import arithmetic_records
+from rcpo.records.messages import parsed_quietly, unused_keys, without_system
+from rcpo.records.mixture import drawn
+from rcpo.records.places import Place, held_out_place, mixed_place, training_place
+from rcpo.records.readers import Rows, read_rows
+from rcpo.records.record import BadRowError, PreferenceRecord, as_messages, read_record
+from rcpo.records.selection import Judge, SourceRecords, all_usable, content, select
+from rcpo.records.shapes import Shape
+from rcpo.records.weights import UNWEIGHTED, WEIGHT_PARTS, Weighing, describe_weights
 
 PARTS = ("prompt", "chosen", "rejected")
 FOR_TEMPLATES = ("tools", "documents", "chat_template_kwargs")
