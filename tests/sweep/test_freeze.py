@@ -184,8 +184,8 @@ def test_the_papers_grids_compose_with_the_published_settings(tmp_path: Path, mo
 
 
 def test_the_demo_is_the_grid_of_the_readme(tmp_path: Path) -> None:
-    definition, frozen = some_of("demo.yaml", tmp_path, 25)
-    assert [len(values) for values in definition.axes.values()] == [6, 4, 3]
+    definition, frozen = some_of("demo.yaml", tmp_path, 31)
+    assert [len(values) for values in definition.axes.values()] == [6, 5, 3]
     assert [cell.cell.name for cell in frozen] == ["dpo-off-seed0", "ipo-off-seed1", "dil_bce-off-seed2"]
 
 
