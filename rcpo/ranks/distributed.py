@@ -1,8 +1,8 @@
 """Ranks: who this process is, how it joins the others, and the two collectives that rcpo itself uses.
 
-Ranks are started by `rcpo.launch.start`, by torchrun or by srun; either way each process ends up with RANK,
-WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which is all that DeepSpeed needs (with one missing it
-would look for MPI).
+Ranks are started by `rcpo.launch.start`, by torchrun or by srun; either way each process ends up with the
+five variables of `rcpo.ranks.environment`, which is all that DeepSpeed needs (with one missing it would look
+for MPI).
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rcpo.ranks.environment import RANK_VARIABLES, joined_world_size
+from rcpo.ranks.environment import RANK_VARIABLES, rank_variables
 
 COLLECTIVE_TIMEOUT_MINUTES = 30
 SECONDS_BETWEEN_SIGNS = 20.0
@@ -28,18 +28,9 @@ _made_here: set[str] = set()
 """Variables that `initialize` has set for a world of one."""
 
 
-def _adopt_srun_variables() -> None:
-    """Give an srun task the names that torch reads. The port is the first of eight that belong to this job
-    among 1500 consecutive ones; slurm/array.sbatch looks for a free one of them and sets it."""
-    env = os.environ
-    env["RANK"] = env["SLURM_PROCID"]
-    env["WORLD_SIZE"] = env["SLURM_STEP_NUM_TASKS"]
-    env["LOCAL_RANK"] = env["SLURM_LOCALID"]
-    if "MASTER_ADDR" not in env:
-        env["MASTER_ADDR"] = _address_of(
-            _said_by_scontrol("show", "hostnames", env["SLURM_STEP_NODELIST"]).split()[0]
-        )
-    env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 1500 * 8))
+def _address_of_first(nodes: str) -> str:
+    """Of SLURM's list of nodes, as compressed as SLURM writes it."""
+    return _address_of(_said_by_scontrol("show", "hostnames", nodes).split()[0])
 
 
 def _address_of(node: str) -> str:
@@ -77,12 +68,12 @@ def initialize(device: str) -> torch.device:
     Marks DeepSpeed's shared-memory collective as absent: it would be compiled here (a compiler, minutes) and
     gloo serves as well. The attribute is private, hence the pinned version in pyproject.toml.
     """
-    if "RANK" not in os.environ:
-        if joined_world_size() is None:
-            os.environ.update(single_rank_environment())
-            _made_here.update(RANK_VARIABLES)
-        else:
-            _adopt_srun_variables()
+    num_gpus = torch.cuda.device_count() if device == "cuda" else 0
+    own = rank_variables(os.environ, num_gpus, _address_of_first)
+    if own is None:
+        own = single_rank_environment()
+        _made_here.update(RANK_VARIABLES)
+    os.environ.update(own)
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed

@@ -7,7 +7,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
+import torch
 import torch.distributed as dist
 
 import rcpo.ranks.distributed
@@ -98,3 +100,25 @@ def test_a_rank_0_that_dies_while_preparing_ends_the_others(tmp_path: Path) -> N
     assert died == "died"
     assert other.startswith("raised ")  # of gloo: the connection is gone
     assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize(("num_visible", "own"), [(1, 0), (8, 3)], ids=["one-visible", "all-visible"])
+def test_a_task_of_srun_takes_its_own_gpu(
+    monkeypatch: pytest.MonkeyPatch, num_visible: int, own: int
+) -> None:
+    """Task 3 of a node, with --gpus-per-task=1 and with all eight GPUs in sight: its device, and what
+    DeepSpeed will read, from LOCAL_RANK."""
+    taken: list[torch.device] = []
+    joined: list[str] = []
+    for name in RANK_VARIABLES:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    task = {"JOB_ID": 7, "STEP_ID": 0, "STEP_NUM_TASKS": 8, "PROCID": 3, "LOCALID": 3, "STEP_NODELIST": "n1"}
+    for name, value in task.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    monkeypatch.setattr(rcpo.ranks.distributed, "_said_by_scontrol", lambda *words: "127.0.0.1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_visible)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(deepspeed, "init_distributed", lambda **_: joined.append(os.environ["LOCAL_RANK"]))
+    assert rcpo.ranks.distributed.initialize("cuda") == torch.device("cuda", own)
+    assert (taken, joined) == ([torch.device("cuda", own)], [str(own)])
