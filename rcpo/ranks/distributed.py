@@ -6,24 +6,29 @@ for MPI).
 """
 
 import contextlib
+import functools
 import itertools
 import os
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rcpo.common.errors import error_of
 from rcpo.ranks.environment import RANK_VARIABLES, rank_variables
 
 COLLECTIVE_TIMEOUT_MINUTES = 30
+"""Of every group, DeepSpeed's too: between two ranks that do the same. What rank 0 does alone may take longer
+(`done_by_rank_zero`)."""
 SECONDS_BETWEEN_SIGNS = 20.0
 """How often a rank 0 that others wait for lets them know."""
+Done = TypeVar("Done")
 _made_here: set[str] = set()
 """Variables that `initialize` has set for a world of one."""
 
@@ -92,7 +97,17 @@ def initialize(device: str) -> torch.device:
         timeout=timedelta(minutes=COLLECTIVE_TIMEOUT_MINUTES),
         verbose=False,
     )
+    _give_time_to_groups_of_deepspeed()
     return local
+
+
+def _give_time_to_groups_of_deepspeed() -> None:
+    """DeepSpeed makes groups of its own for what its stages exchange, and torch gives those 10 minutes on
+    GPUs."""
+    from deepspeed.comm import comm
+
+    timeout = timedelta(minutes=COLLECTIVE_TIMEOUT_MINUTES)
+    comm.cdb.new_group = lambda ranks: dist.new_group(ranks, timeout=timeout)
 
 
 def _use_cpu_accelerator() -> None:
@@ -175,7 +190,7 @@ def spoken_for() -> Iterator[_Tell]:
     if world_size() == 1:
         yield tell
         return
-    group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    group = _group_of_signs()
     if rank() != 0:
         yield tell
         tell.listen(group)
@@ -186,6 +201,29 @@ def spoken_for() -> Iterator[_Tell]:
         yield tell
     finally:
         speaker.join()
+
+
+@functools.cache
+def _group_of_signs() -> dist.ProcessGroup | None:
+    """One for all signs of this process, until `shut_down`. Collective."""
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+
+def done_by_rank_zero(work: Callable[[], Done]) -> Done:
+    """What `work` returns on rank 0, picklable, on every rank; the others wait, however long it takes. What
+    rank 0 fails of is raised everywhere: bad input as it is, anything else on the others as RuntimeError.
+    Collective; `work` must not be."""
+    with spoken_for() as tell:
+        if rank() == 0:
+            try:
+                tell({"done": work()})
+            except BaseException as error:
+                tell({"exit_code": getattr(error, "exit_code", 1), "line": str(error)})
+                raise
+    if "done" not in tell.heard:
+        raise error_of(tell.heard["exit_code"], tell.heard["line"])
+    done: Done = tell.heard["done"]
+    return done
 
 
 def gather(value: Any) -> list[Any]:
@@ -211,6 +249,7 @@ def shut_down() -> None:
     for name in _made_here:
         os.environ.pop(name, None)
     _made_here.clear()
+    _group_of_signs.cache_clear()
 
 
 def reduce_scatter(values: Tensor) -> Tensor:
