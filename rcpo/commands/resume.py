@@ -1,12 +1,12 @@
 """`rcpo resume RUN|SWEEP`: continue a run from its newest checkpoint, or a sweep's unfinished cells."""
 
 import argparse
-import os
 from pathlib import Path
 
 from rcpo.commands.flags import Flags, positive_int
 from rcpo.common.errors import UserError
 from rcpo.common.locks import HeldError, hold, run_lock
+from rcpo.ranks.environment import is_first_rank
 
 
 def add_arguments(parser: Flags) -> None:
@@ -49,18 +49,13 @@ def run(options: argparse.Namespace) -> int:
         return _resume_sweep(path, options.parallel or 1)
     if options.parallel is not None:
         raise UserError(f"--parallel: is for a sweep, and {path} is none; leave it out")
-    if not _is_first_rank() or not Path(path, "config.yaml").is_file():
+    if not is_first_rank() or not Path(path, "config.yaml").is_file():
         return _resume_run(path, allowed)
     try:
         with hold(run_lock(Path(path))):
             return _resume_run(path, allowed)
     except HeldError as error:
         raise UserError(f"{path}: is being trained by {error}; wait for it, or stop it first") from None
-
-
-def _is_first_rank() -> bool:
-    """Whether this is the one process, or rank 0 of those that torchrun or srun started."""
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def _resume_run(path: str, allowed: list[str]) -> int:

@@ -27,7 +27,7 @@ from rcpo.data.batch import PairBatch
 from rcpo.models.adapters import exported_tensors
 from rcpo.models.load import load_model
 from rcpo.models.policy import Policy, refuse_joint_layout
-from rcpo.ranks.distributed import barrier
+from rcpo.ranks.distributed import barrier, done_by_rank_zero
 
 ENGINE_TAG = "engine"
 """DeepSpeed's name for the one checkpoint inside a folder that rcpo names and completes by itself."""
@@ -300,9 +300,7 @@ class Engine:
             self.load(folder)
             return
         universal = folder.parent / ".universal"
-        if self._deepspeed.global_rank == 0:
-            _convert_to_universal(folder / ENGINE_TAG, universal / ENGINE_TAG)
-        barrier()
+        done_by_rank_zero(lambda: _convert_to_universal(folder / ENGINE_TAG, universal / ENGINE_TAG))
         self._deepspeed._config.load_universal_checkpoint = True
         self._deepspeed.load_checkpoint(str(universal), tag=ENGINE_TAG)
         self._deepspeed._config.load_universal_checkpoint = False

@@ -1,45 +1,41 @@
 """Ranks: who this process is, how it joins the others, and the two collectives that rcpo itself uses.
 
-Ranks are started by `rcpo.launch.start`, by torchrun or by srun; either way each process ends up with RANK,
-WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which is all that DeepSpeed needs (with one missing it
-would look for MPI).
+Ranks are started by `rcpo.launch.start`, by torchrun or by srun; either way each process ends up with the
+five variables of `rcpo.ranks.environment`, which is all that DeepSpeed needs (with one missing it would look
+for MPI).
 """
 
 import contextlib
+import functools
 import itertools
 import os
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rcpo.ranks.environment import RANK_VARIABLES, joined_world_size
+from rcpo.common.errors import error_of
+from rcpo.ranks.environment import RANK_VARIABLES, rank_variables
 
 COLLECTIVE_TIMEOUT_MINUTES = 30
+"""Of every group, DeepSpeed's too: between two ranks that do the same. What rank 0 does alone may take longer
+(`done_by_rank_zero`)."""
 SECONDS_BETWEEN_SIGNS = 20.0
 """How often a rank 0 that others wait for lets them know."""
+Done = TypeVar("Done")
 _made_here: set[str] = set()
 """Variables that `initialize` has set for a world of one."""
 
 
-def _adopt_srun_variables() -> None:
-    """Give an srun task the names that torch reads. The port is the first of eight that belong to this job
-    among 1500 consecutive ones; slurm/array.sbatch looks for a free one of them and sets it."""
-    env = os.environ
-    env["RANK"] = env["SLURM_PROCID"]
-    env["WORLD_SIZE"] = env["SLURM_STEP_NUM_TASKS"]
-    env["LOCAL_RANK"] = env["SLURM_LOCALID"]
-    if "MASTER_ADDR" not in env:
-        env["MASTER_ADDR"] = _address_of(
-            _said_by_scontrol("show", "hostnames", env["SLURM_STEP_NODELIST"]).split()[0]
-        )
-    env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 1500 * 8))
+def _address_of_first(nodes: str) -> str:
+    """Of SLURM's list of nodes, as compressed as SLURM writes it."""
+    return _address_of(_said_by_scontrol("show", "hostnames", nodes).split()[0])
 
 
 def _address_of(node: str) -> str:
@@ -77,12 +73,12 @@ def initialize(device: str) -> torch.device:
     Marks DeepSpeed's shared-memory collective as absent: it would be compiled here (a compiler, minutes) and
     gloo serves as well. The attribute is private, hence the pinned version in pyproject.toml.
     """
-    if "RANK" not in os.environ:
-        if joined_world_size() is None:
-            os.environ.update(single_rank_environment())
-            _made_here.update(RANK_VARIABLES)
-        else:
-            _adopt_srun_variables()
+    num_gpus = torch.cuda.device_count() if device == "cuda" else 0
+    own = rank_variables(os.environ, num_gpus, _address_of_first)
+    if own is None:
+        own = single_rank_environment()
+        _made_here.update(RANK_VARIABLES)
+    os.environ.update(own)
     if device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
@@ -101,7 +97,17 @@ def initialize(device: str) -> torch.device:
         timeout=timedelta(minutes=COLLECTIVE_TIMEOUT_MINUTES),
         verbose=False,
     )
+    _give_time_to_groups_of_deepspeed()
     return local
+
+
+def _give_time_to_groups_of_deepspeed() -> None:
+    """DeepSpeed makes groups of its own for what its stages exchange, and torch gives those 10 minutes on
+    GPUs."""
+    from deepspeed.comm import comm
+
+    timeout = timedelta(minutes=COLLECTIVE_TIMEOUT_MINUTES)
+    comm.cdb.new_group = lambda ranks: dist.new_group(ranks, timeout=timeout)
 
 
 def _use_cpu_accelerator() -> None:
@@ -184,7 +190,7 @@ def spoken_for() -> Iterator[_Tell]:
     if world_size() == 1:
         yield tell
         return
-    group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    group = _group_of_signs()
     if rank() != 0:
         yield tell
         tell.listen(group)
@@ -195,6 +201,29 @@ def spoken_for() -> Iterator[_Tell]:
         yield tell
     finally:
         speaker.join()
+
+
+@functools.cache
+def _group_of_signs() -> dist.ProcessGroup | None:
+    """One for all signs of this process, until `shut_down`. Collective."""
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+
+def done_by_rank_zero(work: Callable[[], Done]) -> Done:
+    """What `work` returns on rank 0, picklable, on every rank; the others wait, however long it takes. What
+    rank 0 fails of is raised everywhere: bad input as it is, anything else on the others as RuntimeError.
+    Collective; `work` must not be."""
+    with spoken_for() as tell:
+        if rank() == 0:
+            try:
+                tell({"done": work()})
+            except BaseException as error:
+                tell({"exit_code": getattr(error, "exit_code", 1), "line": str(error)})
+                raise
+    if "done" not in tell.heard:
+        raise error_of(tell.heard["exit_code"], tell.heard["line"])
+    done: Done = tell.heard["done"]
+    return done
 
 
 def gather(value: Any) -> list[Any]:
@@ -220,6 +249,7 @@ def shut_down() -> None:
     for name in _made_here:
         os.environ.pop(name, None)
     _made_here.clear()
+    _group_of_signs.cache_clear()
 
 
 def reduce_scatter(values: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from rcpo.data.tokenize import TokenizedPair
 from rcpo.models.engine import Engine
 from rcpo.models.evaluation import LogProbModel, eval_batch, evaluate_logprobs, evaluate_token_logprobs
 from rcpo.models.logprobs import sum_per_side
-from rcpo.ranks.distributed import barrier, from_rank_zero, rank
+from rcpo.ranks.distributed import barrier, done_by_rank_zero, rank
 from rcpo.reference.cache import USED_ONCE, ReferenceCache, shared_reference, weights_fingerprint
 from rcpo.reference.live import AdapterOff, FrozenModel, loaded_when_asked
 from rcpo.reference.table import Reference, ReferenceRows, ReferenceTable
@@ -110,8 +110,7 @@ class ReferenceMaker:
     def _take_fingerprint(self) -> None:
         """By rank 0; raises UserError on every rank where it is not that of the run's first start."""
         model = reference_model(self._config)
-        ours = weights_fingerprint(model) if rank() == 0 else ""
-        self._fingerprint = ours = from_rank_zero(ours)
+        self._fingerprint = ours = done_by_rank_zero(lambda: weights_fingerprint(model))
         theirs = "" if self._kept is None else self._kept.fingerprint
         is_known = theirs and not any(each.startswith(USED_ONCE) for each in (ours, theirs))
         if is_known and ours != theirs:
@@ -166,7 +165,7 @@ class ReferenceMaker:
 
     def _start(self, engine: Engine) -> SideLogProbs:
         """The held-out pairs under the policy's initial weights, whose cache is not the reference's."""
-        fingerprint = weights_fingerprint(self._config.model) if rank() == 0 else ""
+        fingerprint = done_by_rank_zero(lambda: weights_fingerprint(self._config.model))
         return self._logprobs_of(fingerprint, self._inputs.held_out, lambda: engine)
 
     def _table(self, trained: SideLogProbs, held_out: SideLogProbs) -> ReferenceTable:

@@ -29,7 +29,7 @@ from rcpo.common.errors import SaveError, UserError
 from rcpo.common.files import REPLACED, path_beside, put_in_place, write_atomically
 from rcpo.models.engine import Engine
 from rcpo.models.load import save_model
-from rcpo.ranks.distributed import from_rank_zero, gather, rank, world_size
+from rcpo.ranks.distributed import done_by_rank_zero, gather, rank, world_size
 from rcpo.runs.folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -57,16 +57,7 @@ def checkpoint_to_resume(run: RunFolder) -> Path | None:
 
     Raises UserError where all are damaged.
     """
-    found: tuple[Path | None, str | None] = (None, None)
-    if rank() == 0:
-        try:
-            found = (_newest_whole(run), None)
-        except UserError as error:
-            found = (None, str(error))
-    path, fault = from_rank_zero(found)
-    if fault is not None:
-        raise UserError(fault)
-    return path
+    return done_by_rank_zero(lambda: _newest_whole(run))
 
 
 def _newest_whole(run: RunFolder) -> Path | None:

@@ -29,7 +29,7 @@ from rcpo.monitor.sinks import Sink, build_sinks
 from rcpo.monitor.summary import summarize
 from rcpo.objectives import Objective
 from rcpo.ranks import stopping
-from rcpo.ranks.distributed import rank, world_size
+from rcpo.ranks.distributed import done_by_rank_zero, rank, world_size
 from rcpo.reference.maker import ReferenceMaker
 from rcpo.runs.folder import RunFolder
 from rcpo.training.aggregate import aggregate_of
@@ -230,14 +230,17 @@ def _note_evaluation(training: Training, result: SideLogProbs) -> None:
 
 
 def _finish(training: Training) -> dict[str, Any]:
-    """Write final/, the plot and the summary. Collective."""
-    run, engine = training.run, training.engine
-    weights = engine.whole_weights()
-    if weights is None:
-        return {}
+    """Write final/, the plot and the summary. The other ranks stay until rank 0 is through: a launcher may
+    end what is left a while after the first rank has gone. Collective."""
+    weights = training.engine.whole_weights()
+    return done_by_rank_zero(lambda: _write_end(training, weights or {}))
+
+
+def _write_end(training: Training, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
+    run = training.run
     summary = summarize(run.rows(run.metrics), run.rows(run.eval))
     with replacing(run.final) as beside:
-        save_model(engine.policy.model, weights, training.inputs.tokenizer, beside)
+        save_model(training.engine.policy.model, weights, training.inputs.tokenizer, beside)
         (beside / "README.md").write_text(model_card(training.config, summary), encoding="utf-8")
     plot_run(run, run.plot)
     for sink in training.sinks:

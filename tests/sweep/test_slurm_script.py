@@ -67,7 +67,7 @@ def test_a_profile_of_gpus_asks_for_them_and_gives_each_a_rank(tmp_path: Path) -
         "--ntasks-per-node=4", "--gres=gpu:a100:4", "--cpus-per-task=1", "--requeue", "--signal=B:USR2@300",
     }  # fmt: skip
     assert "\nmodule load cuda/12.8 gcc\nexport A='b c'\n" in script
-    srun = "srun --kill-on-bad-exit=1 --mpi=none apptainer exec --nv '/img/a b.sif'"
+    srun = "srun --kill-on-bad-exit=1 --wait=0 --mpi=none apptainer exec --nv '/img/a b.sif'"
     assert f'    {srun} "$python" -m rcpo.cli resume "$cell" </dev/null &' in script
     assert "\npython=python\n" in script
     assert "\nrequeue_limit=7 " in script

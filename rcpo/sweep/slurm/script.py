@@ -114,7 +114,7 @@ class Script:
             "PYTHON": shlex.quote(python),
             "REQUEUE_LIMIT": str(profile.requeue_limit),
             "SETUP": "\n".join(self._setup()),
-            "SRUN": shlex.join(["srun", "--kill-on-bad-exit=1", *profile.srun, *container]),
+            "SRUN": shlex.join(["srun", "--kill-on-bad-exit=1", "--wait=0", *profile.srun, *container]),
         }
         template = template_path().read_text(encoding="utf-8")
         return re.sub(r"@([A-Z_]+)@", lambda match: places[match[1]], template)
