@@ -8,7 +8,7 @@ import torch
 
 from helpers.cases import Case, Layout, make_config
 from helpers.same_run import assert_equal_rows
-from helpers.small_engine import train_small
+from helpers.small_engine import SmallEngine, train_small
 from helpers.tiny_models import make_llama, make_pairs
 from rcpo.objectives import REGISTRY
 
@@ -27,7 +27,8 @@ def test_micro_batches_change_nothing(name: str, tmp_path: Path) -> None:
     made = []
     for split in SPLITS:
         model = make_llama(tied=True)
-        rows = train_small(model, make_pairs(8, seed=3), config, NUM_STEPS, split, make_llama())
+        reference = SmallEngine(make_llama(), config, len(split))
+        rows = train_small(model, make_pairs(8, seed=3), config, NUM_STEPS, split, reference)
         made.append((rows, dict(model.named_parameters())))
     (rows, weights), *others = made
     assert rows[0]["calibration/alpha"] == 1.0
