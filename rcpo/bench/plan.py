@@ -212,7 +212,13 @@ def _contenders(options: Options, words: list[str]) -> list[Contender]:
             calibration = dataclasses.replace(config.calibration, every=MEASURED_EVERY, warmup_steps=0)
             config = dataclasses.replace(config, calibration=calibration)
         contenders.append(Contender(name, "rcpo", config, every))
+    objective = contenders[0].config.objective_function
     for name in options.baselines:
+        if objective.needs_mismatched:
+            raise UserError(
+                f"--baseline {name}: does not score the mismatched pairs that objective={objective.name} "
+                "needs; leave it out, or take another objective"
+            )
         if name == "trl":
             if importlib.util.find_spec("trl") is None:
                 raise UserError(

@@ -37,6 +37,7 @@ def check_combinations(config: Config) -> None:
     _check_tracking(config.tracking)
     check_calibration(config.calibration)
     _check_published(config)
+    _check_mismatched(config)
     _check_reference(config)
     if config.calibration.scope == "lora_last" and config.model.lora.rank is None:
         raise UserError(
@@ -205,6 +206,16 @@ def _check_reference(config: Config) -> None:
             f"reference.path={path}: cannot be held beside a policy with "
             f"model.quantization={config.model.quantization}; type reference.path=null, or "
             "model.quantization=null"
+        )
+
+
+def _check_mismatched(config: Config) -> None:
+    """What has no other pair to take responses from."""
+    objective = objective_of(config.objective)
+    if objective.needs_mismatched and config.train.pairs_per_step == 1:
+        raise UserError(
+            f"train.pairs_per_step=1: objective={objective.name} reads each prompt with the responses of "
+            "another pair of its step, and there is none; type train.pairs_per_step=2 or more"
         )
 
 

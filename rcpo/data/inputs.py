@@ -1,10 +1,12 @@
 """What a run trains on, once read, tokenised and filtered; `rcpo.training.read_inputs` makes it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from rcpo.config.resolved import ResolvedConfig
+from rcpo.data.mismatched import Mismatch, MismatchedPairs
 from rcpo.data.pairs import PackedPairs, TokenizedPair
 from rcpo.data.sampler import PairSampler
 from rcpo.records.account import Account
@@ -28,6 +30,10 @@ class Inputs:
 
     def sampler(self, config: ResolvedConfig) -> PairSampler:
         return PairSampler(len(self.train), config.train.pairs_per_step, config.seed, self.train.widths())
+
+    def mismatched(self, which: Sequence[Mismatch], config: ResolvedConfig) -> MismatchedPairs:
+        """Prompts and responses of these training pairs, put together."""
+        return MismatchedPairs(self.train, which, config.train.max_length)
 
     def num_steps(self, config: ResolvedConfig) -> int:
         """Optimizer steps of the whole run."""

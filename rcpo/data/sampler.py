@@ -7,8 +7,26 @@ by the global batch, a batch takes the end of one pass and the start of the next
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import torch
+
+from rcpo.data.mismatched import Mismatch
+
+Item = TypeVar("Item")
+
+
+def dealt(
+    items: Sequence[Item], widths: Sequence[int] | None, rank: int, world_size: int, per_device: int
+) -> Iterator[list[Item]]:
+    """A rank's micro-batches of `items`: sorted by width, where there are widths, and ranks take turns, so
+    that little is padded and all ranks have about as much to do. What a step adds up does not depend on
+    it."""
+    order = list(range(len(items)))
+    if widths is not None:
+        order.sort(key=widths.__getitem__)
+    for start in range(rank * per_device, len(order), world_size * per_device):
+        yield [items[place] for place in order[start : start + per_device]]
 
 
 class PairSampler:
@@ -42,16 +60,21 @@ class PairSampler:
     def micro_batches(
         self, step: int, rank: int, world_size: int, pairs_per_device: int
     ) -> Iterator[list[int]]:
-        """This rank's micro-batches of the global batch.
-
-        Within the batch pairs are sorted by length, and ranks take turns, so that little is padded and all
-        ranks have about as much to do. What a step adds up does not depend on it.
-        """
+        """This rank's micro-batches of the global batch, as `dealt` says."""
         batch = self.global_batch(step)
-        if self._widths is not None:
-            batch.sort(key=self._widths.__getitem__)
-        for start in range(rank * pairs_per_device, len(batch), world_size * pairs_per_device):
-            yield batch[start : start + pairs_per_device]
+        widths = None if self._widths is None else [self._widths[idx] for idx in batch]
+        yield from dealt(batch, widths, rank, world_size, pairs_per_device)
+
+    def mismatches(self, step: int) -> list[Mismatch]:
+        """Which pairs of the global batch meet: each prompt with the responses of the pair after it in
+        training order, the last one with the first one's. In a batch that takes the end of one pass and the
+        start of the next a pair may stand beside itself."""
+        batch = self.global_batch(step)
+        return [Mismatch(*both) for both in zip(batch, batch[1:] + batch[:1], strict=True)]
+
+    def all_mismatches(self, num_steps: int) -> list[Mismatch]:
+        """Those of the first `num_steps` steps, each once."""
+        return list(dict.fromkeys(each for step in range(num_steps) for each in self.mismatches(step)))
 
     def visited(self, num_steps: int) -> list[int]:
         """Indices that the first `num_steps` steps train on, each once, sorted."""

@@ -89,6 +89,11 @@ class Calibrator:
                 f"objective={self.objective.name}: weighs the tokens of z, which a loop of your own does "
                 "not; take another objective"
             )
+        if self.objective.needs_mismatched:
+            raise UserError(
+                f"objective={self.objective.name}: reads prompts with other pairs' responses, which a loop "
+                "of your own does not score; take other parameters (kto: kl=mean) or another objective"
+            )
         self._calibrator = build_calibrator(config, first_pass_steps, momentum)
         self._weighted = config.estimator == "weighted"
         if self._calibrator.per_micro_batch and group is not None:

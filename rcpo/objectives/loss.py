@@ -4,6 +4,7 @@ parameters).
 Knows no formula and no names: those are in the family files beside it and in `rcpo.objectives.registry`."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -31,8 +32,7 @@ class PairLogProbs(NamedTuple):
     len_l: Tensor
     """|y_l| of the rejected response, likewise."""
     state: tuple[float, ...] = ()
-    """The objective's batch statistics, from the optimizer step before; () stands for their values at the
-    start."""
+    """The objective's batch statistics (`BatchStatistic`); () stands for their values at the start."""
     tokens: tuple[Tensor, Tensor] | None = None
     """The responses' tokens where z is averaged, and len_w, len_l are 1; None: len_w, len_l."""
 
@@ -77,10 +77,11 @@ LossFunction = Callable[[PairLogProbs, Any], Tensor]
 
 @dataclass(frozen=True)
 class BatchStatistic:
-    """Detached numbers that a loss reads from `PairLogProbs.state`, learnt from the previous step's global
-    batch.
+    """Detached numbers that a loss reads from `PairLogProbs.state`, learnt from a global batch: from the
+    pairs of the step before, or from the mismatched pairs of the step itself.
 
-    Lag one makes the loss independent of how the batch is split over ranks and micro-batches.
+    Either way they are known before the step's first micro-batch, so that the loss does not depend on how the
+    batch is split over ranks and micro-batches.
     """
 
     column: Callable[[PairLogProbs], Tensor]
@@ -89,6 +90,10 @@ class BatchStatistic:
     """State before the first step, from the mean of |y_w| + |y_l| over the first global batch."""
     advance: Callable[[tuple[float, ...], float], tuple[float, ...]]
     """Next state from the state and the global batch's mean of `column`."""
+    of_mismatched: bool = False
+    """Whether `column` is of mismatched pairs (`rcpo.data.mismatched`): each prompt of the step's own batch
+    with another pair's responses, scored without gradients before the step. Costs a forward pass of policy
+    and reference."""
 
     @property
     def width(self) -> int:
@@ -129,16 +134,25 @@ class Objective:
         return {config_key(name): value for name, value in dataclasses.asdict(self.config).items()}
 
     @property
-    def num_statistics(self) -> int:
-        """Columns to average over the global batch; 0 for most objectives."""
-        return len(self.statistics)
+    def needs_mismatched(self) -> bool:
+        """Whether a step must score mismatched pairs before it begins."""
+        return any(statistic.of_mismatched for statistic in self.statistics)
 
-    def statistic_columns(self, pair: PairLogProbs) -> Tensor:
-        """The columns whose global-batch means `advance` wants: (num_statistics, B), detached."""
-        if not self.statistics:
-            return pair.z_w.new_zeros(0, len(pair.z_w))
+    @property
+    def num_statistics(self) -> int:
+        """Columns of the batch's own pairs to average over the global batch; 0 for most objectives."""
+        return sum(not statistic.of_mismatched for statistic in self.statistics)
+
+    def statistic_columns(self, pair: PairLogProbs, of_mismatched: bool = False) -> Tensor:
+        """The columns whose global-batch means `advance` wants: (n, B), detached; n is `num_statistics`, or
+        with `of_mismatched` the number of those that mismatched pairs have."""
         pair = self.view(pair)
-        return torch.stack([statistic.column(pair).detach() for statistic in self.statistics])
+        columns = [
+            statistic.column(pair).detach()
+            for statistic in self.statistics
+            if statistic.of_mismatched == of_mismatched
+        ]
+        return torch.stack(columns) if columns else pair.z_w.new_zeros(0, len(pair.z_w))
 
     def initial_state(self, mean_total_length: float) -> tuple[float, ...]:
         """State before the first step; `mean_total_length` is the mean of |y_w| + |y_l| over the first global
@@ -146,10 +160,19 @@ class Objective:
         length = 2.0 if self.averages else mean_total_length
         return tuple(number for statistic in self.statistics for number in statistic.start(length))
 
-    def advance(self, state: tuple[float, ...], means: Sequence[float]) -> tuple[float, ...]:
-        """State for the next step from this one's and the global batch's means, once per optimizer step."""
+    def advance(
+        self, state: tuple[float, ...], means: Sequence[float], of_mismatched: bool = False
+    ) -> tuple[float, ...]:
+        """The state after the global batch's means of `statistic_columns`; what these are not about stays.
+        Once per optimizer step: of its own pairs after it, of mismatched ones before it. A mean that is not
+        finite gives numbers that are not, and so a loss that is not."""
         numbers: list[float] = []
-        for statistic, mean in zip(self.statistics, means, strict=True):
+        left = iter(means)
+        for statistic in self.statistics:
             own = state[len(numbers) : len(numbers) + statistic.width]
-            numbers += statistic.advance(own, mean)
+            if statistic.of_mismatched != of_mismatched:
+                numbers += own
+                continue
+            mean = next(left)
+            numbers += statistic.advance(own, mean) if math.isfinite(mean) else [math.nan] * statistic.width
         return tuple(numbers)

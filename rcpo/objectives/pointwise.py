@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rcpo.objectives.loss import BatchStatistic, PairLogProbs
 from rcpo.objectives.numerics import sigmoid
-from rcpo.objectives.parameters import require_positive
+from rcpo.objectives.parameters import require, require_positive
 from rcpo.objectives.registry import objective
 
 
@@ -30,23 +30,45 @@ class PointwiseConfig:
         require_positive(self, "beta")
 
 
-KTO_REFERENCE_POINT = BatchStatistic(
-    column=mean_displacement,
-    start=lambda mean_total_length: (0.0,),
-    advance=lambda state, mean: (max(0.0, mean),),
-)
-"""z0 = max(0, mean of r over both sides of the global batch), in nats; 0 at the first step."""
+@dataclass(frozen=True)
+class KTOConfig:
+    beta: float
+    """Strength of the pull to the reference, > 0."""
+    kl: str
+    """What the reference point z0 is the mean of. mean: r of both sides, of the step before, at no cost.
+    mismatched: as published, r of each prompt with the responses of another pair of the step's batch, which
+    takes a forward pass of policy and reference."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "beta")
+        require(self, "kl", self.kl in KTO_REFERENCE_POINTS, "mean or mismatched")
 
 
-@objective("kto", PointwiseConfig, needs_reference=True, statistics=(KTO_REFERENCE_POINT,))
-def kto(pair: PairLogProbs, config: PointwiseConfig) -> Tensor:
-    """(1 - sigmoid(beta (r_w - z0))) + (1 - sigmoid(beta (z0 - r_l))), per pair (B,): the paired variant of
-    KTO.
+KTO_REFERENCE_POINTS = {
+    name: BatchStatistic(
+        column=mean_displacement,
+        start=lambda mean_total_length: (0.0,),
+        advance=lambda state, mean: (max(0.0, mean),),
+        of_mismatched=name == "mismatched",
+    )
+    for name in ("mean", "mismatched")
+}
+"""z0 = max(0, mean of r over both sides of a global batch), in nats: of the pairs of the step before (0 at
+the first step), or of this step's mismatched pairs."""
 
-    z0 = max(0, mean r over both sides) is a number from the previous step's global batch. The paper estimates
-    it as a KL from prompts with other prompts' responses in the batch. Pairs have these too; but each needs a
-    forward pass of policy and reference beyond the step's own, which rcpo does not take. The paper's weights
-    of the two sides are 1 here. Ethayarajh et al. 2024 (arXiv 2402.01306).
+
+def _reference_point(config: KTOConfig) -> tuple[BatchStatistic, ...]:
+    return (KTO_REFERENCE_POINTS[config.kl],)
+
+
+@objective("kto", KTOConfig, needs_reference=True, statistics=_reference_point)
+def kto(pair: PairLogProbs, config: KTOConfig) -> Tensor:
+    """(1 - sigmoid(beta (r_w - z0))) + (1 - sigmoid(beta (z0 - r_l))), per pair (B,): KTO on pairs.
+
+    z0 is a number of the global batch, without a gradient. kl=mismatched is the paper's estimate of
+    KL(policy, reference): max(0, mean of r over x_i with both responses of pair i+1, cyclic), under the
+    step's own weights. kl=mean is a variant that costs nothing: max(0, mean of r over both sides) of the step
+    before. The paper's weights of the two sides are 1 here. Ethayarajh et al. 2024 (arXiv 2402.01306).
     """
     (z0,) = pair.state
     return sigmoid(-config.beta * (pair.r_w - z0)) + sigmoid(-config.beta * (z0 - pair.r_l))

@@ -22,7 +22,12 @@ PAIRS = PairLogProbs(
 
 def try_out(objective: Objective) -> None:
     """Raise UserError where the loss cannot be trained on: it fails, is no number a pair, has no derivative,
-    joins the pairs of a batch, or reads a reference that it says it does not need."""
+    joins the pairs of a batch, reads a reference that it says it does not need, or wants mismatched pairs
+    weighed token by token."""
+    if objective.weighs_tokens and objective.needs_mismatched:
+        raise _fault(
+            objective, "it weighs tokens, which mismatched pairs are not scored by; leave one of the two out"
+        )
     pairs = PAIRS._replace(z_w=PAIRS.z_w.clone().requires_grad_(), z_l=PAIRS.z_l.clone().requires_grad_())
     loss = _loss(objective, pairs)
     if not (loss.requires_grad and loss.is_floating_point()):

@@ -19,6 +19,7 @@ from rcpo.common.errors import UserError
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.batch import PairBatch, collate
 from rcpo.data.inputs import Inputs
+from rcpo.data.mismatched import Mismatch
 from rcpo.data.pairs import SideLogProbs
 from rcpo.data.tokenize import TokenizedPair
 from rcpo.models.engine import Engine
@@ -38,25 +39,27 @@ class LiveReference:
     """A model that is asked for each micro-batch; reads and keeps nothing."""
 
     def __init__(
-        self,
-        model: FrozenModel | AdapterOff,
-        pairs: Sequence[TokenizedPair],
-        pad_id: int,
-        pairs_per_device: int | None,
-        tokens: bool,
+        self, model: FrozenModel | AdapterOff, inputs: Inputs, config: ResolvedConfig, tokens: bool
     ) -> None:
-        self._model, self._pairs, self._pad_id = model, pairs, pad_id
-        self._pairs_per_device, self._tokens = pairs_per_device, tokens
+        self._model, self._inputs, self._config = model, inputs, config
+        self._tokens = tokens
         self.num_bytes = model.num_bytes
 
     def rows(self, indices: Sequence[int], batch: PairBatch) -> ReferenceRows:
         """As `Reference` says; on the device. With fewer pairs at a time than `batch` has, they are laid out
         anew."""
-        size = self._pairs_per_device
+        return self._rows(self._inputs.train.take(indices), batch)
+
+    def mismatched_rows(self, which: Sequence[Mismatch], batch: PairBatch) -> SideLogProbs:
+        """Likewise."""
+        rows = self._rows(self._inputs.mismatched(which, self._config), batch)
+        return SideLogProbs(rows.ref_w, rows.ref_l)
+
+    def _rows(self, pairs: Sequence[TokenizedPair], batch: PairBatch) -> ReferenceRows:
+        size, pad_id = self._config.reference.pairs_per_device, self._inputs.pad_id
         parts = [batch]
-        if size is not None and size < len(indices):
-            pairs = [self._pairs[idx] for idx in indices]
-            parts = [collate(pairs[at : at + size], self._pad_id) for at in range(0, len(pairs), size)]
+        if size is not None and size < len(pairs):
+            parts = [collate(pairs[at : at + size], pad_id) for at in range(0, len(pairs), size)]
         sides: tuple[list[torch.Tensor], ...] = ([], [], [], [])
         for part in parts:
             part = part.to(self._model.device)
@@ -82,21 +85,25 @@ class ReferenceMaker:
         run: RunFolder,
         inputs: Inputs,
         visited: list[int],
-        tokens: bool,
+        mismatches: list[Mismatch],
         is_resumed: bool,
     ) -> None:
-        """`visited` are the training pairs that the run visits; with `tokens` they are scored token by token
-        too. A resumed run finds what its folder keeps; raises UserError where that is damaged or is of other
-        weights than the reference's are now."""
+        """`visited` are the training pairs that the run visits, `mismatches` those whose prompts and
+        responses meet. Where the objective weighs tokens, pairs are scored token by token too. A resumed run
+        finds what its folder keeps; raises UserError where that is damaged or is of other weights than the
+        reference's are now."""
         self._config, self._run, self._inputs = config, run, inputs
-        self._visited, self._tokens = visited, tokens
+        self._visited, self._mismatches = visited, mismatches
+        self._tokens = tokens = config.objective_function.weighs_tokens
         self._trained = inputs.train.take(visited)
         self._batch = config.reference.pairs_per_device or eval_batch(config)
         self._is_live = config.reference.name == "live"
         self._adapter_off = config.model.lora.rank is not None and not has_own_weights(config)
         self._fingerprint = ""
         self._kept = ReferenceTable.load(run.reference) if is_resumed else None
-        self._is_complete = self._kept is not None and (self._is_live or self._kept.has(visited, tokens))
+        self._is_complete = self._kept is not None and (
+            self._is_live or self._kept.has(visited, tokens, mismatches)
+        )
         self._own: ReferenceTable | None = None
         if not self._is_complete or (self._is_live and not self._adapter_off):
             self._take_fingerprint()
@@ -127,7 +134,7 @@ class ReferenceMaker:
         with loaded_when_asked(self._config, device) as model:
             values = self._logprobs_of(self._fingerprint, self._trained, model)
             self._own = self._table(values, SideLogProbs(torch.empty(0), torch.empty(0)))
-            self._add_tokens(self._own, model)
+            self._add_more(self._own, model)
 
     def open(self, engine: Engine) -> tuple[Reference, SideLogProbs]:
         """The reference, and the held-out pairs' z at step 0; `engine` has its initial weights."""
@@ -142,8 +149,7 @@ class ReferenceMaker:
 
     def _live(self, engine: Engine) -> LiveReference:
         model = AdapterOff(engine) if self._adapter_off else FrozenModel(self._config, engine.device)
-        per_device, pad_id = self._config.reference.pairs_per_device, self._inputs.pad_id
-        return LiveReference(model, self._inputs.train, pad_id, per_device, self._tokens)
+        return LiveReference(model, self._inputs, self._config, self._tokens)
 
     def _started_live(self, engine: Engine) -> ReferenceTable:
         """A table without training pairs."""
@@ -160,7 +166,7 @@ class ReferenceMaker:
         values = self._logprobs_of(self._fingerprint, pairs, lambda: engine)
         held_out = SideLogProbs(values.z_w[num_trained:], values.z_l[num_trained:])
         table = self._table(SideLogProbs(values.z_w[:num_trained], values.z_l[:num_trained]), held_out)
-        self._add_tokens(table, lambda: engine)
+        self._add_more(table, lambda: engine)
         return table
 
     def _start(self, engine: Engine) -> SideLogProbs:
@@ -177,8 +183,14 @@ class ReferenceMaker:
             sides.append(side)
         return ReferenceTable(SideLogProbs(*sides), held_out, fingerprint=self._fingerprint)
 
-    def _add_tokens(self, table: ReferenceTable, model: Callable[[], LogProbModel]) -> None:
-        """The training pairs token by token, by a pass of their own, which no cache saves."""
+    def _add_more(self, table: ReferenceTable, model: Callable[[], LogProbModel]) -> None:
+        """What few objectives need: mismatched pairs; and the training pairs token by token, by a pass of
+        their own, which no cache saves."""
+        if self._mismatches:
+            pairs = self._inputs.mismatched(self._mismatches, self._config)
+            values = self._logprobs_of(self._fingerprint, pairs, model)
+            both = zip(values.z_w.tolist(), values.z_l.tolist(), strict=True)
+            table.mismatched = dict(zip(self._mismatches, both, strict=True))
         if self._tokens:
             token_logps = evaluate_token_logprobs(model(), self._trained, self._inputs.pad_id, self._batch)
             table.tokens = dict(zip(self._visited, token_logps, strict=True))

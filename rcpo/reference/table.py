@@ -12,6 +12,7 @@ from torch import Tensor
 from rcpo.common.errors import UserError
 from rcpo.common.files import replacing
 from rcpo.data.batch import PairBatch
+from rcpo.data.mismatched import Mismatch
 from rcpo.data.pairs import SideLogProbs
 
 
@@ -35,12 +36,17 @@ class Reference(Protocol):
     def rows(self, indices: Sequence[int], batch: PairBatch) -> ReferenceRows:
         """Of these training pairs, which `batch` has laid out. Collective at ZeRO 3."""
 
+    def mismatched_rows(self, which: Sequence[Mismatch], batch: PairBatch) -> SideLogProbs:
+        """Of these mismatched pairs, which `batch` has laid out. Collective at ZeRO 3."""
+
 
 TOKENS = "tokens."
+MISMATCHED = "mismatched"
 
 
 class ReferenceTable:
-    """Reference log-probs by pair index, for the training pairs a run visits and for all held-out pairs.
+    """Reference log-probs by pair index, for the training pairs a run visits and for all held-out pairs; by
+    both indices, for the mismatched pairs that it visits.
 
     Pairs the run never visits are nan, and looking one up is an error. `held_out` is under the policy's
     initial weights, whatever the reference is: displacement is measured against it. `train` is empty where
@@ -60,10 +66,15 @@ class ReferenceTable:
         self.tokens = tokens or {}
         """By training pair the log-probs of its chosen and then its rejected tokens; empty but for objectives
         that weigh tokens."""
+        self.mismatched: dict[Mismatch, tuple[float, float]] = {}
+        """ref_w and ref_l of mismatched pairs; empty but for objectives that need them."""
 
-    def has(self, indices: Sequence[int], tokens: bool) -> bool:
-        """Whether all these training pairs are in the table, with `tokens` token by token too."""
+    def has(self, indices: Sequence[int], tokens: bool, mismatches: Sequence[Mismatch] = ()) -> bool:
+        """Whether all these training pairs are in the table, with `tokens` token by token too, and all these
+        mismatched ones."""
         rows = list(indices)
+        if not all(which in self.mismatched for which in mismatches):
+            return False
         if tokens and not all(idx in self.tokens for idx in rows):
             return False
         return not bool(torch.isnan(self.train.z_w[rows]).any() or torch.isnan(self.train.z_l[rows]).any())
@@ -73,6 +84,11 @@ class ReferenceTable:
         ref_w, ref_l = self.train_rows(indices)
         num_chosen = batch.lengths[: len(indices)].tolist()
         return ReferenceRows(ref_w, ref_l, self.token_rows(indices, num_chosen))
+
+    def mismatched_rows(self, which: Sequence[Mismatch], batch: PairBatch) -> SideLogProbs:
+        """As `Reference` says; on the CPU."""
+        values = torch.tensor([self.mismatched[each] for each in which], dtype=torch.float32)
+        return SideLogProbs(values[:, 0], values[:, 1])
 
     def train_rows(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """(ref_w, ref_l) of training pairs, each (B,) fp32."""
@@ -98,6 +114,9 @@ class ReferenceTable:
             "train_w": self.train.z_w, "train_l": self.train.z_l,
             "held_out_w": self.held_out.z_w, "held_out_l": self.held_out.z_l,
         } | {f"{TOKENS}{idx}": token_logps for idx, token_logps in self.tokens.items()}  # fmt: skip
+        if self.mismatched:
+            tensors[f"{MISMATCHED}_of"] = torch.tensor(list(self.mismatched))
+            tensors[MISMATCHED] = torch.tensor(list(self.mismatched.values()), dtype=torch.float32)
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         with replacing(path) as beside:
             save_file(contiguous, beside, metadata={"fingerprint": self.fingerprint})
@@ -109,7 +128,7 @@ class ReferenceTable:
             tensors = load_file(path)
             with safe_open(path, "pt") as file:
                 fingerprint = (file.metadata() or {}).get("fingerprint", "")
-            return cls(
+            table = cls(
                 SideLogProbs(tensors["train_w"], tensors["train_l"]),
                 SideLogProbs(tensors["held_out_w"], tensors["held_out_l"]),
                 {
@@ -119,6 +138,11 @@ class ReferenceTable:
                 },
                 fingerprint,
             )
+            if MISMATCHED in tensors:
+                which = (Mismatch(*both) for both in tensors[f"{MISMATCHED}_of"].tolist())
+                values = (tuple(both) for both in tensors[MISMATCHED].tolist())
+                table.mismatched = dict(zip(which, values, strict=True))
+            return table
         except (OSError, SafetensorError, KeyError):
             raise UserError(
                 f"{path}: is missing or damaged, and displacement is measured against it; remove the run's "

@@ -16,7 +16,7 @@ from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.inputs import Inputs
 from rcpo.data.joint import lay_out
 from rcpo.data.pairs import SideLogProbs
-from rcpo.data.sampler import PairSampler
+from rcpo.data.sampler import PairSampler, dealt
 from rcpo.method.calibrators import build_calibrator
 from rcpo.method.metrics import displacement_row
 from rcpo.method.statistics import Probe
@@ -70,8 +70,9 @@ def train(
     sampler = inputs.sampler(config)
     num_steps = inputs.num_steps(config)
     checkpoint = checkpoint_to_resume(run) if resume else None
+    mismatches = sampler.all_mismatches(num_steps) if objective.needs_mismatched else []
     visited = sampler.visited(num_steps)
-    maker = ReferenceMaker(config, run, inputs, visited, objective.weighs_tokens, checkpoint is not None)
+    maker = ReferenceMaker(config, run, inputs, visited, mismatches, checkpoint is not None)
     maker.run_own_model(device)
     engine = Engine(config, num_steps, device)
     check_agreement(config, inputs, engine)
@@ -115,9 +116,12 @@ def _train_steps(training: Training, watch: StepWatch) -> None:
         num_tokens = _num_tokens(training.inputs, training.sampler.global_batch(state.step))
         lr = engine.lr()
         probe = _evaluate_probe(training) if state.calibrator.probes_at(state.step) else None
+        mismatched = _mismatched(training) if training.method.objective.needs_mismatched else []
         watch.before(training, micro_batches)
         try:
-            trained = train_step(training.method, state, micro_batches, measurement, probe, stopping.asked())
+            trained = train_step(
+                training.method, state, micro_batches, measurement, probe, stopping.asked(), mismatched
+            )
         except NonFiniteStepError as error:
             trained = TrainedStep(skip_or_stop(training, error), stop=False)
         else:
@@ -203,6 +207,22 @@ def _micro_batches(training: Training, may_join: bool) -> list[MicroBatch]:
         weight = torch.tensor([pair.weight for pair in pairs])
         micro_batches.append(
             MicroBatch(batch.to(device), ref_w.to(device), ref_l.to(device), weight.to(device))
+        )
+    return micro_batches
+
+
+def _mismatched(training: Training) -> list[MicroBatch]:
+    """This rank's mismatched pairs of the coming step, on the device, in as many micro-batches of as many
+    pairs."""
+    config, inputs, device = training.config, training.inputs, training.engine.device
+    mismatches = training.sampler.mismatches(training.state.step)
+    widths = inputs.mismatched(mismatches, config).widths()
+    micro_batches = []
+    for which in dealt(mismatches, widths, rank(), world_size(), config.train.pairs_per_device):
+        batch = lay_out(config.train, inputs.mismatched(which, config), inputs.pad_id, may_join=True)
+        ref_w, ref_l = training.reference.mismatched_rows(which, batch)
+        micro_batches.append(
+            MicroBatch(batch.to(device), ref_w.to(device), ref_l.to(device), torch.ones_like(ref_w))
         )
     return micro_batches
 

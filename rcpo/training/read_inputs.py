@@ -13,6 +13,7 @@ from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.describe import describe_pair
 from rcpo.data.filter import filter_pairs
 from rcpo.data.inputs import Inputs
+from rcpo.data.mismatched import longest_mismatched
 from rcpo.data.pairs import PackedPairs
 from rcpo.data.token_key import content_of, token_key
 from rcpo.data.token_store import Tokens, TokenStore
@@ -112,11 +113,15 @@ def tokenise(config: ResolvedConfig, tokenizer: PreTrainedTokenizerBase) -> Pair
 
 
 def _check_lengths(config: ResolvedConfig, train: PackedPairs, held_out: PackedPairs) -> None:
-    check_positions(config.model, _longest(train, held_out))
+    check_positions(config.model, _longest(config, train, held_out))
 
 
-def _longest(train: PackedPairs, held_out: PackedPairs) -> int:
-    return max(int(pairs.arrays.lengths.max()) for pairs in (train, held_out))
+def _longest(config: ResolvedConfig, train: PackedPairs, held_out: PackedPairs) -> int:
+    """Tokens that no row exceeds, mismatched ones included where the objective needs them."""
+    longest = max(int(pairs.arrays.lengths.max()) for pairs in (train, held_out))
+    if config.objective_function.needs_mismatched:
+        longest = max(longest, longest_mismatched(train, config.train.max_length))
+    return longest
 
 
 def _kept_tokens(config: ResolvedConfig, tokenizer: PreTrainedTokenizerBase) -> Tokens:
@@ -172,7 +177,7 @@ def read_inputs(config: ResolvedConfig) -> Inputs:
     check_deepspeed(config)
     tokenizer = _checked_tokenizer(config)
     tokens = _kept_tokens(config, tokenizer)
-    check_reference(config, tokenizer, _longest(tokens.train, tokens.held_out))
+    check_reference(config, tokenizer, _longest(config, tokens.train, tokens.held_out))
     inputs = filtered_inputs(config, tokenizer, tokens)
     check_sizes(config, tokens, len(inputs.train))
     return inputs

@@ -1,5 +1,6 @@
 """One optimizer step of the method: the file to read first.
 
+    mismatched  prompts with other pairs' responses          objectives that need them: numbers of this batch
     z           = log pi(y|x) of both sides                  models.policy, attached to the graph
     loss        = weight * objective(z, ref, |y|)            objectives, on detached leaves
     d_w, d_l    = -dL/dz_w, +dL/dz_l                         method.incentives, by autograd
@@ -9,7 +10,7 @@
     geometry    = products of the sides' score vectors       training.measurement, where this step is measured
     calibrator  sees the global batch once, after the step   method.calibrators: alpha of the next step
                 or each micro-batch before it goes backward  method.published: alpha of that micro-batch
-    objective   its batch statistics advance likewise        kto's z0, bco's d, ...: the next step's numbers
+    objective   its batch statistics advance likewise        bco's d, acpo's tau: the next step's numbers
 
 With alpha = 1 the surrogate's gradient is the loss's own, -d_w grad z_w + d_l grad z_l. With
 objective.log_probs=mean the objective reads z/|y|: d and the scores are those of z/|y|. There is no branch on
@@ -21,6 +22,7 @@ Shape legend: B pairs of a micro-batch.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -32,7 +34,7 @@ from rcpo.method.metrics import QUANTITIES, pair_sums, statistics_of, step_row
 from rcpo.method.scores import CHOSEN, REJECTED
 from rcpo.method.statistics import Probe
 from rcpo.objectives import Objective, PairLogProbs
-from rcpo.ranks.distributed import sum_parts_over_ranks, world_size
+from rcpo.ranks.distributed import sum_over_ranks, sum_parts_over_ranks, world_size
 from rcpo.training.aggregate import Tilt
 from rcpo.training.measurement import Measurement
 from rcpo.training.state import Method, TrainState
@@ -88,26 +90,29 @@ def train_step(
     measurement: Measurement,
     probe: Probe | None = None,
     asked_to_stop: bool = False,
+    mismatched: Sequence[MicroBatch] = (),
 ) -> TrainedStep:
     """Train on this rank's micro-batches of one global batch.
 
     `measurement` says which score vectors are caught on the way; `probe` is the displacement of the
-    held-out probe pairs, where the calibrator asked for it. `state` advances by one step. The only wait for
-    the device is the one reduction over the ranks; it comes before the update, so that numbers that are not
-    finite never reach the weights.
+    held-out probe pairs, where the calibrator asked for it; `mismatched` are this rank's mismatched pairs,
+    where the objective needs them. `state` advances by one step. The only wait for the device is the one
+    reduction over the ranks (two with mismatched pairs); it comes before the update, so that numbers that
+    are not finite never reach the weights.
 
     Raises NonFiniteStepError on every rank in that case, with `state` as it was.
     """
-    engine, objective = method.engine, method.objective
+    engine, objective, num_pairs = method.engine, method.objective, method.pairs_per_step
     alpha = state.calibrator.alpha()
     state.calibrator.begin()
     measurement.begin()
     quantities = torch.zeros(len(QUANTITIES), dtype=torch.float64, device=engine.device)
     statistics = quantities.new_zeros(objective.num_statistics)
     finite = []
+    seeing = with_mismatched(method, state, mismatched)
     backward = backward_apart if measurement.takes_sides_apart else backward_together
-    for micro_batch in tilted(method, state, micro_batches):
-        priced = backward(method, state, micro_batch, measurement)
+    for micro_batch in tilted(method, seeing, micro_batches):
+        priced = backward(method, seeing, micro_batch, measurement)
         engine.end_micro_batch()
         quantities += pair_sums(priced.loss, priced.pair, priced.incentives)
         statistics += objective.statistic_columns(priced.pair).double().sum(1)
@@ -123,10 +128,7 @@ def train_step(
         of_ranks=quantities.new_tensor(list(of_rank.values())),
         products=measurement.products(engine, alpha),
     )
-    means = {
-        name: total / method.pairs_per_step
-        for name, total in zip(QUANTITIES, totals["quantities"], strict=True)
-    }
+    means = {name: total / num_pairs for name, total in zip(QUANTITIES, totals["quantities"], strict=True)}
     measured = measurement.read(totals["products"])
     seen = statistics_of(means, measured.geometry, probe, engine.lr_share())
     of_ranks = dict(zip(of_rank, totals["of_ranks"], strict=True))
@@ -137,11 +139,35 @@ def train_step(
     engine.step()
     measurement.keep()
     state.calibrator.update(seen)
-    state.objective_state = objective.advance(
-        state.objective_state, [total / method.pairs_per_step for total in totals["statistics"]]
-    )
+    of_pairs = [total / num_pairs for total in totals["statistics"]]
+    state.objective_state = objective.advance(seeing.objective_state, of_pairs)
     state.step += 1
     return TrainedStep(row | state.calibrator.counts(), any(totals["asked_to_stop"]))
+
+
+def with_mismatched(method: Method, state: TrainState, mismatched: Sequence[MicroBatch]) -> TrainState:
+    """`state` as the step sees it: with the objective's numbers of the global batch's mismatched pairs, under
+    the weights before the step and without a gradient; `state` itself where the objective has none.
+    Collective."""
+    objective = method.objective
+    if not objective.needs_mismatched:
+        return state
+    sums = []
+    for micro_batch in mismatched:
+        z_w, z_l = method.engine.logprobs_without_grad(micro_batch.batch).chunk(2)
+        pair = pairs_of(micro_batch, z_w, z_l, state.objective_state)
+        sums.append(objective.statistic_columns(pair, of_mismatched=True).double().sum(1))
+    means = sum_over_ranks(torch.stack(sums).sum(0)) / method.pairs_per_step
+    numbers = objective.advance(state.objective_state, means.tolist(), of_mismatched=True)
+    return replace(state, objective_state=numbers)
+
+
+def pairs_of(
+    micro_batch: MicroBatch, z_w: Tensor, z_l: Tensor, objective_state: tuple[float, ...]
+) -> PairLogProbs:
+    """What an objective sees of a micro-batch at z_w, z_l (B,) fp32."""
+    len_w, len_l = micro_batch.batch.lengths.to(z_w.dtype).chunk(2)
+    return PairLogProbs(z_w, z_l, micro_batch.ref_w, micro_batch.ref_l, len_w, len_l, objective_state)
 
 
 def price(
@@ -153,8 +179,7 @@ def price(
 ) -> Priced:
     """Loss and incentives of a micro-batch's pairs at detached z_w, z_l (B,) fp32: of the objective, times
     the pairs' weights, as the aggregate tilts them."""
-    len_w, len_l = micro_batch.batch.lengths.to(z_w.dtype).chunk(2)
-    pair = PairLogProbs(z_w, z_l, micro_batch.ref_w, micro_batch.ref_l, len_w, len_l, objective_state)
+    pair = pairs_of(micro_batch, z_w, z_l, objective_state)
     loss, (d_w, d_l) = loss_and_incentives(objective, objective.view(pair))
     weight = micro_batch.weight
     loss, d_w, d_l = weight * loss, weight * d_w, weight * d_l
@@ -162,7 +187,7 @@ def price(
         p, total = micro_batch.tilt
         loss, d_w, d_l = total.expand_as(loss), p * d_w, p * d_l
     incentives = Incentives(d_w, d_l)
-    pulls = Incentives(d_w / len_w, d_l / len_l) if objective.averages else incentives
+    pulls = Incentives(d_w / pair.len_w, d_l / pair.len_l) if objective.averages else incentives
     return Priced(pair, loss, incentives, pulls)
 
 

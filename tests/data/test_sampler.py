@@ -3,7 +3,8 @@ step alone."""
 
 import pytest
 
-from rcpo.data.sampler import PairSampler
+from rcpo.data.mismatched import Mismatch
+from rcpo.data.sampler import PairSampler, dealt
 
 
 def stream(sampler: PairSampler, num_steps: int) -> list[int]:
@@ -49,6 +50,34 @@ def test_pairs_of_similar_length_share_a_micro_batch_and_ranks_have_as_much_to_d
     ]
     assert cut == [[[10, 20], [50, 60]], [[30, 40], [70, 80]]]
     assert sampler.global_batch(0) == PairSampler(8, 8, seed=3).global_batch(0)
+
+
+def test_every_prompt_meets_the_responses_of_the_next_pair_of_its_batch() -> None:
+    """Step 2 straddles two passes over 20 pairs; the last prompt meets the first pair. Lengths, ranks and
+    micro-batches have no say."""
+    sampler = PairSampler(20, 8, seed=1, widths=list(range(20, 0, -1)))
+    for step in range(4):
+        batch = sampler.global_batch(step)
+        mismatches = sampler.mismatches(step)
+        assert [each.prompt_of for each in mismatches] == batch
+        assert [each.responses_of for each in mismatches] == [*batch[1:], batch[0]]
+        assert PairSampler(20, 8, seed=1).mismatches(step) == mismatches
+    two = PairSampler(20, 2, seed=1)
+    first, second = two.global_batch(0)
+    assert two.mismatches(0) == [Mismatch(first, second), Mismatch(second, first)]
+    everything = sampler.all_mismatches(4)
+    assert len(set(everything)) == len(everything)
+    assert set(everything) == {each for step in range(4) for each in sampler.mismatches(step)}
+
+
+@pytest.mark.parametrize(("world_size", "per_device"), [(1, 8), (2, 1), (2, 4), (4, 2)])
+def test_dealt_out_every_item_is_there_once(world_size: int, per_device: int) -> None:
+    items, widths = list("abcdefgh"), [40, 10, 80, 30, 60, 20, 70, 50]
+    cut = [list(dealt(items, widths, rank, world_size, per_device)) for rank in range(world_size)]
+    assert sorted(item for of_rank in cut for micro in of_rank for item in micro) == items
+    assert {len(of_rank) for of_rank in cut} == {8 // world_size // per_device}
+    if (world_size, per_device) == (2, 1):
+        assert cut == [[["b"], ["d"], ["h"], ["g"]], [["f"], ["a"], ["e"], ["c"]]]
 
 
 def test_a_resumed_run_sees_what_the_whole_run_saw() -> None:

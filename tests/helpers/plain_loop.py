@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from helpers.plain_balance import PlainBalance
 from rcpo.data.tokenize import TokenizedPair, TokenizedSide
 
-DPO_BETA, SIMPO_BETA, SIMPO_GAMMA, IPO_TAU = 0.1, 2.0, 1.0, 0.1
+DPO_BETA, SIMPO_BETA, SIMPO_GAMMA, IPO_TAU, KTO_BETA = 0.1, 2.0, 1.0, 0.1, 0.1
 MAX_LOG_ALPHA = 3.0
 
 
@@ -42,7 +42,7 @@ class Settings:
     """One plain run."""
 
     objective: str
-    """dpo, simpo or ipo."""
+    """dpo, simpo, ipo, or kto with kl=mismatched."""
     calibration: str
     """off, fixed, feedback, balance, or one that centres the band: on, exact."""
     optimizer: str
@@ -66,12 +66,16 @@ class Settings:
     """Of feedback."""
     balance_every: int | None = None
     """Of balance: optimizer steps between measurements on the probe."""
+    max_length: int = 1024
+    """Tokens that a mismatched pair's side is cut to."""
 
 
 @dataclass
 class PlainRun:
     weights: dict[str, Tensor] = field(default_factory=dict)
     rows: list[dict[str, float]] = field(default_factory=list)
+    reference_points: list[float] = field(default_factory=list)
+    """kto's z0 of every step."""
 
 
 class Sides(NamedTuple):
@@ -93,10 +97,12 @@ def train_plainly(
     batches: list[list[int]],
     settings: Settings,
     probe: Sequence[TokenizedPair] = (),
+    reference: PreTrainedModel | None = None,
 ) -> PlainRun:
     """Train `model` in place, one optimizer step a batch of indices into `pairs`; `probe`, where feedback
-    asks for it, is measured before the step."""
+    asks for it, is measured before the step. `reference` stands in for what `model` was at its start."""
     start = copy.deepcopy(model)
+    reference = reference or start
     optimizer = _optimizer(model, settings)
     run = PlainRun()
     log_ratios, centers = _Ema(settings.ema_beta), _Ema(settings.ema_beta)
@@ -108,13 +114,17 @@ def train_plainly(
     for step, indices in enumerate(batches):
         batch = [pairs[idx] for idx in indices]
         with torch.no_grad():
-            ref = summed(start, batch)
+            ref = summed(reference, batch)
+        z0 = 0.0
+        if settings.objective == "kto":
+            z0 = max(0.0, sum(_mean_r(model, reference, mismatched(batch, settings.max_length))) / 2)
+            run.reference_points.append(z0)
         steered = loop or balance
         log_alpha = 0.5 * (centers.value - log_ratios.value) if steered is None else steered.log_alpha
         alpha = settings.alpha * math.exp(max(-MAX_LOG_ALPHA, min(MAX_LOG_ALPHA, log_alpha)))
         z = summed(model, batch)
         leaves = Sides(z.z_w.detach(), z.z_l.detach())
-        loss, d_w, d_l = loss_and_incentives(settings.objective, leaves, ref, batch)
+        loss, d_w, d_l = loss_and_incentives(settings.objective, leaves, ref, batch, z0)
         weight = torch.tensor([pair.weight for pair in batch])
         loss, factor = aggregated(weight * loss, settings.dro_lambda)
         d_w, d_l = factor * weight * d_w, factor * weight * d_l
@@ -208,10 +218,26 @@ def _optimizer(model: PreTrainedModel, settings: Settings) -> torch.optim.Optimi
     return torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.999), eps=1e-4, weight_decay=0)
 
 
+def mismatched(batch: Sequence[TokenizedPair], max_length: int) -> list[TokenizedPair]:
+    """Prompt i with the responses of pair i + 1, the last with the first one's."""
+    made = []
+    for idx, pair in enumerate(batch):
+        after = batch[(idx + 1) % len(batch)]
+        sides = [
+            TokenizedSide(
+                (own.input_ids[: own.num_prompt] + other.input_ids[other.num_prompt :])[:max_length],
+                own.num_prompt,
+            )
+            for own, other in ((pair.chosen, after.chosen), (pair.rejected, after.rejected))
+        ]
+        made.append(TokenizedPair(*sides, row=pair.row))
+    return made
+
+
 def loss_and_incentives(
-    objective: str, z: Sides, ref: Sides, batch: list[TokenizedPair]
+    objective: str, z: Sides, ref: Sides, batch: list[TokenizedPair], z0: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """loss, d_w = -dL/dz_w, d_l = +dL/dz_l, each (B,), differentiated by hand."""
+    """loss, d_w = -dL/dz_w, d_l = +dL/dz_l, each (B,), differentiated by hand; `z0` is kto's."""
     len_w = torch.tensor([float(_num_response(pair.chosen)) for pair in batch])
     len_l = torch.tensor([float(_num_response(pair.rejected)) for pair in batch])
     r_w, r_l = z.z_w - ref.z_w, z.z_l - ref.z_l
@@ -223,6 +249,9 @@ def loss_and_incentives(
         margin = SIMPO_BETA * (z.z_w / len_w - z.z_l / len_l) - SIMPO_GAMMA
         pull = SIMPO_BETA * torch.sigmoid(-margin)
         return -torch.log(torch.sigmoid(margin)), pull / len_w, pull / len_l
+    if objective == "kto":
+        of_w, of_l = torch.sigmoid(KTO_BETA * (r_w - z0)), torch.sigmoid(KTO_BETA * (z0 - r_l))
+        return (1 - of_w) + (1 - of_l), KTO_BETA * of_w * (1 - of_w), KTO_BETA * of_l * (1 - of_l)
     assert objective == "ipo"
     excess = r_w / len_w - r_l / len_l - 1 / (2 * IPO_TAU)
     return excess**2, -2 * excess / len_w, -2 * excess / len_l

@@ -33,7 +33,9 @@ def plain_run(config: ResolvedConfig) -> PlainRun:
     all layouts."""
     tree = config_tree(config)
     ours = {key: value for key, value in tree["train"].items() if key != "pairs_per_device"}
-    kept = {key: tree[key] for key in ("objective", "calibration", "model", "data", "optim", "seed")}
+    kept = {
+        key: tree[key] for key in ("objective", "calibration", "model", "data", "optim", "reference", "seed")
+    }
     key = json.dumps([kept, ours], sort_keys=True)
     if key not in _PLAIN:
         _PLAIN[key] = _train_plainly(config)
@@ -50,12 +52,15 @@ def _train_plainly(config: ResolvedConfig) -> PlainRun:
         band.warmup_steps, band.ema_beta,
         config.objective["dro_lambda"] if config.objective["aggregate"] == "kl_dro" else None,
         band.alpha, _steering(config, sampler.num_fresh_steps),
-        band.balance.every if band.name == "balance" else None,
+        band.balance.every if band.name == "balance" else None, config.train.max_length,
     )  # fmt: skip
     batches = [sampler.global_batch(step) for step in range(inputs.num_steps(config))]
     model = AutoModelForCausalLM.from_pretrained(config.model.path, attn_implementation="eager")
     probe = inputs.held_out[: band.probe_pairs]
-    return train_plainly(model.float(), inputs.train, batches, settings, probe)
+    reference = None
+    if config.reference.path is not None:
+        reference = AutoModelForCausalLM.from_pretrained(config.reference.path, attn_implementation="eager")
+    return train_plainly(model.float(), inputs.train, batches, settings, probe, reference)
 
 
 def _steering(config: ResolvedConfig, num_fresh_steps: int) -> Steering | None:

@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.batch import PairBatch, collate
+from rcpo.data.mismatched import Mismatch, MismatchedPairs
+from rcpo.data.pairs import pack
 from rcpo.data.tokenize import TokenizedPair
 from rcpo.method.calibrators import build_calibrator
 from rcpo.models.engine import build_optimizer
@@ -83,23 +85,30 @@ def train_small(
     reference: PreTrainedModel | None = None,
 ) -> list[dict[str, float]]:
     """Train `model` in place against `reference` or what it was, each step on all of `pairs`, cut into
-    micro-batches of equal `split`; returns the metrics rows."""
+    micro-batches of equal `split`; returns the metrics rows. A pair meets the responses of the one after it,
+    where the objective needs mismatched pairs."""
     engine = SmallEngine(model, config, len(split))
     frozen = engine if reference is None else SmallEngine(reference, config, len(split))
     objective = config.objective_function
     measurements = Measurements(config, engine)  # type: ignore[arg-type]
     state = TrainState(0, build_calibrator(config.calibration), objective.initial_state(8.0))
     method = Method(engine, objective, aggregate_of(config.composition), len(pairs))  # type: ignore[arg-type]
-    micro_batches, start = [], 0
-    for size in split:
-        batch = collate(pairs[start : start + size], 0)
-        if objective.weighs_tokens:
-            batch = batch._replace(ref_token_logps=frozen.logprobs_without_grad(batch, tokens=True))
-        ref_w, ref_l = frozen.logprobs_without_grad(batch).chunk(2)
-        micro_batches.append(MicroBatch(batch, ref_w, ref_l, torch.ones(size)))
-        start += size
+    which = [Mismatch(idx, (idx + 1) % len(pairs)) for idx in range(len(pairs))]
+    mismatched = MismatchedPairs(pack(pairs), which, config.train.max_length)
+    made: list[list[MicroBatch]] = []
+    for all_pairs in (pairs, mismatched if objective.needs_mismatched else []):
+        made.append([])
+        start = 0
+        for size in split if all_pairs else ():
+            batch = collate(all_pairs[start : start + size], 0)
+            if objective.weighs_tokens:
+                batch = batch._replace(ref_token_logps=frozen.logprobs_without_grad(batch, tokens=True))
+            ref_w, ref_l = frozen.logprobs_without_grad(batch).chunk(2)
+            made[-1].append(MicroBatch(batch, ref_w, ref_l, torch.ones(size)))
+            start += size
     rows = []
     for step in range(num_steps):
-        trained = train_step(method, state, micro_batches, measurements.at(step, state.calibrator))
+        measurement = measurements.at(step, state.calibrator)
+        trained = train_step(method, state, made[0], measurement, mismatched=made[1])
         rows.append({"step": step + 1} | trained.row)
     return rows

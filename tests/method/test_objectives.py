@@ -12,7 +12,7 @@ from helpers.objective_cases import CASES, PAIR_A, PAIR_B, nls, pair_of, s
 from rcpo.common.conf import conf_dir
 from rcpo.common.errors import UserError
 from rcpo.method.incentives import incentives, loss_and_incentives
-from rcpo.objectives import REGISTRY, PairLogProbs, load_objective, objective
+from rcpo.objectives import REGISTRY, PairLogProbs, load_objective, objective, objective_of
 from rcpo.objectives.parameters import config_key
 
 NAMES = sorted(REGISTRY)
@@ -145,6 +145,30 @@ def test_kto_reference_point():
     assert loss_of("kto", PAIR_A._replace(state=(0.4,))) == pytest.approx(s(-0.06) + s(-0.14))
 
 
+def test_kto_as_published_learns_from_mismatched_pairs_before_the_step():
+    """kl=mismatched: the same column, wanted of mismatched pairs alone; a batch's own pairs move nothing. A
+    mean that is not a number makes the loss none, where max(0, nan) is 0."""
+    kto = load_objective("kto", kl="mismatched")
+    assert kto.needs_mismatched
+    assert not load_objective("kto").needs_mismatched
+    assert (kto.num_statistics, kto.initial_state(6.0)) == (0, (0.0,))
+    assert kto.statistic_columns(BATCH).shape == (0, 2)
+    assert kto.statistic_columns(BATCH, of_mismatched=True).tolist() == [[0.0, -0.5]]
+    assert kto.advance((0.4,), []) == (0.4,)
+    assert kto.advance((0.4,), [0.7], of_mismatched=True) == (0.7,)
+    assert kto.advance((0.4,), [-0.7], of_mismatched=True) == (0.0,)
+    (lost,) = kto.advance((0.4,), [math.nan], of_mismatched=True)
+    assert math.isnan(kto(PAIR_A._replace(state=(lost,))))
+    assert load_objective("kto").statistic_columns(BATCH, of_mismatched=True).shape == (0, 2)
+
+
+def test_kto_mean_of_log_probs_averages_mismatched_pairs_too():
+    """objective.log_probs=mean: r/|y| = (1/2, -2/3) and (-1/3, 1/4), so columns 1/12 and -5/24."""
+    kto = objective_of({"name": "kto", "kl": "mismatched", "log_probs": "mean"})
+    columns = kto.statistic_columns(BATCH, of_mismatched=True)
+    assert columns.tolist() == [pytest.approx([1 / 12, -5 / 24])]
+
+
 def test_bco_running_mean():
     """Means 0.6, -0.2, 0.2 of r: running means 0.6, 0.2, 0.2. With 0.2, pair A: nls(0.1 - 0.02) + nls(0.1 +
     0.02)."""
@@ -222,6 +246,21 @@ def test_mix_joins_batch_statistics():
     assert torch.allclose(mix(BATCH), sum(load_objective(name)(BATCH) for name in names))
 
 
+def test_mix_parts_what_mismatched_pairs_tell():
+    """Of kto twice and bco: own pairs move the second and third term's numbers, mismatched ones the first
+    term's."""
+    terms = [{"name": "kto", "kl": "mismatched"}, {"name": "kto"}, {"name": "bco"}]
+    mix = load_objective("mix", terms=terms)
+    assert mix.needs_mismatched
+    assert mix.num_statistics == 2
+    state = mix.advance((0.1, 0.2, 1.0, 6.0), [0.7], of_mismatched=True)
+    assert state == (0.7, 0.2, 1.0, 6.0)
+    assert mix.advance(state, [0.5, 8.0]) == (0.7, 0.5, 2.0, 7.0)
+    expected = [load_objective("kto")(PAIR_A._replace(state=(z0,))) for z0 in (0.7, 0.2)]
+    bco = load_objective("bco")(PAIR_A._replace(state=(1.0, 6.0)))
+    assert torch.allclose(mix(PAIR_A._replace(state=state)), expected[0] + expected[1] + bco)
+
+
 @pytest.mark.parametrize(
     ("terms", "message"),
     [
@@ -286,6 +325,7 @@ def test_bad_terms_name_their_place(terms, message):
             r"objective\.eps=0\.5: must be at least 0 and less than 0\.5; type objective\.eps=0\.1",
         ),
         ("exo", {"eps": 1}, r"objective\.eps=1: must be between 0 and 1; type objective\.eps=0\.001"),
+        ("kto", {"kl": "max"}, r"objective\.kl=max: must be mean or mismatched; type objective\.kl=mean"),
         ("bdpo", {"lam": 0}, r"objective\.lam=0: must be between 0 and 1; type "),
         ("alpha_po", {"a": 0}, r"objective\.a=0: must be other than 0, where the loss is simpo's; type "),
         ("orpo", {"lambda": -1}, r"objective\.lambda=-1: must be 0 or greater; type objective\.lambda=0\.1"),

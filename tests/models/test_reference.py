@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers.tiny_models import make_llama, make_neox, make_pairs
+from helpers.tiny_models import make_batch, make_llama, make_neox, make_pairs
 from rcpo.common.errors import UserError
 from rcpo.config.schema import ModelConfig
+from rcpo.data.mismatched import Mismatch
 from rcpo.data.pairs import SideLogProbs
 from rcpo.data.tokenize import TokenizedPair, TokenizedSide
 from rcpo.reference.cache import (
@@ -282,3 +283,22 @@ def test_table_looks_up_saves_and_refuses_what_it_lacks(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="no reference log-probs"):
         table.train_rows([0, 2])
     assert [path.name for path in tmp_path.iterdir()] == ["reference.safetensors"]
+
+
+def test_table_keeps_mismatched_pairs(tmp_path: Path) -> None:
+    """By both indices: (0, 1) is not (1, 0). Without them the file is what it was."""
+    train, held_out = (SideLogProbs(torch.tensor([-1.0, -2.0]), torch.zeros(2)) for _ in range(2))
+    table = ReferenceTable(train, held_out)
+    path = tmp_path / "reference.safetensors"
+    table.save(path)
+    assert set(load_file(path)) == {"train_w", "train_l", "held_out_w", "held_out_l"}
+    there, back = Mismatch(0, 1), Mismatch(1, 0)
+    table.mismatched = {there: (-0.5, -1.5), back: (-2.5, -3.7)}
+    table.save(path)
+    read = ReferenceTable.load(path)
+    rows = read.mismatched_rows([back, there], make_batch(2))
+    assert torch.equal(rows.z_w, torch.tensor([-2.5, -0.5]))
+    assert torch.equal(rows.z_l, torch.tensor([-3.7, -1.5]))
+    assert read.has([0, 1], False, [there, back])
+    assert not read.has([0, 1], False, [Mismatch(1, 1)])
+    assert not ReferenceTable(train, held_out).has([0], False, [there])

@@ -32,6 +32,7 @@ BALANCE = Case("dpo", "balance", "neox-tied", "adamw")
 PUBLISHED = Case("cpo", "published", "neox", "adamw")
 POPULATION = Case("simpo", "exact", "llama", "adamw")
 POPULATION_HEAD = Case("ipo", "on", "neox", "adamw")
+MISMATCHED = Case("kto", "on", "neox", "adamw")
 WORDS = {
     # Measured at steps 1, 3 and 5: the run resumes from step 4 between two measurements.
     EXACT: ("calibration.every=2", "calibration.warmup_steps=0"),
@@ -41,6 +42,7 @@ WORDS = {
     # The row after the checkpoint has products with the measurement before it.
     POPULATION: ("metrics.population=true",),
     POPULATION_HEAD: ("metrics.population=true",),
+    MISMATCHED: ("objective.kl=mismatched",),
 }
 """Further overrides."""
 LAYOUTS = (*(Layout(1, 4, stage) for stage in (0, 1, 2, 3)), Layout(2, 2, 2), Layout(2, 2, 3))
@@ -65,6 +67,9 @@ MOMENTS: list[tuple[Case, Layout, tuple[Moment, int]]] = [
     (POPULATION, Layout(1, 4, 1), ("signal", 4)),
     (POPULATION, Layout(2, 2, 3), ("signal", 4)),
     (POPULATION_HEAD, Layout(2, 2, 2), ("signal", 4)),
+    (MISMATCHED, Layout(1, 4, 1), AFTER_A_CHECKPOINT),
+    (MISMATCHED, Layout(2, 2, 3), ("signal", 2)),
+    (MISMATCHED, Layout(2, 2, 2), ("nan", 5)),
     (Case("kto", "off", "llama", "adamw"), Layout(1, 4, 1), ("signal", 2)),  # next comes a second pass's pair
 ]
 """Checkpoints are written at steps 2, 4 and 6, evaluations at 0, 4 and 6."""
