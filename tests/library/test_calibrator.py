@@ -309,6 +309,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "objective": (lambda: rcpo.Calibrator("off", "dpoo"), "objective=dpoo: no such objective"),
     "tokens": (lambda: rcpo.Calibrator("off", "ti_dpo"), "objective=ti_dpo: weighs the tokens of z"),
+    "mismatched": (
+        lambda: rcpo.Calibrator("off", load_objective("kto", kl="mismatched")),
+        "objective=kto: reads prompts with other pairs' responses, which a loop of your own does not score",
+    ),
     "sides": (lambda: rcpo.Calibrator("on", "dpo"), r"give head=model.get_output_embeddings\(\) or param"),
     "both": (
         lambda: rcpo.Calibrator("on", "dpo", head=nn.Linear(1, 1), parameters=[]),

@@ -256,6 +256,14 @@ BROKEN = {
         PLAIN.format(loss="-pair.margin()").replace("=True", "=False"),
         "objective=my_loss: it reads ref_w or ref_l; register it with needs_reference=True",
     ),
+    "tokens and mismatched": (
+        PLAIN.format(loss="pair.margin()").replace(
+            "=True",
+            "=True, weighs_tokens=True, statistics=(rcpo.objectives.BatchStatistic("
+            "len, lambda length: (), lambda state, mean: (), of_mismatched=True),)",
+        ),
+        "objective=my_loss: it weighs tokens, which mismatched pairs are not scored by; leave one of the two",
+    ),
 }  # fmt: skip
 
 

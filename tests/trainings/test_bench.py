@@ -228,6 +228,7 @@ MISTAKES = {
     "optim.lr=fast": "optim.lr=fast: ",
     "--baseline plain launch.processes=2": "--baseline: baselines run on one rank; ",
     "--baseline trl objective=simpo": "objective=simpo: TRL has no such loss, or another one; type one of ",
+    "--baseline plain objective=kto objective.kl=mismatched": "--baseline plain: does not score the mism",
     "--shape vocabulary=5 --lengths prompt=3": "model.path=",
     "--lengths prompt=100000": "train.max_length: the longest row has ",
 }
