@@ -117,7 +117,8 @@ def _score(config: "ResolvedConfig", read: "PairsRead", console: Any) -> Any:
     from rcpo.quality.pairs import PairFacts, describe_pairs
     from rcpo.quality.score_table import make_table
 
-    policy = Policy(load_model(config.model)).to(torch.device(config.train.device))
+    device = torch.device(config.train.device)
+    policy = Policy(load_model(config.model, device)).to(device)
     size = eval_batch(config)
     pad_id = read.tokenizer.pad_token_id or 0
     num_pairs = len(read.train.pairs) + len(read.held_out.pairs)

@@ -67,7 +67,7 @@ class ModelConfig:
     lora: LoraConfig = Field(default_factory=LoraConfig)
     """Train a low-rank adapter in place of the weights."""
     quantization: Literal["4bit"] | None = IN_CONF
-    """4bit: hold the frozen base weights as nf4 (bitsandbytes, CUDA only); needs an adapter to train."""
+    """4bit: hold the frozen base weights as nf4 (bitsandbytes; slow on CPUs); needs an adapter to train."""
 
 
 Percentile = Annotated[float, Field(gt=0, le=100)]

@@ -63,28 +63,24 @@ def adapters_of(model: nn.Module) -> Adapters | None:
     return found
 
 
-def check_adapters(config: ModelConfig, device: str) -> None:
+def check_adapters(config: ModelConfig) -> None:
     """Raise UserError where `model.lora` or `model.quantization` cannot work here; loads no model."""
     if config.lora.rank is not None and importlib.util.find_spec("peft") is None:
         raise UserError(f"model.lora.rank={config.lora.rank}: needs the peft package; pip install peft")
-    if config.quantization is not None:
-        given = f"model.quantization={config.quantization}"
-        if device != "cuda":
-            raise UserError(f"{given}: needs a CUDA device, this run uses {device}; type {_NO_QUANTIZATION}")
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise UserError(f"{given}: needs the bitsandbytes package; pip install 'rcpo[quantization]'")
+    if config.quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"model.quantization={config.quantization}: needs the bitsandbytes package; pip install "
+            "'rcpo[quantization]'"
+        )
     if config.lora.adapter is not None:
         read_adapter_config(config.lora.adapter)
 
 
-_NO_QUANTIZATION = "model.quantization=null"
+def quantization_options(config: ModelConfig, device: torch.device) -> dict[str, Any]:
+    """What `from_pretrained` is given for `model.quantization`: nf4, quantized twice, on this rank's device.
 
-
-def quantization_options(config: ModelConfig) -> dict[str, Any]:
-    """What `from_pretrained` is given for `model.quantization`: nf4, quantized twice, on this rank's GPU.
-
-    Never run on a GPU so far: written from the documentation of transformers and bitsandbytes. The output
-    head stays as it is (transformers leaves it out), which rcpo's log-prob head relies on.
+    Run on bitsandbytes' CPU backend, never on a GPU so far. The output head stays as it is (transformers
+    leaves it out), which rcpo's log-prob head relies on.
     """
     if config.quantization is None:
         return {}
@@ -96,7 +92,15 @@ def quantization_options(config: ModelConfig) -> dict[str, Any]:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=getattr(torch, config.dtype),
     )
-    return {"quantization_config": quantization, "device_map": {"": torch.cuda.current_device()}}
+    return {"quantization_config": quantization, "device_map": {"": device}}
+
+
+def hold_layout(model: nn.Module) -> None:
+    """Let 4-bit weights on a CPU keep one layout: bitsandbytes would lay them out anew for evaluation, where
+    other kernels round otherwise than those of training."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010, of modules torch knows no bool
 
 
 def add_adapters(model: PreTrainedModel, config: ModelConfig, place: str) -> None:

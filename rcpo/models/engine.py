@@ -97,7 +97,7 @@ class Engine:
         self.stage: int = settings["zero_optimization"]["stage"]
         # Kept alive: with it transformers loads the weights already sharded.
         self._zero3_marker = HfDeepSpeedConfig(settings) if self.stage == 3 else None
-        model = load_model(config.model)
+        model = load_model(config.model, device)
         if config.train.share_prefix or config.train.packing:
             refuse_joint_layout(model, config.train.share_prefix)
         self.vocabulary, self.hidden_size = _head_shape(model)
@@ -263,24 +263,56 @@ class Engine:
         return weights
 
     def save(self, folder: Path) -> None:
-        """Write engine, optimizer and schedule under `folder`. Collective.
+        """Write engine, optimizer and schedule under `folder`; of weights those that train. Collective.
 
         Raises OSError or RuntimeError where this rank could not write, after all ranks are through:
         DeepSpeed's own save has barriers, at which the others would wait for one that has failed.
         """
-        writer = _Writer(self._deepspeed.checkpoint_engine)
+        kept = self._kept_names()
+        writer = _Writer(self._deepspeed.checkpoint_engine, kept)
         self._deepspeed.checkpoint_engine = writer
         try:
-            self._deepspeed.save_checkpoint(str(folder), tag=ENGINE_TAG, save_latest=False)
+            self._deepspeed.save_checkpoint(
+                str(folder), tag=ENGINE_TAG, save_latest=False, exclude_frozen_parameters=kept is not None
+            )
         finally:
             self._deepspeed.checkpoint_engine = writer.inner
         if writer.fault is not None:
             raise writer.fault
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote, on the same number of ranks and the same stage. Collective."""
-        self._deepspeed.load_checkpoint(str(folder), tag=ENGINE_TAG)
+        """Read what `save` wrote, on the same number of ranks and the same stage. Collective.
+
+        Raises UserError where it is not of the weights that train here.
+        """
+        self._deepspeed.load_checkpoint(
+            str(folder), tag=ENGINE_TAG, custom_load_fn=None if self._kept_names() is None else self._put_back
+        )
         self._link_moments()
+
+    def _kept_names(self) -> set[str] | None:
+        """Names of the weights and buffers that a checkpoint holds where others are frozen, None where it is
+        the whole model.
+
+        What is frozen comes from model.path again, whose content `rcpo.training.identity` compares: a base of
+        16 GB is not written a hundred times, and 4-bit weights have no names that could be loaded.
+        """
+        parameters = dict(self.policy.named_parameters())
+        if all(parameter.requires_grad for parameter in parameters.values()):
+            return None
+        trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
+        buffers = {name for name, _ in self.policy.named_buffers()}
+        return trained | (buffers & set(self.policy.state_dict()))
+
+    def _put_back(self, src: dict[str, Tensor], dst: torch.nn.Module) -> None:
+        """Load a checkpoint's weights: exactly those of `_kept_names`. DeepSpeed names the arguments."""
+        if fault := sorted((self._kept_names() or set()) ^ set(src)):
+            where = "in it and not among" if fault[0] in src else "not in it and among"
+            raise UserError(
+                f"the checkpoint is of another adapter: {fault[0]} is {where} what trains here; resume with "
+                "the model.lora and model.path that the run was started with"
+            )
+        dst.load_state_dict(src, strict=False)
 
     def _link_moments(self) -> None:
         """Let `second_moments` find what a checkpoint held: DeepSpeed would do so in its first step only.
@@ -323,18 +355,22 @@ def _convert_to_universal(source: Path, target: Path) -> None:
 
 
 class _Writer:
-    """DeepSpeed's checkpoint engine, whose `save` remembers a fault in place of raising it."""
+    """DeepSpeed's checkpoint engine, whose `save` remembers a fault in place of raising it, and leaves out
+    weights of other names than `kept`."""
 
-    def __init__(self, inner: Any) -> None:
-        self.inner = inner
+    def __init__(self, inner: Any, kept: set[str] | None) -> None:
+        self.inner, self._kept = inner, kept
         self.fault: Exception | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def save(self, *args: Any, **kwargs: Any) -> Any:
+    def save(self, state_dict: dict[str, Any], path: str) -> Any:
+        if self._kept is not None and "module" in state_dict:
+            module = {name: value for name, value in state_dict["module"].items() if name in self._kept}
+            state_dict = state_dict | {"module": module}
         try:
-            return self.inner.save(*args, **kwargs)
+            return self.inner.save(state_dict, path)
         except (OSError, RuntimeError) as error:
             self.fault = self.fault or error
 

@@ -36,6 +36,7 @@ from rcpo.models.adapter_files import refuse_adapter
 from rcpo.models.adapters import (
     add_adapters,
     count_parameters,
+    hold_layout,
     quantization_options,
     save_adapter,
     saves_adapter,
@@ -43,6 +44,8 @@ from rcpo.models.adapters import (
 from rcpo.models.generation import end_ids
 
 logger = logging.getLogger(__name__)
+
+CPU = torch.device("cpu")
 
 
 def refuse_no_place(path: str) -> None:
@@ -109,8 +112,9 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(config: ModelConfig) -> PreTrainedModel:
-    """The causal language model in its training dtype, without dropout.
+def load_model(config: ModelConfig, device: torch.device = CPU) -> PreTrainedModel:
+    """The causal language model in its training dtype, without dropout; on the CPU, or with
+    `model.quantization` on `device`.
 
     Dropout is off, so that the policy equals its reference at step 0 and a step has no randomness of its own
     (`model.lora.dropout` is the exception that a user asks for; it acts in training passes alone). With
@@ -118,7 +122,8 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     """
     place = model_place(config.path, config.allow_pickle)
     with one_line_errors(config.path, "model"):
-        model = from_pretrained(place, config, **quantization_options(config))
+        model = from_pretrained(place, config, **quantization_options(config, device))
+    hold_layout(model)
     add_adapters(model, config, place)
     trainable, total = count_parameters(model)
     logger.info("trainable parameters: %d of %d (%.2f %%)", trainable, total, 100 * trainable / total)

@@ -94,7 +94,7 @@ def _computed(
     from rcpo.quality.ches import score_pairs
 
     device = "cuda" if is_asked and torch.cuda.is_available() else "cpu"
-    check_adapters(origin.model, device)
+    check_adapters(origin.model)
     pairs = tokenized(origin, records)
     if [pair.row for pair in pairs] != [record.row for record in records]:
         raise UserError("the data now gives other held-out pairs than the run measured")
@@ -106,7 +106,7 @@ def _computed(
         raise UserError(f"it takes about {minutes:.0f} minutes of a processor core; {ANYWAY}")
     if todo > CHEAP_WORK or is_asked:
         print(f"CHES of {len(selected)} held-out pairs under {origin.model.path}", file=sys.stderr)
-    policy = Policy(load_model(origin.model)).to(torch.device(device))
+    policy = Policy(load_model(origin.model, torch.device(device))).to(torch.device(device))
     # Any id pads: padding is never attended to and never scored.
     scored = score_pairs(policy, [pairs[idx] for idx in selected], 0, PAIRS_PER_BATCH)
     return {_digest(records[idx]): _as_row(values) for idx, values in zip(selected, scored, strict=True)}

@@ -9,6 +9,7 @@ import dataclasses
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from rcpo.common.errors import UserError
@@ -65,8 +66,8 @@ def _check(config: ResolvedConfig, fetch: bool) -> Checked:
     from rcpo.training.read_inputs import read_inputs
 
     note = None
-    if not fetch and config.model.quantization is not None and config.train.device != "cuda":
-        note = f"not checked: model.quantization={config.model.quantization}, which needs a CUDA device"
+    if not fetch and config.model.quantization is not None and find_spec("bitsandbytes") is None:
+        note = f"not checked: model.quantization={config.model.quantization}, which needs bitsandbytes"
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, quantization=None))
     try:
         return Checked(len(read_inputs(config).train), note=note)

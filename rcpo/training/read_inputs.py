@@ -95,7 +95,7 @@ def read_pairs(config: ResolvedConfig) -> PairsRead:
 
 
 def _checked_tokenizer(config: ResolvedConfig) -> PreTrainedTokenizerBase:
-    check_adapters(config.model, config.train.device)
+    check_adapters(config.model)
     tokenizer = load_tokenizer(config.model)
     check_vocabulary(config.model, tokenizer)
     check_model(config.model)

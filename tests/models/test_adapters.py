@@ -331,7 +331,7 @@ def test_adapters_that_cannot_be_loaded_are_found_before_the_run(tmp_path: Path,
     change, expected = WRONG_ADAPTERS[name]
     folder = write_model(tmp_path, "llama")
     sft = damaged(write_sft_adapter(folder, tmp_path / "sft"), change)
-    said = line(lambda: check_adapters(settings(folder, adapter=str(sft), on_adapter="stack"), "cpu"))
+    said = line(lambda: check_adapters(settings(folder, adapter=str(sft), on_adapter="stack")))
     assert re.search(f"^model\\.lora\\.adapter={re.escape(str(sft))}: {expected}", said), said
 
 
@@ -347,24 +347,16 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     assert "q_proj.lora_A.weight is (2, 16) in it and (4, 16) in LlamaForCausalLM" in line(
         lambda: load_model(settings(llama, adapter=str(sft), on_adapter="stack"))
     )
-    said = line(lambda: check_adapters(settings(llama, adapter="./nothing", on_adapter="stack"), "cpu"))
+    said = line(lambda: check_adapters(settings(llama, adapter="./nothing", on_adapter="stack")))
     assert said == "model.lora.adapter=./nothing: no such folder; give an adapter's folder or hub id"
 
 
 def test_a_missing_peft_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert line(lambda: check_adapters(settings(tmp_path), "cpu")) == (
+    assert line(lambda: check_adapters(settings(tmp_path))) == (
         "model.lora.rank=3: needs the peft package; pip install peft"
     )
     quantized = ModelConfig(path="p", quantization="4bit", lora=LoraConfig(rank=None))
-    assert line(lambda: check_adapters(quantized, "cuda")) == (
+    assert line(lambda: check_adapters(quantized)) == (
         "model.quantization=4bit: needs the bitsandbytes package; pip install 'rcpo[quantization]'"
-    )
-
-
-def test_quantization_without_cuda_is_one_line(tmp_path: Path) -> None:
-    """The quantized path itself was never run: there is no GPU where these tests are written."""
-    config = dataclasses.replace(settings(tmp_path), quantization="4bit")
-    assert line(lambda: check_adapters(config, "cpu")) == (
-        "model.quantization=4bit: needs a CUDA device, this run uses cpu; type model.quantization=null"
     )

@@ -23,17 +23,21 @@ SPREADINGS = [
 """Layout of the run that is killed after step 5, and how it is resumed from step 4."""
 
 
+ADAPTER = ("model.lora.rank=3", "calibration.scope=head")
+ROWS = [(*spreading, words) for words in ((), ADAPTER) for spreading in SPREADINGS]
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    ("layout", "allowed"), matrix(SPREADINGS, SPREADINGS[:2].__contains__, "kills and resumes"), ids=str
+    ("layout", "allowed", "model"), matrix(ROWS, ROWS[:2].__contains__, "kills and resumes"), ids=str
 )
 def test_other_ranks_and_stages_resume_to_rounding(
-    tmp_path: Path, layout: Layout, allowed: tuple[str, ...]
+    tmp_path: Path, layout: Layout, allowed: tuple[str, ...], model: tuple[str, ...]
 ) -> None:
     """Rows, alpha and weights equal those of the run that was never killed, to fp32 tolerance; the schedule
-    goes on where it was."""
+    goes on where it was. With an adapter too, whose checkpoints are without its base."""
     write_inputs(tmp_path)
-    words = ("train.save_every=2", "optim.schedule=cosine")
+    words = ("train.save_every=2", "optim.schedule=cosine", *model)
     whole, cut = (
         make_run(make_config(tmp_path, tmp_path / name, CASE, layout, *words)) for name in ("whole", "cut")
     )
