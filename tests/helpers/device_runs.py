@@ -1,0 +1,115 @@
+"""Trainings on the device of `pytest -m gpu`: each rank a process of its own, as `rcpo` starts it, and one
+that is watched from inside.
+
+`RCPO_GPU_TESTS_ON=cpu` puts all of them on the CPU: a rehearsal of the tests where no GPU is.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from helpers import ROOT
+from rcpo.runs.folder import RunFolder
+
+DEVICE = os.environ.get("RCPO_GPU_TESTS_ON", "cuda")
+ON_GPU = DEVICE == "cuda"
+SECONDS = 180
+"""Longest that one training may take."""
+
+
+def rcpo(*words: str, seconds: float = SECONDS) -> subprocess.CompletedProcess[str]:
+    """`rcpo WORDS` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "rcpo.cli", *words],
+        env=environment(), capture_output=True, text=True, timeout=seconds, check=False,
+    )  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    """This process's, with rcpo and the helpers to be found."""
+    paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def trained(run: RunFolder) -> RunFolder:
+    """Train a run folder that is made, to its end."""
+    done = rcpo("resume", str(run.path))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return run
+
+
+@dataclass
+class Watched:
+    """What a training looks like from inside."""
+
+    rehearsal_bytes: int = 0
+    """Peak memory of everything up to the first step."""
+    steps_bytes: int = 0
+    """Peak memory of the steps."""
+    syncs: list[list[str]] = field(default_factory=list)
+    """Of each step: where the host waited for the device, as far as CUDA warns of it."""
+
+
+def watched(run: RunFolder) -> Watched:
+    """Train a run folder of one rank, with a look at every step."""
+    done = subprocess.run(
+        [sys.executable, "-m", "helpers.device_runs", str(run.path)],
+        env=environment(), capture_output=True, text=True, timeout=SECONDS, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return Watched(**json.loads((run.path / "watched.json").read_text()))
+
+
+def _watch(folder: str) -> None:
+    from rcpo.ranks.distributed import initialize, shut_down
+    from rcpo.runs.frozen import open_run
+    from rcpo.training import loop
+    from rcpo.training.read_inputs import read_inputs
+    from rcpo.training.state import Training
+    from rcpo.training.step import MicroBatch, TrainedStep
+
+    seen = Watched()
+    caught = warnings.catch_warnings(record=True)
+    said: list[Any] = []
+
+    class Watch(loop.StepWatch):
+        def before(self, training: Training, micro_batches: Sequence[MicroBatch]) -> None:
+            nonlocal caught, said
+            if not ON_GPU:
+                return
+            if not seen.rehearsal_bytes:
+                seen.rehearsal_bytes = torch.cuda.max_memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+            caught = warnings.catch_warnings(record=True)
+            said = caught.__enter__() or []
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+
+        def after(self, trained: TrainedStep) -> None:
+            if not ON_GPU:
+                return
+            torch.cuda.set_sync_debug_mode("default")
+            caught.__exit__(None, None, None)
+            waits = [each for each in said if "synchroniz" in str(each.message)]
+            seen.syncs.append([f"{Path(each.filename).name}:{each.lineno}" for each in waits])
+            seen.steps_bytes = torch.cuda.max_memory_allocated()
+
+    run, config = open_run(folder)
+    device = initialize(config.train.device)
+    try:
+        loop.train(config, run, read_inputs(config), device, False, Watch())
+    finally:
+        shut_down()
+    (run.path / "watched.json").write_text(json.dumps(asdict(seen)))
+
+
+if __name__ == "__main__":
+    _watch(sys.argv[1])
