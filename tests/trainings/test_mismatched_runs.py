@@ -20,8 +20,11 @@ from rcpo.runs.folder import RunFolder
 from rcpo.training.read_inputs import read_inputs
 
 OFF, ON = Case("kto", "off", "llama-tied", "adamw"), Case("kto", "on", "neox", "sgd")
-OTHER, ALONE, LIVE = "other", "reference.pairs_per_device=1", "reference=live"
-"""In `reference.path`: the folder of a reference of its own, against which z0 is above 0."""
+OTHER, ANOTHER = "other", "another"
+"""In `reference.path`: folders of references of their own, against which z0 is above 0. Of the second one
+every pair is scored alone, so that what is cached is too."""
+PLACES = (OTHER, ANOTHER)
+ALONE, LIVE = "reference.pairs_per_device=1", "reference=live"
 SHORT = "train.max_length=12"
 """Cuts responses of mismatched pairs, and none of the data's own."""
 
@@ -49,8 +52,8 @@ PLAIN = [
 """Each the plain loop's."""
 LORA = ("model.lora.rank=3",)
 TWICE = [
-    (OFF, Layout(1, 2, 0), (OTHER,)),
-    (OFF, Layout(2, 2, 3), (OTHER,)),
+    (OFF, Layout(1, 2, 0), (ANOTHER,)),
+    (OFF, Layout(2, 2, 3), (ANOTHER,)),
     (OFF, Layout(2, 2, 2), LORA),
     (ON, Layout(1, 2, 1), ()),
 ]
@@ -63,12 +66,13 @@ Runs = dict[Run, tuple[ResolvedConfig, RunFolder]]
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     inputs, folder = tmp_path_factory.mktemp("inputs"), tmp_path_factory.mktemp("runs")
     write_inputs(inputs)
-    make_neox(seed=2).save_pretrained(inputs / OTHER)
-    AutoTokenizer.from_pretrained(inputs / "neox").save_pretrained(inputs / OTHER)
+    for name, seed in ((OTHER, 2), (ANOTHER, 4)):
+        make_neox(seed=seed).save_pretrained(inputs / name)
+        AutoTokenizer.from_pretrained(inputs / "neox").save_pretrained(inputs / name)
     both = [Run(case, layout, (*words, ALONE, kind)) for case, layout, words in TWICE for kind in KINDS]
     made = {}
     for number, run in enumerate([*PLAIN, *both]):
-        words = [f"reference.path={inputs / OTHER}" if word == OTHER else word for word in run.words]
+        words = [f"reference.path={inputs / word}" if word in PLACES else word for word in run.words]
         config = make_config(
             inputs, folder / str(number), run.case, run.layout, "objective.kl=mismatched",
             "train.save_every=6", *words,
@@ -110,6 +114,7 @@ def test_live_is_cached_bit_for_bit(case: Case, layout: Layout, words: tuple[str
     assert len(metrics(live)) == NUM_STEPS
     assert metrics(live) == metrics(cached)
     assert reference_point(live) == reference_point(cached)
+    assert reference_point(live) > 0
     expected = final_weights(cached)
     for name, weight in final_weights(live).items():
         assert torch.equal(weight, expected[name]), name
