@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rcpo.data.tokenize import TokenizedPair
+from rcpo.ranks.transfer import to_device
 
 PREFIX, OF_CHOSEN, OF_REJECTED = 0, 1, 2
 PADDING = -1
@@ -29,7 +30,7 @@ class Segments(NamedTuple):
     """(R, T) int64: `PREFIX`, `OF_CHOSEN` or `OF_REJECTED`; `PADDING` where there is none."""
 
     def to(self, device: torch.device) -> "Segments":
-        return Segments(*(each.to(device, non_blocking=True) for each in self))
+        return Segments(*(to_device(each, device) for each in self))
 
     def seen(self) -> Tensor:
         """(R, T, T) bool: whether the token of a row may see the token of a column."""
@@ -62,10 +63,10 @@ class PairBatch(NamedTuple):
 
     def to(self, device: torch.device) -> "PairBatch":
         return PairBatch(
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            token_positions=self.token_positions.to(device, non_blocking=True),
-            targets=self.targets.to(device, non_blocking=True),
-            lengths=self.lengths.to(device, non_blocking=True),
+            input_ids=to_device(self.input_ids, device),
+            token_positions=to_device(self.token_positions, device),
+            targets=to_device(self.targets, device),
+            lengths=to_device(self.lengths, device),
             num_chosen_tokens=self.num_chosen_tokens,
             position_ids=_moved(self.position_ids, device),
             segments=None if self.segments is None else self.segments.to(device),
@@ -114,7 +115,7 @@ def width(pair: TokenizedPair) -> int:
 
 
 def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor.to(device, non_blocking=True)
+    return None if tensor is None else to_device(tensor, device)
 
 
 def collate(pairs: Sequence[TokenizedPair], pad_id: int) -> PairBatch:

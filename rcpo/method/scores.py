@@ -72,15 +72,13 @@ class Sides(NamedTuple):
 
     def partial_products(self) -> Tensor:
         """This rank's share of (|v_w|^2, |v_l|^2, <v_w, v_l>): (3,) fp64, to be summed over ranks."""
-        products = torch.stack(
+        return torch.stack(
             [
-                partial_dot(self.chosen, self.chosen),
-                partial_dot(self.rejected, self.rejected),
-                partial_dot(self.chosen, self.rejected),
+                self.chosen_scale**2 * partial_dot(self.chosen, self.chosen),
+                self.rejected_scale**2 * partial_dot(self.rejected, self.rejected),
+                self.chosen_scale * self.rejected_scale * partial_dot(self.chosen, self.rejected),
             ]
         )
-        scales = (self.chosen_scale**2, self.rejected_scale**2, self.chosen_scale * self.rejected_scale)
-        return products * products.new_tensor(scales)
 
 
 def matmul_fp32(left: Tensor, right: Tensor) -> Tensor:

@@ -25,8 +25,10 @@ from rcpo.common.errors import UserError
 from rcpo.config.resolved import ResolvedConfig, ResolvedOptim
 from rcpo.data.batch import PairBatch
 from rcpo.models.adapters import exported_tensors
+from rcpo.models.attention import refuse_joint_layout
+from rcpo.models.gradient_norm import group_norms, known, whole_norm
 from rcpo.models.load import load_model
-from rcpo.models.policy import Policy, refuse_joint_layout
+from rcpo.models.policy import Policy
 from rcpo.ranks.distributed import barrier, done_by_rank_zero
 
 ENGINE_TAG = "engine"
@@ -50,8 +52,11 @@ def deepspeed_config(config: ResolvedConfig) -> dict[str, Any]:
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,  # torch's AdamW: DeepSpeed's own would be compiled here
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": bf16},
+        # Without a search for what `gradient_norms` has found before: it reads every gradient, and waits.
+        "bf16": {"enabled": bf16, "check_grad_overflow": False},
         "steps_per_print": 10**9,
+        # It waits for the device twice a micro-batch; rcpo times whole steps.
+        "timers": {"throughput": {"enabled": False}},
     }
     if bf16 and stage > 0:
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -121,10 +126,7 @@ class Engine:
             )
         self._deepspeed.train()
         self._scheduler = scheduler
-        self._grad_norm: Tensor | float | None = None
-        self._largest = torch.zeros((), device=device)
-        for parameter in self.trainable_parameters():
-            parameter.register_hook(self._watch)
+        self._grad_norm = float("nan")
 
     def logprobs(self, batch: PairBatch) -> Tensor:
         """z (2B,) fp32, attached to the graph. Collective at stage 3."""
@@ -175,15 +177,28 @@ class Engine:
         self._deepspeed.set_gradient_accumulation_boundary(is_last and self._ends_step())
         self._deepspeed.backward(loss)
 
-    def _watch(self, gradient: Tensor) -> None:
-        least, most = torch.aminmax(gradient.detach())  # one pass, where abs() writes a copy; keeps nan
-        self._largest = torch.maximum(self._largest, torch.maximum(-least, most).float())
+    @contextlib.contextmanager
+    def largest_gradient(self) -> Iterator[list[Tensor]]:
+        """While open, collects the largest |entry| of each gradient that autograd delivers on this rank:
+        scalars on the device, nan or inf where an entry is not finite. Reads every gradient once more."""
+        found: list[Tensor] = []
 
-    def largest_gradient(self) -> Tensor:
-        """Largest |entry| of this rank's gradients since the last call, on the device: fp32, nan or inf where
-        one is not finite."""
-        largest, self._largest = self._largest, torch.zeros_like(self._largest)
-        return largest
+        def look(gradient: Tensor) -> None:
+            least, most = torch.aminmax(gradient.detach())  # one pass, where abs() writes a copy; keeps nan
+            found.append(torch.maximum(-least, most).float())
+
+        handles = [parameter.register_hook(look) for parameter in self.trainable_parameters()]
+        try:
+            yield found
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def gradient_norms(self) -> Tensor:
+        """This rank's share of the norms of the global gradient's parts before clipping, (k,) fp32 on the
+        device: summed over ranks they are what `step` wants. Collective, after a step's last `backward`."""
+        norms = group_norms(self._deepspeed.optimizer, self.trainable_parameters())
+        return norms if self._deepspeed.global_rank == 0 else torch.zeros_like(norms)
 
     def end_micro_batch(self) -> None:
         """Close a micro-batch that is not its step's last; the last one is closed by `step` or `skip_step`.
@@ -192,16 +207,14 @@ class Engine:
             self._deepspeed.step()
             self._num_micro_batches += 1
 
-    def step(self) -> None:
-        """Clip the accumulated gradient and update the weights and the schedule. Collective."""
+    def step(self, gradient_norms: Sequence[float]) -> None:
+        """Clip the accumulated gradient and update the weights and the schedule; `gradient_norms` has told
+        the norms, all of them finite. Collective."""
         self._has_moments |= self._is_adam
-        if self._is_plain():
-            gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
-            self._grad_norm = torch.nn.utils.get_total_norm(gradients)
-        self._deepspeed.step()
+        with known(self._deepspeed.optimizer, gradient_norms):
+            self._deepspeed.step()
         self._num_micro_batches += 1
-        if not self._is_plain():
-            self._grad_norm = self._deepspeed.get_global_grad_norm()
+        self._grad_norm = whole_norm(gradient_norms)
 
     def skip_step(self) -> None:
         """Throw the accumulated gradient away: weights and optimizer stay, the schedule goes on. Collective.
@@ -219,7 +232,7 @@ class Engine:
         if self._scheduler.last_epoch == num_scheduled:
             self._scheduler.step()
         self._num_micro_batches += 1
-        self._grad_norm = None
+        self._grad_norm = float("nan")
 
     def _ends_step(self) -> bool:
         """Whether the current micro-batch is its optimizer step's last."""
@@ -231,8 +244,9 @@ class Engine:
         return self.stage == 0 and not self._deepspeed.bfloat16_enabled()
 
     def grad_norm(self) -> float:
-        """Norm of the global gradient before clipping in the last optimizer step."""
-        return float("nan") if self._grad_norm is None else float(self._grad_norm)
+        """Norm of the global gradient before clipping in the last optimizer step; nan where it was left
+        out."""
+        return self._grad_norm
 
     def lr(self) -> float:
         """Learning rate of the coming optimizer step."""

@@ -41,6 +41,7 @@ from rcpo.models.adapters import (
     save_adapter,
     saves_adapter,
 )
+from rcpo.models.attention import leave_masks_unread
 from rcpo.models.generation import end_ids
 
 logger = logging.getLogger(__name__)
@@ -189,7 +190,9 @@ def from_pretrained(place: str, config: ModelConfig, **options: Any) -> Any:
         trust_remote_code=config.trust_remote_code,
         **options,
     )
-    _hold_routers_still(loaded[0] if isinstance(loaded, tuple) else loaded)
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    _hold_routers_still(model)
+    leave_masks_unread(model)
     return loaded
 
 

@@ -7,7 +7,7 @@ know objectives or sides' incentives; while it holds each chunk's error term it 
 Shape legend: N response tokens of a batch, T padded tokens a row, V vocabulary, H hidden.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +17,48 @@ from rcpo.method.scores import HeadScores, matmul_fp32
 from rcpo.models.logit_transform import NOTHING, LogitTransform
 
 CHUNK_ELEMENTS = 2**24
-"""Logits held at once (fp32 elements, 64 MiB): the chunk is as many tokens as fit, at least 16."""
+"""On a CPU, logits held at once (fp32 elements, 64 MiB): the chunk is as many tokens as fit, at least 16."""
 KEPT_ELEMENTS = 2**25
-"""Softmax values kept from the forward to the backward pass of a micro-batch (fp32 elements, 128 MiB): their
-tokens need no second product with the vocabulary, and memory still does not grow with T x V."""
+"""On a CPU, softmax values kept from the forward to the backward pass of a micro-batch (fp32 elements, 128
+MiB): their tokens need no second product with the vocabulary, and memory still does not grow with T x V."""
+CUDA_CHUNK_TOKENS = 2048
+"""On a GPU, tokens of a chunk: a product of 110 to 330, as many as a CPU's limit leaves of real vocabularies,
+is bound by memory, of 2,048 by arithmetic. A multiple of 256, the tile of a matrix product there."""
+CUDA_KEPT_BYTES = 2 * 10**9
+"""On a GPU, what may be kept: in bf16 the error itself, as it multiplies the weights."""
+
+
+class HeadSizes(NamedTuple):
+    """How the head divides its work."""
+
+    chunk_tokens: int
+    """Tokens whose logits exist at once."""
+    kept_bytes: int
+    """Of the chunks kept for the backward pass."""
+    keeps_rounded: bool
+    """Whether of 16-bit weights a chunk's error is kept in their dtype, as it multiplies them, rather than an
+    fp32 softmax of twice the size. A bias then takes its gradient from the rounded error."""
+
+
+def head_sizes(device_type: str, vocabulary: int) -> HeadSizes:
+    """What suits the device."""
+    if device_type == "cuda":
+        return HeadSizes(CUDA_CHUNK_TOKENS, CUDA_KEPT_BYTES, keeps_rounded=True)
+    return HeadSizes(max(16, CHUNK_ELEMENTS // vocabulary), 4 * KEPT_ELEMENTS, keeps_rounded=False)
+
+
+def logit_bytes(sizes: HeadSizes, vocabulary: int, num_tokens: int, weight_size: int) -> int:
+    """Of the logits at their most: a chunk in fp32 and the kept ones, with weights of `weight_size` bytes."""
+    of_chunk, of_all = (vocabulary * min(tokens, num_tokens) for tokens in (sizes.chunk_tokens, num_tokens))
+    if sizes.keeps_rounded and weight_size == 2:
+        return (4 + weight_size) * of_chunk + min(sizes.kept_bytes, weight_size * of_all)
+    return min(4 * of_chunk + sizes.kept_bytes, 4 * of_all)
 
 
 class _TokenLogProbs(torch.autograd.Function):
     """log softmax(f(h W^T + b))[target] per token (N,), f the model's `LogitTransform`, mostly none. Chunks
-    that fit into `KEPT_ELEMENTS` keep their softmax for the backward pass; the others' logits are computed
-    again there, and so are all where f has a cap, whose slope needs them.
+    that fit into `HeadSizes.kept_bytes` are kept for the backward pass; the others' logits are computed again
+    there, and so are all where f has a cap, whose slope needs them.
 
     With e_t = (onehot(target_t) - softmax(logits_t)) f'(x_t), where f'(x) = scale (1 - (f(x)/cap)^2): d
     logp_t / d x_t = e_t, hence grad h_t = g_t W^T e_t, grad W = sum_t g_t e_t h_t^T, grad b = sum_t g_t e_t.
@@ -35,13 +67,15 @@ class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
-        num_chosen: int, scores: HeadScores | None, transform: LogitTransform,
+        num_chosen: int, scores: HeadScores | None, transform: LogitTransform, sizes: HeadSizes,
     ) -> Tensor:  # fmt: skip
         token_logps = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         log_norms = torch.empty_like(token_logps)
-        kept: dict[int, tuple[Tensor, Tensor]] = {}
+        kept: dict[int, _Kept] = {}
         num_kept = 0
-        for part in _chunks(hidden.shape[0], num_chosen, weight.shape[0]):
+        keeps_rounded = sizes.keeps_rounded and weight.dtype != torch.float32
+        may_keep = any(ctx.needs_input_grad) and transform.cap is None
+        for part in _chunks(hidden.shape[0], num_chosen, sizes.chunk_tokens):
             exps = transform(_logits(hidden[part], weight, bias))
             in_forward = scores is not None and scores.in_forward
             slope = transform.slope(exps) if in_forward else None
@@ -49,16 +83,19 @@ class _TokenLogProbs(torch.autograd.Function):
             sums = exps.sub_(largest[:, None]).exp_().sum(1)
             log_norms[part] = largest + sums.log()
             token_logps[part] = target - log_norms[part]
-            if scores is not None and in_forward:
-                error = _error(exps.clone(), sums, targets[part], slope).to(weight.dtype)
+            num_kept += exps.numel() * (weight.element_size() if keeps_rounded else exps.element_size())
+            is_kept, error = may_keep and num_kept <= sizes.kept_bytes, None
+            if in_forward or (is_kept and keeps_rounded):
+                place = exps.clone() if is_kept and not keeps_rounded else exps
+                error = _error(place, sums, targets[part], slope).to(weight.dtype)
+            if scores is not None and in_forward and error is not None:
                 _add_scores(scores, part, num_chosen, error, hidden, transform.scale)
-            num_kept += exps.numel()
-            if num_kept <= KEPT_ELEMENTS and any(ctx.needs_input_grad) and transform.cap is None:
-                kept[part.start] = exps, sums
+            if is_kept:
+                kept[part.start] = _Kept(rounded=error) if keeps_rounded else _Kept(exps, sums)
         ctx.save_for_backward(hidden, targets, log_norms)
         # The parameters, not saved tensors: ZeRO-3 swaps their storage between forward and backward.
         ctx.weight, ctx.bias, ctx.num_chosen, ctx.scores, ctx.kept = weight, bias, num_chosen, scores, kept
-        ctx.transform = transform
+        ctx.transform, ctx.sizes = transform, sizes
         return token_logps
 
     @staticmethod
@@ -69,18 +106,20 @@ class _TokenLogProbs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight: Tensor | None = None
         grad_bias = _zeros_fp32(bias) if bias is not None and ctx.needs_input_grad[2] else None
-        for part in _chunks(hidden.shape[0], ctx.num_chosen, weight.shape[0]):
+        for part in _chunks(hidden.shape[0], ctx.num_chosen, ctx.sizes.chunk_tokens):
             is_chosen, own = part.start < ctx.num_chosen, transform.scale * grad_token_logps[part]
-            exps, sums = ctx.kept.pop(part.start, (None, None))
+            exps, sums, rounded = ctx.kept.pop(part.start, _Kept())
             slope = None
-            if exps is None:
+            if exps is None and rounded is None:
                 exps = transform(_logits(hidden[part], weight, bias))
                 slope = transform.slope(exps)
                 exps.sub_(log_norms[part, None]).exp_()
                 sums = torch.ones_like(own)
             # The vocabulary-sized error stays as it is; what multiplies it multiplies small factors.
-            error = _error(exps, sums, targets[part], slope)
-            rounded = error.to(weight.dtype)  # itself, in fp32
+            error = rounded if bias is None or rounded is None else rounded.float()
+            if exps is not None:
+                error = _error(exps, sums, targets[part], slope)
+                rounded = error.to(weight.dtype)  # itself, in fp32
             if scores is not None and not (scores.weighted or scores.in_forward):
                 _add_scores(scores, part, ctx.num_chosen, rounded, hidden, transform.scale)
             if grad_hidden is not None:
@@ -98,8 +137,16 @@ class _TokenLogProbs(torch.autograd.Function):
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
-            None, None, None, None,
+            None, None, None, None, None,
         )  # fmt: skip
+
+
+class _Kept(NamedTuple):
+    """Of a chunk, from the forward to the backward pass: its softmax times `sums`, or its error."""
+
+    exps: Tensor | None = None
+    sums: Tensor | None = None
+    rounded: Tensor | None = None
 
 
 def _error(exps: Tensor, sums: Tensor, targets: Tensor, slope: Tensor | None) -> Tensor:
@@ -128,10 +175,8 @@ def _zeros_fp32(like: Tensor) -> Tensor:
     return torch.zeros(like.shape, dtype=torch.float32, device=like.device)
 
 
-def _chunks(num_tokens: int, num_chosen: int, vocabulary: int) -> list[slice]:
-    """Slices of at most `CHUNK_ELEMENTS / V` tokens that cover all tokens and never straddle the two
-    sides."""
-    size = max(16, CHUNK_ELEMENTS // vocabulary)
+def _chunks(num_tokens: int, num_chosen: int, size: int) -> list[slice]:
+    """Slices of at most `size` tokens that cover all tokens and never straddle the two sides."""
     starts = [*range(0, num_chosen, size), *range(num_chosen, num_tokens, size)]
     return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], num_tokens], strict=True)]
 
@@ -150,6 +195,8 @@ class TokenLogProbHead(nn.Module):
         self.bias = projection.bias
         self.scores: HeadScores | None = None
         """Where the next backward passes add their score statistics; None costs nothing."""
+        self.sizes: HeadSizes | None = None
+        """How the work is divided; None: as suits the device."""
 
     def forward(self, hidden: Tensor, batch: PairBatch) -> Tensor:
         """Token log-probs (N,) fp32 for `batch`'s response tokens from hidden states (R, T, H)."""
@@ -162,6 +209,7 @@ class TokenLogProbHead(nn.Module):
             batch.num_chosen_tokens,
             self.scores,
             self.transform,
+            self.sizes or head_sizes(hidden.device.type, self.weight.shape[0]),
         )
         return token_logps
 

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from rcpo.config.resolved import ResolvedConfig
-from rcpo.models.logprobs import CHUNK_ELEMENTS, KEPT_ELEMENTS
+from rcpo.models.logprobs import head_sizes, logit_bytes
 
 FP32 = 4
 
@@ -41,7 +41,9 @@ def memory_budget(
         "gradients": trained * gradient_size // (num_ranks if stage >= 2 else 1),
         "optimizer": trained * FP32 * (num_moments + master) // (num_ranks if stage >= 1 else 1),
         "activations": activation_bytes(config, shape, num_rows, width, size),
-        "head": FP32 * min(KEPT_ELEMENTS + CHUNK_ELEMENTS, num_rows * width * shape.vocab_size),
+        "head": logit_bytes(
+            head_sizes(config.train.device, shape.vocab_size), shape.vocab_size, num_rows * width, size
+        ),
         "calibration": _calibration_bytes(config, model, trained),
         "reference": reference,
     }

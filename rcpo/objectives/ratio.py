@@ -90,5 +90,7 @@ def bdpo(pair: PairLogProbs, config: BoundedDPOConfig) -> Tensor:
 
     The mixture's log-ratio comes from logaddexp: no overflow for any r_l. Cho et al. 2025 (arXiv 2506.12725).
     """
-    mixture = torch.logaddexp(pair.r_l + math.log(config.lam), pair.r_l.new_tensor(math.log1p(-config.lam)))
+    mixture = torch.logaddexp(
+        pair.r_l + math.log(config.lam), torch.full_like(pair.r_l, math.log1p(-config.lam))
+    )
     return -F.logsigmoid(config.beta * (pair.r_w - mixture))

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from rcpo.common.errors import error_of
 from rcpo.ranks.environment import RANK_VARIABLES, rank_variables
+from rcpo.ranks.transfer import to_device
 
 COLLECTIVE_TIMEOUT_MINUTES = 30
 """Of every group, DeepSpeed's too: between two ranks that do the same. What rank 0 does alone may take longer
@@ -134,10 +135,15 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def sum_parts_over_ranks(**parts: Tensor) -> dict[str, list[float]]:
+def sum_parts_over_ranks(device: torch.device, **parts: Tensor | list[float]) -> dict[str, list[float]]:
     """Each named part summed over all ranks, entry by entry in fp64: one reduction, and one wait for the
-    device. Collective; every rank gives the same names and shapes."""
-    flat = {name: part.double().flatten() for name, part in parts.items()}
+    device. A part may be on it or be a list. Collective; every rank gives the same names and shapes."""
+    flat = {
+        name: part.double().flatten()
+        if isinstance(part, Tensor)
+        else to_device(torch.tensor(part, dtype=torch.float64), device)
+        for name, part in parts.items()
+    }
     totals = sum_over_ranks(torch.cat(list(flat.values()))).tolist()
     starts = itertools.accumulate((len(part) for part in flat.values()), initial=0)
     places = zip(flat.items(), starts, strict=False)

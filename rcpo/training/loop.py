@@ -30,6 +30,7 @@ from rcpo.monitor.summary import summarize
 from rcpo.objectives import Objective
 from rcpo.ranks import stopping
 from rcpo.ranks.distributed import done_by_rank_zero, rank, world_size
+from rcpo.ranks.transfer import to_device
 from rcpo.reference.maker import ReferenceMaker
 from rcpo.runs.folder import RunFolder
 from rcpo.training.aggregate import aggregate_of
@@ -205,9 +206,8 @@ def _micro_batches(training: Training, may_join: bool) -> list[MicroBatch]:
         ref_w, ref_l, ref_token_logps = training.reference.rows(indices, batch)
         batch = batch._replace(ref_token_logps=ref_token_logps)
         weight = torch.tensor([pair.weight for pair in pairs])
-        micro_batches.append(
-            MicroBatch(batch.to(device), ref_w.to(device), ref_l.to(device), weight.to(device))
-        )
+        ref_w, ref_l, weight = (to_device(each, device) for each in (ref_w, ref_l, weight))
+        micro_batches.append(MicroBatch(batch.to(device), ref_w, ref_l, weight))
     return micro_batches
 
 
@@ -221,9 +221,8 @@ def _mismatched(training: Training) -> list[MicroBatch]:
     for which in dealt(mismatches, widths, rank(), world_size(), config.train.pairs_per_device):
         batch = lay_out(config.train, inputs.mismatched(which, config), inputs.pad_id, may_join=True)
         ref_w, ref_l = training.reference.mismatched_rows(which, batch)
-        micro_batches.append(
-            MicroBatch(batch.to(device), ref_w.to(device), ref_l.to(device), torch.ones_like(ref_w))
-        )
+        ref_w, ref_l = to_device(ref_w, device), to_device(ref_l, device)
+        micro_batches.append(MicroBatch(batch.to(device), ref_w, ref_l, torch.ones_like(ref_w)))
     return micro_batches
 
 

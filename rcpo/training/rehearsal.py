@@ -56,7 +56,6 @@ def rehearse(
         with torch.random.fork_rng(devices=devices):
             z = engine.logprobs(batch.to(engine.device))
             engine.backward((z * 0).sum(), is_last=False)
-        engine.largest_gradient()
         ref = torch.cat(reference.rows(indices, batch)[:2]).to(engine.device)
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not (isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)):

@@ -20,6 +20,7 @@ the objective's name, and none on the kind of calibration. The door in is `train
 Shape legend: B pairs of a micro-batch.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -33,6 +34,7 @@ from rcpo.method.incentives import Incentives, loss_and_incentives
 from rcpo.method.metrics import QUANTITIES, pair_sums, statistics_of, step_row
 from rcpo.method.scores import CHOSEN, REJECTED
 from rcpo.method.statistics import Probe
+from rcpo.models.gradient_norm import whole_norm
 from rcpo.objectives import Objective, PairLogProbs
 from rcpo.ranks.distributed import sum_over_ranks, sum_parts_over_ranks, world_size
 from rcpo.training.aggregate import Tilt
@@ -111,21 +113,24 @@ def train_step(
     finite = []
     seeing = with_mismatched(method, state, mismatched)
     backward = backward_apart if measurement.takes_sides_apart else backward_together
-    for micro_batch in tilted(method, seeing, micro_batches):
+    micro_batches = tilted(method, seeing, micro_batches)
+    for micro_batch in micro_batches:
         priced = backward(method, seeing, micro_batch, measurement)
         engine.end_micro_batch()
         quantities += pair_sums(priced.loss, priced.pair, priced.incentives)
         statistics += objective.statistic_columns(priced.pair).double().sum(1)
-        finite.append(is_finite(priced, engine.largest_gradient()))
+        finite.append(is_finite(priced))
 
     of_rank = state.calibrator.of_rank(world_size())
     lost = ~torch.stack(finite)
     totals = sum_parts_over_ranks(
+        engine.device,
         lost=lost.any(),
-        asked_to_stop=lost.new_tensor(asked_to_stop),
+        asked_to_stop=[float(asked_to_stop)],
         quantities=quantities,
         statistics=statistics,
-        of_ranks=quantities.new_tensor(list(of_rank.values())),
+        of_ranks=list(of_rank.values()),
+        gradient_norms=engine.gradient_norms(),
         products=measurement.products(engine, alpha),
     )
     means = {name: total / num_pairs for name, total in zip(QUANTITIES, totals["quantities"], strict=True)}
@@ -135,8 +140,10 @@ def train_step(
     alpha = of_ranks.get("calibration/alpha", alpha)
     row = step_row(means, seen, alpha, state.calibrator, measured.population) | of_ranks
     if any(totals["lost"]):
-        raise NonFiniteStepError(row, lost.nonzero().flatten().tolist())
-    engine.step()
+        raise NonFiniteStepError(row, _numbers(lost))
+    if not math.isfinite(whole_norm(totals["gradient_norms"])):
+        raise NonFiniteStepError(row, with_lost_gradients(method, seeing, micro_batches))
+    engine.step(totals["gradient_norms"])
     measurement.keep()
     state.calibrator.update(seen)
     of_pairs = [total / num_pairs for total in totals["statistics"]]
@@ -248,8 +255,26 @@ def backward_apart(
     return priced
 
 
-def is_finite(priced: Priced, largest_gradient: Tensor) -> Tensor:
-    """Whether every loss, log-probability, incentive and gradient entry of a micro-batch is: bool scalar on
-    the device."""
+def is_finite(priced: Priced) -> Tensor:
+    """Whether every loss, log-probability and incentive of a micro-batch is: bool scalar on the device."""
     values = torch.cat([priced.loss, priced.pair.z_w, priced.pair.z_l, *priced.incentives])
-    return values.isfinite().all() & largest_gradient.isfinite()
+    return values.isfinite().all()
+
+
+def with_lost_gradients(method: Method, state: TrainState, micro_batches: Sequence[MicroBatch]) -> list[int]:
+    """Which micro-batches of this rank have a gradient entry that is not finite, by a second pass over all of
+    them; none where it is their sum alone. What it adds to the gradient is to be thrown away. Collective."""
+    engine, largest = method.engine, []
+    for micro_batch in micro_batches:
+        with engine.largest_gradient() as found:
+            z_w, z_l = engine.logprobs(micro_batch.batch).chunk(2)
+            priced = price(method.objective, state.objective_state, micro_batch, z_w.detach(), z_l.detach())
+            c_w, c_l = surrogate(priced, alpha=1.0)
+            engine.backward((c_w * z_w + c_l * z_l).mean())
+        largest.append(torch.stack(found).isfinite().all())
+    return _numbers(~torch.stack(largest))
+
+
+def _numbers(lost: Tensor) -> list[int]:
+    """Of a rank's micro-batches (M,) bool, those that are; waits for the device."""
+    return [number for number, is_lost in enumerate(lost.tolist()) if is_lost]

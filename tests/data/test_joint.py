@@ -11,7 +11,8 @@ from rcpo.data.batch import collate
 from rcpo.data.joint import collate_joint, shared_prefix
 from rcpo.data.tokenize import TokenizedPair, TokenizedSide
 from rcpo.method.scores import HeadScores
-from rcpo.models.policy import Policy, refuse_joint_layout
+from rcpo.models.attention import refuse_joint_layout
+from rcpo.models.policy import Policy
 
 LAYOUTS = [(True, False), (False, True), (True, True)]
 """(share_prefix, packing)."""

@@ -16,6 +16,7 @@ from rcpo.data.pairs import pack
 from rcpo.data.tokenize import TokenizedPair
 from rcpo.method.calibrators import build_calibrator
 from rcpo.models.engine import build_optimizer
+from rcpo.models.gradient_norm import group_norms
 from rcpo.models.policy import Policy
 from rcpo.training.aggregate import aggregate_of
 from rcpo.training.measurements import Measurements
@@ -35,12 +36,6 @@ class SmallEngine:
         self._num_micro_batches = num_micro_batches
         self._optimizer = build_optimizer(config.optim, self.trainable_parameters())
         self._grad_clip = config.train.grad_clip
-        self._largest = torch.zeros(())
-        for parameter in self.trainable_parameters():
-            parameter.register_hook(self._watch)
-
-    def _watch(self, gradient: Tensor) -> None:
-        self._largest = torch.maximum(self._largest, gradient.abs().max())
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         return [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
@@ -59,9 +54,8 @@ class SmallEngine:
     def backward(self, loss: Tensor, is_last: bool = True) -> None:
         (loss / self._num_micro_batches).backward()
 
-    def largest_gradient(self) -> Tensor:
-        largest, self._largest = self._largest, torch.zeros(())
-        return largest
+    def gradient_norms(self) -> Tensor:
+        return group_norms(self._optimizer, self.trainable_parameters())
 
     def end_micro_batch(self) -> None:
         """Nothing to tell to anyone."""
@@ -69,7 +63,7 @@ class SmallEngine:
     def lr_share(self) -> float:
         return 1.0
 
-    def step(self) -> None:
+    def step(self, gradient_norms: Sequence[float]) -> None:
         if self._grad_clip:
             torch.nn.utils.clip_grad_norm_(self.trainable_parameters(), self._grad_clip)
         self._optimizer.step()

@@ -27,10 +27,11 @@ from rcpo.config.validate import validate
 from rcpo.data.batch import collate
 from rcpo.data.joint import collate_joint
 from rcpo.models.adapters import exported_tensors
+from rcpo.models.attention import refuse_joint_layout
 from rcpo.models.checks import check_model
 from rcpo.models.load import load_model, save_model
 from rcpo.models.memory import activation_bytes
-from rcpo.models.policy import Policy, refuse_joint_layout
+from rcpo.models.policy import Policy
 
 EXPERTS: dict[str, Any] = {
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 import rcpo.models.logprobs
 from helpers.tiny_models import HIDDEN, VOCABULARY, make_batch, make_pairs
 from rcpo.data.batch import PairBatch, collate
-from rcpo.models.logprobs import TokenLogProbHead, sum_per_side
+from rcpo.method.scores import HeadScores
+from rcpo.models.logprobs import HeadSizes, TokenLogProbHead, head_sizes, logit_bytes, sum_per_side
 from rcpo.models.policy import Policy
 
 
@@ -96,15 +97,83 @@ def test_head_is_finite_where_logits_are_huge() -> None:
     assert torch.isfinite(projection.weight.grad).all()
 
 
-def test_chunks_cover_all_tokens_and_keep_the_sides_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """40 chosen and 20 rejected tokens in chunks of 16 (the least): 16, 16, 8 | 16, 4. With 32-token chunks:
-    32, 8 | 20."""
-    monkeypatch.setattr(rcpo.models.logprobs, "CHUNK_ELEMENTS", 1)
-    bounds = [(part.start, part.stop) for part in rcpo.models.logprobs._chunks(60, 40, VOCABULARY)]
+def test_chunks_cover_all_tokens_and_keep_the_sides_apart() -> None:
+    """40 chosen and 20 rejected tokens in chunks of 16: 16, 16, 8 | 16, 4. With 32-token chunks: 32, 8 |
+    20."""
+    bounds = [(part.start, part.stop) for part in rcpo.models.logprobs._chunks(60, 40, 16)]
     assert bounds == [(0, 16), (16, 32), (32, 40), (40, 56), (56, 60)]
-    monkeypatch.setattr(rcpo.models.logprobs, "CHUNK_ELEMENTS", 32 * VOCABULARY + 5)
-    bounds = [(part.start, part.stop) for part in rcpo.models.logprobs._chunks(60, 40, VOCABULARY)]
+    bounds = [(part.start, part.stop) for part in rcpo.models.logprobs._chunks(60, 40, 32)]
     assert bounds == [(0, 32), (32, 40), (40, 60)]
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "on_cpu"),
+    [(37, 453438), (32000, 524), (50304, 333), (128256, 130), (151936, 110), (2**21, 16)],
+)
+def test_sizes_of_chunks(vocabulary: int, on_cpu: int) -> None:
+    """On a CPU 2^24 logits and at least 16 tokens, 2^25 fp32 values kept; on a GPU 2,048 tokens, a multiple
+    of 256, and 2 GB in 16 bits, whatever the vocabulary."""
+    assert head_sizes("cpu", vocabulary) == HeadSizes(on_cpu, 2**27, keeps_rounded=False)
+    assert head_sizes("cuda", vocabulary) == HeadSizes(2048, 2 * 10**9, keeps_rounded=True)
+    assert head_sizes("cuda", vocabulary).chunk_tokens % 256 == 0
+
+
+def test_bytes_of_logits_by_hand() -> None:
+    """1,000 words. 10 tokens in fp32: 40,000 bytes, all kept. 10,000 on a CPU in chunks of 100 with 1 MB
+    kept: 400 kB + 1 MB. On a GPU in bf16 with chunks of 2,048: a chunk in fp32 and in bf16, 12.288 MB, and
+    20 MB kept; of 2 million tokens 2 GB kept."""
+    on_cpu = HeadSizes(100, 10**6, keeps_rounded=False)
+    assert logit_bytes(on_cpu, 1000, 10, 4) == 40_000
+    assert logit_bytes(on_cpu, 1000, 10_000, 2) == 1_400_000
+    on_cuda = head_sizes("cuda", 1000)
+    assert logit_bytes(on_cuda, 1000, 10_000, 2) == 12_288_000 + 20_000_000
+    assert logit_bytes(on_cuda, 1000, 2_000_000, 2) == 12_288_000 + 2_000_000_000
+
+
+def test_what_is_kept_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 32 tokens in bf16, of which two and no third fit into what may be kept."""
+    batch = make_batch(9, seed=3)
+    num_chunks = len(rcpo.models.logprobs._chunks(len(batch.targets), batch.num_chosen_tokens, 32))
+    calls, compute = [], rcpo.models.logprobs._logits
+    monkeypatch.setattr(rcpo.models.logprobs, "_logits", lambda *args: calls.append(1) or compute(*args))
+    head = TokenLogProbHead(nn.Linear(HIDDEN, VOCABULARY, bias=False).bfloat16())
+    assert num_chunks >= 3
+    for kept, again in ((0, num_chunks), (65 * 2 * VOCABULARY, num_chunks - 2), (10**6, 0)):
+        head.sizes = HeadSizes(32, kept, keeps_rounded=True)
+        calls.clear()
+        hidden = torch.randn(*batch.input_ids.shape, HIDDEN).bfloat16().requires_grad_()
+        head(hidden, batch).sum().backward()
+        assert len(calls) == num_chunks + again
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 60 * 2 * VOCABULARY, 10**6], ids=["none kept", "some", "all"])
+@pytest.mark.parametrize("in_forward", [False, True])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_gpus_way_of_dividing_the_head_gives_the_same(
+    has_bias: bool, in_forward: bool, kept_bytes: int
+) -> None:
+    """In bf16 with errors kept in bf16, 32 tokens a chunk, against all computed again: log-probs to the bit,
+    gradients and sums of scores to 1e-4 of their norms, of a bias to 1e-2. In fp32, where nothing is
+    rounded, to 1e-6."""
+    batch = make_batch(9, seed=3)
+    for dtype, tolerance in ((torch.bfloat16, 1e-4), (torch.float32, 1e-6)):
+        torch.manual_seed(2)
+        projection = nn.Linear(HIDDEN, VOCABULARY, bias=has_bias).to(dtype)
+        hidden = torch.randn(*batch.input_ids.shape, HIDDEN).to(dtype).requires_grad_()
+        upstream = torch.randn(len(batch.targets))
+        made = []
+        for sizes in (HeadSizes(32, 0, keeps_rounded=False), HeadSizes(32, kept_bytes, keeps_rounded=True)):
+            head = TokenLogProbHead(projection)
+            head.sizes = sizes
+            head.scores = HeadScores(VOCABULARY, HIDDEN, has_bias, torch.device("cpu"), in_forward=in_forward)
+            logps = head(hidden, batch)
+            gradients = torch.autograd.grad(logps, [hidden, *projection.parameters()], upstream)
+            made.append((logps, [*gradients, *head.scores.own_sums()]))
+        (logps, ours), (others_logps, others) = made
+        assert torch.equal(logps, others_logps)
+        for mine, theirs in zip(ours, others, strict=True):
+            bound = max(tolerance, 1e-2 if mine.shape == (VOCABULARY,) and dtype == torch.bfloat16 else 0)
+            assert (mine.float() - theirs.float()).norm() <= bound * mine.float().norm()
 
 
 def test_sum_per_side_by_hand() -> None:

@@ -16,6 +16,8 @@ from helpers.rank_runs import Job, do_jobs, lose_a_number_at, train_here
 from helpers.same_run import final_weights, metrics
 from helpers.selection import asked_for, matrix
 from rcpo.common.errors import NonFiniteError, SaveError, UserError
+from rcpo.config.resolved import ResolvedConfig
+from rcpo.data.batch import PairBatch
 from rcpo.data.sampler import PairSampler
 from rcpo.models.load import load_model
 from rcpo.models.memory import in_words, memory_budget, shown
@@ -23,6 +25,8 @@ from rcpo.runs.folder import RunFolder
 from rcpo.runs.frozen import open_run
 from rcpo.training.read_inputs import read_inputs
 from rcpo.training.rehearsal import largest_micro_batch
+from rcpo.training.state import Training
+from rcpo.training.step import MicroBatch
 
 CASE = Case("bco", "on", "llama-tied", "adamw")
 SKIP = ("train.on_nonfinite=skip", "train.save_every=1", "optim.schedule=linear")
@@ -80,35 +84,52 @@ def test_a_lost_step_is_left_out_counted_and_touches_nothing(
         torch.testing.assert_close(weight, final_weights(skipped[LAYOUTS[0]])[name], atol=2e-6, rtol=0)
 
 
-def test_a_lost_gradient_stops_before_the_weights_change(inputs: Path, tmp_path: Path) -> None:
-    """The loss is finite, one entry of one gradient is not (as from a faulty kernel): NonFiniteError, and the
-    checkpoint has the initial weights, bit for bit."""
-    run = make_run(make_config(inputs, tmp_path / "run", CASE, Layout(1, 4, 2)))
+@pytest.mark.parametrize("stage", matrix([0, 1, 2, 3], (2).__eq__, "rows of matrices"))
+def test_a_lost_gradient_stops_before_the_weights_change(inputs: Path, tmp_path: Path, stage: int) -> None:
+    """Every loss is finite, one entry of one gradient of the second micro-batch is not (as from a faulty
+    kernel): NonFiniteError names that micro-batch's rows alone, and the checkpoint has the initial weights,
+    bit for bit."""
+    run = make_run(make_config(inputs, tmp_path / "run", CASE, Layout(1, 4, stage)))
 
     def work() -> None:
-        import rcpo.training.loop
+        import rcpo.training.loop as loop
 
-        build = rcpo.training.loop.Measurements
+        _, config = open_run(str(run.path))
+        read = read_inputs(config)
+        *_, rows = (
+            [read.train[idx].row for idx in part] for part in read.sampler(config).micro_batches(0, 0, 1, 4)
+        )
+        build, make = loop.Measurements, loop._micro_batches
+        second: list[MicroBatch] = []
+        at_work: list[PairBatch] = []
 
-        def with_fault(config: object, engine: rcpo.training.loop.Engine) -> rcpo.training.loop.Measurements:
-            parameter = engine.trainable_parameters()[0]
+        def with_fault(config: ResolvedConfig, engine: loop.Engine) -> loop.Measurements:
+            run_forward = engine.logprobs
+
+            def note(batch: PairBatch) -> torch.Tensor:
+                at_work[:] = [batch]
+                return run_forward(batch)
 
             def spoil(gradient: torch.Tensor) -> torch.Tensor:
                 spoiled = gradient.clone()
-                spoiled.view(-1)[0] = math.inf if gradient.abs().sum() > 0 else 0
+                if second and at_work[0].input_ids is second[0].batch.input_ids:
+                    spoiled.view(-1)[0] = math.inf
                 return spoiled
 
-            # Before the engine's own hook, as if autograd had delivered it so.
-            parameter._backward_hooks.clear()
-            parameter.register_hook(spoil)
-            parameter.register_hook(engine._watch)
-            return build(config, engine)  # type: ignore[arg-type]
+            engine.logprobs = note  # type: ignore[method-assign]
+            engine.trainable_parameters()[0].register_hook(spoil)  # as if autograd had delivered it so
+            return build(config, engine)
 
-        rcpo.training.loop.Measurements = with_fault  # type: ignore[assignment,misc]
-        with pytest.raises(
-            NonFiniteError, match=r"step 1: a loss, log-probability or gradient is not finite"
-        ):
+        def remember(training: Training, may_join: bool) -> list[MicroBatch]:
+            made = make(training, may_join)
+            second[:] = made[1:2]
+            return made
+
+        loop.Measurements, loop._micro_batches = with_fault, remember  # type: ignore[assignment,misc]
+        with pytest.raises(NonFiniteError) as caught:
             train_here(run)
+        seen = "step 1: a loss, log-probability or gradient is not finite"
+        assert f"{seen} (rank 0, rows {rows} of the data)" in str(caught.value)
 
     in_a_fork(work)
     start = load_model(open_run(str(run.path))[1].model).state_dict()

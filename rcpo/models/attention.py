@@ -1,0 +1,107 @@
+"""Attention kernels: which token sees which, in the words of each, and the sdpa that never looks at the mask.
+
+transformers reads positions and masks in every forward pass, to find out whether rows are packed or padded:
+the host waits for the device each time. rcpo pads on the right and lays packed rows out itself, so it knows.
+Called by `rcpo.models.load` and `rcpo.models.policy`."""
+
+import inspect
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from rcpo.common.errors import UserError
+from rcpo.data.batch import PairBatch
+from rcpo.models.logit_transform import body_of
+
+UNREAD_SDPA = "rcpo_sdpa"
+"""transformers' sdpa under a name of ours, for which a mask of two dimensions stands for rows padded on the
+right: it is given, so that positions are not read, and not read itself."""
+
+
+def _unread_mask(*args: Any, attention_mask: Tensor | None = None, **options: Any) -> Any:
+    """transformers' mask of sdpa for rows that are whole or padded on the right, windows and all."""
+    return sdpa_mask(*args, attention_mask=None, **options)
+
+
+def leave_masks_unread(model: PreTrainedModel) -> None:
+    """Let a model that attends by sdpa do so without a look at its masks; others stay as they are, and so do
+    those whose code asks for the name sdpa."""
+    if model.config._attn_implementation != "sdpa" or _asks_for_sdpa(model):
+        return
+    AttentionInterface.register(UNREAD_SDPA, sdpa_attention_forward)
+    AttentionMaskInterface.register(UNREAD_SDPA, _unread_mask)
+    if type(model)._can_set_attn_implementation():
+        model.set_attn_implementation(UNREAD_SDPA)
+
+
+def _asks_for_sdpa(model: PreTrainedModel) -> bool:
+    """By the source of the model's own module, as transformers itself finds out what a model can do."""
+    try:
+        return '_attn_implementation == "sdpa"' in inspect.getsource(sys.modules[type(model).__module__])
+    except (OSError, TypeError, KeyError):
+        return True
+
+
+def attention_inputs(model: PreTrainedModel, batch: PairBatch) -> dict[str, Tensor | None]:
+    """What the model's body is told beside the ids.
+
+    Padded rows: nothing, or that no mask is to be looked for. Joint layouts: positions and a mask (R, 1, T,
+    T), as bool for sdpa and as what is added to the scores for eager. flash attention takes none: it reads
+    off the positions where a packed sequence begins.
+    """
+    kernel = model.config._attn_implementation
+    if batch.segments is None:
+        if kernel != UNREAD_SDPA:
+            return {}
+        return {"attention_mask": torch.ones_like(batch.input_ids, dtype=torch.bool)}
+    if kernel == "flash_attention_2":
+        return {"attention_mask": None, "position_ids": batch.position_ids}
+    seen = batch.segments.seen().unsqueeze(1)
+    if kernel not in ("sdpa", UNREAD_SDPA):
+        dtype = model.dtype
+        seen = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+    return {"attention_mask": seen, "position_ids": batch.position_ids}
+
+
+FULL = {"full_attention", "attention"}
+WINDOWS = (
+    "sliding_window",
+    "window_size",
+    "attention_window_size",
+    "attention_chunk_size",
+    "local_attention",
+)
+"""Config entries of a window, where `layer_types` does not tell."""
+
+
+def refuse_joint_layout(model: PreTrainedModel, share_prefix: bool) -> None:
+    """Raise UserError where a prompt cannot be computed once for both responses, or sequences cannot share a
+    row: attention without masks, positions that are not given, windows that a mask of one's own would do
+    away with, or layers with a state. What the config does not tell, `rcpo.training.agreement` finds."""
+    name = type(model).__name__
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    recurrent = sorted(kind for kind in kinds if "attention" not in kind or kind == "linear_attention")
+    takes = inspect.signature(body_of(model).forward).parameters
+    kernel = model.config._attn_implementation
+    why = None
+    if kernel not in ("sdpa", UNREAD_SDPA, "eager") and (share_prefix or kernel != "flash_attention_2"):
+        why = f"{kernel} takes no mask; type model.attention=sdpa"
+    elif recurrent:
+        why = f"a {recurrent[0]} layer goes on from what stands before on the row"
+    elif kinds - FULL or any(getattr(config, key, None) is not None for key in WINDOWS):
+        why = "it attends within windows"
+    elif not {"position_ids", "attention_mask"} <= set(takes):
+        why = "it takes no position_ids"
+    if why is not None:
+        key, what = (
+            ("share_prefix", "compute a prompt once for both responses")
+            if share_prefix
+            else ("packing", "have several sequences on a row")
+        )
+        raise UserError(f"train.{key}=true: {name} cannot {what}: {why}; or type train.{key}=false")
