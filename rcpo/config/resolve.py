@@ -49,6 +49,7 @@ def resolve(
     dtype = config.model.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" else "float32"
+    _check_stage_0(config, dtype)
     name = default_name(config) if config.name is None else config.name
     check_name(name)
     return as_resolved(
@@ -76,6 +77,15 @@ def resolve(
             tracking=_tracking(config),
         )
     )
+
+
+def _check_stage_0(config: Config, dtype: str) -> None:
+    """Raise UserError where this torch would add gradients of bf16 weights up in bf16."""
+    if config.deepspeed.stage == 0 and dtype == "bfloat16" and not hasattr(torch.Tensor, "grad_dtype"):
+        raise UserError(
+            "deepspeed.stage=0: with model.dtype=bfloat16 it needs torch 2.10 or newer, to add gradients up "
+            f"in fp32, and this is {torch.__version__}; type deepspeed.stage=1"
+        )
 
 
 def _scope(config: Config) -> Literal["head", "lora_last", "full"]:

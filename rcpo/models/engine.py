@@ -58,8 +58,10 @@ def deepspeed_config(config: ResolvedConfig) -> dict[str, Any]:
         # It waits for the device twice a micro-batch; rcpo times whole steps.
         "timers": {"throughput": {"enabled": False}},
     }
-    if bf16 and stage > 0:
-        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    if bf16:
+        settings["communication_data_type"] = "fp32"  # else sums of fp32 would travel, and be added, in bf16
+        if stage > 0:  # at 0 `Engine` sees to it
+            settings["data_types"] = {"grad_accum_dtype": "fp32"}
     return _merged(settings, config.deepspeed.extra)
 
 
@@ -110,7 +112,6 @@ class Engine:
             model.to(device)
         self.policy = Policy(model)
         self.device = device
-        self.dtype = config.model.dtype
         self._accumulation_steps = accumulation_steps(config)
         self._num_micro_batches = 0
         self._is_adam = config.optim.name == "adamw"
@@ -120,11 +121,16 @@ class Engine:
         self._optimizer = optimizer
         schedule = "constant_with_warmup" if config.optim.schedule == "constant" else config.optim.schedule
         scheduler = get_scheduler(schedule, optimizer, config.optim.warmup_steps, num_steps)
-        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints timings there
+        # Printed timings; and at stage 0 in bf16 DeepSpeed steps on gradients of zero.
+        with contextlib.redirect_stdout(io.StringIO()), _held_still(optimizer):
             self._deepspeed, *_ = deepspeed.initialize(
                 model=self.policy, optimizer=optimizer, lr_scheduler=scheduler, config=settings
             )
         self._deepspeed.train()
+        self._widens_gradients = self.stage == 0 and config.model.dtype == "bfloat16"
+        if self._widens_gradients:  # autograd then adds up in fp32; `rcpo.config.resolve` asks for its torch
+            for parameter in self.trainable_parameters():
+                parameter.grad_dtype = torch.float32
         self._scheduler = scheduler
         self._grad_norm = float("nan")
 
@@ -147,9 +153,16 @@ class Engine:
         if num_updates < FEWEST_GRADIENTS:
             return None
         unbiased = 1 / (1 - self._optimizer.param_groups[0]["betas"][1] ** num_updates)
-        if self._is_plain():
-            return (unbiased * self._optimizer.state[parameter]["exp_avg_sq"] for parameter in parameters)
+        if self.stage == 0:
+            state = self._optimizer.state
+            return (unbiased * state[master]["exp_avg_sq"] for master in self._masters(parameters))
         return (unbiased * safe_get_full_optimizer_state(parameter, "exp_avg_sq") for parameter in parameters)
+
+    def _masters(self, parameters: Sequence[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
+        """What the optimizer steps at stage 0: the parameters, in bf16 their fp32 copies."""
+        stepped = self._optimizer.param_groups[0]["params"]
+        of = dict(zip(map(id, self.trainable_parameters()), stepped, strict=True))
+        return [of[id(parameter)] for parameter in parameters]
 
     @torch.no_grad()
     def logprobs_without_grad(
@@ -174,7 +187,12 @@ class Engine:
         A micro-batch may have several backward passes, each on a forward pass of its own and, at stage 3, run
         right after it; `is_last` says that no further one follows before `step`.
         """
-        self._deepspeed.set_gradient_accumulation_boundary(is_last and self._ends_step())
+        is_boundary = is_last and self._ends_step()
+        if self._widens_gradients and is_boundary:  # DeepSpeed's own zeros for missing ones are in bf16
+            for parameter in self.trainable_parameters():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
+        self._deepspeed.set_gradient_accumulation_boundary(is_boundary)
         self._deepspeed.backward(loss)
 
     @contextlib.contextmanager
@@ -223,12 +241,8 @@ class Engine:
         stages 1 to 3 DeepSpeed sees the overflow and leaves the schedule, hence the second look.
         """
         num_scheduled = self._scheduler.last_epoch
-        update = self._optimizer.step
-        self._optimizer.step = lambda *args, **kwargs: None  # type: ignore[assignment]
-        try:
+        with _held_still(self._optimizer):
             self._deepspeed.step()
-        finally:
-            self._optimizer.step = update  # type: ignore[method-assign]
         if self._scheduler.last_epoch == num_scheduled:
             self._scheduler.step()
         self._num_micro_batches += 1
@@ -354,6 +368,17 @@ class Engine:
         barrier()
         if self._deepspeed.global_rank == 0:
             shutil.rmtree(universal, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _held_still(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """While open, the optimizer's steps do nothing."""
+    update = optimizer.step
+    optimizer.step = lambda *args, **kwargs: None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        optimizer.step = update  # type: ignore[method-assign]
 
 
 def _convert_to_universal(source: Path, target: Path) -> None:

@@ -21,11 +21,11 @@ def memory_budget(
     tokens.
 
     With P parameters of b bytes, of which P_t train, N ranks and ZeRO stage s: weights b P (/N at 3);
-    gradients b P_t (/N at 2 and 3; fp32 with bf16 weights at 1 to 3); optimizer 4 P_t for each of AdamW's two
-    moments or SGD's momentum, and 4 P_t for DeepSpeed's fp32 weights at 1 to 3 (all /N at 1 to 3); head the
+    gradients 4 P_t, in fp32 (/N at 2 and 3); optimizer 4 P_t for each of AdamW's two moments or SGD's
+    momentum, and 4 P_t for the fp32 weights that are stepped, but at 0 in fp32 (all /N at 1 to 3); head the
     fp32 logits of a chunk and the kept ones; calibration 2 P_t fp32 / N with scope full, 2 V H fp32 with
-    scope head. The reference's log-probabilities are computed beforehand, two numbers a pair, or a live model
-    holds `reference` bytes.
+    scope head. The reference's log-probabilities are computed beforehand, two numbers a pair, or a live
+    model holds `reference` bytes.
     """
     num_ranks, stage = config.world_size(), config.deepspeed.stage or 0
     parameters = list(model.parameters())
@@ -34,11 +34,10 @@ def memory_budget(
     trained = sum(_numel(parameter) for parameter in parameters if parameter.requires_grad)
     shape = model.config.get_text_config()
     num_moments = 2 if config.optim.name == "adamw" else int(config.optim.momentum > 0)
-    master = int(stage > 0)
-    gradient_size = FP32 if stage > 0 else size
+    master = int(stage > 0 or size < FP32)
     return {
         "weights": total * size // (num_ranks if stage == 3 else 1),
-        "gradients": trained * gradient_size // (num_ranks if stage >= 2 else 1),
+        "gradients": trained * FP32 // (num_ranks if stage >= 2 else 1),
         "optimizer": trained * FP32 * (num_moments + master) // (num_ranks if stage >= 1 else 1),
         "activations": activation_bytes(config, shape, num_rows, width, size),
         "head": logit_bytes(

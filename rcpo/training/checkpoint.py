@@ -170,7 +170,7 @@ def load_checkpoint(path: Path, engine: Engine) -> tuple[dict[str, Any], dict[st
     if is_same:
         engine.load(path)
     else:
-        refuse_unloadable(path, world_size(), engine.stage, engine.dtype)
+        refuse_unloadable(path, world_size(), engine.stage)
         engine.load_converted(path)
     rng = _of_rank(path / "rng")
     if rng.is_file():
@@ -182,22 +182,21 @@ def load_checkpoint(path: Path, engine: Engine) -> tuple[dict[str, Any], dict[st
     return state, load_file(scores) if is_same and scores.is_file() else {}
 
 
-def refuse_unloadable(path: Path, num_ranks: int, stage: int, dtype: str) -> None:
+def refuse_unloadable(path: Path, num_ranks: int, stage: int) -> None:
     """Raise UserError where a checkpoint cannot be loaded by `num_ranks` ranks at ZeRO `stage`.
 
     DeepSpeed's universal format spreads stages 1 and 2 over any number of ranks and onto each other, and 3
-    over any number; stage 0 in fp32 is whole on every rank.
+    over any number; stage 0 is whole on every rank.
     """
     state = json.loads((path / "state.json").read_text())
     before = state["stage"]
     if (state["world_size"], before) == (num_ranks, stage):
         return
-    kinds = ((0,) if dtype == "float32" else (), (1, 2), (3,))
-    if not any(before in kind and stage in kind for kind in kinds):
+    if not any(before in kind and stage in kind for kind in ((0,), (1, 2), (3,))):
         raise UserError(
-            f"{path}: was written by {state['world_size']} ranks at ZeRO {before} in {dtype}, and DeepSpeed "
+            f"{path}: was written by {state['world_size']} ranks at ZeRO {before}, and DeepSpeed "
             f"cannot turn that into {num_ranks} at ZeRO {stage}; resume with deepspeed.stage={before} "
-            "(stages 1 and 2 turn into each other, every stage but 0 in bfloat16 into more or fewer ranks)"
+            "(stages 1 and 2 turn into each other, every stage into more or fewer ranks)"
         )
 
 

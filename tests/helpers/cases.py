@@ -106,8 +106,8 @@ def make_config(inputs: Path, run_dir: Path, case: Case, layout: Layout, *words:
         "data.eval_path": str(inputs / "held-out.jsonl"), "launch.processes": layout.ranks,
         "train.pairs_per_device": layout.pairs_per_device, "deepspeed.stage": layout.stage,
     }  # fmt: skip
-    tree = copy.deepcopy(_composed(*own, *words))
     typed = {word.split("=")[0] for word in words}
+    tree = copy.deepcopy(_composed(*(word for word in own if word.split("=")[0] not in typed), *words))
     for key, value in placed.items():
         if key not in typed:
             group, name = key.split(".")

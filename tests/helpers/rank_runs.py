@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias
 import rcpo.training.checkpoint
 import rcpo.training.loop
 from helpers import forked
+from helpers.masters import record_masters
 from rcpo.monitor.sinks import JsonlSink
 from rcpo.ranks.distributed import free_port, initialize, rank, shut_down, world_size
 from rcpo.ranks.environment import RANK_VARIABLES
@@ -46,6 +47,8 @@ class Job:
     says how long it took."""
     lost_at: int | None = None
     """The last rank's last pair loses its reference in that step, and the run is to go on."""
+    masters: str | None = None
+    """Folder for the fp32 weights before and after every step."""
 
 
 class _Running:
@@ -142,6 +145,8 @@ def rank_of_job(fields: dict[str, Any]) -> None:
         die_at(*job.killed_at)
     if job.lost_at is not None:
         lose_a_number_at(job.lost_at)
+    if job.masters is not None:
+        record_masters(Path(job.masters))
     run, config = open_run(job.run)
     train(config, run, read_inputs(config), device, job.resume)
     if rank() == 0:
