@@ -4,9 +4,13 @@
     response  the same, but the output head sees response positions only
 
 Both take micro-batches in the order in which pairs are drawn, train with the same optimizer, clip likewise
-and know the reference log-probs. Any objective without batch statistics is theirs too. Called by
+and know the reference log-probs. In bf16 their weights are fp32 under autocast: rcpo's optimizer has fp32
+weights too, and stepping bare bf16 weights would be less work for a worse update. Any objective without
+batch statistics is theirs too. Called by
 `rcpo.bench.block`.
 """
+
+import dataclasses
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +19,7 @@ from transformers import PreTrainedModel
 
 from rcpo.bench.recorder import BenchDone, Recorder, gradients_of
 from rcpo.bench.work import Work, rows_of
+from rcpo.config.schema import ModelConfig
 from rcpo.data.batch import PairBatch, collate
 from rcpo.models.engine import build_optimizer
 from rcpo.models.load import load_model
@@ -42,11 +47,17 @@ def response_token_logps(model: PreTrainedModel, batch: PairBatch) -> Tensor:
 LOOPS = {"plain": plain_token_logps, "response": response_token_logps}
 
 
+def with_fp32_weights(config: ModelConfig) -> ModelConfig:
+    """The same model, to be loaded in fp32."""
+    return dataclasses.replace(config, dtype="float32")
+
+
 def run_loop(name: str, work: Work, recorder: Recorder) -> None:
     """Train with the loop of that name until the recorder has seen enough."""
     config, device, token_logps = work.config, recorder.device, LOOPS[name]
-    model = load_model(config.model).to(device)
+    model = load_model(with_fp32_weights(config.model)).to(device)
     model.train()
+    casts = torch.autocast(device.type, torch.bfloat16, enabled=config.model.dtype == "bfloat16")
     parameters = [each for each in model.parameters() if each.requires_grad]
     optimizer = build_optimizer(config.optim, parameters)
     objective = objective_of(config.objective)
@@ -58,7 +69,8 @@ def run_loop(name: str, work: Work, recorder: Recorder) -> None:
                 pairs = [work.inputs.train[idx] for idx in indices]
                 batch = collate(pairs, work.inputs.pad_id).to(device)
                 ref_w, ref_l = rows_of(work.reference, indices, device)
-                z_w, z_l = sum_per_side(token_logps(model, batch), batch).chunk(2)
+                with casts:
+                    z_w, z_l = sum_per_side(token_logps(model, batch), batch).chunk(2)
                 len_w, len_l = batch.lengths.to(z_w.dtype).chunk(2)
                 loss = objective(PairLogProbs(z_w, z_l, ref_w, ref_l, len_w, len_l, state)).sum()
                 loss = loss / config.train.pairs_per_step

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rcpo.bench.work import PAIRS, Block, Mode, random_pairs, save_pairs, write_model
+from rcpo.bench.work import LONGEST, PAIRS, Block, Mode, random_pairs, save_pairs, write_model
 from rcpo.common.errors import UserError
 from rcpo.config.compose import compose
 from rcpo.config.resolve import resolve
@@ -127,11 +127,12 @@ class _Bench:
             tokenizer = load_tokenizer(config.model)
             check_vocabulary(config.model, tokenizer)
             vocabulary = len(tokenizer) if options.shape is None else options.shape["vocabulary"]
-            check_positions(config.model, sum(options.lengths.values()))
+            longest = LONGEST if options.lengths["spread"] else 1
+            num_tokens = longest * (options.lengths["prompt"] + options.lengths["response"])
+            check_positions(config.model, num_tokens)
             num_pairs = (options.num_warmup + options.num_steps) * config.train.pairs_per_step
-            pairs = random_pairs(
-                num_pairs, options.lengths["prompt"], options.lengths["response"], vocabulary
-            )
+            prompt, response, spread = (options.lengths[name] for name in ("prompt", "response", "spread"))
+            pairs = random_pairs(num_pairs, prompt, response, vocabulary, spread)
         save_pairs(pairs, folder / PAIRS)
         batches = _batches(config, pairs, options)
         self.outcome = Outcome(contenders, pairs, batches)

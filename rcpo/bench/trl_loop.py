@@ -1,7 +1,8 @@
 """The baseline trl: TRL's DPOTrainer on the same token ids, pairs and reference log-probs.
 
 Its own trainer, collator, fused head and metrics; data are handed over tokenised and in the bench's order,
-in the dtype and with the optimizer of the bench, without gradient checkpointing unless the bench has it.
+with the optimizer of the bench, in bf16 with fp32 weights under autocast as `rcpo.bench.loops`, and without
+gradient checkpointing unless the bench has it.
 Called by `rcpo.bench.block`; TRL is an optional package.
 """
 
@@ -12,6 +13,7 @@ from datasets import Dataset
 from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback
 
+from rcpo.bench.loops import with_fp32_weights
 from rcpo.bench.recorder import BenchDone, Recorder, gradients_of
 from rcpo.bench.work import Work
 from rcpo.common.errors import UserError
@@ -63,7 +65,7 @@ def run_trl(work: Work, recorder: Recorder) -> None:
             watch.computed += inputs["input_ids"].numel()
             return loss
 
-    model = load_model(config.model).to(recorder.device)
+    model = load_model(with_fp32_weights(config.model)).to(recorder.device)
     watch = _Watch(recorder)
     optimizer = build_optimizer(config.optim, [each for each in model.parameters() if each.requires_grad])
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)

@@ -122,18 +122,29 @@ def load_pairs(path: Path) -> list[TokenizedPair]:
     ]
 
 
-def random_pairs(num_pairs: int, num_prompt: int, num_response: int, vocabulary: int) -> list[TokenizedPair]:
-    """Pairs of random tokens, every side of the same length."""
+LONGEST = 4
+"""How many times the median a random length may be."""
+
+
+def random_pairs(
+    num_pairs: int, num_prompt: int, num_response: int, vocabulary: int, spread: int = 0
+) -> list[TokenizedPair]:
+    """Pairs of random tokens. `spread`: 100 times the standard deviation of a length's logarithm, around
+    these medians and up to `LONGEST` times them; 0: every prompt and every response of the same length."""
     generator = torch.Generator().manual_seed(0)
 
-    def draw(num: int) -> list[int]:
+    def draw(median: int) -> list[int]:
+        num = median
+        if spread:
+            times = math.exp(spread / 100 * float(torch.randn((), generator=generator)))
+            num = max(1, round(median * min(LONGEST, times)))
         drawn: list[int] = torch.randint(vocabulary, (num,), generator=generator).tolist()
         return drawn
 
     pairs = []
     for row in range(num_pairs):
         prompt = draw(num_prompt)
-        chosen, rejected = (TokenizedSide(prompt + draw(num_response), num_prompt) for _ in range(2))
+        chosen, rejected = (TokenizedSide(prompt + draw(num_response), len(prompt)) for _ in range(2))
         pairs.append(TokenizedPair(chosen, rejected, row))
     return pairs
 
@@ -157,7 +168,8 @@ def rows_of(values: SideLogProbs, indices: list[int], device: torch.device) -> t
 
 
 def write_model(shape: dict[str, int], like: ResolvedConfig, folder: Path) -> None:
-    """A random Llama of `shape` in fp32, with the tokenizer of `like`'s model."""
+    """A random Llama of `shape`, with the tokenizer of `like`'s model: in fp32, or in bf16 where that is what
+    is trained; drawn on the GPU where there is one."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging as transformers_logging
 
@@ -173,5 +185,7 @@ def write_model(shape: dict[str, int], like: ResolvedConfig, folder: Path) -> No
         max_position_embeddings=like.train.max_length,
         tie_word_embeddings=False,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LlamaForCausalLM(config)
+    model.to(torch.bfloat16 if like.model.dtype == "bfloat16" else torch.float32).save_pretrained(folder)
     load_tokenizer(like.model).save_pretrained(folder)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rcpo.bench.plan import Options
 
 SHAPE = {"hidden": 256, "intermediate": 688, "layers": 4, "heads": 4, "vocabulary": 49152}
-LENGTHS = {"prompt": 120, "response": 60}
+LENGTHS = {"prompt": 120, "response": 60, "spread": 0}
 
 
 def add_arguments(parser: Flags) -> None:
@@ -67,13 +67,28 @@ examples:
         "--lengths",
         type=lambda text: _sizes(text, LENGTHS),
         metavar="NAME=N,...",
-        help="random tokens in place of data: prompt, response (in parts; the rest is 120, 60)",
+        help="random tokens in place of data: prompt, response (in parts; the rest is 120, 60), and spread, "
+        "100 times the standard deviation of a length's logarithm around these medians (0: all alike)",
     )
     add("--json", metavar="FILE", help="write everything there, each block's numbers included")
     add(
         "--profile",
         metavar="FILE",
         help="one more block of the first contender, its last step as a Chrome trace",
+    )
+    add(
+        "--gpu",
+        metavar="FILE.md",
+        help="what one GPU does, written as Markdown: a 1B model in bf16 at fixed and at varied lengths, "
+        "calibrations, micro-batches, layouts, baselines, adapters on 9B; other flags but --minutes have no "
+        "effect",
+    )
+    add(
+        "--minutes",
+        type=positive_int,
+        default=30,
+        metavar="N",
+        help="with --gpu: no section begins after so long (default: 30)",
     )
     add(
         "--head-curve",
@@ -87,6 +102,8 @@ def run(flags: argparse.Namespace) -> int:
     if flags.head_curve:
         _print_curve(flags.shape or SHAPE)
         return 0
+    if flags.gpu is not None:
+        return _run_on_gpu(Path(flags.gpu), flags.minutes)
     options = options_of(flags)
     from rcpo.bench.machine import machine_facts
     from rcpo.bench.plan import run_bench
@@ -109,6 +126,21 @@ def run(flags: argparse.Namespace) -> int:
         found = as_json(outcome, machine_facts(), f"rcpo bench {shlex.join(flags.typed)}")
         _write(flags.json, json.dumps(found, indent=2) + "\n")
     return 0
+
+
+def _run_on_gpu(file: Path, minutes: int) -> int:
+    """All sections; the file grows with each. Returns 1 where one failed."""
+    import torch
+
+    from rcpo.bench.gpu import SECTIONS, run_sections
+    from rcpo.commands.parser import command_parser
+
+    if not torch.cuda.is_available():
+        raise UserError(f"--gpu {file}: no CUDA device here; leave it out, or run it where one is")
+    if not file.absolute().parent.is_dir():
+        raise UserError(f"--gpu {file}: its folder is not there; give a file in one that is")
+    planned = [(each, options_of(command_parser("bench").parse(list(each.words)))) for each in SECTIONS]
+    return 0 if run_sections(planned, file, 60.0 * minutes, print) else 1
 
 
 def options_of(flags: argparse.Namespace) -> "Options":

@@ -25,6 +25,10 @@ COMFORTABLE_SHM_GIB = 1
 """NCCL passes what GPUs of one node share through /dev/shm; containers often have 64 MB of it."""
 
 
+PASSED_ON: tuple[str, ...] = ()
+"""GPUs on which `pytest -m gpu` has passed, by their names; README says the same."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """One line of the table."""
@@ -113,6 +117,10 @@ def _gpus() -> Iterator[Finding]:
         yield Finding("bfloat16", "ok", "in hardware")
     else:
         yield Finding("bfloat16", "note", "not in this hardware", "type model.dtype=float32")
+    yield Finding(
+        "tests on GPUs", "note", f"passed on: {', '.join(PASSED_ON) or 'none so far'}",
+        "try yours, in a source tree: pytest -m gpu; rcpo bench --gpu FILE.md",
+    )  # fmt: skip
 
 
 def _collectives() -> Iterator[Finding]:

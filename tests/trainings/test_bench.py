@@ -20,7 +20,7 @@ from torch import Tensor
 
 from helpers import forked
 from rcpo import cli
-from rcpo.bench import block, curve, loops, plan
+from rcpo.bench import block, curve, gpu, loops, plan
 from rcpo.bench.machine import model_flops, peak_tflops
 from rcpo.bench.plan import Outcome, compare_first_steps, run_bench
 from rcpo.bench.shares import BUCKETS
@@ -196,6 +196,54 @@ def test_peaks_of_known_gpus() -> None:
     assert peak_tflops(None) is None
 
 
+def test_random_lengths_are_as_spread_as_asked() -> None:
+    """Median and the logarithm's standard deviation of 2,000 responses; none is longer than 4 medians."""
+    pairs = random_pairs(1000, 40, 80, 10, spread=60)
+    sides = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
+    lengths = torch.tensor([float(len(side.input_ids) - side.num_prompt) for side in sides])
+    assert abs(float(lengths.median()) - 80) < 4
+    assert abs(float(lengths.log().std()) - 0.6) < 0.03
+    assert lengths.max() <= 320
+
+
+@pytest.mark.ci("more of bench")
+def test_a_page_of_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--gpu` on this CPU: a section in bf16 with fp32 loops beside it, one that fails, one that is late."""
+    monkeypatch.setattr(plan, "_run_processes", run_forked)
+    seconds = iter([0.0, 1.0, 2.0, 99.0])
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: next(seconds))
+    words = (*TINY, "--steps", "1", "--calibrations", "off", "model.dtype=bfloat16")
+    sections = [
+        gpu.Section("in bf16", (*words, "--baseline", "plain")),
+        gpu.Section("too long", (*words, "train.max_length=8")),
+        gpu.Section("late", words),
+    ]
+    planned = [(each, options_of(command_parser("bench").parse(list(each.words)))) for each in sections]
+    passed = gpu.run_sections(planned, tmp_path / "page.md", 60.0, lambda line: None)
+    page = (tmp_path / "page.md").read_text()
+    assert not passed
+    assert re.search(r"^\| off +\|", page, re.MULTILINE)
+    assert re.search(r"^\| plain +\|", page, re.MULTILINE)
+    assert re.search(r"^MFU of product: off [0-9.]+ %, plain [0-9.]+ %\.$", page, re.MULTILINE)
+    assert page.count("Failed: UserError: ") == 1
+    assert page.count("Not run: 1 minutes were over.") == 1
+    assert re.search(r"A bf16 matrix product attains [0-9.e-]+ TFLOP/s here", page)
+
+
+@pytest.mark.ci("more of bench")
+def test_every_section_is_a_bench_that_can_begin() -> None:
+    """As far as its words can be checked without its model."""
+    for section in gpu.SECTIONS:
+        options = options_of(command_parser("bench").parse(list(section.words)))
+        assert options.shape is not None
+        assert options.lengths is not None
+        resolved = plan._resolved(options.words)
+        longest = options.lengths["prompt"] + options.lengths["response"]
+        assert resolved.train.max_length >= longest * (4 if options.lengths["spread"] else 1)
+        for variant in options.variants:
+            plan._resolved([*options.words, *variant])
+
+
 def test_pairs_come_back_as_they_were(tmp_path: Path) -> None:
     pairs = random_pairs(3, 5, 2, 50)
     save_pairs(pairs, tmp_path / "pairs")
@@ -219,7 +267,8 @@ MISTAKES = {
     "--baseline fast": "--baseline fast: no such baseline; choose of plain, response, trl",
     "--shape width=3": "argument --shape: width=3: must be one of hidden=N, intermediate=N, ",
     "--shape hidden=10,heads=4": "--shape hidden=10,heads=4: hidden must be a multiple of twice the heads",
-    "--lengths prompt=0": "argument --lengths: prompt=0: must be one of prompt=N, response=N with N at ",
+    "--lengths prompt=0": "argument --lengths: prompt=0: must be one of prompt=N, response=N, spread=N ",
+    "--gpu gpu.md": "--gpu gpu.md: no CUDA device here; leave it out, or run it where one is",
     "--steps 0": "argument --steps: 0: must be a whole number of at least 1",
     "--calibrations off,,on": "argument --calibrations: off,,on: must be names with commas between them",
     "--calibrations of": "calibration=of: no such option; did you mean calibration=off? ",
