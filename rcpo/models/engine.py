@@ -44,6 +44,8 @@ def deepspeed_config(config: ResolvedConfig) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": stage}
     if config.deepspeed.offload == "optimizer":
         zero["offload_optimizer"] = {"device": "cpu"}
+    if stage == 2 and train.device == "cuda" and config.world_size() > 1:
+        zero["overlap_comm"] = True  # as stage 3 does by itself: gradients travel while others are computed
     if stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
     settings: dict[str, Any] = {

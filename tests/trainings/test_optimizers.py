@@ -1,6 +1,7 @@
 """The optimizers behind optim=...: one kernel on GPUs, moments in 8 bits through bitsandbytes, and what is
 refused."""
 
+import dataclasses
 import importlib.util
 import shutil
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from helpers.inputs import config_of, fault
 from helpers.rank_runs import Job, do_jobs, train_all
 from helpers.same_run import final_weights, metrics
 from rcpo.common.errors import UserError
+from rcpo.models.engine import deepspeed_config
 from rcpo.models.optimizer import build_optimizer, can_be_fused
 from rcpo.runs.folder import RunFolder
 
@@ -45,6 +47,21 @@ def test_adamw_is_one_kernel_where_weights_and_moments_are_on_a_gpu() -> None:
             optimizer.step()
         made.append(parameter.detach())
     torch.testing.assert_close(made[0], made[1], atol=1e-6, rtol=0)
+
+
+def test_gradients_travel_beside_the_backward_pass_at_stage_2_on_gpus() -> None:
+    """Where there are several; DeepSpeed's own default is so at stage 3 alone. What a user says wins."""
+
+    def overlaps(num_gpus: int, stage: int, **extra: Any) -> object:
+        launch = {"gpus_per_node": num_gpus} if num_gpus else {"processes": 2}
+        config = config_of(deepspeed={"stage": stage, "extra": extra})
+        object.__setattr__(config, "launch", dataclasses.replace(config.launch, **launch))
+        object.__setattr__(config.train, "device", "cuda" if num_gpus else "cpu")
+        return deepspeed_config(config)["zero_optimization"].get("overlap_comm")
+
+    assert [overlaps(2, stage) for stage in (0, 1, 2, 3)] == [None, None, True, None]
+    assert [overlaps(1, 2), overlaps(0, 2)] == [None, None]
+    assert overlaps(2, 2, zero_optimization={"overlap_comm": False}) is False
 
 
 @pytest.mark.parametrize(
