@@ -44,7 +44,20 @@ def check_combinations(config: Config) -> None:
             "calibration.scope=lora_last: there is no adapter to measure; type model.lora.rank=16 as well, "
             "or calibration.scope=full"
         )
-    if config.optim.name == "sgd" and config.optim.lr is None:
+    _check_optimizer(config)
+
+
+def _check_optimizer(config: Config) -> None:
+    """Rules of the optimizer."""
+    optim = config.optim
+    if optim.paged and optim.name != "adamw_8bit":
+        raise UserError(f"optim.paged=true: is not of optim={optim.name}; type optim=adamw_8bit as well")
+    if optim.name == "adamw_8bit" and config.deepspeed.offload == "optimizer":
+        raise UserError(
+            "deepspeed.offload=optimizer: leaves no moments on the GPU to hold in 8 bits; type optim=adamw, "
+            "or deepspeed.offload=none optim.paged=true"
+        )
+    if optim.name == "sgd" and optim.lr is None:
         raise UserError("optim.lr: has no value and optim=sgd needs one; type optim.lr=0.01")
 
 

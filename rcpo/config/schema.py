@@ -215,19 +215,21 @@ class ReferenceConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
-@defaults_in("optim/adamw", "optim/sgd")
+@defaults_in("optim/adamw", "optim/sgd", "optim/adamw_8bit")
 class OptimConfig:
-    name: Literal["adamw", "sgd"]
+    name: Literal["adamw", "sgd", "adamw_8bit"]
     lr: Annotated[float, Field(gt=0)] | None = IN_CONF
     """Peak learning rate; null: 3e-4 for builtin:tiny, else 1e-6; ten times that with model.lora."""
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = IN_CONF
     """AdamW's two decay rates."""
     eps: Annotated[float, Field(gt=0)] = IN_CONF
     """AdamW's term in the denominator."""
+    paged: bool = IN_CONF
+    """Let the driver move adamw_8bit's moments to host memory while a GPU is full; one wait more a step."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = IN_CONF
     """SGD's momentum."""
     weight_decay: Annotated[float, Field(ge=0)] = IN_CONF
-    """Decoupled for adamw, plain L2 for sgd."""
+    """Decoupled for AdamW, plain L2 for sgd."""
     schedule: Literal["constant", "linear", "cosine"] = IN_CONF
     """Learning rate after the warm-up; linear and cosine end at 0 at the last step."""
     warmup_steps: NonNegative = IN_CONF
@@ -236,7 +238,7 @@ class OptimConfig:
     @property
     def first_decay(self) -> float:
         """Decay per step of what the optimizer remembers of gradients."""
-        return self.betas[0] if self.name == "adamw" else self.momentum
+        return self.momentum if self.name == "sgd" else self.betas[0]
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -83,7 +83,7 @@ def _packages() -> Iterator[Finding]:
 
 def _optional_packages() -> Iterator[Finding]:
     for name, purpose, advice in (
-        ("bitsandbytes", "model.quantization=4bit", "pip install 'rcpo[quantization]'"),
+        ("bitsandbytes", "model.quantization=4bit and optim=adamw_8bit", "pip install 'rcpo[quantization]'"),
         ("flash_attn", "model.attention=flash_attention_2", "pip install flash-attn"),
     ):
         try:

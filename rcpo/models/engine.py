@@ -22,12 +22,13 @@ from transformers import PreTrainedModel, get_scheduler
 from transformers.integrations import HfDeepSpeedConfig
 
 from rcpo.common.errors import UserError
-from rcpo.config.resolved import ResolvedConfig, ResolvedOptim
+from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.batch import PairBatch
 from rcpo.models.adapters import exported_tensors
 from rcpo.models.attention import refuse_joint_layout
 from rcpo.models.gradient_norm import group_norms, known, whole_norm
 from rcpo.models.load import load_model
+from rcpo.models.optimizer import build_optimizer, can_be_fused
 from rcpo.models.policy import Policy
 from rcpo.ranks.distributed import barrier, done_by_rank_zero
 
@@ -43,6 +44,8 @@ def deepspeed_config(config: ResolvedConfig) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": stage}
     if config.deepspeed.offload == "optimizer":
         zero["offload_optimizer"] = {"device": "cpu"}
+    if stage == 2 and train.device == "cuda" and config.world_size() > 1:
+        zero["overlap_comm"] = True  # as stage 3 does by itself: gradients travel while others are computed
     if stage == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
     settings: dict[str, Any] = {
@@ -78,18 +81,6 @@ def accumulation_steps(config: ResolvedConfig) -> int:
     return config.train.pairs_per_step // (config.world_size() * config.train.pairs_per_device)
 
 
-def build_optimizer(config: ResolvedOptim, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """torch's own AdamW or SGD over the trainable parameters."""
-    if config.name == "sgd":
-        return torch.optim.SGD(
-            parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-        )
-    beta1, beta2 = config.betas
-    return torch.optim.AdamW(
-        parameters, lr=config.lr, betas=(beta1, beta2), eps=config.eps, weight_decay=config.weight_decay
-    )
-
-
 FEWEST_GRADIENTS = 5
 """Behind a second moment that is used as a metric. 1/sqrt of a mean of k squared normal numbers has no mean
 with k = 1, no variance up to 2 and no fourth moment up to 4: a few coordinates would be all of a product."""
@@ -116,8 +107,9 @@ class Engine:
         self._num_micro_batches = 0
         self._is_adam = config.optim.name == "adamw"
         self._peak_lr = config.optim.lr
-        self._has_moments = False
-        optimizer = build_optimizer(config.optim, self.trainable_parameters())
+        self._num_updates: int | None = None
+        """Behind the moments; None: as many as the optimizer says, once it is asked."""
+        optimizer = build_optimizer(config.optim, self.trainable_parameters(), can_be_fused(config))
         self._optimizer = optimizer
         schedule = "constant_with_warmup" if config.optim.schedule == "constant" else config.optim.schedule
         scheduler = get_scheduler(schedule, optimizer, config.optim.warmup_steps, num_steps)
@@ -147,9 +139,11 @@ class Engine:
         """Adam's running mean of squared gradients without its bias towards 0, as Adam steps with it: whole
         and fp32, one parameter after the other; None where the optimizer keeps none, or has seen fewer than
         `FEWEST_GRADIENTS`. Collective."""
-        if not self._has_moments:
+        if not (self._is_adam and self._optimizer.state):
             return None
-        num_updates = float(next(iter(self._optimizer.state.values()))["step"])
+        if self._num_updates is None:  # may wait for the device, this once
+            self._num_updates = int(next(iter(self._optimizer.state.values()))["step"])
+        num_updates = self._num_updates
         if num_updates < FEWEST_GRADIENTS:
             return None
         unbiased = 1 / (1 - self._optimizer.param_groups[0]["betas"][1] ** num_updates)
@@ -228,7 +222,8 @@ class Engine:
     def step(self, gradient_norms: Sequence[float]) -> None:
         """Clip the accumulated gradient and update the weights and the schedule; `gradient_norms` has told
         the norms, all of them finite. Collective."""
-        self._has_moments |= self._is_adam
+        if self._num_updates is not None:
+            self._num_updates += 1
         with known(self._deepspeed.optimizer, gradient_norms):
             self._deepspeed.step()
         self._num_micro_batches += 1
@@ -345,7 +340,7 @@ class Engine:
     def _link_moments(self) -> None:
         """Let `second_moments` find what a checkpoint held: DeepSpeed would do so in its first step only.
         Private, hence the pinned version in pyproject.toml."""
-        self._has_moments = self._is_adam
+        self._num_updates = None
         link = getattr(self._deepspeed.optimizer, "_lazy_init_hp_params_optimizer_state", None)
         if self._is_adam and link is not None:
             link()

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from deepspeed.runtime import bf16_optimizer
+from deepspeed.runtime.fp16 import unfused_optimizer
 from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -23,7 +24,7 @@ def group_norms(optimizer: Any, parameters: Sequence[nn.Parameter]) -> Tensor:
     """Norms of the parts of the accumulated global gradient, before clipping: (k,) fp32 on the device, the
     same on every rank; not finite or negative where an entry is not finite. Collective.
 
-    `optimizer` is the one that `deepspeed.initialize` gave back; with torch's own `parameters` hold whole
+    `optimizer` is the one that `deepspeed.initialize` gave back; at stage 0 `parameters` hold whole
     gradients. k is 1 but at stage 3, which has a norm for each of its groups.
     """
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
@@ -48,21 +49,25 @@ def whole_norm(norms: Sequence[float]) -> float:
 
 @contextmanager
 def known(optimizer: Any, norms: Sequence[float]) -> Iterator[None]:
-    """While open, a step of `optimizer` finds these norms on the host, and takes none."""
+    """While open, a step of `optimizer` finds these norms, all finite, on the host, and takes none."""
     on_host = torch.tensor(norms, dtype=torch.float32)
-    tell: Callable[..., Any] = lambda **_: on_host[0]  # noqa: E731
+    told: list[tuple[Any, str, Callable[..., Any]]] = []
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
-        owner, name = optimizer, "scaled_global_norm"
+        told = [(optimizer, "scaled_global_norm", lambda: on_host[0])]
     elif isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-        owner, name, tell = optimizer, "_get_norm_groups", lambda: list(on_host)
+        told = [(optimizer, "_get_norm_groups", lambda: list(on_host))]
     elif isinstance(optimizer, bf16_optimizer.BF16_Optimizer):
-        owner, name = bf16_optimizer, "get_global_norm_of_tensors"
-    else:
-        yield
-        return
-    take = getattr(owner, name)
-    setattr(owner, name, tell)
+        told = [(bf16_optimizer, "get_global_norm_of_tensors", lambda **_: on_host[0])]
+    elif isinstance(optimizer, unfused_optimizer.FP16_UnfusedOptimizer):  # of one group
+        told = [
+            (unfused_optimizer, "get_weight_norm", lambda *_, **__: norms[0]),
+            (optimizer.overflow_checker, "check", lambda: False),
+        ]
+    taken = [(owner, name, getattr(owner, name)) for owner, name, _ in told]
+    for owner, name, tell in told:
+        setattr(owner, name, tell)
     try:
         yield
     finally:
-        setattr(owner, name, take)
+        for owner, name, take in taken:
+            setattr(owner, name, take)

@@ -66,9 +66,13 @@ def _check(config: ResolvedConfig, fetch: bool) -> Checked:
     from rcpo.training.read_inputs import read_inputs
 
     note = None
-    if not fetch and config.model.quantization is not None and find_spec("bitsandbytes") is None:
-        note = f"not checked: model.quantization={config.model.quantization}, which needs bitsandbytes"
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, quantization=None))
+    if not fetch and find_spec("bitsandbytes") is None:
+        if config.model.quantization is not None:
+            note = f"not checked: model.quantization={config.model.quantization}, which needs bitsandbytes"
+            config = dataclasses.replace(config, model=dataclasses.replace(config.model, quantization=None))
+        if config.optim.name == "adamw_8bit":
+            note = note or "not checked: optim=adamw_8bit, which needs bitsandbytes"
+            config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, name="adamw"))
     try:
         return Checked(len(read_inputs(config).train), note=note)
     except UserError as error:

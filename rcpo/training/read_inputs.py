@@ -21,6 +21,7 @@ from rcpo.data.tokenize import Tokeniser, TokenizedData
 from rcpo.models.adapters import check_adapters
 from rcpo.models.checks import check_model, check_positions, check_vocabulary
 from rcpo.models.load import load_tokenizer
+from rcpo.models.optimizer import check_optimizer
 from rcpo.records.load import NOTE, PreferenceData, load_records, note_on_text
 from rcpo.records.weights import weighing_of
 from rcpo.reference.weights import check_reference
@@ -96,6 +97,7 @@ def read_pairs(config: ResolvedConfig) -> PairsRead:
 
 def _checked_tokenizer(config: ResolvedConfig) -> PreTrainedTokenizerBase:
     check_adapters(config.model)
+    check_optimizer(config)
     tokenizer = load_tokenizer(config.model)
     check_vocabulary(config.model, tokenizer)
     check_model(config.model)

@@ -1,5 +1,6 @@
 """The fp32 weights that an engine steps, written down before and after every step of a training."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,10 +16,10 @@ def record_masters(folder: Path) -> None:
     """Let every step of this process leave `step-N.safetensors` in `folder`, step-0 from before the first."""
     step = Engine.step
 
-    def step_and_write(engine: Engine) -> None:
+    def step_and_write(engine: Engine, gradient_norms: Sequence[float]) -> None:
         if not (folder / "step-0.safetensors").exists():
             _write(engine, folder)
-        step(engine)
+        step(engine, gradient_norms)
         _write(engine, folder)
 
     folder.mkdir(exist_ok=True)

@@ -15,8 +15,8 @@ from rcpo.data.mismatched import Mismatch, MismatchedPairs
 from rcpo.data.pairs import pack
 from rcpo.data.tokenize import TokenizedPair
 from rcpo.method.calibrators import build_calibrator
-from rcpo.models.engine import build_optimizer
 from rcpo.models.gradient_norm import group_norms
+from rcpo.models.optimizer import build_optimizer
 from rcpo.models.policy import Policy
 from rcpo.training.aggregate import aggregate_of
 from rcpo.training.measurements import Measurements

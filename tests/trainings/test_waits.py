@@ -22,9 +22,7 @@ from rcpo.training.read_inputs import read_inputs
 
 NORM, ADAM_COUNT = "deepspeed/runtime/utils.py", "torch/optim/optimizer.py"
 CASE = Case("dpo", "on", "llama", "adamw")
-KINDS = [
-    (stage, dtype) for dtype in ("float32", "bfloat16") for stage in (0, 1, 2, 3) if stage or dtype[0] == "f"
-]
+KINDS = [(dtype, stage) for dtype in ("float32", "bfloat16") for stage in (0, 1, 2, 3)]
 
 
 def readers_of_steps(run: RunFolder) -> list[Counter[str]]:
@@ -55,7 +53,7 @@ def readers_of_steps(run: RunFolder) -> list[Counter[str]]:
 @pytest.mark.parametrize(
     ("dtype", "stage"), matrix(KINDS, ("float32", 1).__eq__, "rows of matrices"), ids=str
 )
-def test_a_step_waits_once_however_many_micro_batches_it_has(stage: int, dtype: str, tmp_path: Path) -> None:
+def test_a_step_waits_once_however_many_micro_batches_it_has(dtype: str, stage: int, tmp_path: Path) -> None:
     """Eight pairs as 8 micro-batches, measured and clipped: in the last step two looks at the norm on the
     host, and AdamW's counts; neither transformers nor rcpo reads. Before, transformers read in
     every micro-batch, and the norm was on the device: 11 reads in place of 3."""

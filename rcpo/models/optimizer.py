@@ -1,0 +1,54 @@
+"""The optimizer that DeepSpeed steps: torch's AdamW or SGD, or bitsandbytes' AdamW with moments in 8 bits.
+
+Does not know DeepSpeed: `rcpo.models.engine` hands the optimizer over."""
+
+import importlib.util
+
+import torch
+
+from rcpo.common.errors import UserError
+from rcpo.config.resolved import ResolvedConfig, ResolvedOptim
+
+
+def check_optimizer(config: ResolvedConfig) -> None:
+    """Raise UserError where the optimizer cannot work here."""
+    if config.optim.name != "adamw_8bit":
+        return
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            "optim=adamw_8bit: needs the bitsandbytes package; pip install 'rcpo[quantization]', or type "
+            "optim=adamw"
+        )
+    if config.optim.paged and config.train.device == "cpu":
+        raise UserError(
+            "optim.paged=true: there is no GPU memory here to move moments out of; type optim.paged=false"
+        )
+
+
+def build_optimizer(
+    config: ResolvedOptim, parameters: list[torch.nn.Parameter], is_fused: bool = False
+) -> torch.optim.Optimizer:
+    """The optimizer over the trainable parameters; `is_fused`: AdamW updates them in one kernel, which needs
+    parameters and moments on a GPU, and rounds otherwise than without."""
+    if config.name == "sgd":
+        return torch.optim.SGD(
+            parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+    beta1, beta2 = config.betas
+    if config.name == "adamw_8bit":
+        from bitsandbytes.optim import AdamW8bit  # seconds, and mostly not needed
+
+        optimizer: torch.optim.Optimizer = AdamW8bit(
+            parameters, lr=config.lr, betas=(beta1, beta2), eps=config.eps,
+            weight_decay=config.weight_decay, is_paged=config.paged,
+        )  # fmt: skip
+        return optimizer
+    return torch.optim.AdamW(
+        parameters, lr=config.lr, betas=(beta1, beta2), eps=config.eps,
+        weight_decay=config.weight_decay, fused=True if is_fused else None,
+    )  # fmt: skip
+
+
+def can_be_fused(config: ResolvedConfig) -> bool:
+    """Whether weights and moments are on a GPU."""
+    return config.train.device == "cuda" and config.deepspeed.offload == "none"

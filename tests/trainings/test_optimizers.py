@@ -1,0 +1,143 @@
+"""The optimizers behind optim=...: one kernel on GPUs, moments in 8 bits through bitsandbytes, and what is
+refused."""
+
+import dataclasses
+import importlib.util
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import rcpo.models.optimizer
+from helpers.cases import Case, Layout, make_config, make_run, write_inputs
+from helpers.inputs import config_of, fault
+from helpers.rank_runs import Job, do_jobs, train_all
+from helpers.same_run import final_weights, metrics
+from rcpo.common.errors import UserError
+from rcpo.models.engine import deepspeed_config
+from rcpo.models.optimizer import build_optimizer, can_be_fused
+from rcpo.runs.folder import RunFolder
+
+EIGHT = {"name": "adamw_8bit"}
+
+
+def on_cuda(**groups: dict[str, Any]) -> Any:
+    """A config for GPUs, made where there is none."""
+    config = config_of(**groups)
+    object.__setattr__(config.train, "device", "cuda")
+    return config
+
+
+def test_adamw_is_one_kernel_where_weights_and_moments_are_on_a_gpu() -> None:
+    """Not on a CPU, whose numbers stay as they are, and not with moments in host memory."""
+    assert can_be_fused(on_cuda())
+    assert not can_be_fused(config_of())
+    assert not can_be_fused(on_cuda(deepspeed={"stage": 2, "offload": "optimizer"}))
+    config = config_of(optim={"lr": 0.01, "betas": [0.8, 0.9], "eps": 1e-3, "weight_decay": 0.1}).optim
+    made = []
+    for is_fused in (False, True):
+        parameter = torch.nn.Parameter(torch.linspace(-1, 1, 50))
+        optimizer = build_optimizer(config, [parameter], is_fused)
+        assert bool(optimizer.defaults["fused"]) == is_fused
+        for step in range(4):
+            parameter.grad = torch.sin(torch.arange(50.0) + step)
+            optimizer.step()
+        made.append(parameter.detach())
+    torch.testing.assert_close(made[0], made[1], atol=1e-6, rtol=0)
+
+
+def test_gradients_travel_beside_the_backward_pass_at_stage_2_on_gpus() -> None:
+    """Where there are several; DeepSpeed's own default is so at stage 3 alone. What a user says wins."""
+
+    def overlaps(num_gpus: int, stage: int, **extra: Any) -> object:
+        launch = {"gpus_per_node": num_gpus} if num_gpus else {"processes": 2}
+        config = config_of(deepspeed={"stage": stage, "extra": extra})
+        object.__setattr__(config, "launch", dataclasses.replace(config.launch, **launch))
+        object.__setattr__(config.train, "device", "cuda" if num_gpus else "cpu")
+        return deepspeed_config(config)["zero_optimization"].get("overlap_comm")
+
+    assert [overlaps(2, stage) for stage in (0, 1, 2, 3)] == [None, None, True, None]
+    assert [overlaps(1, 2), overlaps(0, 2)] == [None, None]
+    assert overlaps(2, 2, zero_optimization={"overlap_comm": False}) is False
+
+
+@pytest.mark.parametrize(
+    ("groups", "line"),
+    [
+        (
+            {"optim": {"name": "adamw", "paged": True}},
+            "optim.paged=true: is not of optim=adamw; type optim=adamw_8bit as well",
+        ),
+        (
+            {"optim": EIGHT, "deepspeed": {"stage": 2, "offload": "optimizer"}},
+            "deepspeed.offload=optimizer: leaves no moments on the GPU to hold in 8 bits; type optim=adamw, "
+            "or deepspeed.offload=none optim.paged=true",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(groups: dict[str, Any], line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        config_of(**groups)
+    assert str(caught.value) == line
+
+
+@pytest.mark.parametrize("is_here", [False, True])
+def test_8_bits_need_bitsandbytes_and_paging_a_gpu(is_here: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is read: exit code 2, and what to type."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        rcpo.models.optimizer.importlib.util, "find_spec",
+        lambda name: (find("torch") if is_here else None) if name == "bitsandbytes" else find(name),
+    )  # fmt: skip
+    line = fault(config_of(optim=EIGHT | {"paged": True}))
+    assert line == (
+        "optim.paged=true: there is no GPU memory here to move moments out of; type optim.paged=false"
+        if is_here
+        else "optim=adamw_8bit: needs the bitsandbytes package; pip install 'rcpo[quantization]', or type "
+        "optim=adamw"
+    )
+
+
+@pytest.mark.ci("8-bit AdamW", needs="bitsandbytes")
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    "layout", [Layout(1, 4, 0), Layout(1, 4, 1), Layout(2, 2, 2), Layout(2, 2, 3)], ids=str
+)
+def test_8_bit_moments_train_save_and_resume(layout: Layout, tmp_path: Path) -> None:
+    """The loss falls, the weights are AdamW's to a third of what six steps of lr 0.003 can move them by, and
+    a resumed run is the same run, to the bit. With one rank at stage 1 the parameters are one vector, long
+    enough for 8 bits: the checkpoint says so."""
+    write_inputs(tmp_path)
+    words = ("train.save_every=3", "optim.eps=1e-4")
+    run, plain = (
+        make_run(make_config(tmp_path, tmp_path / name, Case("dpo", "on", "llama", name), layout, *words))
+        for name in ("adamw_8bit", "adamw")
+    )
+    train_all([run, plain], layout.ranks, 200)
+    resumed = RunFolder(tmp_path / "resumed")
+    shutil.copytree(run.path, resumed.path)
+    shutil.rmtree(resumed.checkpoints / "step-000006")
+    shutil.rmtree(resumed.final)
+    do_jobs([Job(str(resumed.path), resume=True)], layout.ranks, 200)
+    assert metrics(resumed) == metrics(run)
+    assert metrics(run)[-1]["train/loss"] < 0.9 * metrics(run)[0]["train/loss"]
+    if layout == Layout(1, 4, 1):
+        file = run.checkpoints / "step-000006/engine/zero_pp_rank_0_mp_rank_00_optim_states.pt"
+        kept = torch.load(file, weights_only=False)["optimizer_state_dict"]["base_optimizer_state"]
+        assert {value.dtype for value in _tensors(kept)} >= {torch.uint8}
+    eight, full = final_weights(run), final_weights(plain)
+    for name, weight in final_weights(resumed).items():
+        assert torch.equal(weight, eight[name]), name
+        assert (eight[name] - full[name]).abs().max() < 0.006
+    assert any(not torch.equal(eight[name], full[name]) for name in full)
+
+
+def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, dict | list):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            yield from _tensors(value)
