@@ -46,6 +46,8 @@ class LoraConfig:
 class ModelConfig:
     path: Text
     """builtin:tiny, a folder with safetensors weights, or a hub id."""
+    revision: Text | None = IN_CONF
+    """Branch, tag or commit of a hub id; null: its main branch. The run keeps the commit that it found."""
     dtype: Literal["auto", "float32", "bfloat16"] = IN_CONF
     """Dtype of weights and activations; log-probs are fp32 always. auto: float32 on CPU, bfloat16 on GPUs."""
     attention: Literal["eager", "sdpa", "flash_attention_2"] | None = IN_CONF
@@ -209,6 +211,8 @@ class ReferenceConfig:
     """Weights of the reference: a folder or a hub id with the same tokenizer as model.path; null: the
     initial policy. Training displacement is then measured against them, eval/displacement still against
     step 0 of the policy. Objectives that need no reference do not read it."""
+    revision: Text | None = IN_CONF
+    """Branch, tag or commit of a hub id in reference.path, as model.revision."""
     pairs_per_device: Positive | None = IN_CONF
     """Pairs of one forward pass of the reference on a rank, to rounding without effect; null: four
     micro-batches where cached, one where live, which takes at most one."""

@@ -12,13 +12,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import yaml
+
 from rcpo.common.errors import UserError, error_of
+from rcpo.common.files import write_atomically
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.inputs import Inputs
 from rcpo.launch.changes import changed_config
 from rcpo.launch.overwrite import old_set_aside, refuse_irreplaceable, run_lock_held
 from rcpo.launch.processes import run_ranks
 from rcpo.launch.worker import run_worker, train_raising
+from rcpo.models.hub import at_commit
 from rcpo.ranks.distributed import initialize, rank, spoken_for, world_size
 from rcpo.ranks.environment import joined_world_size
 from rcpo.runs.folder import RunFolder
@@ -81,6 +85,7 @@ def _make_run(prepare: Callable[[], ResolvedConfig | None], overwrite: bool = Fa
     else:
         run.refuse_existing()
     inputs = read_inputs(config)
+    config = at_commit(config)
     identity = identity_of(config, inputs)
     with old_set_aside(run.path):
         run.create(config, config_tree(config))
@@ -96,10 +101,13 @@ def _reopen(path: str, allowed: Sequence[str]) -> Prepared:
     for rows in (run.metrics, run.eval):
         run.rows(rows)
     inputs = read_inputs(config)
+    config = at_commit(changed.config)
     identity, known = identity_of(config, inputs), run.read_run().get("inputs")
     if isinstance(known, dict):
         refuse_other_inputs(path, known, identity)
     changed.write(run)
+    if config != changed.config:  # a sweep's cell, frozen where the hub could not be asked
+        write_atomically(run.config, yaml.safe_dump(config_tree(config), sort_keys=False))
     run.reopen()
     run.update_run(
         inputs=known or identity, rows=inputs.account.as_json()

@@ -20,7 +20,7 @@ def check_model(config: ModelConfig) -> None:
     """Raise UserError for a model that cannot be trained as configured: not a causal language model, weights
     that are missing or of other shapes (transformers would go on with random ones), an output head or an
     adapter that rcpo cannot use. Reads names and shapes; holds no weights in memory."""
-    place = model_place(config.path, config.allow_pickle)
+    place = model_place(config.path, config.allow_pickle, revision=config.revision)
     with one_line_errors(config.path, "model"):
         refuse_adapter(config.path, place)
     _check_architecture(config)

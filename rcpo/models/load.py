@@ -43,6 +43,7 @@ from rcpo.models.adapters import (
 )
 from rcpo.models.attention import leave_masks_unread
 from rcpo.models.generation import end_ids
+from rcpo.models.hub import hub_folder, is_hub_id
 
 logger = logging.getLogger(__name__)
 
@@ -61,21 +62,30 @@ def refuse_no_place(path: str) -> None:
         )
 
 
-def model_place(path: str, allow_pickle: bool = False, needs_weights: bool = True) -> str:
-    """What transformers is asked to load: the packaged folder for builtin:tiny, else `path` itself.
+def model_place(
+    path: str, allow_pickle: bool = False, needs_weights: bool = True, revision: str | None = None
+) -> str:
+    """The folder that transformers is asked to load: the packaged one for builtin:tiny, that of a commit of
+    the hub (`rcpo.models.hub`), else `path` itself.
 
-    Raises UserError where a local folder lacks what a model needs; pickled weights count with `allow_pickle`.
+    Raises UserError where a folder lacks what a model needs; pickled weights count with `allow_pickle`.
     """
     if path == TINY:
         return str(Path(rcpo.builtin.__file__).parent / "tiny")
     refuse_no_place(path)
     folder = Path(path)
-    if not os.path.isdir(folder):
-        return path
-    refuse_adapter(path, path)
+    if revision is not None and not is_hub_id(path):
+        raise UserError(
+            f"model.revision={revision}: {path} is a folder, which has one state alone; type "
+            "model.revision=null"
+        )
+    if is_hub_id(path):
+        folder = hub_folder(path, revision, needs_weights, allow_pickle)
+    place = str(folder)
+    refuse_adapter(path, place)
     _check_config_file(folder, path)
     if not needs_weights or any(folder.glob("*.safetensors")):
-        return path
+        return place
     if not any(folder.glob("*.bin")):
         raise UserError(f"model.path={path}: has no *.safetensors weights; give the folder of a whole model")
     if not allow_pickle:
@@ -83,7 +93,7 @@ def model_place(path: str, allow_pickle: bool = False, needs_weights: bool = Tru
             f"model.path={path}: has no *.safetensors weights, only pickled ones; convert them, or type "
             "model.allow_pickle=true to load tensors, and nothing but tensors, from them"
         )
-    return path
+    return place
 
 
 def _check_config_file(folder: Path, path: str) -> None:
@@ -104,7 +114,7 @@ def _check_config_file(folder: Path, path: str) -> None:
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The model's tokenizer with the chat template that `config` asks for, and with what ends a response.
     Needs no weights."""
-    place = model_place(config.path, config.allow_pickle, needs_weights=False)
+    place = model_place(config.path, config.allow_pickle, needs_weights=False, revision=config.revision)
     with one_line_errors(config.path, "tokenizer"), quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=config.trust_remote_code)
         ends = end_ids(place)
@@ -121,7 +131,7 @@ def load_model(config: ModelConfig, device: torch.device = CPU) -> PreTrainedMod
     (`model.lora.dropout` is the exception that a user asks for; it acts in training passes alone). With
     `model.lora` everything but the new adapter is frozen. Collective at ZeRO 3.
     """
-    place = model_place(config.path, config.allow_pickle)
+    place = model_place(config.path, config.allow_pickle, revision=config.revision)
     with one_line_errors(config.path, "model"):
         model = from_pretrained(place, config, **quantization_options(config, device))
     hold_layout(model)
@@ -166,7 +176,7 @@ def _hold_routers_still(model: PreTrainedModel) -> None:
 def load_frozen_model(config: ModelConfig) -> PreTrainedModel:
     """A model that gives log-probabilities and never trains. Collective at ZeRO 3."""
     with one_line_errors(config.path, "model"):
-        place = model_place(config.path, config.allow_pickle)
+        place = model_place(config.path, config.allow_pickle, revision=config.revision)
         model: PreTrainedModel = from_pretrained(place, config)
     model.requires_grad_(False)
     return model.eval()
@@ -198,7 +208,7 @@ def from_pretrained(place: str, config: ModelConfig, **options: Any) -> Any:
 
 def read_config(config: ModelConfig) -> PretrainedConfig:
     with one_line_errors(config.path, "config"), quiet_transformers():
-        place = model_place(config.path, config.allow_pickle, needs_weights=False)
+        place = model_place(config.path, config.allow_pickle, needs_weights=False, revision=config.revision)
         return AutoConfig.from_pretrained(place, trust_remote_code=config.trust_remote_code)
 
 

@@ -9,7 +9,6 @@ reference.
 import hashlib
 import logging
 import math
-import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,6 +25,7 @@ from rcpo.config.schema import ModelConfig
 from rcpo.data.pairs import SideLogProbs
 from rcpo.data.tokenize import TokenizedPair, TokenizedSide
 from rcpo.models.adapter_files import below_fingerprint
+from rcpo.models.hub import is_hub_id
 from rcpo.models.load import model_place
 from rcpo.ranks.distributed import from_rank_zero
 
@@ -33,31 +33,19 @@ logger = logging.getLogger(__name__)
 
 KEY_BYTES = 16
 """Length of a row key (BLAKE2b): a collision among 10^9 rows has a chance below 10^-20."""
-USED_ONCE = "once-"
-"""How a fingerprint begins that says nothing of the weights."""
 SECONDS_BETWEEN_SIGNS = 20.0
 """How often a rank 0 that waits for its turn tells the others: far below a collective's time limit."""
 
 
 def weights_fingerprint(config: ModelConfig) -> str:
     """Hash of the model's weight and config files (with its code, where that is trusted) and its dtype; for a
-    hub model, of its id and commit. A hub model whose commit is unknown has a fingerprint used only once.
+    hub model, of its id and commit.
     An adapter below the trained one counts; the trained one does not, since it starts without effect."""
     digest = hashlib.blake2b(config.dtype.encode(), digest_size=KEY_BYTES)
     digest.update(below_fingerprint(config))
-    source = Path(model_place(config.path, config.allow_pickle))
-    if not source.is_dir():
-        from transformers import AutoConfig
-
-        hf_config = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
-        commit = getattr(hf_config, "_commit_hash", None)
-        if commit is None:
-            logger.warning(
-                "%s: its commit on the hub is unknown, so other runs cannot share its reference log-probs",
-                config.path,
-            )
-            return USED_ONCE + os.urandom(KEY_BYTES).hex()
-        digest.update(f"{config.path}@{commit}".encode())
+    source = Path(model_place(config.path, config.allow_pickle, revision=config.revision))
+    if is_hub_id(config.path):
+        digest.update(f"{config.path}@{source.name}".encode())
         return digest.hexdigest()
     code = source.glob("*.py") if config.trust_remote_code else ()
     pickled = source.glob("*.bin") if config.allow_pickle else ()

@@ -26,7 +26,7 @@ from rcpo.models.engine import Engine
 from rcpo.models.evaluation import LogProbModel, eval_batch, evaluate_logprobs, evaluate_token_logprobs
 from rcpo.models.logprobs import sum_per_side
 from rcpo.ranks.distributed import barrier, done_by_rank_zero, rank
-from rcpo.reference.cache import USED_ONCE, ReferenceCache, shared_reference, weights_fingerprint
+from rcpo.reference.cache import ReferenceCache, shared_reference, weights_fingerprint
 from rcpo.reference.live import AdapterOff, FrozenModel, loaded_when_asked
 from rcpo.reference.table import Reference, ReferenceRows, ReferenceTable
 from rcpo.reference.weights import has_own_weights, reference_model
@@ -119,8 +119,7 @@ class ReferenceMaker:
         model = reference_model(self._config)
         self._fingerprint = ours = done_by_rank_zero(lambda: weights_fingerprint(model))
         theirs = "" if self._kept is None else self._kept.fingerprint
-        is_known = theirs and not any(each.startswith(USED_ONCE) for each in (ours, theirs))
-        if is_known and ours != theirs:
+        if theirs and ours != theirs:
             raise UserError(
                 f"reference: the weights in {model.path} are not those that the run was started with; put "
                 "them back, or start a new run"

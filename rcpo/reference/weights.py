@@ -33,7 +33,7 @@ def reference_model(config: ResolvedConfig) -> ModelConfig:
     path = own_weights(config)
     if path is None:
         return config.model
-    return without_adapter(dataclasses.replace(config.model, path=path))
+    return without_adapter(dataclasses.replace(config.model, path=path, revision=config.reference.revision))
 
 
 def without_adapter(model: ModelConfig) -> ModelConfig:
@@ -57,7 +57,9 @@ def check_reference(config: ResolvedConfig, tokenizer: PreTrainedTokenizerBase, 
         theirs = load_tokenizer(dataclasses.replace(model, chat_template=None)).get_vocab()
     except UserError as error:
         raise UserError(
-            re.sub(rf"(?<!\S)model\.path=(?={re.escape(model.path)})", "reference.path=", str(error))
+            re.sub(
+                rf"(?<!\S)model\.(path=(?={re.escape(model.path)})|revision=)", r"reference.\1", str(error)
+            )
         ) from None
     others = sorted((idx, word) for word, idx in tokenizer.get_vocab().items() if theirs.get(word) != idx)
     if others:

@@ -107,8 +107,20 @@ def write_sweep(sweep: SweepFolder, definition: Definition, cells: Sequence[Froz
             raise UserError(f"{sweep.path}: has lost its manifest.jsonl, and {cell_folder.name} has run")
     shutil.rmtree(sweep.cells, ignore_errors=True)
     for frozen in cells:
-        sweep.run(frozen.cell).create(frozen.config, config_tree(frozen.config), status="pending")
+        config = _of_known_commits(frozen.config)
+        sweep.run(frozen.cell).create(config, config_tree(config), status="pending")
     write_atomically(sweep.manifest, "".join(frozen.cell.line() for frozen in cells))
+
+
+def _of_known_commits(config: ResolvedConfig) -> ResolvedConfig:
+    """With the commits that hub models have now, so that all cells read the same; as it is where the hub
+    cannot be asked here: a cell then keeps what it finds at its first start."""
+    from rcpo.models.hub import at_commit
+
+    try:
+        return at_commit(config)
+    except UserError:
+        return config
 
 
 def _description(definition: Definition) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from rcpo.common.errors import UserError
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.inputs import Inputs
 from rcpo.data.pairs import TokenizedPair
-from rcpo.reference.cache import USED_ONCE, weights_fingerprint
+from rcpo.reference.cache import weights_fingerprint
 from rcpo.reference.weights import own_weights, reference_model
 
 DIGEST_BYTES = 16
@@ -59,7 +59,7 @@ def refuse_other_inputs(path: str, known: Mapping[str, Any], now: Mapping[str, A
             changes.append(f"the {num_now} {what} pairs have other tokens, weights or another order")
     for name, what in (("weights", "model.path"), ("reference_weights", "reference.path")):
         both = known.get(name), now.get(name)
-        is_told = all(isinstance(each, str) and not each.startswith(USED_ONCE) for each in both)
+        is_told = all(isinstance(each, str) for each in both)
         if is_told and both[0] != both[1]:
             changes.append(f"the weights at {what} are others")
     if changes:

@@ -120,7 +120,7 @@ def line(path: Path | str) -> str:
 
 
 def test_folders_that_are_no_models_are_named(tmp_path: Path) -> None:
-    """A file; nothing; no config.json; no weights; pickled weights. A hub id is left to transformers."""
+    """A file; nothing; no config.json; no weights; pickled weights."""
     (tmp_path / "file").write_text("")
     assert line(tmp_path / "file").endswith("is a file; it must be a folder with config.json and weights")
     assert line("./nothing").endswith("no such folder; give a model folder, a hub id or builtin:tiny")
@@ -134,7 +134,6 @@ def test_folders_that_are_no_models_are_named(tmp_path: Path) -> None:
         "load tensors, and nothing but tensors, from them"
     )
     assert model_place(str(tmp_path), allow_pickle=True) == str(tmp_path)
-    assert model_place("org/model") == "org/model"
 
 
 def test_the_policys_own_dropout_is_off(tmp_path: Path) -> None:

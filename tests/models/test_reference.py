@@ -194,22 +194,6 @@ def test_a_cache_that_cannot_be_written_is_a_warning(
     ]  # fmt: skip
 
 
-def test_a_hub_model_of_unknown_commit_shares_no_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hub's answer is stood in for: with a commit the fingerprint is the same every time and differs
-    between commits; without one it never comes twice."""
-    import transformers
-
-    answer = make_llama().config
-
-    def fingerprint(commit: str | None) -> str:
-        answer._commit_hash = commit
-        monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda path, **options: answer)
-        return weights_fingerprint(ModelConfig(path="owner/name", dtype="float32"))
-
-    assert fingerprint("a") == fingerprint("a") != fingerprint("b")
-    assert fingerprint(None) != fingerprint(None)
-
-
 def test_code_counts_where_it_is_trusted(tmp_path: Path) -> None:
     make_llama().save_pretrained(tmp_path)
     config = {"path": str(tmp_path), "dtype": "float32"}

@@ -1,0 +1,120 @@
+"""A model of the Hugging Face hub as a folder on this machine.
+
+Of one commit: the first process of a run that reads it asks the hub, and the run keeps the commit
+(`model.revision`), so that its ranks, its resumed runs and the nodes of a cluster read the same files. A
+commit that is here is read without the network; one that is not is fetched once a node, since the hub's
+client holds a lock. Called by `rcpo.models.load` and `rcpo.launch.start`."""
+
+import dataclasses
+import functools
+import json
+import os
+import re
+from pathlib import Path
+
+from rcpo.common.errors import UserError
+from rcpo.config.resolve import TINY
+from rcpo.config.resolved import ResolvedConfig
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")
+"""Config, tokenizer, chat template, and code that only `model.trust_remote_code` runs."""
+WEIGHTS = ("model*.safetensors",)
+PICKLED = ("pytorch_model*.bin",)
+SECONDS = 10.0
+"""Longest that the hub may take to say which commit it has."""
+
+
+def hub_folder(path: str, revision: str | None, needs_weights: bool, allow_pickle: bool) -> Path:
+    """The files at the top of repository `path` at `revision` (a branch, tag or commit; None: main).
+
+    Without `needs_weights` config and tokenizer alone are fetched. Without a network, what is here of that
+    revision is taken. Raises UserError where that is nothing, or the repository, the revision or the right to
+    read them is not there."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    weights = (*WEIGHTS, *(PICKLED if allow_pickle else ())) if needs_weights else ()
+    if is_commit(revision) and (here := _here(path, revision, weights)) is not None:
+        return here
+    try:
+        commit = HfApi().model_info(path, revision=revision, timeout=SECONDS).sha
+        files = [*FILES, *weights]
+        return Path(snapshot_download(path, revision=commit, allow_patterns=files, ignore_patterns=["*/*"]))
+    except GatedRepoError:
+        fault = "access to it must be asked for on its page of the hub; then type hf auth login"
+    except RevisionNotFoundError:
+        raise UserError(
+            f"model.revision={revision}: {path} has no such branch, tag or commit; give one that it has"
+        ) from None
+    except RepositoryNotFoundError:
+        fault = (
+            "the hub has no such model, or it is private; give a model folder or another id, or type "
+            "hf auth login"
+        )
+    # No network: each client library raises a class of its own.
+    except Exception as error:
+        if (here := _here(path, revision, weights)) is not None:
+            return here
+        fault = _unreachable(path, revision, error)
+    raise UserError(f"model.path={path}: {fault}")
+
+
+def is_commit(revision: str | None) -> bool:
+    return revision is not None and COMMIT.fullmatch(revision) is not None
+
+
+def at_commit(config: ResolvedConfig) -> ResolvedConfig:
+    """The config with the commits of its hub models, which have been read: what the run keeps."""
+    model, reference = config.model, config.reference
+    if is_hub_id(model.path):
+        model = dataclasses.replace(model, revision=_commit(model.path, model.revision))
+    if reference.path is not None and is_hub_id(reference.path):
+        reference = dataclasses.replace(reference, revision=_commit(reference.path, reference.revision))
+    return dataclasses.replace(config, model=model, reference=reference)
+
+
+def is_hub_id(path: str) -> bool:
+    return path != TINY and not os.path.isdir(path)
+
+
+@functools.cache
+def _commit(path: str, revision: str | None) -> str:
+    """Asked once a process; one that cannot be told is asked for again."""
+    if revision is not None and is_commit(revision):
+        return revision
+    return hub_folder(path, revision, needs_weights=False, allow_pickle=False).name
+
+
+def _unreachable(path: str, revision: str | None, error: Exception) -> str:
+    from huggingface_hub import constants
+
+    command = f"hf download {path}" + (f" --revision {revision}" if revision is not None else "")
+    reason = " ".join(str(error).split())[:100] or type(error).__name__
+    return (
+        f"is not on this machine, and the hub cannot be reached ({reason}); type `{command}` where there is "
+        f"a network and bring HF_HOME here (it is {constants.HF_HOME}), or give a model folder"
+    )
+
+
+def _here(path: str, revision: str | None, weights: tuple[str, ...]) -> Path | None:
+    """The snapshot where it is on this machine, with all its weights."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(path, revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
+    is_whole = (folder / "config.json").is_file() and (not weights or _has_weights(folder, weights))
+    return folder if is_whole else None
+
+
+def _has_weights(folder: Path, patterns: tuple[str, ...]) -> bool:
+    """Whether every file is there that an index names, or one where there is no index."""
+    for index in folder.glob("*.index.json"):
+        named = set(json.loads(index.read_bytes()).get("weight_map", {}).values())
+        if named and all((folder / name).is_file() for name in named):
+            return True
+    is_indexed = any(folder.glob("model*.index.json"))
+    return not is_indexed and any(True for pattern in patterns for _ in folder.glob(pattern))
