@@ -17,6 +17,18 @@ from rcpo.common.conf import IN_CONF, defaults_in
 from rcpo.config.calibration import CalibrationConfig
 from rcpo.config.types import STRICT, NonNegative, Paths, Positive, Seed, Stage, Text
 
+Attention = Literal[
+    "eager",
+    "sdpa",
+    "varlen",
+    "flex_attention",
+    "flash_attention_2",
+    "flash_attention_3",
+    "kernels-community/flash-attn2",
+    "kernels-community/flash-attn3",
+    "kernels-community/vllm-flash-attn3",
+]
+
 
 def _list_of_names(value: object) -> object:
     return [value] if isinstance(value, str) and value != "all-linear" else value
@@ -50,8 +62,10 @@ class ModelConfig:
     """Branch, tag or commit of a hub id; null: its main branch. The run keeps the commit that it found."""
     dtype: Literal["auto", "float32", "bfloat16"] = IN_CONF
     """Dtype of weights and activations; log-probs are fp32 always. auto: float32 on CPU, bfloat16 on GPUs."""
-    attention: Literal["eager", "sdpa", "flash_attention_2"] | None = IN_CONF
-    """Attention implementation; null: the model's default."""
+    attention: Attention | None = IN_CONF
+    """Attention kernel; null: the model's default, mostly sdpa. For train.packing varlen (torch's own), flash
+    attention from a wheel, or kernels-community/... from the hub; for train.share_prefix flex_attention. All
+    but eager and sdpa need GPUs."""
     gradient_checkpointing: bool = IN_CONF
     """Recompute activations in the backward pass: less memory, about a third more time."""
     trust_remote_code: bool = IN_CONF
@@ -294,8 +308,8 @@ class TrainConfig:
     """Compute the prompt of a pair once for both responses: less work where prompts are long, the same
     gradient to rounding. Steps that `exact` measures do without."""
     packing: bool = IN_CONF
-    """Put a micro-batch on one row, without padding; for kernels that skip what is masked (flash attention).
-    Steps that `exact` measures do without."""
+    """Put a micro-batch on one row, without padding; for kernels that skip what is masked
+    (model.attention=varlen and the others of flash attention). Steps that `exact` measures do without."""
     save_every: NonNegative = IN_CONF
     """Optimizer steps between checkpoints; 0: none."""
     keep_last: Positive | None = IN_CONF

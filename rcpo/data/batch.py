@@ -28,9 +28,14 @@ class Segments(NamedTuple):
     """(R, T) int64: the pair's number in the batch, `PADDING` where there is none."""
     part: Tensor
     """(R, T) int64: `PREFIX`, `OF_CHOSEN` or `OF_REJECTED`; `PADDING` where there is none."""
+    starts: Tensor | None = None
+    """(2B + 1,) int32, on one row without shared prefixes: where each sequence begins, and the row's end."""
+    longest: int = 0
+    """Tokens of the longest of these sequences."""
 
     def to(self, device: torch.device) -> "Segments":
-        return Segments(*(to_device(each, device) for each in self))
+        starts = _moved(self.starts, device)
+        return Segments(to_device(self.pair, device), to_device(self.part, device), starts, self.longest)
 
     def seen(self) -> Tensor:
         """(R, T, T) bool: whether the token of a row may see the token of a column."""

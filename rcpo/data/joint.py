@@ -59,8 +59,19 @@ def collate_joint(
         lengths=num_targets,
         num_chosen_tokens=int(num_targets[: len(pairs)].sum()),
         position_ids=position_ids.view(num_rows, width),
-        segments=Segments(pair_of.view(num_rows, width), part_of.view(num_rows, width)),
+        segments=Segments(
+            pair_of.view(num_rows, width),
+            part_of.view(num_rows, width),
+            *(_sequences(pairs) if packing and not share_prefix else ()),
+        ),
     )
+
+
+def _sequences(pairs: Sequence[TokenizedPair]) -> tuple[torch.Tensor, int]:
+    """Where the sides begin on one row, each pair's chosen before its rejected, and the longest's tokens."""
+    lengths = torch.tensor([side.num_tokens for pair in pairs for side in (pair.chosen, pair.rejected)])
+    starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    return starts, int(lengths.max())
 
 
 class _Strip(NamedTuple):

@@ -41,7 +41,7 @@ from rcpo.models.adapters import (
     save_adapter,
     saves_adapter,
 )
-from rcpo.models.attention import leave_masks_unread
+from rcpo.models.attention import leave_masks_unread, transformers_name
 from rcpo.models.generation import end_ids
 from rcpo.models.hub import hub_folder, is_hub_id
 
@@ -188,7 +188,7 @@ def from_pretrained(place: str, config: ModelConfig, **options: Any) -> Any:
     hf_config = AutoConfig.from_pretrained(place, trust_remote_code=config.trust_remote_code)
     _without_randomness(hf_config)
     if config.attention is not None:
-        options["attn_implementation"] = config.attention
+        options["attn_implementation"] = transformers_name(config.attention)
     use_safetensors: bool | None = True
     if config.allow_pickle:  # a folder that has both is read as safetensors; of a hub id it is not known
         use_safetensors = any(Path(place).glob("*.safetensors")) if Path(place).is_dir() else None

@@ -19,6 +19,7 @@ from rcpo.data.token_key import content_of, token_key
 from rcpo.data.token_store import Tokens, TokenStore
 from rcpo.data.tokenize import Tokeniser, TokenizedData
 from rcpo.models.adapters import check_adapters
+from rcpo.models.attention import check_attention
 from rcpo.models.checks import check_model, check_positions, check_vocabulary
 from rcpo.models.load import load_tokenizer
 from rcpo.models.optimizer import check_optimizer
@@ -97,6 +98,7 @@ def read_pairs(config: ResolvedConfig) -> PairsRead:
 
 def _checked_tokenizer(config: ResolvedConfig) -> PreTrainedTokenizerBase:
     check_adapters(config.model)
+    check_attention(config)
     check_optimizer(config)
     tokenizer = load_tokenizer(config.model)
     check_vocabulary(config.model, tokenizer)
