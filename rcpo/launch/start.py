@@ -18,6 +18,7 @@ from rcpo.data.inputs import Inputs
 from rcpo.launch.changes import changed_config
 from rcpo.launch.overwrite import old_set_aside, refuse_irreplaceable, run_lock_held
 from rcpo.launch.processes import run_ranks
+from rcpo.launch.stage import with_stage
 from rcpo.launch.worker import run_worker, train_raising
 from rcpo.ranks.distributed import initialize, rank, spoken_for, world_size
 from rcpo.ranks.environment import joined_world_size
@@ -81,6 +82,7 @@ def _make_run(prepare: Callable[[], ResolvedConfig | None], overwrite: bool = Fa
     else:
         run.refuse_existing()
     inputs = read_inputs(config)
+    config = with_stage(config, inputs)
     identity = identity_of(config, inputs)
     with old_set_aside(run.path):
         run.create(config, config_tree(config))
@@ -100,6 +102,9 @@ def _reopen(path: str, allowed: Sequence[str]) -> Prepared:
     if isinstance(known, dict):
         refuse_other_inputs(path, known, identity)
     changed.write(run)
+    if config.deepspeed.stage is None:  # a sweep's cell, which sees its GPUs for the first time
+        config = with_stage(config, inputs)
+        run.freeze(config_tree(config))
     run.reopen()
     run.update_run(
         inputs=known or identity, rows=inputs.account.as_json()
