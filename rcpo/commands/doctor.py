@@ -10,7 +10,7 @@ from rcpo.commands.flags import Flags
 if TYPE_CHECKING:
     from rcpo.launch.doctor import Finding
 
-PLAIN_WIDTH = 240
+PLAIN_WIDTH = 400
 """Columns of a table that goes to a file or a pipe."""
 COLOURS = {"ok": "green", "note": "yellow", "missing": "bold red"}
 
