@@ -62,8 +62,18 @@ def _check_optimizer(config: Config) -> None:
 
 
 def _check_model(config: Config) -> None:
-    """Rules of adapters and quantization."""
+    """Rules of adapters, quantization and compiled layers."""
     model, lora = config.model, config.model.lora
+    if model.compile and config.deepspeed.stage == 3:
+        raise UserError(
+            "model.compile=true: cannot compile around stage 3, which gathers weights within every layer; "
+            "type deepspeed.stage=2, or model.compile=false"
+        )
+    if model.compile and model.quantization is not None:
+        raise UserError(
+            f"model.compile=true: cannot compile model.quantization={model.quantization}; type "
+            "model.compile=false"
+        )
     if lora.rank is None:
         untouched = LoraConfig()
         for field in dataclasses.fields(LoraConfig):

@@ -66,6 +66,11 @@ class ModelConfig:
     """Attention kernel; null: the model's default, mostly sdpa. For train.packing varlen (torch's own), flash
     attention from a wheel, or kernels-community/... from the hub; for train.share_prefix flex_attention. All
     but eager and sdpa need GPUs."""
+    kernels: Literal["liger"] | None = IN_CONF
+    """liger: RMSNorm, SwiGLU (or GeGLU) and rotary positions by Liger's kernels (liger-kernel, GPUs only);
+    null: the model's own."""
+    compile: bool = IN_CONF
+    """Compile each layer by torch.compile: minutes at the start, and again for unusual widths."""
     gradient_checkpointing: bool = IN_CONF
     """Recompute activations in the backward pass: less memory, about a third more time."""
     trust_remote_code: bool = IN_CONF

@@ -83,7 +83,8 @@ def _packages() -> Iterator[Finding]:
 
 def _optional_packages() -> Iterator[Finding]:
     for name, purpose, advice in (
-        ("bitsandbytes", "model.quantization=4bit and optim=adamw_8bit", "pip install 'rcpo[quantization]'"),
+        ("bitsandbytes", "4bit, optim=adamw_8bit", "pip install 'rcpo[quantization]'"),
+        ("liger-kernel", "model.kernels=liger", "pip install 'rcpo[liger]'"),
         ("flash_attn", "model.attention=flash_attention_2", "pip install flash-attn"),
     ):
         try:

@@ -31,6 +31,7 @@ from rcpo.models.load import load_model
 from rcpo.models.memory import BUCKET
 from rcpo.models.optimizer import build_optimizer, can_be_fused
 from rcpo.models.policy import Policy
+from rcpo.models.speedups import speed_up
 from rcpo.ranks.distributed import barrier, done_by_rank_zero
 
 ENGINE_TAG = "engine"
@@ -99,6 +100,7 @@ class Engine:
         # Kept alive: with it transformers loads the weights already sharded.
         self._zero3_marker = HfDeepSpeedConfig(settings) if self.stage == 3 else None
         model = load_model(config.model, device)
+        speed_up(model, config.model)
         if config.train.share_prefix or config.train.packing:
             refuse_joint_layout(model, config.train.share_prefix)
         self.vocabulary, self.hidden_size = _head_shape(model)

@@ -22,6 +22,7 @@ from rcpo.models.attention import refuse_joint_layout
 from rcpo.models.engine import Engine, deepspeed_config
 from rcpo.models.load import load_frozen_model
 from rcpo.models.policy import Policy
+from rcpo.models.speedups import speed_up
 from rcpo.ranks.allocator import return_freed_memory
 from rcpo.ranks.distributed import world_size
 from rcpo.reference.weights import reference_model, without_adapter
@@ -40,7 +41,9 @@ class FrozenModel:
         self._zero3_marker = HfDeepSpeedConfig(settings) if is_sharded else None
         self._engine: Any = None
         with torch.random.fork_rng(devices=[]), contextlib.redirect_stdout(io.StringIO()):
-            model = load_frozen_model(without_adapter(reference_model(config)))
+            of_reference = without_adapter(reference_model(config))
+            model = load_frozen_model(of_reference)
+            speed_up(model, of_reference)
             self._policy: Any = Policy(model if is_sharded else model.to(device))
             if is_sharded:
                 self._engine, *_ = deepspeed.initialize(model=self._policy, config=settings)

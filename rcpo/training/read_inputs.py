@@ -23,6 +23,7 @@ from rcpo.models.attention import check_attention
 from rcpo.models.checks import check_model, check_positions, check_vocabulary
 from rcpo.models.load import load_tokenizer
 from rcpo.models.optimizer import check_optimizer
+from rcpo.models.speedups import check_speedups
 from rcpo.records.load import NOTE, PreferenceData, load_records, note_on_text
 from rcpo.records.weights import weighing_of
 from rcpo.reference.weights import check_reference
@@ -100,6 +101,7 @@ def _checked_tokenizer(config: ResolvedConfig) -> PreTrainedTokenizerBase:
     check_adapters(config.model)
     check_attention(config)
     check_optimizer(config)
+    check_speedups(config)
     tokenizer = load_tokenizer(config.model)
     check_vocabulary(config.model, tokenizer)
     check_model(config.model)

@@ -13,9 +13,9 @@ from rcpo.launch import doctor
 from rcpo.launch.doctor import Finding, examine
 
 WHATS = {
-    "Python", "packages", "bitsandbytes", "flash_attn", "GPUs", "DeepSpeed", "DeepSpeed ops", "compiler",
-    "SLURM", "W&B", "Hugging Face", "disk: runs", "disk: rcpo's cache", "disk: models", "/dev/shm", "memory",
-    "cores",
+    "Python", "packages", "bitsandbytes", "liger-kernel", "flash_attn", "GPUs", "DeepSpeed", "DeepSpeed ops",
+    "compiler", "SLURM", "W&B", "Hugging Face", "disk: runs", "disk: rcpo's cache", "disk: models",
+    "/dev/shm", "memory", "cores",
 }  # fmt: skip
 
 
