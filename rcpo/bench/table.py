@@ -119,7 +119,7 @@ def _work(outcome: Outcome) -> dict[str, Any]:
         "pairs_per_step": config.train.pairs_per_step,
         "pairs_per_device": config.train.pairs_per_device,
         "ranks": config.world_size(),
-        "stage": config.deepspeed.stage,
+        "stage": config.zero_stage,
         "timed_steps": len(outcome.batches),
         "tokens_per_pair": num_tokens(timed) / len(timed),
     }

@@ -17,7 +17,7 @@ import torch
 
 from rcpo.common.errors import UserError, shortened
 from rcpo.config.resolved import ResolvedConfig, as_resolved
-from rcpo.config.schema import Config, LaunchConfig, MixPart, ModelConfig, TrackingConfig
+from rcpo.config.schema import Config, LaunchConfig, MixPart, ModelConfig, Stage, TrackingConfig
 from rcpo.objectives import objective_of
 
 TINY = "builtin:tiny"
@@ -71,9 +71,7 @@ def resolve(
             ),
             optim=dataclasses.replace(config.optim, lr=config.optim.lr or _default_lr(config)),
             reference=dataclasses.replace(config.reference, path=_absolute(config.reference.path)),
-            deepspeed=dataclasses.replace(
-                config.deepspeed, stage=1 if config.deepspeed.stage is None else config.deepspeed.stage
-            ),
+            deepspeed=dataclasses.replace(config.deepspeed, stage=_stage(config, device)),
             tracking=_tracking(config),
         )
     )
@@ -86,6 +84,11 @@ def _check_stage_0(config: Config, dtype: str) -> None:
             "deepspeed.stage=0: with model.dtype=bfloat16 it needs torch 2.10 or newer, to add gradients up "
             f"in fp32, and this is {torch.__version__}; type deepspeed.stage=1"
         )
+
+
+def _stage(config: Config, device: str) -> Stage | None:
+    """By the GPUs' memory, where they are: `rcpo.launch.stage`."""
+    return 1 if device == "cpu" and config.deepspeed.stage is None else config.deepspeed.stage
 
 
 def _scope(config: Config) -> Literal["head", "lora_last", "full"]:

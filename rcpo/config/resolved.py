@@ -14,7 +14,6 @@ from rcpo.config.schema import (
     STRICT,
     CalibrationConfig,
     Config,
-    DeepSpeedConfig,
     ModelConfig,
     NonNegative,
     OptimConfig,
@@ -43,11 +42,6 @@ class ResolvedOptim(OptimConfig):
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
-class ResolvedDeepSpeed(DeepSpeedConfig):
-    stage: Stage
-
-
-@dataclass(frozen=True, config=STRICT, kw_only=True)
 class ResolvedTrain(TrainConfig):
     """`steps` or `epochs` is set, and not both."""
 
@@ -69,10 +63,15 @@ class ResolvedConfig(Config):
     calibration: ResolvedCalibration
     model: ResolvedModel
     optim: ResolvedOptim
-    deepspeed: ResolvedDeepSpeed
     train: ResolvedTrain
     name: Text
     run_dir: Text
+
+    @property
+    def zero_stage(self) -> Stage:
+        """deepspeed.stage. It stays null for GPUs until `rcpo.launch.stage` has seen model, pairs and their
+        memory; whoever starts an engine without that gets 1."""
+        return 1 if self.deepspeed.stage is None else self.deepspeed.stage
 
     @functools.cached_property
     def objective_function(self) -> Objective:

@@ -263,7 +263,8 @@ class OptimConfig:
 @defaults_in("deepspeed/zero")
 class DeepSpeedConfig:
     stage: Stage | None = IN_CONF
-    """ZeRO stage: 0 nothing sharded, 1 optimizer state, 2 and gradients, 3 and weights; null: 1."""
+    """ZeRO stage: 0 nothing sharded, 1 optimizer state, 2 and gradients, 3 and weights; null: the lowest
+    from 1 on with which a run fits into its GPUs' memory, on CPUs 1."""
     offload: Literal["none", "optimizer"] = IN_CONF
     """optimizer: its state lives in CPU memory (stages 1 to 3)."""
     extra: dict[str, Any] = IN_CONF

@@ -12,15 +12,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-
 from rcpo.common.errors import UserError, error_of
-from rcpo.common.files import write_atomically
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.inputs import Inputs
 from rcpo.launch.changes import changed_config
 from rcpo.launch.overwrite import old_set_aside, refuse_irreplaceable, run_lock_held
 from rcpo.launch.processes import run_ranks
+from rcpo.launch.stage import with_stage
 from rcpo.launch.worker import run_worker, train_raising
 from rcpo.models.hub import at_commit
 from rcpo.ranks.distributed import initialize, rank, spoken_for, world_size
@@ -85,7 +83,7 @@ def _make_run(prepare: Callable[[], ResolvedConfig | None], overwrite: bool = Fa
     else:
         run.refuse_existing()
     inputs = read_inputs(config)
-    config = at_commit(config)
+    config = with_stage(at_commit(config), inputs)
     identity = identity_of(config, inputs)
     with old_set_aside(run.path):
         run.create(config, config_tree(config))
@@ -106,8 +104,9 @@ def _reopen(path: str, allowed: Sequence[str]) -> Prepared:
     if isinstance(known, dict):
         refuse_other_inputs(path, known, identity)
     changed.write(run)
-    if config != changed.config:  # a sweep's cell, frozen where the hub could not be asked
-        write_atomically(run.config, yaml.safe_dump(config_tree(config), sort_keys=False))
+    config = with_stage(config, inputs)
+    if config != changed.config:  # a sweep's cell, frozen where neither the hub nor its GPUs could be asked
+        run.freeze(config_tree(config))
     run.reopen()
     run.update_run(
         inputs=known or identity, rows=inputs.account.as_json()

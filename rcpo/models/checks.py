@@ -3,9 +3,7 @@
 import dataclasses
 
 import torch
-from transformers import (
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from rcpo.common.errors import UserError
@@ -38,12 +36,26 @@ def check_model(config: ModelConfig) -> None:
                 f"{type(model).__name__}; give weights and config.json of one and the same model"
             )
     Policy(model)
-    if config.lora.rank is not None:
-        lora = config.lora
-        if lora.adapter is not None:
-            lora = dataclasses.replace(lora, on_adapter="stack")  # to merge, there would have to be weights
-        with torch.device("meta"):
-            add_adapters(model, dataclasses.replace(config, lora=lora), place)
+    _adapt_on_meta(model, config, place)
+
+
+def shapes_of(config: ModelConfig) -> PreTrainedModel:
+    """The model that will train, on the meta device: shapes alone. `check_model` has passed."""
+    place = model_place(config.path, config.allow_pickle)
+    with one_line_errors(config.path, "model"), quiet_transformers():
+        model: PreTrainedModel = from_pretrained(place, config, device_map="meta")
+    _adapt_on_meta(model, config, place)
+    return model
+
+
+def _adapt_on_meta(model: PreTrainedModel, config: ModelConfig, place: str) -> None:
+    if config.lora.rank is None:
+        return
+    lora = config.lora
+    if lora.adapter is not None:
+        lora = dataclasses.replace(lora, on_adapter="stack")  # to merge, there would have to be weights
+    with torch.device("meta"):
+        add_adapters(model, dataclasses.replace(config, lora=lora), place)
 
 
 CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")

@@ -38,7 +38,7 @@ ENGINE_TAG = "engine"
 
 def deepspeed_config(config: ResolvedConfig) -> dict[str, Any]:
     """The DeepSpeed config of a resolved run; `deepspeed.extra` wins."""
-    stage = config.deepspeed.stage
+    stage = config.zero_stage
     train = config.train
     bf16 = config.model.dtype == "bfloat16"
     zero: dict[str, Any] = {"stage": stage}
@@ -65,6 +65,8 @@ def deepspeed_config(config: ResolvedConfig) -> dict[str, Any]:
         settings["communication_data_type"] = "fp32"  # else sums of fp32 would travel, and be added, in bf16
         if stage > 0:  # at 0 `Engine` sees to it
             settings["data_types"] = {"grad_accum_dtype": "fp32"}
+            # Stage 1 would keep all gradients in bf16 too, beside the sums in fp32 that they are added to.
+            settings["bf16"]["immediate_grad_update"] = stage == 1
     return _merged(settings, config.deepspeed.extra)
 
 

@@ -79,6 +79,11 @@ class RunFolder:
             **keep_module(self.path, config.objective.get("module")),
         )
 
+    def freeze(self, tree: dict[str, Any]) -> None:
+        """Put the config in the place of the one that the folder was made with."""
+        write_atomically(self.config, yaml.safe_dump(tree, sort_keys=False))
+        self.update_run(config=tree)
+
     def reopen(self) -> None:
         """Say in run.json that the run goes on, or that a pending one starts, and warn where that happens
         under other code than before. Raises UserError when run.json is damaged."""
