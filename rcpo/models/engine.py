@@ -28,6 +28,7 @@ from rcpo.models.adapters import exported_tensors
 from rcpo.models.attention import refuse_joint_layout
 from rcpo.models.gradient_norm import group_norms, known, whole_norm
 from rcpo.models.load import load_model
+from rcpo.models.memory import BUCKET
 from rcpo.models.optimizer import build_optimizer, can_be_fused
 from rcpo.models.policy import Policy
 from rcpo.ranks.distributed import barrier, done_by_rank_zero
@@ -105,12 +106,16 @@ class Engine:
             model.to(device)
         self.policy = Policy(model)
         self.device = device
-        self._accumulation_steps = accumulation_steps(config)
+        self.accumulation_steps = accumulation_steps(config)
         self._num_micro_batches = 0
+        self._is_rehearsal = False
         self._is_adam = config.optim.name == "adamw"
         self._peak_lr = config.optim.lr
         self._num_updates: int | None = None
         """Behind the moments; None: as many as the optimizer says, once it is asked."""
+        trained = sum(getattr(one, "ds_numel", one.numel()) for one in self.trainable_parameters())
+        # Allocated whole, whatever is to be exchanged: 2 GB by default, for the smallest adapter too.
+        settings["zero_optimization"].setdefault("reduce_bucket_size", min(BUCKET, trained))
         optimizer = build_optimizer(config.optim, self.trainable_parameters(), can_be_fused(config))
         self._optimizer = optimizer
         schedule = "constant_with_warmup" if config.optim.schedule == "constant" else config.optim.schedule
@@ -245,9 +250,33 @@ class Engine:
         self._num_micro_batches += 1
         self._grad_norm = float("nan")
 
+    @contextlib.contextmanager
+    def rehearsing(self) -> Iterator[None]:
+        """While open, no backward pass is a step's last: nothing is exchanged as if an update followed."""
+        self._is_rehearsal = True
+        try:
+            yield
+        finally:
+            self._is_rehearsal = False
+
+    def make_moments(self) -> None:
+        """Let AdamW make its moments now, as its first step would make them: zeros. What a first step lacks
+        memory for is then known before it."""
+        if not isinstance(self._optimizer, torch.optim.AdamW):
+            return
+        of_stage_3 = getattr(self._deepspeed.optimizer, "fp32_partitioned_groups_flat", None)
+        for group in self._optimizer.param_groups:
+            on_device = group["fused"] or group["capturable"]
+            for stepped in group["params"] if of_stage_3 is None else of_stage_3:
+                state = self._optimizer.state[stepped]
+                if not state:
+                    place = stepped.device if on_device else "cpu"
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=place)
+                    state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(stepped) for _ in range(2))
+
     def _ends_step(self) -> bool:
         """Whether the current micro-batch is its optimizer step's last."""
-        return (self._num_micro_batches + 1) % self._accumulation_steps == 0
+        return not self._is_rehearsal and (self._num_micro_batches + 1) % self.accumulation_steps == 0
 
     def _is_plain(self) -> bool:
         """At stage 0 in fp32 DeepSpeed steps the torch optimizer itself; it clips with torch and tells no

@@ -249,6 +249,11 @@ def quiet_transformers() -> Iterator[None]:
         transformers_logging.set_verbosity(before)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """On a GPU, or as the CPU's allocator says it."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
 @contextlib.contextmanager
 def one_line_errors(path: str, what: str) -> Iterator[None]:
     """Turn whatever transformers raises for a bad folder or an unreachable hub into a UserError; keep its
@@ -256,10 +261,12 @@ def one_line_errors(path: str, what: str) -> Iterator[None]:
     with contextlib.redirect_stdout(io.StringIO()):
         try:
             yield
-        except (UserError, MemoryError, torch.OutOfMemoryError):
+        except UserError:
             raise
         # Of a broken folder each library in turn raises a class of its own.
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             if "trust_remote_code" in str(error):
                 raise UserError(
                     f"model.path={path}: its {what} is Python code of its own, not one that transformers "

@@ -68,7 +68,7 @@ def memory_budget(
         "reference": reference,
     }
     freed = budget["activations"] + budget["head"]
-    return budget | {"update": max(0, _update_bytes(config, model, stage) - freed)}
+    return budget | {"update": max(0, update_bytes(config, model, stage) - freed)}
 
 
 def fitting_stage(
@@ -136,8 +136,9 @@ def _exchange_bytes(model: PreTrainedModel, size: int, stage: int) -> int:
     return FP32 * min(BUCKET, _trained(model)) if has_buckets else 0
 
 
-def _update_bytes(config: ResolvedConfig, model: PreTrainedModel, stage: int) -> int:
-    """AdamW's square root of the second moment, and the flat gradient that stages 1 and 2 make."""
+def update_bytes(config: ResolvedConfig, model: PreTrainedModel, stage: int) -> int:
+    """What an update has at a time beyond what stays: AdamW's square root of the second moment, and the flat
+    gradient that stages 1 to 3 make."""
     if config.deepspeed.offload == "optimizer":
         return 0
     share = FP32 * _trained(model) // (config.world_size() if stage >= 1 else 1)

@@ -37,7 +37,7 @@ from rcpo.training.aggregate import aggregate_of
 from rcpo.training.agreement import check_agreement
 from rcpo.training.checkpoint import checkpoint_to_resume, load_checkpoint
 from rcpo.training.measurements import Measurements
-from rcpo.training.rehearsal import rehearse
+from rcpo.training.rehearsal import rehearse, told_when_full
 from rcpo.training.setbacks import save_or_go_on, skip_or_stop, stop_with_checkpoint
 from rcpo.training.state import Method, Training, TrainState
 from rcpo.training.step import MicroBatch, NonFiniteStepError, TrainedStep, train_step
@@ -75,13 +75,15 @@ def train(
     visited = sampler.visited(num_steps)
     maker = ReferenceMaker(config, run, inputs, visited, mismatches, checkpoint is not None)
     maker.run_own_model(device)
-    engine = Engine(config, num_steps, device)
+    with told_when_full(_too_large(config)):
+        engine = Engine(config, num_steps, device)
     check_agreement(config, inputs, engine)
     measurements = Measurements(config, engine)
     calibrator = build_calibrator(config.calibration, sampler.num_fresh_steps, config.optim.first_decay)
     state = TrainState(0, calibrator, _initial_state(objective, inputs, sampler))
     reference, start = maker.open(engine)
-    rehearse(config, inputs, engine, sampler, num_steps, reference)
+    method = Method(engine, objective, aggregate_of(config.composition), config.train.pairs_per_step)
+    rehearse(config, inputs, method, sampler, num_steps, reference, measurements, state)
     if checkpoint is not None:
         values, scores = load_checkpoint(checkpoint, engine)
         state.load_state_dict(values)
@@ -91,7 +93,7 @@ def train(
         config=config,
         run=run,
         inputs=inputs,
-        method=Method(engine, objective, aggregate_of(config.composition), config.train.pairs_per_step),
+        method=method,
         sampler=sampler,
         num_steps=num_steps,
         state=state,
@@ -105,6 +107,16 @@ def train(
             _note_evaluation(training, start)
         _train_steps(training, watch or StepWatch())
         return _finish(training)
+
+
+def _too_large(config: ResolvedConfig) -> str:
+    """What a user reads where not even the weights with gradients and optimizer fit."""
+    higher = f"deepspeed.stage={config.zero_stage + 1}, " if config.zero_stage < 3 else ""
+    return (
+        f"model.path={config.model.path}: its weights, gradients and optimizer do not fit into memory at "
+        f"deepspeed.stage={config.zero_stage} on {config.world_size()} ranks; type {higher}"
+        "deepspeed.offload=optimizer or model.lora.rank=16, or use more GPUs"
+    )
 
 
 def _train_steps(training: Training, watch: StepWatch) -> None:

@@ -40,8 +40,10 @@ class Measurements:
         return self._loaded if self._reader is None else self._reader.state()
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take `state` back, before the first measurement."""
+        """Take `state` back, before the first measurement of a step."""
         self._loaded = state
+        if self._reader is not None:  # the rehearsal has made it
+            self._reader.load_state(state, self._engine.device)
 
     def _make_reader(self) -> Reader:
         self._reader = Reader(self._weighted, self._config.metrics.population)

@@ -1,14 +1,20 @@
 """The largest micro-batch, forward and back, before the first step: memory runs out here and not on the third
 day.
 
-Also where policy and reference must agree, unless the reference has weights of its own: both are the initial
-weights here. Changes nothing: the gradient
-is times zero, and the random numbers are put back. Called by `rcpo.training.loop` on every rank.
+With all that a step finds there: AdamW's moments, the buffers of calibration, and the layout of a measured
+step where it is another. Also where policy and reference must agree, unless the reference has weights of its
+own: both are the initial weights here. Changes nothing: the pairs weigh nothing, so the gradient is zero, and
+the random numbers are put back. Called by `rcpo.training.loop` on every rank.
 """
 
+import contextlib
+import copy
+import dataclasses
 import logging
+from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from rcpo.common.console import RunConsole
 from rcpo.common.errors import UserError
@@ -16,12 +22,16 @@ from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.inputs import Inputs
 from rcpo.data.joint import lay_out
 from rcpo.data.sampler import PairSampler
-from rcpo.models.engine import Engine
 from rcpo.models.evaluation import peak_memory_gb
-from rcpo.models.memory import in_words, memory_budget
+from rcpo.models.load import is_out_of_memory
+from rcpo.models.memory import in_words, memory_budget, update_bytes
 from rcpo.ranks.distributed import gather, rank, world_size
 from rcpo.reference.table import Reference
 from rcpo.reference.weights import has_own_weights
+from rcpo.training.measurement import Measurement
+from rcpo.training.measurements import Measurements
+from rcpo.training.state import Method, TrainState
+from rcpo.training.step import MicroBatch, backward_apart, backward_together
 
 logger = logging.getLogger(__name__)
 
@@ -32,41 +42,46 @@ START_TOLERANCE_NATS = 0.05
 def rehearse(
     config: ResolvedConfig,
     inputs: Inputs,
-    engine: Engine,
+    method: Method,
     sampler: PairSampler,
     num_steps: int,
     reference: Reference,
+    measurements: Measurements,
+    state: TrainState,
 ) -> None:
     """Print the memory budget, run the largest micro-batch on every rank, and warn where z and ref differ.
-    Collective; `engine` has its initial weights.
+    Collective; the engine has its initial weights, `state` is that before the first step.
 
     Raises UserError when the micro-batch does not fit.
     """
-    indices = largest_micro_batch(config, inputs, sampler, num_steps)
-    pairs = [inputs.train[idx] for idx in indices]
-    batch = lay_out(config.train, pairs, inputs.pad_id, may_join=True)
-    num_rows, num_columns = batch.input_ids.shape
-    budget = memory_budget(config, engine.policy.model, num_rows, num_columns, reference.num_bytes)
-    if rank() == 0:
-        RunConsole().print(
-            f"memory of a rank: {in_words(budget)}", style="dim", soft_wrap=True, highlight=False
+    engine = method.engine
+    state = dataclasses.replace(state, calibrator=copy.deepcopy(state.calibrator))
+    differences: list[float] = []
+    for measurement in _kinds(config, measurements, state):
+        may_join = measurement.takes_joint_layouts
+        indices = largest_micro_batch(config, inputs, sampler, num_steps, may_join)
+        batch = lay_out(
+            config.train, [inputs.train[idx] for idx in indices], inputs.pad_id, may_join=may_join
         )
-    devices = [engine.device] if engine.device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            z = engine.logprobs(batch.to(engine.device))
-            engine.backward((z * 0).sum(), is_last=False)
-        ref = torch.cat(reference.rows(indices, batch)[:2]).to(engine.device)
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not (isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)):
-            raise
-        raise UserError(
+        num_rows, num_columns = batch.input_ids.shape
+        budget = memory_budget(config, engine.policy.model, num_rows, num_columns, reference.num_bytes)
+        if rank() == 0 and not differences:
+            line = f"memory of a rank: {in_words(budget)}"
+            RunConsole().print(line, style="dim", soft_wrap=True, highlight=False)
+        fault = (
             f"train.pairs_per_device={config.train.pairs_per_device}: the largest micro-batch, {num_rows} "
             f"rows of {num_columns} tokens, does not fit into memory ({in_words(budget)}); type "
             "train.pairs_per_device=1, model.gradient_checkpointing=true, a smaller train.max_length, or a "
             f"higher deepspeed.stage{', or reference=cached' if reference.num_bytes else ''}"
-        ) from None
-    largest = max(gather(float((z.detach() - ref).abs().max())))
+        )
+        with told_when_full(fault):
+            engine.make_moments()
+            z = _forward_and_back(method, state, measurement, MicroBatch(batch, *_nothing(len(indices))))
+            ref = torch.cat(reference.rows(indices, batch)[:2]).to(engine.device)
+            room = update_bytes(config, engine.policy.model, engine.stage)
+            torch.empty(room, dtype=torch.uint8, device=engine.device)  # given back at once
+        differences.append(float((z - ref).abs().max()))
+    largest = max(gather(max(differences)))
     if has_own_weights(config):
         logger.info("policy and reference differ by up to %.3f nats before the first update", largest)
     else:
@@ -77,24 +92,69 @@ def rehearse(
     )  # fmt: skip
 
 
+@contextlib.contextmanager
+def told_when_full(fault: str) -> Iterator[None]:
+    """Raise UserError with the line `fault` where memory runs out inside."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(fault) from None
+
+
+def _kinds(config: ResolvedConfig, measurements: Measurements, state: TrainState) -> Sequence[Measurement]:
+    """The kinds of steps whose memory differs: one, where the measured step is an ordinary one that catches
+    more on its way."""
+    measured = measurements.at(0, state.calibrator)
+    is_joint = config.train.share_prefix or config.train.packing
+    is_other = measured.takes_sides_apart or measured.has_passes_beside
+    is_other |= is_joint and not measured.takes_joint_layouts
+    return (Measurement(), measured) if is_other else (measured,)
+
+
+def _nothing(num_pairs: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Reference log-probs and weights of pairs that pull nowhere, whatever the reference has."""
+    return torch.zeros(num_pairs), torch.zeros(num_pairs), torch.zeros(num_pairs)
+
+
+def _forward_and_back(
+    method: Method, state: TrainState, measurement: Measurement, micro_batch: MicroBatch
+) -> Tensor:
+    """One micro-batch as `rcpo.training.step` runs it, without an end; z (2B,). Collective."""
+    engine = method.engine
+    ref_w, ref_l, weight = (each.to(engine.device) for each in micro_batch[1:4])
+    micro_batch = MicroBatch(micro_batch.batch.to(engine.device), ref_w, ref_l, weight)
+    backward = backward_apart if measurement.takes_sides_apart else backward_together
+    devices = [engine.device] if engine.device.type == "cuda" else []
+    state.calibrator.begin()
+    measurement.begin()
+    for _ in range(min(2, engine.accumulation_steps)):  # the second finds the gradient of the first
+        with torch.random.fork_rng(devices=devices), engine.rehearsing():
+            priced = backward(method, state, micro_batch, measurement)
+    return torch.cat([priced.pair.z_w, priced.pair.z_l])
+
+
 def largest_micro_batch(
-    config: ResolvedConfig, inputs: Inputs, sampler: PairSampler, num_steps: int
+    config: ResolvedConfig, inputs: Inputs, sampler: PairSampler, num_steps: int, may_join: bool = True
 ) -> list[int]:
-    """Of the first pass over the pairs, on any rank, the micro-batch that takes most token slots.
+    """Of the first pass over the pairs, on any rank, the micro-batch that takes most token slots; with
+    `may_join` as train.share_prefix and train.packing lay it out.
 
     Padded rows: no micro-batch of the whole run is larger, since one with the widest pair is among them.
     Where rows are joined (train.share_prefix, train.packing), a later pass may put longer pairs together.
     Takes time in proportion to the pairs, however long the run is.
     """
     train = config.train
+    packing, share_prefix = may_join and train.packing, may_join and train.share_prefix
     lengths = inputs.train.arrays.lengths
-    joined = lengths.sum(axis=1).tolist() if train.share_prefix or train.packing else []
+    joined = lengths.sum(axis=1).tolist() if share_prefix or packing else []
     widths = inputs.train.widths()
 
     def slots(indices: list[int]) -> int:
-        if train.packing:
+        if packing:
             return sum(joined[idx] for idx in indices)
-        of_pair = joined if train.share_prefix else widths
+        of_pair = joined if share_prefix else widths
         return len(indices) * max(of_pair[idx] for idx in indices)
 
     return max(

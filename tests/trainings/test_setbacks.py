@@ -256,6 +256,26 @@ def test_memory_that_runs_out_does_so_before_the_first_step(inputs: Path, tmp_pa
     assert not list(run.checkpoints.iterdir())
 
 
+def test_a_model_that_does_not_fit_at_all_is_one_line_too(inputs: Path, tmp_path: Path) -> None:
+    """Memory that runs out while the engine is made, as a GPU says it."""
+    run = make_run(make_config(inputs, tmp_path / "run", CASE, Layout(1, 8)))
+
+    def work() -> None:
+        import deepspeed
+
+        def initialize(**_: object) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 29.92 GiB.")
+
+        deepspeed.initialize = initialize
+        with pytest.raises(
+            UserError, match=r"^model\.path=.*: its weights, .* at deepspeed\.stage=1 on 1 ranks; type deepsp"
+        ):
+            train_here(run)
+
+    in_a_fork(work)
+    assert not run.rows(run.metrics)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_a_policy_that_disagrees_with_its_reference_at_the_start_is_said(
     inputs: Path, tmp_path: Path, dropout: float, caplog: pytest.LogCaptureFixture
