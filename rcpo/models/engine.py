@@ -6,10 +6,7 @@ weights, checkpoints). Does not own the loss: `rcpo.training.step` hands it a sc
 
 import contextlib
 import io
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,16 +23,14 @@ from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.batch import PairBatch
 from rcpo.models.adapters import exported_tensors
 from rcpo.models.attention import refuse_joint_layout
+from rcpo.models.engine_files import ENGINE_TAG, Writer, convert_to_universal
 from rcpo.models.gradient_norm import group_norms, known, whole_norm
 from rcpo.models.load import load_model
 from rcpo.models.memory import BUCKET
-from rcpo.models.optimizer import build_optimizer, can_be_fused
+from rcpo.models.optimizer import build_optimizer, can_be_fused, make_moments
 from rcpo.models.policy import Policy
 from rcpo.models.speedups import speed_up
 from rcpo.ranks.distributed import barrier, done_by_rank_zero
-
-ENGINE_TAG = "engine"
-"""DeepSpeed's name for the one checkpoint inside a folder that rcpo names and completes by itself."""
 
 
 def deepspeed_config(config: ResolvedConfig) -> dict[str, Any]:
@@ -262,19 +257,10 @@ class Engine:
             self._is_rehearsal = False
 
     def make_moments(self) -> None:
-        """Let AdamW make its moments now, as its first step would make them: zeros. What a first step lacks
-        memory for is then known before it."""
-        if not isinstance(self._optimizer, torch.optim.AdamW):
-            return
-        of_stage_3 = getattr(self._deepspeed.optimizer, "fp32_partitioned_groups_flat", None)
-        for group in self._optimizer.param_groups:
-            on_device = group["fused"] or group["capturable"]
-            for stepped in group["params"] if of_stage_3 is None else of_stage_3:
-                state = self._optimizer.state[stepped]
-                if not state:
-                    place = stepped.device if on_device else "cpu"
-                    state["step"] = torch.zeros((), dtype=torch.float32, device=place)
-                    state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(stepped) for _ in range(2))
+        """Let AdamW make its moments now: what a first step lacks memory for is then known before it."""
+        make_moments(
+            self._optimizer, getattr(self._deepspeed.optimizer, "fp32_partitioned_groups_flat", None)
+        )
 
     def _ends_step(self) -> bool:
         """Whether the current micro-batch is its optimizer step's last."""
@@ -325,7 +311,7 @@ class Engine:
         DeepSpeed's own save has barriers, at which the others would wait for one that has failed.
         """
         kept = self._kept_names()
-        writer = _Writer(self._deepspeed.checkpoint_engine, kept)
+        writer = Writer(self._deepspeed.checkpoint_engine, kept)
         self._deepspeed.checkpoint_engine = writer
         try:
             self._deepspeed.save_checkpoint(
@@ -388,7 +374,7 @@ class Engine:
             self.load(folder)
             return
         universal = folder.parent / ".universal"
-        done_by_rank_zero(lambda: _convert_to_universal(folder / ENGINE_TAG, universal / ENGINE_TAG))
+        done_by_rank_zero(lambda: convert_to_universal(folder / ENGINE_TAG, universal / ENGINE_TAG))
         self._deepspeed._config.load_universal_checkpoint = True
         self._deepspeed.load_checkpoint(str(universal), tag=ENGINE_TAG)
         self._deepspeed._config.load_universal_checkpoint = False
@@ -407,39 +393,6 @@ def _held_still(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         yield
     finally:
         optimizer.step = update  # type: ignore[method-assign]
-
-
-def _convert_to_universal(source: Path, target: Path) -> None:
-    """By DeepSpeed's own converter, in a process of its own: it forks workers."""
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-    command += ["--input_folder", str(source), "--output_folder", str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"DS_ACCELERATOR": "cpu"})
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["no word"])[-1]
-        raise UserError(f"{source}: DeepSpeed's converter to its universal format failed ({last[:300]})")
-
-
-class _Writer:
-    """DeepSpeed's checkpoint engine, whose `save` remembers a fault in place of raising it, and leaves out
-    weights of other names than `kept`."""
-
-    def __init__(self, inner: Any, kept: set[str] | None) -> None:
-        self.inner, self._kept = inner, kept
-        self.fault: Exception | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
-
-    def save(self, state_dict: dict[str, Any], path: str) -> Any:
-        if self._kept is not None and "module" in state_dict:
-            module = {name: value for name, value in state_dict["module"].items() if name in self._kept}
-            state_dict = state_dict | {"module": module}
-        try:
-            return self.inner.save(state_dict, path)
-        except (OSError, RuntimeError) as error:
-            self.fault = self.fault or error
 
 
 def _head_shape(model: PreTrainedModel) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from rcpo.config.resolved import ResolvedConfig
 from rcpo.method.scores import BUCKET_NUMBERS
 from rcpo.models.adapters import last_block_parameters
 from rcpo.models.logprobs import head_sizes, logit_bytes
+from rcpo.models.optimizer import can_be_fused
 
 FP32 = 4
 BYTES_IN_4_BIT = 0.516
@@ -42,9 +43,9 @@ def memory_budget(
     weights      b P; at 3 b P / N and what is whole at a time
     gradients    4 P_t, fp32 whatever the weights; / N at 2 and 3. In bf16 at 1 the largest matrix's cast to
                  fp32 too, or all of the bf16 gradients where `bf16.immediate_grad_update` is off
-    optimizer    4 P_t for each of AdamW's two moments or SGD's momentum, and 4 P_t of masters at 1 to 3 and
-                 in bf16; / N at 1 to 3; with deepspeed.offload=optimizer elsewhere
-    exchange     one bucket at 2 and 3, and in fp32 at 1
+    optimizer    4 P_t for each of AdamW's two moments (P_t in 8 bits) or SGD's momentum, and 4 P_t of masters
+                 at 1 to 3 and in bf16; / N at 1 to 3; with deepspeed.offload=optimizer elsewhere
+    exchange     one bucket at 2 and 3, and in fp32 at 1; two at 2 on GPUs, where gradients travel meanwhile
     head         fp32 logits of a chunk and the kept ones; where the head trains, the fp32 product of a chunk
                  and the sum of them
     calibration  2 P_t fp32 / N with scope full and two buckets, 2 V H fp32 and their shares with scope head;
@@ -52,7 +53,7 @@ def memory_budget(
     reference    0: its log-probabilities are computed beforehand, two numbers a pair; or what a live model
                  holds
     update       what the update needs beyond activations and head, which are gone by then: AdamW's fp32
-                 denominator and, sharded, the flat gradient
+                 denominator, where it is not one kernel, and, sharded, the flat gradient
     """
     stage = config.zero_stage if stage is None else stage
     size = 2 if config.model.dtype == "bfloat16" else FP32
@@ -61,7 +62,7 @@ def memory_budget(
         "weights": _weight_bytes(config, model, size, stage),
         "gradients": _gradient_bytes(config, model, size, stage),
         "optimizer": _optimizer_bytes(config, model, size, stage),
-        "exchange": _exchange_bytes(model, size, stage),
+        "exchange": _exchange_bytes(config, model, size, stage),
         "activations": activation_bytes(config, shape, num_rows, width, size),
         "head": _head_bytes(config, model, num_rows * width, size),
         "calibration": _calibration_bytes(config, model),
@@ -126,25 +127,28 @@ def _gradient_bytes(config: ResolvedConfig, model: PreTrainedModel, size: int, s
 def _optimizer_bytes(config: ResolvedConfig, model: PreTrainedModel, size: int, stage: int) -> int:
     if config.deepspeed.offload == "optimizer":
         return 0
-    num_moments = 2 if config.optim.name == "adamw" else int(config.optim.momentum > 0)
-    master = int(stage > 0 or size < FP32)
-    return FP32 * _trained(model) * (num_moments + master) // (config.world_size() if stage >= 1 else 1)
+    moments = {"adamw": 2 * FP32, "adamw_8bit": 0 if config.optim.paged else 2}
+    of_number = moments.get(config.optim.name, FP32 * (config.optim.momentum > 0))
+    of_number += FP32 * (stage > 0 or size < FP32)
+    return _trained(model) * of_number // (config.world_size() if stage >= 1 else 1)
 
 
-def _exchange_bytes(model: PreTrainedModel, size: int, stage: int) -> int:
-    has_buckets = stage >= 2 or (stage == 1 and size == FP32)
-    return FP32 * min(BUCKET, _trained(model)) if has_buckets else 0
+def _exchange_bytes(config: ResolvedConfig, model: PreTrainedModel, size: int, stage: int) -> int:
+    num_buckets = int(stage >= 2 or (stage == 1 and size == FP32))
+    num_buckets += stage == 2 and config.train.device == "cuda" and config.world_size() > 1
+    return FP32 * num_buckets * min(BUCKET, _trained(model))
 
 
 def update_bytes(config: ResolvedConfig, model: PreTrainedModel, stage: int) -> int:
-    """What an update has at a time beyond what stays: AdamW's square root of the second moment, and the flat
-    gradient that stages 1 to 3 make."""
+    """What an update has at a time beyond what stays: AdamW's square root of the second moment, where it is
+    not one kernel, and the flat gradient that stages 1 to 3 make."""
     if config.deepspeed.offload == "optimizer":
         return 0
     share = FP32 * _trained(model) // (config.world_size() if stage >= 1 else 1)
     if stage == 3:
         share = min(share, FP32 * LIVE_NUMBERS)
-    return share * ((config.optim.name == "adamw") + (stage >= 1))
+    has_denominator = config.optim.name == "adamw" and not can_be_fused(config)
+    return share * (has_denominator + (stage >= 1))
 
 
 def _live_reference_bytes(config: ResolvedConfig, model: PreTrainedModel, stage: int) -> int:

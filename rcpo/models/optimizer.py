@@ -52,3 +52,17 @@ def build_optimizer(
 def can_be_fused(config: ResolvedConfig) -> bool:
     """Whether weights and moments are on a GPU."""
     return config.train.device == "cuda" and config.deepspeed.offload == "none"
+
+
+def make_moments(optimizer: torch.optim.Optimizer, stepped: list[torch.Tensor] | None = None) -> None:
+    """AdamW's moments of its parameters, or of `stepped`, as its first step would make them: zeros. Other
+    optimizers make theirs in their first step."""
+    if not isinstance(optimizer, torch.optim.AdamW):
+        return
+    for group in optimizer.param_groups:
+        on_device = group["fused"] or group["capturable"]
+        for each in group["params"] if stepped is None else stepped:
+            if not (state := optimizer.state[each]):
+                place = each.device if on_device else "cpu"
+                state["step"] = torch.zeros((), dtype=torch.float32, device=place)
+                state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(each) for _ in range(2))
