@@ -11,7 +11,7 @@ from rcpo.bench.machine import model_flops, peak_tflops
 from rcpo.bench.plan import Contender, Outcome
 from rcpo.bench.shares import BUCKETS
 from rcpo.bench.work import num_tokens
-from rcpo.config.resolve import data_label, model_label
+from rcpo.config.names import data_label, model_label
 
 
 class Speed(NamedTuple):

@@ -63,6 +63,15 @@ def run(options: argparse.Namespace) -> int:
     if options.explain:
         explain(words)
         return 0
+    from rcpo.ranks.environment import joined_world_size
+
+    if joined_world_size() is None:  # else rank 0 speaks for all
+        from rcpo.launch.first_look import look
+
+        tree = compose(words)
+        if tree is None:
+            return 0
+        look(tree, options.overwrite)
     from rcpo.launch.start import start
 
     return start(lambda: prepare(words), overwrite=options.overwrite)

@@ -40,7 +40,7 @@ class Origin:
 def model_folder(model: "ModelConfig") -> Path:
     """Where the model is, if it is in a folder; no folder for a hub id."""
     import rcpo.builtin
-    from rcpo.config.resolve import TINY
+    from rcpo.config.names import TINY
 
     return Path(rcpo.builtin.__file__).parent / "tiny" if model.path == TINY else Path(model.path)
 

@@ -7,21 +7,16 @@ the device and through the number of ranks.
 import dataclasses
 import glob
 import itertools
-import os
-import re
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from rcpo.common.errors import UserError, shortened
+from rcpo.common.errors import UserError
+from rcpo.config.names import TINY, absolute_run_dir, check_name, data_label, default_name, model_label
 from rcpo.config.resolved import ResolvedConfig, as_resolved
 from rcpo.config.schema import Config, LaunchConfig, MixPart, ModelConfig, Stage, TrackingConfig
 from rcpo.objectives import objective_of
-
-TINY = "builtin:tiny"
-"""`model.path` of the model that ships with rcpo."""
 
 
 def resolve(
@@ -58,7 +53,7 @@ def resolve(
             # The parameters that were not given too: no YAML file lists those of a user's own objective.
             objective=config.objective | objective_of(config.objective).params(),
             name=name,
-            run_dir=_run_dir(config.run_dir or f"runs/{name}"),
+            run_dir=absolute_run_dir(config.run_dir or f"runs/{name}"),
             train=train,
             calibration=dataclasses.replace(config.calibration, scope=_scope(config)),
             model=_model(config.model, dtype),
@@ -101,53 +96,6 @@ def _default_lr(config: Config) -> float:
     """An adapter takes about ten times the rate that all weights do."""
     lr, with_adapter = (3e-4, 3e-3) if config.model.path == TINY else (1e-6, 1e-5)
     return lr if config.model.lora.rank is None else with_adapter
-
-
-def model_label(config: Config) -> str:
-    """Short name of the model for names and tags: the last part of its path."""
-    return config.model.path.rstrip("/").rsplit("/", 1)[-1].rsplit(":", 1)[-1]
-
-
-def data_label(config: Config) -> str:
-    """Short name of the data: arithmetic, or the last part of its path without suffixes and a glob's
-    signs."""
-    paths = config.data.train_paths()
-    if not paths:
-        return config.data.source
-    *folders, name = paths[0].rstrip("/").split("/")
-    last = re.sub(r"[*?\[\]]+", "", name.split(".", 1)[0]) or (folders or ["files"])[-1]
-    return last if len(paths) == 1 else f"{last}-and-{len(paths) - 1}-more"
-
-
-def default_name(config: Config) -> str:
-    """OBJECTIVE-CALIBRATION-MODEL-DATE-TIME, safe as a file name."""
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    label = re.sub(r"[^A-Za-z0-9._-]+", "_", model_label(config))[:48]
-    return f"{config.objective['name']}-{config.calibration.name}-{label}-{stamp}"
-
-
-def check_name(name: str) -> None:
-    """Raise UserError where `name` is not safe as a file name everywhere."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
-        raise UserError(
-            f"name={shortened(repr(name))}: must be 1 to 100 letters, digits, '.', '_' or '-', and start "
-            "with a letter or digit; type for example name=dpo-on-1"
-        )
-
-
-def _run_dir(given: str) -> str:
-    """The run folder's absolute path. Raises UserError for one that no file system takes."""
-    try:
-        path = Path(given).expanduser().absolute()
-        too_long = max(len(os.fsencode(part)) for part in path.parts) > 255 or len(os.fsencode(path)) > 4000
-    except (RuntimeError, OSError, ValueError) as error:
-        raise UserError(f"run_dir={shortened(given)}: is no path ({error}); type run_dir=FOLDER") from None
-    if too_long:
-        raise UserError(
-            f"run_dir={shortened(given)}: a name in it is longer than 255 bytes, or all of it than 4000; "
-            "type run_dir=FOLDER"
-        )
-    return str(path)
 
 
 def _absolute(path: str | None) -> str | None:

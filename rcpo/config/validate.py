@@ -8,7 +8,6 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from rcpo.common.errors import UserError, shortened
-from rcpo.config.rules import check_combinations
 from rcpo.config.schema import Config
 
 Kind = TypeVar("Kind", bound=Config)
@@ -23,6 +22,8 @@ def validate(tree: dict[str, Any]) -> Config:
 
 def validate_as(kind: type[Kind], tree: dict[str, Any]) -> Kind:
     """The same for a config with narrower types (`rcpo.config.resolved`)."""
+    from rcpo.config.rules import check_combinations  # which loads torch
+
     config = section_of(kind, tree)
     check_combinations(config)
     return config

@@ -10,7 +10,7 @@ from typing import Any
 
 import rcpo.builtin
 from rcpo.common.errors import UserError
-from rcpo.config.resolve import TINY
+from rcpo.config.names import TINY
 from rcpo.config.schema import ModelConfig
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 from rcpo.common.errors import UserError
-from rcpo.config.resolve import TINY
+from rcpo.config.names import TINY
 from rcpo.config.resolved import ResolvedConfig
 
 COMMIT = re.compile(r"[0-9a-f]{40}")

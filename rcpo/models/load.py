@@ -9,7 +9,6 @@ import contextlib
 import io
 import json
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 import rcpo.builtin
 from rcpo.common.errors import UserError
-from rcpo.config.resolve import TINY
+from rcpo.config.names import TINY
 from rcpo.config.schema import ModelConfig
 from rcpo.data.generation import Generation, set_generation
 from rcpo.data.template import apply_chat_template_choice
@@ -44,22 +43,11 @@ from rcpo.models.adapters import (
 from rcpo.models.attention import leave_masks_unread, transformers_name
 from rcpo.models.generation import end_ids
 from rcpo.models.hub import hub_folder, is_hub_id
+from rcpo.models.places import check_config_file, refuse_no_place
 
 logger = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
-
-
-def refuse_no_place(path: str) -> None:
-    """Raise UserError where `path` is neither a folder, nor builtin:tiny, nor may be a hub id."""
-    if path == TINY or os.path.isdir(path):
-        return
-    if os.path.exists(path):
-        raise UserError(f"model.path={path}: is a file; it must be a folder with config.json and weights")
-    if path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise UserError(
-            f"model.path={path[:200]}: no such folder; give a model folder, a hub id or builtin:tiny"
-        )
 
 
 def model_place(
@@ -83,7 +71,7 @@ def model_place(
         folder = hub_folder(path, revision, needs_weights, allow_pickle)
     place = str(folder)
     refuse_adapter(path, place)
-    _check_config_file(folder, path)
+    check_config_file(folder, path)
     if not needs_weights or any(folder.glob("*.safetensors")):
         return place
     if not any(folder.glob("*.bin")):
@@ -94,21 +82,6 @@ def model_place(
             "model.allow_pickle=true to load tensors, and nothing but tensors, from them"
         )
     return place
-
-
-def _check_config_file(folder: Path, path: str) -> None:
-    """Raise UserError where config.json is missing or no JSON object."""
-    file = folder / "config.json"
-    if not file.is_file():
-        final = folder / "final"
-        advice = f"type model.path={final}" if final.is_dir() else "give another"
-        raise UserError(f"model.path={path}: has no config.json, so it is no model folder; {advice}")
-    try:
-        is_object = isinstance(json.loads(file.read_bytes()), dict)
-    except (ValueError, RecursionError):
-        is_object = False
-    if not is_object:
-        raise UserError(f"model.path={path}: its config.json is not a JSON object; copy the model again")
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:

@@ -7,7 +7,7 @@ from typing import Any
 
 import rcpo
 from rcpo.common.console import percent
-from rcpo.config.resolve import data_label, model_label
+from rcpo.config.names import data_label, model_label
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.monitor.summary import TABLE_HEADER, _nats, sentence, table_rows
 from rcpo.objectives import Objective

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rcpo.common.console import KEPT_NATS, nats, percent
-from rcpo.config.resolve import data_label, model_label
+from rcpo.config.names import data_label, model_label
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.runs.folder import RunFolder
 

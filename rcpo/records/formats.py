@@ -12,11 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rcpo.records.places import Place
+from rcpo.records.places import SUFFIXES, Place
 
-SUFFIXES = (
-    ".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet",
-)  # fmt: skip
 _LARGEST_CSV_FIELD = 2**31 - 1
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 

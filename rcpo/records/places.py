@@ -18,6 +18,12 @@ _SLICE = re.compile(r"(?P<split>[\w.-]+)(\[((?P<first>-?\d+)(?P<p>%)?)?:((?P<las
 _MOST_NAMED = 3
 
 
+SUFFIXES = (
+    ".json", ".jsonl", ".json.gz", ".jsonl.gz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".parquet",
+)  # fmt: skip
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
 @dataclass(frozen=True)
 class Place:
     """Where rows are, and the config keys that say so, for errors."""
@@ -158,3 +164,25 @@ def files_of(place: Place) -> Iterable[Place]:
         if len(found) > MOST_FILES:
             raise place.only(path).error(f"matches more than {MOST_FILES} files; give a narrower one")
         yield from map(place.only, found)
+
+
+def local_path(place: Place) -> Path:
+    """Where a place of one path would be on this machine. Raises UserError where that is no path."""
+    try:
+        path = Path(place.shown).expanduser()
+        path.exists()
+    except (RuntimeError, OSError) as error:  # ~somebody who does not exist; a name too long; no permission
+        raise UserError(
+            f"{place.path_key}={shortened(place.shown)}: is no path ({error}); give one"
+        ) from None
+    return path
+
+
+def refuse_absent(place: Place) -> None:
+    """Raise UserError for a place of one path that is not here and cannot be a hub id."""
+    path = place.shown
+    may_be_hub_id = _HUB_ID.fullmatch(path) and not path.startswith(".") and not path.endswith(SUFFIXES)
+    if not local_path(place).exists() and not may_be_hub_id:
+        raise place.error(
+            f"no such file or folder; give a file ({', '.join(SUFFIXES)}), a folder or a hub id"
+        )

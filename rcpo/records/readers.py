@@ -9,17 +9,14 @@ it.
 import bisect
 import itertools
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rcpo.common.errors import UserError, shortened
-from rcpo.records.formats import SUFFIXES, Part, first_line, read_file
-from rcpo.records.places import MOST_FILES, Place, files_of, slices_of
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+from rcpo.common.errors import UserError
+from rcpo.records.formats import Part, first_line, read_file
+from rcpo.records.places import MOST_FILES, SUFFIXES, Place, files_of, local_path, refuse_absent, slices_of
 
 
 @dataclass(frozen=True)
@@ -94,13 +91,8 @@ def _rows_of(parts: list[Part], wanted: range) -> list[dict[str, Any]]:
 
 def _read_part(place: Place, split: str | None, wanted: set[str]) -> Part:
     """Rows of one file, folder or hub id."""
-    try:
-        path = Path(place.shown).expanduser()
-        is_there = path.exists()
-    except (RuntimeError, OSError) as error:  # ~somebody who does not exist; a name too long; no permission
-        raise UserError(
-            f"{place.path_key}={shortened(place.shown)}: is no path ({error}); give one"
-        ) from None
+    path = local_path(place)
+    is_there = path.exists()
     if is_there and path.is_file():
         if split not in (None, "train"):
             raise _unknown_split(place, split, ["train"])
@@ -161,10 +153,7 @@ def _load_folder(path: Path, place: Place) -> Any:
 
 def _load_hub(place: Place) -> Any:
     path = place.shown
-    if not _HUB_ID.fullmatch(path) or path.startswith(".") or path.endswith(SUFFIXES):
-        raise place.error(
-            f"no such file or folder; give a file ({', '.join(SUFFIXES)}), a folder or a hub id"
-        )
+    refuse_absent(place)
     import datasets
 
     try:

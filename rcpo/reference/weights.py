@@ -14,7 +14,8 @@ from rcpo.config.resolved import ResolvedConfig
 from rcpo.config.schema import LoraConfig, ModelConfig
 from rcpo.models.adapter_files import refuse_adapter
 from rcpo.models.checks import check_model, check_positions, check_vocabulary
-from rcpo.models.load import load_tokenizer, one_line_errors, refuse_no_place
+from rcpo.models.load import load_tokenizer, one_line_errors
+from rcpo.models.places import refuse_no_place
 
 
 def own_weights(config: ResolvedConfig) -> str | None:

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from rcpo.common.errors import UserError
-from rcpo.config.resolve import TINY
+from rcpo.config.names import TINY
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.records.places import is_glob
 from rcpo.sweep.freeze import FrozenCell

@@ -16,7 +16,8 @@ import yaml
 from helpers import forked
 from rcpo.common.conf import conf_dir
 from rcpo.common.errors import UserError
-from rcpo.config.resolve import data_label, default_name, model_label, resolve
+from rcpo.config.names import data_label, default_name, model_label
+from rcpo.config.resolve import resolve
 from rcpo.config.schema import Config
 from rcpo.config.validate import validate
 from rcpo.objectives import REGISTRY

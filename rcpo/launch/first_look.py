@@ -1,0 +1,40 @@
+"""What can be refused before torch is loaded: words, kinds and ranges of values, names, and files and folders
+that are not there. What is found here, `rcpo.launch.start` would find too, seconds later."""
+
+from pathlib import Path
+from typing import Any
+
+from rcpo.config.names import TINY, absolute_run_dir, check_name
+from rcpo.config.schema import Config
+from rcpo.config.validate import section_of
+from rcpo.models.places import check_config_file, refuse_no_place
+from rcpo.records.places import files_of, held_out_place, refuse_absent, training_place
+from rcpo.runs.folder import RunFolder
+
+
+def look(tree: dict[str, Any], overwrite: bool) -> None:
+    """Raises UserError for the first fault of a composed tree that a look at it can tell."""
+    config = section_of(Config, tree)
+    if config.name is not None:
+        check_name(config.name)
+    given = config.run_dir or (None if config.name is None else f"runs/{config.name}")
+    if given is not None and not overwrite:
+        RunFolder(absolute_run_dir(given)).refuse_existing()
+    _look_at_model(config.model.path)
+    _look_at_data(config)
+
+
+def _look_at_model(path: str) -> None:
+    refuse_no_place(path)
+    if path != TINY and Path(path).is_dir() and not (Path(path) / "adapter_config.json").is_file():
+        check_config_file(Path(path), path)
+
+
+def _look_at_data(config: Config) -> None:
+    data = config.data
+    if data.source == "arithmetic" or data.mix is not None:  # a mixture's errors say which part they are of
+        return
+    places = [None if data.path is None else training_place(data), held_out_place(data)]
+    for place in filter(None, places):
+        for one in files_of(place):
+            refuse_absent(one)

@@ -1,0 +1,36 @@
+"""Whether `model.path` can be a model, as far as its name and config.json say. Loads no torch. Called by
+`rcpo.models.load` and, before anything is loaded, by `rcpo.launch.first_look`."""
+
+import json
+import os
+from pathlib import Path
+
+from rcpo.common.errors import UserError
+from rcpo.config.names import TINY
+
+
+def refuse_no_place(path: str) -> None:
+    """Raise UserError where `path` is neither a folder, nor builtin:tiny, nor may be a hub id."""
+    if path == TINY or os.path.isdir(path):
+        return
+    if os.path.exists(path):
+        raise UserError(f"model.path={path}: is a file; it must be a folder with config.json and weights")
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise UserError(
+            f"model.path={path[:200]}: no such folder; give a model folder, a hub id or builtin:tiny"
+        )
+
+
+def check_config_file(folder: Path, path: str) -> None:
+    """Raise UserError where config.json is missing or no JSON object."""
+    file = folder / "config.json"
+    if not file.is_file():
+        final = folder / "final"
+        advice = f"type model.path={final}" if final.is_dir() else "give another"
+        raise UserError(f"model.path={path}: has no config.json, so it is no model folder; {advice}")
+    try:
+        is_object = isinstance(json.loads(file.read_bytes()), dict)
+    except (ValueError, RecursionError):
+        is_object = False
+    if not is_object:
+        raise UserError(f"model.path={path}: its config.json is not a JSON object; copy the model again")
