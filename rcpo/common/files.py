@@ -1,13 +1,23 @@
 """Files and folders that are replaced whole or not at all, and where the user's cache is."""
 
 import contextlib
+import hashlib
+import io
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, TypedDict
 
 REPLACED = ".old"
 """Ending of a folder that another takes the place of just now."""
+
+
+class FileEntry(TypedDict):
+    """What a manifest says of a file."""
+
+    bytes: int
+    sha256: str
 
 
 def write_atomically(path: Path, content: str | bytes, by_many: bool = False) -> None:
@@ -61,6 +71,50 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class HashedFile(io.RawIOBase):
+    """A new file whose SHA-256 is known when it is closed, and which is on disk then: nothing of it has to be
+    read again, and no other process has to vouch for it."""
+
+    def __init__(self, path: Path) -> None:
+        self._file, self._digest, self._num_bytes = path.open("wb"), hashlib.sha256(), 0
+        self._is_broken = False
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._is_broken = True
+        self._file.write(data)
+        self._is_broken = False
+        self._digest.update(data)
+        num_bytes = memoryview(data).nbytes
+        self._num_bytes += num_bytes
+        return num_bytes
+
+    def close(self) -> None:
+        if not self.closed:
+            try:
+                if not self._is_broken:  # what broke it has been said
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
+            finally:
+                self._file.close()
+                super().close()
+
+    def entry(self) -> FileEntry:
+        return {"bytes": self._num_bytes, "sha256": self._digest.hexdigest()}
+
+
+def entry_of(path: Path) -> FileEntry:
+    """By reading it."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def remove(path: Path) -> None:

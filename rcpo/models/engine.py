@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, get_scheduler
 from transformers.integrations import HfDeepSpeedConfig
 
 from rcpo.common.errors import UserError
+from rcpo.common.files import FileEntry
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.batch import PairBatch
 from rcpo.models.adapters import exported_tensors
@@ -304,8 +305,9 @@ class Engine:
                 weights[name] = buffer.detach().to("cpu", copy=True)
         return weights
 
-    def save(self, folder: Path) -> None:
-        """Write engine, optimizer and schedule under `folder`; of weights those that train. Collective.
+    def save(self, folder: Path) -> dict[Path, FileEntry]:
+        """Write engine, optimizer and schedule under `folder`; of weights those that train. Returns what this
+        rank has written. Collective.
 
         Raises OSError or RuntimeError where this rank could not write, after all ranks are through:
         DeepSpeed's own save has barriers, at which the others would wait for one that has failed.
@@ -321,6 +323,7 @@ class Engine:
             self._deepspeed.checkpoint_engine = writer.inner
         if writer.fault is not None:
             raise writer.fault
+        return writer.written
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote, on the same number of ranks and the same stage. Collective.

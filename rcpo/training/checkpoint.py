@@ -12,12 +12,13 @@ checkpoints/step-000100/engine/...   DeepSpeed's files: weights, optimizer, sche
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,7 +27,15 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from rcpo.common.errors import SaveError, UserError
-from rcpo.common.files import REPLACED, path_beside, put_in_place, write_atomically
+from rcpo.common.files import (
+    REPLACED,
+    FileEntry,
+    entry_of,
+    path_beside,
+    put_in_place,
+    sha256,
+    write_atomically,
+)
 from rcpo.models.engine import Engine
 from rcpo.models.load import save_model
 from rcpo.ranks.distributed import done_by_rank_zero, gather, rank, world_size
@@ -114,21 +123,27 @@ def save_checkpoint(
             shutil.rmtree(beside, ignore_errors=True)
             for folder in ("rng", "scores"):
                 (beside / folder).mkdir(parents=True)
+    written: dict[Path, FileEntry] = {}
     with _all_or_nothing(beside):
-        engine.save(beside)
-        save_file(_rng_state(), _of_rank(beside / "rng"))
-        if scores:
-            save_file(scores, _of_rank(beside / "scores"))
+        written |= engine.save(beside)
+        for folder, tensors in (("rng", _rng_state()), ("scores", scores)):
+            if tensors:
+                save_file(tensors, file := _of_rank(beside / folder))
+                written[file] = entry_of(file)
     weights = engine.whole_weights()
+    known = {str(file.relative_to(beside)): entry for each in gather(written) for file, entry in each.items()}
+
+    def complete() -> None:
+        save_model(engine.policy.model, weights or {}, tokenizer, beside / "model")
+        state = train_state | {"world_size": world_size(), "stage": engine.stage}
+        write_atomically(beside / "state.json", json.dumps(state, indent=2))
+        _complete(beside, place, known)
+        if keep_last is not None:
+            for path in complete_checkpoints(run)[keep_last:]:
+                shutil.rmtree(path, ignore_errors=True)
+
     with _all_or_nothing(beside):
-        if weights is not None:
-            save_model(engine.policy.model, weights, tokenizer, beside / "model")
-            state = train_state | {"world_size": world_size(), "stage": engine.stage}
-            write_atomically(beside / "state.json", json.dumps(state, indent=2))
-            _complete(beside, place)
-            if keep_last is not None:
-                for path in complete_checkpoints(run)[keep_last:]:
-                    shutil.rmtree(path, ignore_errors=True)
+        done_by_rank_zero(complete)
     return place
 
 
@@ -220,11 +235,6 @@ def check_manifest(path: Path) -> None:
             )
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _rng_state() -> dict[str, torch.Tensor]:
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -232,12 +242,17 @@ def _rng_state() -> dict[str, torch.Tensor]:
     return state
 
 
-def _complete(beside: Path, place: Path) -> None:
-    """Checksum and rename: from here on the checkpoint exists."""
-    files = sorted(file for file in beside.rglob("*") if file.is_file())
-    manifest = {
-        str(file.relative_to(beside)): {"bytes": file.stat().st_size, "sha256": sha256(file)}
-        for file in files
-    }
+HASHED_AT_ONCE = 8
+"""Files: hashing one keeps a core busy, and nothing else."""
+
+
+def _complete(beside: Path, place: Path, known: Mapping[str, FileEntry] = MappingProxyType({})) -> None:
+    """Checksum and rename: from here on the checkpoint exists. What is `known` already was hashed by the rank
+    that wrote it."""
+    names = (str(file.relative_to(beside)) for file in beside.rglob("*") if file.is_file())
+    rest = [name for name in names if name not in known]
+    with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
+        entries = dict(zip(rest, pool.map(lambda name: entry_of(beside / name), rest), strict=True))
+    manifest = dict(sorted((entries | dict(known)).items()))
     write_atomically(beside / "manifest.json", json.dumps(manifest, indent=2))
     put_in_place(beside, place)

@@ -29,7 +29,7 @@ from rcpo.monitor.sinks import Sink, build_sinks
 from rcpo.monitor.summary import summarize
 from rcpo.objectives import Objective
 from rcpo.ranks import stopping
-from rcpo.ranks.distributed import done_by_rank_zero, rank, world_size
+from rcpo.ranks.distributed import done_by_rank_zero, from_rank_zero, rank, world_size
 from rcpo.ranks.transfer import to_device
 from rcpo.reference.maker import ReferenceMaker
 from rcpo.runs.folder import RunFolder
@@ -122,6 +122,9 @@ def _too_large(config: ResolvedConfig) -> str:
 def _train_steps(training: Training, watch: StepWatch) -> None:
     """Optimizer steps up to the run's end, with their rows, evaluations and checkpoints. Collective."""
     config, state, engine = training.config, training.state, training.engine
+    time_left = stopping.of_this_job()
+    if _lacks_evaluation(training):  # a stop before it did not wait for it
+        _evaluate(training)
     while state.step < training.num_steps:
         started = time.perf_counter()
         measurement = training.measurements.at(state.step, state.calibrator)
@@ -133,13 +136,15 @@ def _train_steps(training: Training, watch: StepWatch) -> None:
         watch.before(training, micro_batches)
         try:
             trained = train_step(
-                training.method, state, micro_batches, measurement, probe, stopping.asked(), mismatched
-            )
+                training.method, state, micro_batches, measurement, probe,
+                lambda: stopping.asked() or time_left.is_up(), mismatched,
+            )  # fmt: skip
         except NonFiniteStepError as error:
             trained = TrainedStep(skip_or_stop(training, error), stop=False)
         else:
             watch.after(trained)
         seconds = time.perf_counter() - started
+        time_left.longest_step = max(time_left.longest_step, seconds)
         row = trained.row | {
             "step": state.step,
             "train/lr": lr,
@@ -153,13 +158,28 @@ def _train_steps(training: Training, watch: StepWatch) -> None:
         }
         for sink in training.sinks:
             sink.log_step(row)
-        if state.step == training.num_steps or _due(state.step, config.train.eval_every):
-            pairs, pad_id = training.inputs.held_out, training.inputs.pad_id
-            result = evaluate_logprobs(engine, pairs, pad_id, eval_batch(config))
-            _note_evaluation(training, result)
-        is_saved = _due(state.step, config.train.save_every) and save_or_go_on(training)
-        if trained.stop and state.step < training.num_steps:
-            stop_with_checkpoint(training, is_saved)
+        is_end = state.step == training.num_steps
+        if trained.stop and not is_end:
+            stop_with_checkpoint(training, time_left.is_up())
+        if is_end or _due(state.step, config.train.eval_every):
+            _evaluate(training)
+        if _due(state.step, config.train.save_every):
+            save_or_go_on(training, time_left)
+
+
+def _evaluate(training: Training) -> None:
+    """Displacement of the held-out pairs, to every sink. Collective."""
+    pairs, pad_id = training.inputs.held_out, training.inputs.pad_id
+    result = evaluate_logprobs(training.engine, pairs, pad_id, eval_batch(training.config))
+    _note_evaluation(training, result)
+
+
+def _lacks_evaluation(training: Training) -> bool:
+    """Whether a resumed run has none of the step that it goes on from, and one is due there. Collective."""
+    step, run = training.state.step, training.run
+    if step == 0 or step == training.num_steps or not _due(step, training.config.train.eval_every):
+        return False
+    return bool(from_rank_zero(rank() == 0 and all(row["step"] != step for row in run.rows(run.eval))))
 
 
 @contextlib.contextmanager

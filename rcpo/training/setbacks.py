@@ -3,6 +3,7 @@ is wanted back. All of it is collective; called by `rcpo.training.loop`.
 """
 
 import logging
+import time
 from typing import TYPE_CHECKING
 
 from rcpo.common.errors import NonFiniteError, SaveError, StoppedError
@@ -59,26 +60,29 @@ def _rows_of(training: "Training", lost: list[int]) -> list[int]:
     return [training.inputs.train[idx].row for number in lost for idx in batches[number]]
 
 
-def save_or_go_on(training: "Training") -> bool:
-    """Write a checkpoint; where that fails, warn, or raise SaveError, as train.on_save_error says. Returns
-    whether it is there."""
+def save_or_go_on(training: "Training", time_left: stopping.TimeLeft) -> None:
+    """Write a checkpoint, and take note of its time; where it fails, warn, or raise SaveError, as
+    train.on_save_error says."""
+    started = time.perf_counter()
     try:
         training.save()
-        return True
     except SaveError as error:
         if training.config.train.on_save_error == "stop":
             raise
         logger.warning("%s; the run goes on (train.on_save_error=continue)", error)
-        return False
+        return
+    warning = time_left.note_save(time.perf_counter() - started)
+    if warning is not None:
+        logger.warning("%s", warning)
 
 
-def stop_with_checkpoint(training: "Training", is_saved: bool) -> None:
-    """Raise StoppedError, after a checkpoint where there is none of this step yet."""
+def stop_with_checkpoint(training: "Training", is_time_up: bool = False) -> None:
+    """Raise StoppedError, after a checkpoint."""
     step, path = training.state.step, training.run.path
-    seen = f"stopped by {stopping.signal_name()} after step {step} of {training.num_steps}"
-    if not is_saved:
-        try:
-            training.save()
-        except SaveError as error:
-            raise StoppedError(f"{seen}, without a checkpoint: {error}") from None
+    name = stopping.signal_name("the end of the job's time" if is_time_up else "SIGTERM")
+    seen = f"stopped by {name} after step {step} of {training.num_steps}"
+    try:
+        training.save()
+    except SaveError as error:
+        raise StoppedError(f"{seen}, without a checkpoint: {error}") from None
     raise StoppedError(f"{seen}, with a checkpoint; `rcpo resume {path}` goes on")

@@ -21,7 +21,7 @@ Shape legend: B pairs of a micro-batch.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import NamedTuple
@@ -91,14 +91,15 @@ def train_step(
     micro_batches: Sequence[MicroBatch],
     measurement: Measurement,
     probe: Probe | None = None,
-    asked_to_stop: bool = False,
+    asked_to_stop: Callable[[], bool] = lambda: False,
     mismatched: Sequence[MicroBatch] = (),
 ) -> TrainedStep:
     """Train on this rank's micro-batches of one global batch.
 
     `measurement` says which score vectors are caught on the way; `probe` is the displacement of the
     held-out probe pairs, where the calibrator asked for it; `mismatched` are this rank's mismatched pairs,
-    where the objective needs them. `state` advances by one step. The only wait for the device is the one
+    where the objective needs them. `asked_to_stop` is asked as late as the ranks can
+    still hear of it in this step. `state` advances by one step. The only wait for the device is the one
     reduction over the ranks (two with mismatched pairs); it comes before the update, so that numbers that
     are not finite never reach the weights.
 
@@ -126,7 +127,7 @@ def train_step(
     totals = sum_parts_over_ranks(
         engine.device,
         lost=lost.any(),
-        asked_to_stop=[float(asked_to_stop)],
+        asked_to_stop=[float(asked_to_stop())],
         quantities=quantities,
         statistics=statistics,
         of_ranks=list(of_rank.values()),

@@ -209,9 +209,9 @@ def die_at(moment: Moment, step: int) -> None:
         return
     complete = rcpo.training.checkpoint._complete
 
-    def die_before_completing(beside: Path, place: Path) -> None:
+    def die_before_completing(beside: Path, place: Path, *known: Any) -> None:
         kill_when(place.name == f"step-{step:06d}")
-        complete(beside, place)
+        complete(beside, place, *known)
 
     rcpo.training.checkpoint._complete = die_before_completing
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from rcpo.common.errors import UserError
+from rcpo.common.files import sha256
 from rcpo.runs.folder import RunFolder
-from rcpo.training.checkpoint import _complete, check_manifest, checkpoint_path, newest_checkpoint, sha256
+from rcpo.training.checkpoint import _complete, check_manifest, checkpoint_path, newest_checkpoint
 
 FILES = {
     "state.json": b'{"step": 3}',

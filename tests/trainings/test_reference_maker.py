@@ -22,6 +22,7 @@ from rcpo.common.errors import StoppedError, UserError
 from rcpo.config.schema import Config
 from rcpo.launch.changes import changed_config
 from rcpo.models.load import load_tokenizer
+from rcpo.ranks.stopping import TimeLeft
 from rcpo.reference.weights import check_reference, has_own_weights
 from rcpo.runs.folder import RunFolder
 from rcpo.training.read_inputs import read_inputs
@@ -59,9 +60,9 @@ def weights_held(run: RunFolder) -> tuple[list[int], int]:
 
     def look(*args: object) -> None:
         gc.collect()
-        engine, reference = args[2], args[5]
+        engine, reference = args[2].engine, args[5]  # type: ignore[attr-defined]
         alive = [model for each in seen if (model := each()) is not None and not _is_part(model)]
-        alive.sort(key=lambda model: model is not engine.policy.model)  # type: ignore[attr-defined]
+        alive.sort(key=lambda model: model is not engine.policy.model)
         sizes = [sum(_num_kept(parameter) for parameter in model.parameters()) for model in alive]
         found.append(([size for size in sizes if size], reference.num_bytes))  # type: ignore[attr-defined]
         rehearse(*args)  # type: ignore[arg-type]
@@ -127,11 +128,10 @@ def stop_after(run: RunFolder, step: int) -> None:
     """Train up to a step whose checkpoint is the last thing written."""
     save_or_go_on = rcpo.training.loop.save_or_go_on
 
-    def save_and_stop(training: rcpo.training.state.Training) -> bool:
-        is_saved = save_or_go_on(training)
+    def save_and_stop(training: rcpo.training.state.Training, time_left: TimeLeft) -> None:
+        save_or_go_on(training, time_left)
         if training.state.step == step:
             raise StoppedError("here")
-        return is_saved
 
     rcpo.training.loop.save_or_go_on = save_and_stop  # type: ignore[assignment]
     with pytest.raises(StoppedError):
