@@ -49,7 +49,8 @@ def make_run(
     **run_json: Any,
 ) -> Path:
     """A run of `steps` steps, evaluated at the start, in the middle and at the end, where the log-probs of
-    the pairs have changed by `change` (chosen, rejected); in proportion to the step. `noise` is of a bf16 run."""
+    the pairs have changed by `change` (chosen, rejected); in proportion to the step. `noise`: of a bf16
+    run."""
     run = RunFolder(path)
     tree = copy.deepcopy(default_tree())
     tree["objective"] = {"name": objective, **({"beta": 0.1} if objective == "dpo" else {})}

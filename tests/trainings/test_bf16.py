@@ -1,5 +1,5 @@
 """Training in bfloat16: at every ZeRO stage, on one and two ranks, fp32 weights are stepped by gradients that
-are added up in fp32; and displacement is 0 to the last bit while the weights are the initial ones, and above a stated noise later.
+are added up in fp32; and displacement is 0 to the last bit while the weights are the initial ones.
 
 The oracle is `helpers/plain_masters.py`, which does the same without an engine. What ranks and micro-batches
 do not share is bf16's own rounding, which other shapes round otherwise.
