@@ -59,7 +59,7 @@ def weights_held(run: RunFolder) -> tuple[list[int], int]:
 
     def look(*args: object) -> None:
         gc.collect()
-        engine, reference = args[2], args[5]
+        engine, reference = args[2].engine, args[5]  # type: ignore[attr-defined]
         alive = [model for each in seen if (model := each()) is not None and not _is_part(model)]
         alive.sort(key=lambda model: model is not engine.policy.model)  # type: ignore[attr-defined]
         sizes = [sum(_num_kept(parameter) for parameter in model.parameters()) for model in alive]
