@@ -25,6 +25,7 @@ from rcpo.config.resolved import ResolvedConfig
 from rcpo.config.validate import validate
 from rcpo.data.tokenize import TokenizedPair
 from rcpo.models.checks import check_positions, check_vocabulary
+from rcpo.models.evaluation import eval_batch
 from rcpo.models.load import load_tokenizer
 from rcpo.ranks.distributed import free_port
 from rcpo.ranks.environment import RANK_VARIABLES
@@ -196,7 +197,10 @@ def compare_first_steps(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[st
 def _resolved(words: list[str]) -> ResolvedConfig:
     tree = compose(words)
     assert tree is not None
-    return resolve(validate(tree), None)
+    config = resolve(validate(tree), None)
+    # All blocks read one table of log-probs, whatever a pair is beside in their micro-batches.
+    size = config.reference.pairs_per_device or eval_batch(config)
+    return dataclasses.replace(config, reference=dataclasses.replace(config.reference, pairs_per_device=size))
 
 
 def _contenders(options: Options, words: list[str]) -> list[Contender]:

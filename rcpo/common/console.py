@@ -10,6 +10,8 @@ from rich.console import Console
 
 KEPT_NATS = 0.1
 """A mean change of log-probability smaller than this is called none."""
+NOISE_MARK = "~"
+"""Behind a mean change that rounding alone may have made."""
 
 
 class RunConsole(Console):
@@ -52,6 +54,11 @@ def number(value: float) -> str:
 def nats(value: float) -> str:
     """Signed, two decimals; what rounds to zero is +0.00."""
     return f"{round(value, 2) + 0.0:+.2f}"
+
+
+def above_noise(value: float, floor: float | None) -> str:
+    """`nats`, with `NOISE_MARK` behind a value within the noise floor."""
+    return nats(value) + (NOISE_MARK if floor is not None and abs(value) < floor else "")
 
 
 def percent(share: float) -> str:

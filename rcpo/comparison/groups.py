@@ -36,7 +36,7 @@ IGNORED = (
     "model.lora.save",
 )
 """Settings that change neither training nor its speed: runs that differ in them are one group."""
-ABSENT = (("objective.module", None), ("objective.log_probs", "sum"))
+ABSENT = (("objective.module", None), ("objective.log_probs", "sum"), ("train.deterministic", False))
 """Settings that runs of before the key was there do not have, and that mean the same."""
 HARDWARE = ("launch.*", "deepspeed.*", "train.device", "train.pairs_per_device")
 """Settings that change the speed alone: other groups, but with the same baseline."""

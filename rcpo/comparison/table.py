@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rcpo.common.console import nats, number, percent
+from rcpo.common.console import NOISE_MARK, above_noise, nats, number, percent
 from rcpo.common.errors import UserError
 from rcpo.comparison.groups import PER_PAIR, Comparison, Group, LeftOut
 from rcpo.comparison.load import ComparedRun
@@ -92,6 +92,8 @@ class GroupLine:
     group: Group
     means: dict[str, tuple[float, float]]
     """(mean, standard error) by name of `COLUMNS`; nan where nothing was measured."""
+    noise_floor: float | None = None
+    """What rounding alone may make of the mean of chosen or rejected; None in float32."""
 
     def flat(self) -> dict[str, Any]:
         """Flat, for CSV and JSON; None where nothing was measured."""
@@ -115,6 +117,7 @@ class GroupLine:
             "vs_off_chosen_se_seeds": found and found.se_seeds,
             "vs_off_seeds": found and found.num_seeds,
             "vs_off_pairs": found and found.num_pairs,
+            "noise_floor": self.noise_floor,
             "note": group.note,
         }
         return {
@@ -132,7 +135,7 @@ def make_lines(comparison: Comparison, sort: str | None = None) -> list[GroupLin
         for column in COLUMNS:
             values = [value for run in group.runs if not math.isnan(value := column.value(run, group))]
             means[column.name] = mean_and_error(values) if values else (math.nan, math.nan)
-        lines.append(GroupLine(group, means))
+        lines.append(GroupLine(group, means, _noise_floor(group)))
     if sort is None:
         return lines
     name, falling = sort.removeprefix("-"), sort.startswith("-")
@@ -150,6 +153,18 @@ def make_lines(comparison: Comparison, sort: str | None = None) -> list[GroupLin
     return sorted(lines, key=key)
 
 
+OF_FLOOR = {"chosen": 1.0, "rejected": 1.0, "margin": math.sqrt(2), "worst": 1.0}
+"""Noise of a column's mean, in those of one side's."""
+
+
+def _noise_floor(group: Group) -> float | None:
+    """Of a mean over seeds, whose rounding is independent."""
+    floors = [
+        found[-1] for run in group.runs if (found := run.evals.get("displacement/noise_floor")) is not None
+    ]
+    return float(np.mean(floors)) / math.sqrt(len(group.runs)) if floors else None
+
+
 def line_texts(line: GroupLine, columns: Sequence[Column], pm: str) -> list[str]:
     """Under `heads`."""
     group = line.group
@@ -157,6 +172,8 @@ def line_texts(line: GroupLine, columns: Sequence[Column], pm: str) -> list[str]
     for column in columns:
         mean, error = line.means[column.name]
         text = "-" if math.isnan(mean) else column.text(mean)
+        if line.noise_floor is not None and column.name in OF_FLOOR:
+            text = above_noise(mean, OF_FLOOR[column.name] * line.noise_floor)
         with_error = not math.isnan(error) and column.name in ("chosen", "rejected", "margin", "worst")
         texts.append(f"{text} {pm} {error:.2f}" if with_error else text)
     return [*texts, *difference_texts(group)]
@@ -202,5 +219,11 @@ def notes(comparison: Comparison, pm: str) -> list[str]:
     lines = [note.format(pm=pm, num=comparison.num_comparisons) for note in NOTES[:2]]
     if comparison.num_comparisons:
         lines.append(NOTES[2].format(num=comparison.num_comparisons))
+    floors = [floor for group in comparison.groups if (floor := _noise_floor(group)) is not None]
+    if floors:
+        lines.append(
+            f"{NOISE_MARK}: no more than rounding may have made of the mean; the noise floor of bfloat16 is "
+            f"up to {max(floors):.2g} nats here."
+        )
     lines += left_out_lines(comparison.left_out)
     return lines + [f"{group.label}: {group.note}" for group in comparison.groups if group.note]

@@ -332,6 +332,9 @@ class TrainConfig:
     grad_clip: Annotated[float, Field(ge=0)] = IN_CONF
     """Largest global gradient norm; 0: no clipping."""
     device: Literal["auto", "cpu", "cuda"] = IN_CONF
+    deterministic: bool = IN_CONF
+    """Algorithms of torch, cuBLAS and flash attention that give the same bits twice, on GPUs too; slower. A
+    kernel without one is an error."""
 
 
 @dataclass(frozen=True, config=STRICT)

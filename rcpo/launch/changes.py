@@ -24,7 +24,8 @@ SAFE = (
 )  # fmt: skip
 """Keys (and, with a dot at the end, groups) that leave every step's bits as they are."""
 SAFE_TO_ROUNDING = (
-    "launch.", "deepspeed.stage", "train.pairs_per_device", "train.device", "model.gradient_checkpointing",
+    "launch.", "deepspeed.stage", "train.pairs_per_device", "train.device", "train.deterministic",
+    "model.gradient_checkpointing",
 )  # fmt: skip
 """Keys that spread the same computation otherwise: equal but for the order of sums."""
 

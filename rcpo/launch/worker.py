@@ -79,21 +79,23 @@ def _joined_to_ranks(run: "RunFolder", config: "ResolvedConfig") -> "Iterator[to
 
     from rcpo.ranks import stopping
     from rcpo.ranks.allocator import keep_freed_memory
+    from rcpo.ranks.deterministic import deterministic_algorithms
     from rcpo.ranks.distributed import initialize, rank, shut_down
     from rcpo.ranks.logs import log_to_file
 
-    device = initialize(config.train.device)
-    log_to_file(run.logs, rank())
-    torch.backends.cuda.matmul.allow_tf32 = False
-    if device.type == "cpu":
-        keep_freed_memory()
-    if rank() == 0:
-        stopping.stop_at_once()
-    try:
-        yield device
-    finally:
-        stopping.stop_silently()
-        shut_down()
+    with deterministic_algorithms(config.train.deterministic):
+        device = initialize(config.train.device)
+        log_to_file(run.logs, rank())
+        torch.backends.cuda.matmul.allow_tf32 = False
+        if device.type == "cpu":
+            keep_freed_memory()
+        if rank() == 0:
+            stopping.stop_at_once()
+        try:
+            yield device
+        finally:
+            stopping.stop_silently()
+            shut_down()
 
 
 def _train(
@@ -105,6 +107,7 @@ def _train(
 ) -> None:
     from rcpo.common.console import RunConsole
     from rcpo.monitor.summary import print_report, print_start
+    from rcpo.ranks.deterministic import missing_algorithms_refused
     from rcpo.ranks.distributed import rank
     from rcpo.records.load import NOTE
     from rcpo.training.loop import train
@@ -121,7 +124,8 @@ def _train(
         said += [line for line in inputs.report if line.startswith(("data.filter", NOTE))]
         for line in said:
             console.print(line, soft_wrap=True, markup=False, highlight=False)
-    summary = train(config, run, inputs, device, resume)
+    with missing_algorithms_refused():
+        summary = train(config, run, inputs, device, resume)
     if rank() == 0:
         run.update_run(summary=summary)
         print_report(RunConsole(), run, config, summary)

@@ -59,11 +59,17 @@ def pair_sums(loss: Tensor, pair: PairLogProbs, incentives: Incentives) -> Tenso
 
 
 def displacement_row(
-    z_w: Tensor, z_l: Tensor, start_w: Tensor, start_l: Tensor, num_probed: int = 0
+    z_w: Tensor,
+    z_l: Tensor,
+    start_w: Tensor,
+    start_l: Tensor,
+    num_probed: int = 0,
+    noise: float | None = None,
 ) -> dict[str, float]:
     """`displacement/*` and `logps/*` of held-out pairs against their start, means over n pairs of (n,)
     tensors. Where calibration steers by the first `num_probed` of them, `probed/*` are the means of these and
-    `unprobed/*` those of the others, which nothing steers by."""
+    `unprobed/*` those of the others, which nothing steers by. `noise` is what rounding makes of a pair's r,
+    root mean square: means within displacement/noise_floor, two standard errors of it, may be rounding."""
     r_w, r_l = z_w - start_w, z_l - start_l
     names = ("chosen", "rejected", "accuracy", "chosen_down", "both_down")
     row = {
@@ -71,6 +77,8 @@ def displacement_row(
         for name, column in zip(names, _displacement(r_w, r_l), strict=True)
     }
     row["displacement/margin"] = row["displacement/chosen"] - row["displacement/rejected"]
+    if noise is not None:
+        row["displacement/noise_floor"] = 2 * noise / math.sqrt(len(r_w))
     row["logps/chosen"], row["logps/rejected"] = float(z_w.double().mean()), float(z_l.double().mean())
     if num_probed:
         row["probed/chosen"] = float(r_w[:num_probed].double().mean())

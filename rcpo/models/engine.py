@@ -267,11 +267,6 @@ class Engine:
         """Whether the current micro-batch is its optimizer step's last."""
         return not self._is_rehearsal and (self._num_micro_batches + 1) % self.accumulation_steps == 0
 
-    def _is_plain(self) -> bool:
-        """At stage 0 in fp32 DeepSpeed steps the torch optimizer itself; it clips with torch and tells no
-        norm."""
-        return self.stage == 0 and not self._deepspeed.bfloat16_enabled()
-
     def grad_norm(self) -> float:
         """Norm of the global gradient before clipping in the last optimizer step; nan where it was left
         out."""

@@ -17,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from rcpo.common.console import KEPT_NATS, duration, nats, number, percent
+from rcpo.common.console import KEPT_NATS, above_noise, duration, nats, number, percent
 
 RECENT_STEPS = 10
 """Loss, displacement and speed are means over this many steps: one batch of pairs is noisy."""
@@ -26,12 +26,15 @@ SECONDS_BETWEEN_LINES = 2.0
 
 
 def evaluation_line(row: dict[str, float]) -> str:
-    """One evaluation in ASCII words."""
-    return (
+    """One evaluation in ASCII words; `NOISE_MARK` stands behind what rounding alone may be."""
+    floor = row.get("displacement/noise_floor")
+    chosen, rejected = (above_noise(row[f"displacement/{side}"], floor) for side in ("chosen", "rejected"))
+    line = (
         f"held-out at step {int(row['step'])}: "
-        f"chosen {nats(row['displacement/chosen'])} ({percent(row['displacement/chosen_down'])} fell), "
-        f"rejected {nats(row['displacement/rejected'])}, accuracy {row['displacement/accuracy']:.2f}"
+        f"chosen {chosen} ({percent(row['displacement/chosen_down'])} fell), "
+        f"rejected {rejected}, accuracy {row['displacement/accuracy']:.2f}"
     )
+    return line if floor is None else f"{line}, noise floor {floor:.2g}"
 
 
 class StepLine:

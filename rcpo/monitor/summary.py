@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rcpo.common.console import KEPT_NATS, nats, percent
+from rcpo.common.console import KEPT_NATS, NOISE_MARK, above_noise, nats, percent
 from rcpo.config.names import data_label, model_label
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.runs.folder import RunFolder
@@ -27,7 +27,8 @@ def summarize(metrics_rows: list[dict[str, Any]], eval_rows: list[dict[str, Any]
     start_*, end_*: held-out displacement of the first and the last evaluation, in nats or as shares (accuracy
     counts a tie as half, so it starts at 0.5). worst_chosen: the lowest held-out mean chosen displacement of
     all evaluations, reached at worst_step. in_band_share: of the steps with a measured band. alpha: the last
-    step's. pairs_per_second: median over the steps.
+    step's. pairs_per_second: median over the steps. noise_floor: what rounding alone may make of a mean
+    displacement, in bfloat16.
     """
     summary: dict[str, Any] = {
         "steps": int(metrics_rows[-1]["step"]) if metrics_rows else 0,
@@ -47,6 +48,7 @@ def summarize(metrics_rows: list[dict[str, Any]], eval_rows: list[dict[str, Any]
         "in_band_share": statistics.fmean(inside) if inside else None,
         "alpha": _finite(metrics_rows[-1].get("calibration/alpha")) if metrics_rows else None,
         "pairs_per_second": statistics.median(speeds) if speeds else None,
+        "noise_floor": _finite(eval_rows[-1].get("displacement/noise_floor")) if eval_rows else None,
     }
 
 
@@ -68,6 +70,12 @@ def sentence(summary: dict[str, Any], calibration: str = "off") -> str:
             "The held-out chosen responses were measured once only: nothing can be said about their change."
         )
     measured = f"{nats(change)} nats on average, {percent(down)} of them fell"
+    floor = summary.get("noise_floor")
+    if floor is not None and abs(change) < floor:
+        return (
+            f"The chosen responses changed by no more than rounding does: {measured}, and bfloat16's noise "
+            f"floor is {floor:.2g} nats."
+        )
     if change <= -KEPT_NATS:
         cure = (
             "calibration=on is made against it"
@@ -88,9 +96,14 @@ TABLE_HEADER = ("held-out pairs", "chosen", "rejected", "accuracy", "chosen fell
 def table_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
     """Under `TABLE_HEADER`: the first and the last evaluation, as text; a dash where nothing finite was
     measured."""
+    floor = summary.get("noise_floor")
+
+    def above(value: float) -> str:
+        return f"{above_noise(value, floor)} nats"
+
     formats: dict[str, Callable[[float], str]] = {
-        "chosen": _nats,
-        "rejected": _nats,
+        "chosen": above,
+        "rejected": above,
         "accuracy": "{:.2f}".format,
         "chosen_down": percent,
     }
@@ -137,6 +150,9 @@ def print_report(console: Console, run: RunFolder, config: ResolvedConfig, summa
         table.add_row(*row)
     console.print()
     console.print(table)
+    if summary.get("noise_floor") is not None:
+        floor = f"{NOISE_MARK} within the noise floor of bfloat16, {summary['noise_floor']:.2g} nats"
+        console.print(Text(floor, style="dim"), soft_wrap=plain)
     console.print(
         Text(sentence(summary, config.calibration.name), style=_mood(summary["end_chosen"])), soft_wrap=plain
     )

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -101,10 +102,26 @@ class ReferenceCache:
         return kernel_lock(self.path.with_suffix(".lock"))
 
 
+def pair_keys(pair: TokenizedPair) -> tuple[bytes, bytes]:
+    """Keys of both sides, whatever they are scored beside."""
+    return side_key(pair.chosen), side_key(pair.rejected)
+
+
+class HasRow(Protocol):
+    """What is scored: a pair, by itself or in a micro-batch."""
+
+    @property
+    def row(self) -> int: ...
+
+
+Scorable = TypeVar("Scorable", bound=HasRow)
+
+
 def shared_reference(
     cache: ReferenceCache | None,
-    pairs: Sequence[TokenizedPair],
-    compute: Callable[[Sequence[TokenizedPair]], SideLogProbs],
+    pairs: Sequence[Scorable],
+    compute: Callable[[Sequence[Scorable]], SideLogProbs],
+    keys_of: Callable[[Scorable], tuple[bytes, bytes]] = pair_keys,  # type: ignore[assignment]
 ) -> tuple[SideLogProbs, int]:
     """(ref_w, ref_l) of `pairs` from the cache, and how many sides had to be computed. Collective.
 
@@ -113,7 +130,7 @@ def shared_reference(
     others wait.
     A cache that cannot be written is a warning: the run computes for itself alone.
     """
-    keys = {key for pair in pairs for key in (side_key(pair.chosen), side_key(pair.rejected))}
+    keys = {key for pair in pairs for key in keys_of(pair)}
 
     def read() -> dict[bytes, float]:
         known = {} if cache is None else cache.read()
@@ -122,10 +139,10 @@ def shared_reference(
 
     known = read()
     if len(known) == len(keys):
-        return reference_logprobs(pairs, known, compute)[0], 0
+        return reference_logprobs(pairs, known, compute, keys_of)[0], 0
     with ExitStack() as stack:
         _wait_for_turn(cache, stack)
-        values, fresh = reference_logprobs(pairs, read(), compute)
+        values, fresh = reference_logprobs(pairs, read(), compute, keys_of)
         if cache is not None and fresh:
             try:
                 cache.merge(fresh)
@@ -160,16 +177,17 @@ def _wait_for_turn(cache: ReferenceCache | None, stack: ExitStack) -> None:
 
 
 def reference_logprobs(
-    pairs: Sequence[TokenizedPair],
+    pairs: Sequence[Scorable],
     known: dict[bytes, float],
-    compute: Callable[[Sequence[TokenizedPair]], SideLogProbs],
+    compute: Callable[[Sequence[Scorable]], SideLogProbs],
+    keys_of: Callable[[Scorable], tuple[bytes, bytes]] = pair_keys,  # type: ignore[assignment]
 ) -> tuple[SideLogProbs, dict[bytes, float]]:
     """(ref_w, ref_l) of `pairs`, from `known` rows where both sides are there, else from one `compute` of the
     rest.
 
     Returns the newly computed rows too. `known` must be the same on every rank.
     """
-    keys = [(side_key(pair.chosen), side_key(pair.rejected)) for pair in pairs]
+    keys = [keys_of(pair) for pair in pairs]
     missing = [idx for idx, sides in enumerate(keys) if not all(key in known for key in sides)]
     fresh: dict[bytes, float] = {}
     if missing:

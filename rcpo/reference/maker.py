@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from rcpo.common.console import RunConsole, passes_shown
 from rcpo.common.errors import UserError
@@ -25,14 +26,28 @@ from rcpo.data.tokenize import TokenizedPair
 from rcpo.models.engine import Engine
 from rcpo.models.evaluation import LogProbModel, eval_batch, evaluate_logprobs, evaluate_token_logprobs
 from rcpo.models.logprobs import sum_per_side
+from rcpo.models.rounding import rounded_anew
 from rcpo.ranks.distributed import barrier, done_by_rank_zero, rank
-from rcpo.reference.cache import ReferenceCache, shared_reference, weights_fingerprint
+from rcpo.reference.cache import (
+    ReferenceCache,
+    Scorable,
+    pair_keys,
+    shared_reference,
+    weights_fingerprint,
+)
 from rcpo.reference.live import AdapterOff, FrozenModel, loaded_when_asked
-from rcpo.reference.table import Reference, ReferenceRows, ReferenceTable
+from rcpo.reference.table import Reference, ReferenceRows, ReferenceTable, Start
+from rcpo.reference.visits import Visit, Visits, scored
 from rcpo.reference.weights import has_own_weights, reference_model
 from rcpo.runs.folder import RunFolder
 
 logger = logging.getLogger(__name__)
+
+NOISE_PAIRS = 64
+"""Held-out pairs that are scored twice more, where rounding is worth telling."""
+NOTHING = SideLogProbs(torch.empty(0), torch.empty(0))
+OnBatch = Callable[[int], None]
+"""Called with how many more pairs are done."""
 
 
 class LiveReference:
@@ -45,9 +60,12 @@ class LiveReference:
         self._tokens = tokens
         self.num_bytes = model.num_bytes
 
-    def rows(self, indices: Sequence[int], batch: PairBatch) -> ReferenceRows:
+    def rows(self, indices: Sequence[int], batch: PairBatch, apart: bool = False) -> ReferenceRows:
         """As `Reference` says; on the device. With fewer pairs at a time than `batch` has, they are laid out
         anew."""
+        if apart:
+            z_w, z_l, of_w, of_l = scored(self._model, batch, apart)
+            return ReferenceRows(z_w, z_l, torch.cat([*of_w, *of_l]) if self._tokens else None)
         return self._rows(self._inputs.train.take(indices), batch)
 
     def mismatched_rows(self, which: Sequence[Mismatch], batch: PairBatch) -> SideLogProbs:
@@ -87,16 +105,23 @@ class ReferenceMaker:
         visited: list[int],
         mismatches: list[Mismatch],
         is_resumed: bool,
+        visits: Sequence[Visit] = (),
     ) -> None:
         """`visited` are the training pairs that the run visits, `mismatches` those whose prompts and
-        responses meet. Where the objective weighs tokens, pairs are scored token by token too. A resumed run
-        finds what its folder keeps; raises UserError where that is damaged or is of other weights than the
+        responses meet, and `visits` the micro-batches of the first pass, where the pairs beside a pair change
+        its z. Where the objective weighs tokens, pairs are scored token by token too. A resumed run finds
+        what its folder keeps; raises UserError where that is damaged or is of other weights than the
         reference's are now."""
         self._config, self._run, self._inputs = config, run, inputs
         self._visited, self._mismatches = visited, mismatches
         self._tokens = tokens = config.objective_function.weighs_tokens
         self._trained = inputs.train.take(visited)
         self._batch = config.reference.pairs_per_device or eval_batch(config)
+        self._rounds = config.model.dtype == "bfloat16"  # and a pair's z depends on the pairs beside it
+        self._visits: Visits | None = None
+        as_asked = config.reference.pairs_per_device is not None or has_own_weights(config)
+        if self._rounds and not as_asked:
+            self._visits = Visits(visits, inputs.train, config.train, inputs.pad_id)
         self._is_live = config.reference.name == "live"
         self._adapter_off = config.model.lora.rank is not None and not has_own_weights(config)
         self._fingerprint = ""
@@ -132,19 +157,41 @@ class ReferenceMaker:
             return
         with loaded_when_asked(self._config, device) as model:
             values = self._logprobs_of(self._fingerprint, self._trained, model)
-            self._own = self._table(values, SideLogProbs(torch.empty(0), torch.empty(0)))
-            self._add_more(self._own, model)
+            self._own = self._table(values, NOTHING)
+            self._add_mismatched(self._own, model)
+            self._add_tokens(self._own, model)
 
-    def open(self, engine: Engine) -> tuple[Reference, SideLogProbs]:
-        """The reference, and the held-out pairs' z at step 0; `engine` has its initial weights."""
+    def open(self, engine: Engine) -> tuple[Reference, Start]:
+        """The reference, and what displacement of held-out pairs is measured against; `engine` has its
+        initial weights."""
         if self._kept is not None and self._is_complete:
             table = self._kept
         else:
             table = self._started_live(engine) if self._is_live else self._computed(engine)
+            if self._rounds:
+                self._add_start_as_evaluated(table, engine)
             if rank() == 0:
                 table.save(self._run.reference)
             barrier()
-        return (self._live(engine) if self._is_live else table), table.held_out
+        num_probed = self._config.calibration.probe_pairs
+        return (self._live(engine) if self._is_live else table), table.start(num_probed)
+
+    def _add_start_as_evaluated(self, table: ReferenceTable, engine: Engine) -> None:
+        """The held-out pairs in exactly the batches of later evaluations and probes, and what rounding alone
+        makes of them."""
+
+        def evaluated(num_pairs: int) -> Tensor:
+            pairs, size = self._inputs.held_out[:num_pairs], eval_batch(self._config)
+            return torch.stack([*evaluate_logprobs(engine, pairs, self._inputs.pad_id, size)])
+
+        table.held_out = SideLogProbs(*evaluated(len(self._inputs.held_out)))
+        num_probed = self._config.calibration.probe_pairs
+        if num_probed:
+            table.probe = SideLogProbs(*evaluated(num_probed))
+        found = evaluated(NOISE_PAIRS)
+        with rounded_anew(engine.policy.model):
+            again = evaluated(NOISE_PAIRS)
+        table.noise = float((again - found).double().square().mean().sqrt())
 
     def _live(self, engine: Engine) -> LiveReference:
         model = AdapterOff(engine) if self._adapter_off else FrozenModel(self._config, engine.device)
@@ -152,20 +199,39 @@ class ReferenceMaker:
 
     def _started_live(self, engine: Engine) -> ReferenceTable:
         """A table without training pairs."""
-        start = evaluate_logprobs(engine, self._inputs.held_out, self._inputs.pad_id, self._batch)
-        nothing = SideLogProbs(torch.empty(0), torch.empty(0))
-        return ReferenceTable(nothing, start, fingerprint=self._fingerprint)
+        start = NOTHING
+        if not self._rounds:
+            start = evaluate_logprobs(engine, self._inputs.held_out, self._inputs.pad_id, self._batch)
+        return ReferenceTable(NOTHING, start, fingerprint=self._fingerprint)
 
     def _computed(self, engine: Engine) -> ReferenceTable:
         """The table, from the cache where it has the rows."""
         if self._own is not None:
-            self._own.held_out = self._start(engine) if self._kept is None else self._kept.held_out
+            if not self._rounds:
+                self._own.held_out = self._start(engine) if self._kept is None else self._kept.held_out
             return self._own
-        pairs, num_trained = [*self._trained, *self._inputs.held_out], len(self._trained)
+        if self._visits is not None:
+            return self._computed_as_visited(engine, self._visits)
+        num_trained = len(self._trained)
+        pairs = [*self._trained, *([] if self._rounds else self._inputs.held_out)]
         values = self._logprobs_of(self._fingerprint, pairs, lambda: engine)
         held_out = SideLogProbs(values.z_w[num_trained:], values.z_l[num_trained:])
         table = self._table(SideLogProbs(values.z_w[:num_trained], values.z_l[:num_trained]), held_out)
-        self._add_more(table, lambda: engine)
+        self._add_mismatched(table, lambda: engine)
+        self._add_tokens(table, lambda: engine)
+        return table
+
+    def _computed_as_visited(self, engine: Engine, visits: Visits) -> ReferenceTable:
+        """The table, each pair as the policy will first meet it; the held-out pairs are to come."""
+        wanted = [visits.by_pair[idx] for idx in self._visited]
+        values = self._shared(
+            self._fingerprint, wanted, lambda missing, on_batch: visits.z(engine, missing, on_batch),
+            lambda each: each.keys,
+        )  # fmt: skip
+        table = self._table(values, NOTHING)
+        self._add_mismatched(table, lambda: engine)
+        if self._tokens:
+            table.tokens = visits.tokens(engine)
         return table
 
     def _start(self, engine: Engine) -> SideLogProbs:
@@ -182,14 +248,16 @@ class ReferenceMaker:
             sides.append(side)
         return ReferenceTable(SideLogProbs(*sides), held_out, fingerprint=self._fingerprint)
 
-    def _add_more(self, table: ReferenceTable, model: Callable[[], LogProbModel]) -> None:
-        """What few objectives need: mismatched pairs; and the training pairs token by token, by a pass of
-        their own, which no cache saves."""
+    def _add_mismatched(self, table: ReferenceTable, model: Callable[[], LogProbModel]) -> None:
+        """The mismatched pairs, where the objective needs them; in batches of their own."""
         if self._mismatches:
             pairs = self._inputs.mismatched(self._mismatches, self._config)
             values = self._logprobs_of(self._fingerprint, pairs, model)
             both = zip(values.z_w.tolist(), values.z_l.tolist(), strict=True)
             table.mismatched = dict(zip(self._mismatches, both, strict=True))
+
+    def _add_tokens(self, table: ReferenceTable, model: Callable[[], LogProbModel]) -> None:
+        """The training pairs token by token, by a pass of their own, which no cache saves."""
         if self._tokens:
             token_logps = evaluate_token_logprobs(model(), self._trained, self._inputs.pad_id, self._batch)
             table.tokens = dict(zip(self._visited, token_logps, strict=True))
@@ -198,15 +266,29 @@ class ReferenceMaker:
         self, fingerprint: str, pairs: Sequence[TokenizedPair], model: Callable[[], LogProbModel]
     ) -> SideLogProbs:
         """Log-probs of `pairs` from the cache of these weights; what it lacks, `model` computes for it."""
+
+        def evaluate(missing: Sequence[TokenizedPair], on_batch: OnBatch) -> SideLogProbs:
+            return evaluate_logprobs(model(), missing, self._inputs.pad_id, self._batch, on_batch)
+
+        return self._shared(fingerprint, pairs, evaluate, pair_keys)
+
+    def _shared(
+        self,
+        fingerprint: str,
+        pairs: Sequence[Scorable],
+        evaluate: Callable[[Sequence[Scorable], OnBatch], SideLogProbs],
+        keys_of: Callable[[Scorable], tuple[bytes, bytes]],
+    ) -> SideLogProbs:
+        """The same of whatever has keys, by `evaluate`."""
         cache = ReferenceCache(fingerprint) if rank() == 0 else None
         started = time.perf_counter()
 
-        def compute(missing: Sequence[TokenizedPair]) -> SideLogProbs:
+        def compute(missing: Sequence[Scorable]) -> SideLogProbs:
             shown = passes_shown(RunConsole(), "reference log-probs", len(missing))
             with shown if rank() == 0 else contextlib.nullcontext(lambda num_done: None) as on_batch:
-                return evaluate_logprobs(model(), missing, self._inputs.pad_id, self._batch, on_batch)
+                return evaluate(missing, on_batch)
 
-        values, num_computed = shared_reference(cache, pairs, compute)
+        values, num_computed = shared_reference(cache, pairs, compute, keys_of)
         logger.info(
             "reference log-probs of %d pairs: %d sides computed in %.1f s, the rest from the cache",
             len(pairs), num_computed, time.perf_counter() - started,

@@ -26,6 +26,19 @@ class ReferenceRows(NamedTuple):
     """(N,) fp32, all chosen tokens and then all rejected ones, where the objective weighs tokens."""
 
 
+class Start(NamedTuple):
+    """Held-out z under the policy's initial weights: what displacement is measured against."""
+
+    z_w: Tensor
+    """(n,) fp32 on the CPU, and likewise `z_l`."""
+    z_l: Tensor
+    probe: SideLogProbs
+    """Of the first pairs, which a calibrator's probe takes: by a pass of their own where the batches that
+    pairs go through in change their rounding."""
+    noise: float | None = None
+    """Root mean square, over pairs and sides, of what rounding makes of r; None where z is fp32."""
+
+
 class Reference(Protocol):
     """Where reference log-probs of training pairs come from: `ReferenceTable`, or
     `rcpo.reference.maker.LiveReference`."""
@@ -33,8 +46,9 @@ class Reference(Protocol):
     num_bytes: int
     """Memory of a rank that it holds on the device."""
 
-    def rows(self, indices: Sequence[int], batch: PairBatch) -> ReferenceRows:
-        """Of these training pairs, which `batch` has laid out. Collective at ZeRO 3."""
+    def rows(self, indices: Sequence[int], batch: PairBatch, apart: bool = False) -> ReferenceRows:
+        """Of these training pairs, which `batch` has laid out; `apart` where the policy takes its sides one
+        after the other. Collective at ZeRO 3."""
 
     def mismatched_rows(self, which: Sequence[Mismatch], batch: PairBatch) -> SideLogProbs:
         """Of these mismatched pairs, which `batch` has laid out. Collective at ZeRO 3."""
@@ -42,6 +56,8 @@ class Reference(Protocol):
 
 TOKENS = "tokens."
 MISMATCHED = "mismatched"
+PROBE = ("probe_w", "probe_l")
+NOISE = "noise"
 
 
 class ReferenceTable:
@@ -61,8 +77,12 @@ class ReferenceTable:
         held_out: SideLogProbs,
         tokens: dict[int, Tensor] | None = None,
         fingerprint: str = "",
+        probe: SideLogProbs | None = None,
+        noise: float | None = None,
     ) -> None:
         self.train, self.held_out, self.fingerprint = train, held_out, fingerprint
+        self.probe, self.noise = probe, noise
+        """As `Start` has them; no probe: the first held-out pairs."""
         self.tokens = tokens or {}
         """By training pair the log-probs of its chosen and then its rejected tokens; empty but for objectives
         that weigh tokens."""
@@ -79,7 +99,13 @@ class ReferenceTable:
             return False
         return not bool(torch.isnan(self.train.z_w[rows]).any() or torch.isnan(self.train.z_l[rows]).any())
 
-    def rows(self, indices: Sequence[int], batch: PairBatch) -> ReferenceRows:
+    def start(self, num_probed: int) -> Start:
+        """What displacement is measured against; `num_probed` pairs are of the probe."""
+        z_w, z_l = self.held_out
+        probe = self.probe or SideLogProbs(z_w[:num_probed], z_l[:num_probed])
+        return Start(z_w, z_l, probe, self.noise)
+
+    def rows(self, indices: Sequence[int], batch: PairBatch, apart: bool = False) -> ReferenceRows:
         """As `Reference` says; on the CPU."""
         ref_w, ref_l = self.train_rows(indices)
         num_chosen = batch.lengths[: len(indices)].tolist()
@@ -117,6 +143,10 @@ class ReferenceTable:
         if self.mismatched:
             tensors[f"{MISMATCHED}_of"] = torch.tensor(list(self.mismatched))
             tensors[MISMATCHED] = torch.tensor(list(self.mismatched.values()), dtype=torch.float32)
+        if self.probe is not None:
+            tensors |= dict(zip(PROBE, self.probe, strict=True))
+        if self.noise is not None:
+            tensors[NOISE] = torch.tensor(self.noise)
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         with replacing(path) as beside:
             save_file(contiguous, beside, metadata={"fingerprint": self.fingerprint})
@@ -137,6 +167,8 @@ class ReferenceTable:
                     if name.startswith(TOKENS)
                 },
                 fingerprint,
+                SideLogProbs(*(tensors[name] for name in PROBE)) if PROBE[0] in tensors else None,
+                float(tensors[NOISE]) if NOISE in tensors else None,
             )
             if MISMATCHED in tensors:
                 which = (Mismatch(*both) for both in tensors[f"{MISMATCHED}_of"].tolist())

@@ -29,7 +29,7 @@ SHORTENED_BY = 4
 """Tokens that a shortened pair leaves out at either end."""
 TOLERANCE_NATS = {"float32": 0.01, "bfloat16": 0.5}
 """Largest difference of a token's log-probability that rounding explains; bf16 logits near 20 are 0.125
-apart."""
+apart. That of a sum over n tokens is sqrt(n) times as much."""
 
 
 def check_agreement(config: ResolvedConfig, inputs: Inputs, engine: Engine) -> None:
@@ -61,10 +61,10 @@ def _short_pair(inputs: Inputs) -> TokenizedPair:
 
 def _check_passes(config: ResolvedConfig, engine: Engine, batch: PairBatch) -> None:
     first, second = (engine.logprobs_as_trained(batch) for _ in range(2))
-    largest = _largest(first - second)
-    if largest <= TOLERANCE_NATS[config.model.dtype] / 100:
+    largest, scale = _largest(first - second), batch.lengths.sqrt()
+    if _largest((first - second) / scale) <= TOLERANCE_NATS[config.model.dtype] / 100:
         evaluated = engine.logprobs_without_grad(batch)
-        if _largest((first - evaluated) / batch.lengths) > TOLERANCE_NATS[config.model.dtype]:
+        if _largest((first - evaluated) / scale) > TOLERANCE_NATS[config.model.dtype]:
             raise UserError(
                 f"model.path={config.model.path}: {type(engine.policy.model).__name__} is another function "
                 f"in a training pass than in an evaluation: a pair's log-probability is {first[0]:.4f} and "

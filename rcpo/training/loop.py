@@ -17,7 +17,7 @@ from rcpo.data.inputs import Inputs
 from rcpo.data.joint import lay_out
 from rcpo.data.pairs import SideLogProbs
 from rcpo.data.sampler import PairSampler, dealt
-from rcpo.method.calibrators import build_calibrator
+from rcpo.method.calibrators import Calibrator, build_calibrator
 from rcpo.method.metrics import displacement_row
 from rcpo.method.statistics import Probe
 from rcpo.models.engine import Engine
@@ -32,11 +32,13 @@ from rcpo.ranks import stopping
 from rcpo.ranks.distributed import done_by_rank_zero, from_rank_zero, rank, world_size
 from rcpo.ranks.transfer import to_device
 from rcpo.reference.maker import ReferenceMaker
+from rcpo.reference.visits import Visit
 from rcpo.runs.folder import RunFolder
 from rcpo.training.aggregate import aggregate_of
 from rcpo.training.agreement import check_agreement
 from rcpo.training.checkpoint import checkpoint_to_resume, load_checkpoint
-from rcpo.training.measurements import Measurements
+from rcpo.training.measurement import Measurement
+from rcpo.training.measurements import Measurements, kind_at
 from rcpo.training.rehearsal import rehearse, told_when_full
 from rcpo.training.setbacks import save_or_go_on, skip_or_stop, stop_with_checkpoint
 from rcpo.training.state import Method, Training, TrainState
@@ -73,13 +75,14 @@ def train(
     checkpoint = checkpoint_to_resume(run) if resume else None
     mismatches = sampler.all_mismatches(num_steps) if objective.needs_mismatched else []
     visited = sampler.visited(num_steps)
-    maker = ReferenceMaker(config, run, inputs, visited, mismatches, checkpoint is not None)
+    calibrator = build_calibrator(config.calibration, sampler.num_fresh_steps, config.optim.first_decay)
+    visits = _first_pass(config, sampler, num_steps, calibrator)
+    maker = ReferenceMaker(config, run, inputs, visited, mismatches, checkpoint is not None, visits)
     maker.run_own_model(device)
     with told_when_full(_too_large(config)):
         engine = Engine(config, num_steps, device)
     check_agreement(config, inputs, engine)
     measurements = Measurements(config, engine)
-    calibrator = build_calibrator(config.calibration, sampler.num_fresh_steps, config.optim.first_decay)
     state = TrainState(0, calibrator, _initial_state(objective, inputs, sampler))
     reference, start = maker.open(engine)
     method = Method(engine, objective, aggregate_of(config.composition), config.train.pairs_per_step)
@@ -104,7 +107,7 @@ def train(
     )
     with stopping.deferred(), _closed_on_failure(sinks):
         if checkpoint is None:
-            _note_evaluation(training, start)
+            _note_evaluation(training, SideLogProbs(start.z_w, start.z_l))
         _train_steps(training, watch or StepWatch())
         return _finish(training)
 
@@ -128,7 +131,7 @@ def _train_steps(training: Training, watch: StepWatch) -> None:
     while state.step < training.num_steps:
         started = time.perf_counter()
         measurement = training.measurements.at(state.step, state.calibrator)
-        micro_batches = _micro_batches(training, measurement.takes_joint_layouts)
+        micro_batches = _micro_batches(training, measurement)
         num_tokens = _num_tokens(training.inputs, training.sampler.global_batch(state.step))
         lr = engine.lr()
         probe = _evaluate_probe(training) if state.calibrator.probes_at(state.step) else None
@@ -202,7 +205,7 @@ def _evaluate_probe(training: Training) -> Probe:
     """Displacement of the probe pairs, the first of the held-out ones. Collective."""
     pairs = training.inputs.held_out[: training.config.calibration.probe_pairs]
     result = evaluate_logprobs(training.engine, pairs, training.inputs.pad_id, eval_batch(training.config))
-    r_w, r_l = (now - start[: len(pairs)] for now, start in zip(result, training.start, strict=True))
+    r_w, r_l = (now - start for now, start in zip(result, training.start.probe, strict=True))
     return Probe(float(r_w.double().mean()), float(r_l.double().mean()))
 
 
@@ -225,8 +228,25 @@ def _num_tokens(inputs: Inputs, indices: list[int]) -> int:
     )
 
 
-def _micro_batches(training: Training, may_join: bool) -> list[MicroBatch]:
+def _first_pass(
+    config: ResolvedConfig, sampler: PairSampler, num_steps: int, calibrator: Calibrator
+) -> list[Visit]:
+    """The micro-batches of the first pass over the pairs, of all ranks, in bf16, where z depends on them."""
+    if config.model.dtype != "bfloat16":
+        return []
+    visits = []
+    for step in range(min(num_steps, sampler.steps_of(1))):
+        kind = kind_at(config, calibrator, step)
+        visits += [
+            Visit(indices, kind.takes_joint_layouts, kind.takes_sides_apart)
+            for indices in sampler.micro_batches(step, 0, 1, config.train.pairs_per_device)
+        ]
+    return visits
+
+
+def _micro_batches(training: Training, measurement: Measurement) -> list[MicroBatch]:
     """This rank's micro-batches of the coming step, on the device."""
+    apart = measurement.takes_sides_apart and training.config.model.dtype == "bfloat16"
     config, device = training.config, training.engine.device
     cut = training.sampler.micro_batches(
         training.state.step, rank(), world_size(), config.train.pairs_per_device
@@ -234,8 +254,8 @@ def _micro_batches(training: Training, may_join: bool) -> list[MicroBatch]:
     micro_batches = []
     for indices in cut:
         pairs = [training.inputs.train[idx] for idx in indices]
-        batch = lay_out(config.train, pairs, training.inputs.pad_id, may_join)
-        ref_w, ref_l, ref_token_logps = training.reference.rows(indices, batch)
+        batch = lay_out(config.train, pairs, training.inputs.pad_id, measurement.takes_joint_layouts)
+        ref_w, ref_l, ref_token_logps = training.reference.rows(indices, batch, apart)
         batch = batch._replace(ref_token_logps=ref_token_logps)
         weight = torch.tensor([pair.weight for pair in pairs])
         ref_w, ref_l, weight = (to_device(each, device) for each in (ref_w, ref_l, weight))
@@ -274,7 +294,7 @@ def _note_evaluation(training: Training, result: SideLogProbs) -> None:
         return
     step, start = training.state.step, training.start
     num_probed = training.config.calibration.probe_pairs
-    row = displacement_row(result.z_w, result.z_l, start.z_w, start.z_l, num_probed)
+    row = displacement_row(result.z_w, result.z_l, start.z_w, start.z_l, num_probed, start.noise)
     training.run.save_pair_results(step, result)
     for sink in training.sinks:
         sink.log_eval({"step": step} | row)

@@ -22,6 +22,19 @@ from rcpo.training.measurement import (
 from rcpo.training.reader import Reader
 
 
+def kind_at(config: ResolvedConfig, calibrator: Calibrator, step: int) -> type[Measurement]:
+    """How optimizer step `step` (counted from 0) is measured."""
+    every = config.metrics.geometry_every
+    wanted = calibrator.measures_at(step)
+    if calibrator.per_micro_batch:
+        return EachMicroBatch
+    if not (wanted or (every > 0 and step % every == 0)):
+        return Measurement
+    if config.calibration.scope == "head":
+        return HeadMeasurement
+    return ApartMeasurement if wanted and config.calibration.estimator == "weighted" else BesideMeasurement
+
+
 class Measurements:
     """The measurements of a run; buffers are made when the first one is due, and never where none is."""
 
@@ -51,18 +64,17 @@ class Measurements:
         return self._reader
 
     def at(self, step: int, calibrator: Calibrator) -> Measurement:
-        """How optimizer step `step` (counted from 0) is measured."""
-        every = self._config.metrics.geometry_every
-        wanted = calibrator.measures_at(step)
-        is_watched = every > 0 and step % every == 0
-        if calibrator.per_micro_batch:
-            return self._of_each().at(is_watched)
-        if not (wanted or is_watched):
+        """The measurement of optimizer step `step` (counted from 0)."""
+        kind = kind_at(self._config, calibrator, step)
+        if kind is EachMicroBatch:
+            every = self._config.metrics.geometry_every
+            return self._of_each().at(every > 0 and step % every == 0)
+        if kind is Measurement:
             return self._unmeasured
-        if self._config.calibration.scope == "head":
+        if kind is HeadMeasurement:
             return self._of_head()
         apart, beside = self._of_parameters()
-        return apart if wanted and self._weighted else beside
+        return apart if kind is ApartMeasurement else beside
 
     @property
     def _weighted(self) -> bool:

@@ -9,13 +9,12 @@ from typing import Any
 
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.inputs import Inputs
-from rcpo.data.pairs import SideLogProbs
 from rcpo.data.sampler import PairSampler
 from rcpo.method.calibrators import Calibrator
 from rcpo.models.engine import Engine
 from rcpo.monitor.sinks import Sink
 from rcpo.objectives import Objective
-from rcpo.reference.table import Reference
+from rcpo.reference.table import Reference, Start
 from rcpo.runs.folder import RunFolder
 from rcpo.training.aggregate import Aggregate
 from rcpo.training.checkpoint import save_checkpoint
@@ -74,7 +73,7 @@ class Training:
     state: TrainState
     measurements: Measurements
     reference: Reference
-    start: SideLogProbs
+    start: Start
     """Held-out z at step 0: what displacement is measured against."""
     sinks: list[Sink]
 

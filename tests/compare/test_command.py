@@ -226,3 +226,23 @@ def test_many_runs_left_out_for_one_reason_are_one_line_without_control_characte
     five = ", ".join(str(tmp_path / str(seed)) for seed in range(5))
     assert f"- left out: {five} and 2 more: pending: no slot [2J" in text.splitlines()
     assert "\x1b" not in text
+
+
+def test_what_rounding_may_have_made_is_marked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Four pairs with a noise of 1 nat: a floor of 1, of the margin 1.41, and of the mean of four seeds half
+    of it. -0.50 is within that of one seed and not of four."""
+    change = ((-0.5, -0.5, -0.5, -0.5), REJECTED)
+    for seed in range(4):
+        make_run(tmp_path / f"many-{seed}", "dpo", "off", seed, change=change, noise=0.99)
+    make_run(tmp_path / "one", "ipo", "off", 0, change=change, noise=1.0)
+    out = typed(capsys, str(tmp_path))
+    of_dpo, of_ipo = (
+        next(each for each in out.splitlines() if each.startswith(f"| {name}")) for name in ("dpo", "ipo")
+    )
+    assert "| -0.50 ± 0.00 | -2.00 ± 0.00 |" in of_dpo
+    assert "~" not in of_dpo
+    assert "-0.50~ |" in of_ipo
+    assert "-2.00 |" in of_ipo
+    assert "~: no more than rounding may have made of the mean; the noise floor of bfloat16" in out
+    groups = json.loads(typed(capsys, str(tmp_path), "--json"))["cells"]
+    assert [group["noise_floor"] for group in groups] == pytest.approx([0.495, 1.0])

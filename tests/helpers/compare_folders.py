@@ -45,10 +45,12 @@ def make_run(
     steps: int = 8,
     band: bool = True,
     with_pairs: bool = True,
+    noise: float | None = None,
     **run_json: Any,
 ) -> Path:
     """A run of `steps` steps, evaluated at the start, in the middle and at the end, where the log-probs of
-    the pairs have changed by `change` (chosen, rejected); in proportion to the step."""
+    the pairs have changed by `change` (chosen, rejected); in proportion to the step. `noise`: of a bf16
+    run."""
     run = RunFolder(path)
     tree = copy.deepcopy(default_tree())
     tree["objective"] = {"name": objective, **({"beta": 0.1} if objective == "dpo" else {})}
@@ -68,7 +70,7 @@ def make_run(
     evaluations = []
     for step in sorted({0, steps // 2, steps}):
         z_w, z_l = start + step / steps * torch.tensor(change)
-        evaluations.append({"step": step} | displacement_row(z_w, z_l, *start))
+        evaluations.append({"step": step} | displacement_row(z_w, z_l, *start, noise=noise))
         if with_pairs:
             run.save_pair_results(step, SideLogProbs(z_w, z_l))
     run.eval.write_text("".join(encode_row(row) + "\n" for row in evaluations))

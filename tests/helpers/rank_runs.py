@@ -23,6 +23,7 @@ from rcpo.ranks.environment import RANK_VARIABLES
 from rcpo.runs.folder import RunFolder
 from rcpo.runs.frozen import open_run
 from rcpo.training.loop import train
+from rcpo.training.measurement import Measurement
 from rcpo.training.read_inputs import read_inputs
 from rcpo.training.state import Training
 from rcpo.training.step import MicroBatch
@@ -220,8 +221,8 @@ def lose_a_number_at(step: int) -> None:
     """Let the last rank's last pair have no reference in that step, as a damaged cache would."""
     micro_batches = rcpo.training.loop._micro_batches
 
-    def with_nan(training: Training, may_join: bool) -> list[MicroBatch]:
-        batches = micro_batches(training, may_join)
+    def with_nan(training: Training, measurement: Measurement) -> list[MicroBatch]:
+        batches = micro_batches(training, measurement)
         if training.state.step + 1 == step and rank() == world_size() - 1:
             ref_w = batches[-1].ref_w.clone()
             ref_w[-1] = math.nan

@@ -44,6 +44,14 @@ def test_pair_sums_by_hand() -> None:
     }
 
 
+def test_the_noise_floor_by_hand() -> None:
+    """A pair's rounding of 0.3 nats, and n = 9 pairs: two standard errors are 2 * 0.3 / 3."""
+    z = torch.zeros(9)
+    row = displacement_row(z, z, z, z, noise=0.3)
+    assert row["displacement/noise_floor"] == pytest.approx(0.2)
+    assert "displacement/noise_floor" not in displacement_row(z, z, z, z)
+
+
 def test_displacement_row_by_hand() -> None:
     """Means of the same three pairs: -2/3 and 0, margin -2/3, accuracy 1/2, 2 of 3 down, 1 of 3 both."""
     assert displacement_row(PAIR.z_w, PAIR.z_l, PAIR.ref_w, PAIR.ref_l) == {

@@ -139,6 +139,12 @@ def test_an_evaluation_fits_into_80_columns() -> None:
     assert len(line) <= 80
 
 
+def test_what_rounding_may_have_made_is_marked() -> None:
+    """In bf16: -11.23 is above a floor of 12, and so is not -12.50."""
+    line = evaluation_line(EVALUATION | {"displacement/noise_floor": 12.0})
+    assert "chosen -11.23~ (94% fell), rejected -12.50, accuracy 0.79, noise floor 12" in line
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [

@@ -14,7 +14,7 @@ from rich.console import Console
 from rcpo.commands.train import prepare
 from rcpo.config.schema import Config
 from rcpo.monitor.model_card import averages, formula, is_hub_id, model_card
-from rcpo.monitor.summary import print_report, print_start, sentence, summarize
+from rcpo.monitor.summary import print_report, print_start, sentence, summarize, table_rows
 from rcpo.objectives import load_objective
 from rcpo.objectives.registry import REGISTRY
 from rcpo.runs.folder import RunFolder
@@ -44,6 +44,15 @@ def config_of(*words: str) -> Config:
     config = prepare(["name=a-run", "train.device=cpu", *words])
     assert config is not None
     return config
+
+
+def test_a_change_within_the_noise_floor_is_called_none() -> None:
+    """-0.3 nats under a floor of 0.4 are no displacement; under one of 0.2 they are, and no mark stands."""
+    for floor, mark, said in ((0.4, "~", "by no more than rounding does"), (0.2, "", "became less likely")):
+        rows = [evaluation(step, -0.3 * step) | {"displacement/noise_floor": floor} for step in (0, 1)]
+        summary = summarize([], rows)
+        assert said in sentence(summary)
+        assert table_rows(summary)[-1][1:3] == (f"-0.30{mark} nats", "-2.00 nats")
 
 
 def test_the_summary_by_hand() -> None:
@@ -76,6 +85,7 @@ def test_the_summary_by_hand() -> None:
         "in_band_share": pytest.approx(2 / 3),
         "alpha": 1.3,
         "pairs_per_second": 25,
+        "noise_floor": None,
     }
 
 

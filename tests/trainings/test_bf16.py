@@ -1,15 +1,17 @@
 """Training in bfloat16: at every ZeRO stage, on one and two ranks, fp32 weights are stepped by gradients that
-are added up in fp32.
+are added up in fp32; and displacement is 0 to the last bit while the weights are the initial ones.
 
 The oracle is `helpers/plain_masters.py`, which does the same without an engine. What ranks and micro-batches
 do not share is bf16's own rounding, which other shapes round otherwise.
 """
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel, set_seed
 
 import rcpo.config.resolve
 from helpers.cases import Case, Layout, make_config, make_run, write_inputs
@@ -17,7 +19,11 @@ from helpers.masters import masters
 from helpers.plain_masters import train_masters
 from helpers.rank_runs import Job, do_jobs
 from helpers.same_run import final_weights, metrics
+from helpers.tiny_models import MODELS, SMALL, make_pairs
 from rcpo.common.errors import UserError
+from rcpo.data.batch import collate
+from rcpo.models.policy import Policy
+from rcpo.models.rounding import rounded_anew
 from rcpo.runs.folder import RunFolder
 from rcpo.runs.frozen import open_run
 
@@ -218,3 +224,89 @@ def test_stage_0_without_its_torch_is_refused(
     ):
         make_config(inputs, tmp_path / "run", ADAM, Layout(1, 8, 0), *WORDS)
     make_config(inputs, tmp_path / "run", ADAM, Layout(1, 8, 1), *WORDS)
+
+
+STILL = (
+    "optim.lr=1e-30",
+    "train.pairs_per_step=8",
+    "train.steps=4",
+    "train.eval_every=1",
+    "model.dtype=bfloat16",
+)
+"""An update that changes no number: every step is the first one."""
+KINDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "plain": ("dpo", "off", ()),
+    "apart": ("dpo", "exact", ("calibration.every=2", "calibration.warmup_steps=0")),
+    "probe": ("dpo", "feedback", ("calibration.feedback.source=probe", "calibration.feedback.pairs=3",
+                                  "calibration.feedback.every=1")),
+    "joined": ("simpo", "off", ("train.share_prefix=true", "model.attention=sdpa")),
+    "tokens": ("ti_dpo", "off", ()),
+    "adapter": ("dpo", "off", ("model.lora.rank=2",)),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def wide(inputs: Path) -> Path:
+    """A model of enough width for rounding to depend on the batch."""
+    set_seed(1)
+    config = LlamaConfig(**SMALL | {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64})
+    LlamaForCausalLM(config).save_pretrained(inputs / "wide")
+    AutoTokenizer.from_pretrained(inputs / "llama").save_pretrained(inputs / "wide")
+    return inputs
+
+
+@OF_BF16
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("reference", ["cached", "live"])
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [*((kind, Layout(1, 2, 1)) for kind in KINDS), ("plain", Layout(2, 2, 3)), ("apart", Layout(2, 2, 3))],
+    ids=str,
+)
+def test_displacement_is_0_at_step_0(
+    kind: str, reference: str, layout: Layout, wide: Path, tmp_path: Path
+) -> None:
+    """In every row of trained and of held-out pairs, though evaluations, probes, micro-batches and measured
+    steps all have batches of their own; and nothing calibrates."""
+    objective, calibration, words = KINDS[kind]
+    case = Case(objective, calibration, "wide", "adamw")
+    config = make_config(wide, tmp_path / "run", case, layout, *STILL, f"reference={reference}", *words)
+    run = make_run(config)
+    do_jobs([Job(str(run.path))], layout.ranks, 100)
+    for row in [*metrics(run)[:2], *run.rows(run.eval)]:
+        for name in ("chosen", "rejected", "margin", "chosen_down", "both_down"):
+            assert row[f"displacement/{name}"] == 0.0, (row["step"], name)
+        assert row["displacement/accuracy"] == 0.5
+    assert run.rows(run.eval)[-1]["displacement/noise_floor"] > 1e-3
+    assert len(run.rows(run.eval)) == 5
+    if kind == "probe":
+        assert all(row["calibration/alpha"] == 1 for row in metrics(run))
+
+
+@OF_BF16
+@pytest.mark.parametrize("name", ["llama", "neox", "llama-tied"])
+def test_the_noise_of_a_pair_is_what_rounding_does_to_it(name: str) -> None:
+    """The error of r against fp32 arithmetic on the same bf16 weights, once they have moved, is what
+    `rounded_anew` says before they have, to a factor of 1.5; other batches say next to nothing here."""
+    model = MODELS[name]()
+    pairs = make_pairs(48, seed=1, longest=20)
+
+    def z(trained: PreTrainedModel, pairs_per_batch: int = 8) -> Tensor:
+        parts = [pairs[at : at + pairs_per_batch] for at in range(0, len(pairs), pairs_per_batch)]
+        with torch.no_grad():
+            return torch.cat([Policy(trained)(collate(part, 0)).view(2, -1) for part in parts], 1)
+
+    def root_mean_square(difference: Tensor) -> float:
+        return float(difference.double().square().mean().sqrt())
+
+    before, after = (copy.deepcopy(model).bfloat16() for _ in range(2))
+    with torch.no_grad():
+        for weight, moved in zip(model.parameters(), after.parameters(), strict=True):
+            moved.copy_(weight + 1e-3 * torch.sign(torch.randn_like(weight)))
+    start, end = z(before), z(after)
+    exact = z(copy.deepcopy(after).float()) - z(copy.deepcopy(before).float())
+    with rounded_anew(before):
+        noise = root_mean_square(z(before) - start)
+    assert torch.equal(z(before), start)
+    assert 1 / 1.5 < noise / root_mean_square(end - start - exact) < 1.5
+    assert root_mean_square(z(before, 1) - start) < 0.1 * noise
