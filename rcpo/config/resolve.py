@@ -32,7 +32,9 @@ def resolve(
     tiny = config.model.path == TINY
     launch = _launch(config, device, joined_world_size)
     config = dataclasses.replace(config, launch=launch)
-    train = dataclasses.replace(config.train, device=device, pairs_per_device=_pairs_per_device(config, tiny))
+    train = dataclasses.replace(
+        config.train, device=device, pairs_per_device=_pairs_per_device(config, device, tiny)
+    )
     if train.eval_every is None:
         train = dataclasses.replace(train, eval_every=25 if tiny else 100)
     if train.steps is None and train.epochs is None:
@@ -191,7 +193,7 @@ def _launch(config: Config, device: str, joined: int | None) -> LaunchConfig:
     return dataclasses.replace(launch, gpus_per_node=gpus)
 
 
-def _pairs_per_device(config: Config, tiny: bool) -> int:
+def _pairs_per_device(config: Config, device: str, tiny: bool) -> int:
     """The micro-batch of one rank; ranks x micro-batch x accumulation must give pairs_per_step exactly."""
     train, ranks = config.train, config.world_size()
     if train.pairs_per_step % ranks:
@@ -201,8 +203,7 @@ def _pairs_per_device(config: Config, tiny: bool) -> int:
         )
     share = train.pairs_per_step // ranks
     if train.pairs_per_device is None:
-        limit = 16 if tiny else 4
-        return max(size for size in range(1, min(limit, share) + 1) if share % size == 0)
+        return default_micro_batch(share, device, tiny, train.max_length)
     if share % train.pairs_per_device:
         fitting = max(size for size in range(1, min(train.pairs_per_device, share) + 1) if share % size == 0)
         raise UserError(
@@ -211,6 +212,17 @@ def _pairs_per_device(config: Config, tiny: bool) -> int:
             f"type train.pairs_per_device={fitting}"
         )
     return train.pairs_per_device
+
+
+TOKENS_A_SIDE = 8192
+"""Of a micro-batch on a GPU, about: matrix products of 16,384 tokens, both sides, are bound by arithmetic."""
+
+
+def default_micro_batch(share: int, device: str, tiny: bool, max_length: int) -> int:
+    """Pairs: the largest divisor of a rank's `share` up to 16 for builtin:tiny, 4 on a CPU, and on a GPU as
+    many as `TOKENS_A_SIDE` holds, from 4 to 16."""
+    limit = 4 if device == "cpu" else max(4, min(16, TOKENS_A_SIDE // max_length))
+    return max(size for size in range(1, min(16 if tiny else limit, share) + 1) if share % size == 0)
 
 
 def _tracking(config: Config) -> TrackingConfig:

@@ -301,7 +301,8 @@ class TrainConfig:
     pairs_per_step: Positive = IN_CONF
     """Global batch: pairs of one optimizer step over all ranks."""
     pairs_per_device: Positive | None = IN_CONF
-    """Micro-batch of one rank; null: the largest divisor of its share up to 16 (builtin:tiny) or 4."""
+    """Micro-batch of one rank; null: the largest divisor of its share up to 16 (builtin:tiny), 4 (CPUs), or
+    on GPUs 8192 / max_length, from 4 to 16."""
     max_length: Annotated[int, Field(ge=2, le=10**8)] = IN_CONF
     """Tokens of prompt + response; responses are cut from the right."""
     max_prompt_length: Positive | None = IN_CONF

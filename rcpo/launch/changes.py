@@ -91,7 +91,7 @@ def _check_newest(run: RunFolder, config: ResolvedConfig) -> None:
     newest = newest_checkpoint(run)
     if newest is None:
         return
-    refuse_unloadable(newest, config.world_size(), config.zero_stage)
+    refuse_unloadable(newest, config.world_size(), config.zero_stage, config.optim.name)
     done = step_of(newest)
     if config.train.steps is not None and config.train.steps < done:
         raise UserError(

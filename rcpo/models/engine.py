@@ -106,7 +106,8 @@ class Engine:
         self.accumulation_steps = accumulation_steps(config)
         self._num_micro_batches = 0
         self._is_rehearsal = False
-        self._is_adam = config.optim.name == "adamw"
+        self.optimizer = config.optim.name
+        self._is_adam = self.optimizer == "adamw"
         self._peak_lr = config.optim.lr
         self._num_updates: int | None = None
         """Behind the moments; None: as many as the optimizer says, once it is asked."""

@@ -89,7 +89,7 @@ def fitting_stage(
 def allowed_stages(config: ResolvedConfig) -> Sequence[int]:
     """Stages from 1 on that the rules of `rcpo.config.rules` leave."""
     published = config.calibration.name == "published" and config.calibration.scope == "lora_last"
-    return (1, 2) if published or config.model.quantization is not None else (1, 2, 3)
+    return (1, 2) if published or config.model.quantization is not None or config.model.compile else (1, 2, 3)
 
 
 def _weight_bytes(config: ResolvedConfig, model: PreTrainedModel, size: int, stage: int) -> int:

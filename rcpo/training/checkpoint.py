@@ -170,7 +170,7 @@ def load_checkpoint(path: Path, engine: Engine) -> tuple[dict[str, Any], dict[st
     if is_same:
         engine.load(path)
     else:
-        refuse_unloadable(path, world_size(), engine.stage)
+        refuse_unloadable(path, world_size(), engine.stage, engine.optimizer)
         engine.load_converted(path)
     rng = _of_rank(path / "rng")
     if rng.is_file():
@@ -182,7 +182,7 @@ def load_checkpoint(path: Path, engine: Engine) -> tuple[dict[str, Any], dict[st
     return state, load_file(scores) if is_same and scores.is_file() else {}
 
 
-def refuse_unloadable(path: Path, num_ranks: int, stage: int) -> None:
+def refuse_unloadable(path: Path, num_ranks: int, stage: int, optimizer: str) -> None:
     """Raise UserError where a checkpoint cannot be loaded by `num_ranks` ranks at ZeRO `stage`.
 
     DeepSpeed's universal format spreads stages 1 and 2 over any number of ranks and onto each other, and 3
@@ -192,6 +192,11 @@ def refuse_unloadable(path: Path, num_ranks: int, stage: int) -> None:
     before = state["stage"]
     if (state["world_size"], before) == (num_ranks, stage):
         return
+    if optimizer == "adamw_8bit" and stage > 0:
+        raise UserError(
+            f"{path}: was written by {state['world_size']} ranks at ZeRO {before}, and 8-bit moments stay as "
+            f"they were shared out; resume on {state['world_size']} ranks with deepspeed.stage={before}"
+        )
     if not any(before in kind and stage in kind for kind in ((0,), (1, 2), (3,))):
         raise UserError(
             f"{path}: was written by {state['world_size']} ranks at ZeRO {before}, and DeepSpeed "

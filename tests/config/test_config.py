@@ -17,7 +17,7 @@ from helpers import forked
 from rcpo.common.conf import conf_dir
 from rcpo.common.errors import UserError
 from rcpo.config.names import data_label, default_name, model_label
-from rcpo.config.resolve import resolve
+from rcpo.config.resolve import default_micro_batch, resolve
 from rcpo.config.schema import Config
 from rcpo.config.validate import validate
 from rcpo.objectives import REGISTRY
@@ -360,3 +360,15 @@ def test_folders_that_are_no_runs(tmp_path: Path, content: str | None, expected:
     said = message(lambda: open_run(str(tmp_path)))
     assert said.startswith(expected.format(run=tmp_path))
     assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("device", "tiny", "max_length", "limit"),
+    [("cpu", False, 128, 4), ("cpu", True, 128, 16), ("cuda", True, 4096, 16), ("cuda", False, 128, 16),
+     ("cuda", False, 512, 16), ("cuda", False, 1024, 8), ("cuda", False, 2048, 4), ("cuda", False, 8192, 4)],
+)  # fmt: skip
+def test_micro_batches_by_themselves(device: str, tiny: bool, max_length: int, limit: int) -> None:
+    """On a GPU as many pairs as 8,192 tokens a side hold, from 4 to 16; of 7 and of 24 pairs a divisor."""
+    assert default_micro_batch(64, device, tiny, max_length) == limit
+    assert default_micro_batch(7, device, tiny, max_length) == (7 if limit > 7 else 1)
+    assert default_micro_batch(24, device, tiny, max_length) == {4: 4, 8: 8, 16: 12}[limit]

@@ -20,6 +20,7 @@ from rcpo.common.errors import UserError
 from rcpo.models.engine import deepspeed_config
 from rcpo.models.optimizer import build_optimizer, can_be_fused
 from rcpo.runs.folder import RunFolder
+from rcpo.training.checkpoint import refuse_unloadable
 
 EIGHT = {"name": "adamw_8bit"}
 
@@ -128,6 +129,11 @@ def test_8_bit_moments_train_save_and_resume(layout: Layout, tmp_path: Path) -> 
         file = run.checkpoints / "step-000006/engine/zero_pp_rank_0_mp_rank_00_optim_states.pt"
         kept = torch.load(file, weights_only=False)["optimizer_state_dict"]["base_optimizer_state"]
         assert {value.dtype for value in _tensors(kept)} >= {torch.uint8}
+    checkpoint = run.checkpoints / "step-000006"
+    if layout.stage:
+        with pytest.raises(UserError, match="8-bit moments stay as they were shared out; resume on"):
+            refuse_unloadable(checkpoint, layout.ranks + 1, layout.stage, "adamw_8bit")
+    refuse_unloadable(checkpoint, layout.ranks, layout.stage, "adamw_8bit")
     eight, full = final_weights(run), final_weights(plain)
     for name, weight in final_weights(resumed).items():
         assert torch.equal(weight, eight[name]), name
