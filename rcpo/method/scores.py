@@ -201,8 +201,12 @@ class ParameterScores:
     does.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
-        self._parameters = list(parameters)
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], device: torch.device, others: Sequence[nn.Parameter] = ()
+    ) -> None:
+        """`others` are not measured, but train too: they see nothing of a pass that the engine is to see
+        nothing of."""
+        self._parameters, self._others = list(parameters), list(others)
         self._numels = [int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in parameters]
         self._buckets: list[_Bucket] = []
         self._places: dict[int, tuple[int, int]] = {}
@@ -239,6 +243,8 @@ class ParameterScores:
             parameter.register_hook(partial(self._take, idx, side, keep_gradient))
             for idx, parameter in enumerate(self._parameters)
         ]
+        if not keep_gradient:
+            handles += [parameter.register_hook(torch.zeros_like) for parameter in self._others]
         try:
             yield
         finally:

@@ -94,7 +94,9 @@ class Measurements:
                 parameters = last_block_parameters(self._engine.policy.model)
             else:
                 parameters = self._engine.trainable_parameters()
-            scores = ParameterScores(parameters, self._engine.device)
+            measured = {id(parameter) for parameter in parameters}
+            others = [each for each in self._engine.trainable_parameters() if id(each) not in measured]
+            scores = ParameterScores(parameters, self._engine.device, others)
             reader = ParameterReader(parameters, scores, self._make_reader())
             self._apart = ApartMeasurement(scores, reader)
             self._beside = BesideMeasurement(scores, reader, self._weighted, self._averages)

@@ -58,14 +58,22 @@ ALWAYS = [CALIBRATED[idx] for idx in (0, 3, 5, 9, 11)]
 
 OFF = Case("dpo", "off", "llama-tied", "adamw")
 GEOMETRY = ("metrics.geometry_every=2", "calibration.scope=full", "calibration.estimator=weighted")
+LORA_LAST = ("model.lora.rank=3", "calibration.scope=lora_last")
+OF_ADAPTERS = ("metrics.geometry_every=2", *LORA_LAST)
+"""Of the last block's alone, by passes beside, while those of the block before train too."""
 PLAIN_AND_WATCHED = [
-    (Measured(OFF, layout), Measured(OFF, layout, GEOMETRY))
-    for layout in (Layout(1, 2, 0), Layout(1, 4, 1), Layout(2, 2, 2), Layout(2, 2, 3))
+    *(
+        (Measured(OFF, layout), Measured(OFF, layout, GEOMETRY))
+        for layout in (Layout(1, 2, 0), Layout(1, 4, 1), Layout(2, 2, 2), Layout(2, 2, 3))
+    ),
+    *(
+        (Measured(OFF, layout, LORA_LAST), Measured(OFF, layout, OF_ADAPTERS))
+        for layout in (Layout(1, 2, 0), Layout(1, 2, 1), Layout(2, 2, 2), Layout(2, 2, 3))
+    ),
 ]
 """The same training without and with an eye on it."""
 
 
-LORA_LAST = ("model.lora.rank=3", "calibration.scope=lora_last")
 ADAPTERS = {
     estimator: [
         Measured(
@@ -119,10 +127,10 @@ def test_a_measured_training_is_the_plain_loop(
     ("plain", "watched"),
     matrix(
         PLAIN_AND_WATCHED,
-        lambda pair: pair[0].layout in (Layout(1, 2, 0), Layout(2, 2, 3)),
+        [PLAIN_AND_WATCHED[idx] for idx in (0, 3, 5)].__contains__,
         "rows of matrices",
     ),
-    ids=[str(pair[0].layout) for pair in PLAIN_AND_WATCHED],
+    ids=[str(watched) for _, watched in PLAIN_AND_WATCHED],
 )
 def test_measuring_a_plain_training_changes_no_bit_of_it(
     plain: Measured, watched: Measured, runs: dict[Measured, tuple[Config, RunFolder]]
@@ -143,10 +151,11 @@ def test_measuring_a_plain_training_changes_no_bit_of_it(
 @pytest.mark.timeout(700)
 def test_every_stage_measures_the_same(runs: dict[Measured, tuple[Config, RunFolder]]) -> None:
     """The watched trainings of all stages and numbers of ranks that this session has: equal rows."""
-    rows = [metrics(runs[watched][1]) for _, watched in PLAIN_AND_WATCHED if watched in runs]
-    assert len(rows) >= 2
-    for other in rows[1:]:
-        assert_equal_rows(rows[0], other)
+    for words in (GEOMETRY, OF_ADAPTERS):
+        of_words = [watched for _, watched in PLAIN_AND_WATCHED if watched.words == words]
+        first, *others = [metrics(runs[watched][1]) for watched in of_words if watched in runs]
+        for other in others:
+            assert_equal_rows(first, other)
 
 
 @pytest.mark.timeout(700)
