@@ -172,7 +172,7 @@ def line_texts(line: GroupLine, columns: Sequence[Column], pm: str) -> list[str]
     for column in columns:
         mean, error = line.means[column.name]
         text = "-" if math.isnan(mean) else column.text(mean)
-        if line.noise_floor is not None and column.name in OF_FLOOR:
+        if line.noise_floor is not None and column.name in OF_FLOOR and not math.isnan(mean):
             text = above_noise(mean, OF_FLOOR[column.name] * line.noise_floor)
         with_error = not math.isnan(error) and column.name in ("chosen", "rejected", "margin", "worst")
         texts.append(f"{text} {pm} {error:.2f}" if with_error else text)

@@ -9,7 +9,7 @@ import rcpo
 from rcpo.common.console import percent
 from rcpo.config.names import data_label, model_label
 from rcpo.config.resolved import ResolvedConfig
-from rcpo.monitor.summary import TABLE_HEADER, _nats, sentence, table_rows
+from rcpo.monitor.summary import TABLE_HEADER, _nats, noise_text, sentence, table_rows
 from rcpo.objectives import Objective
 
 
@@ -47,7 +47,7 @@ def model_card(config: ResolvedConfig, summary: dict[str, Any]) -> str:
 
 Changes are means over held-out pairs of log pi(y|x), summed over response tokens, against the model before
 training. Accuracy is the share of pairs whose chosen response gained more than the rejected one; a tie counts
-half.
+half.{noise_text(summary)}
 
 ## How to load
 

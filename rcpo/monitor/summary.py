@@ -117,6 +117,14 @@ def table_rows(summary: dict[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
+def noise_text(summary: dict[str, Any]) -> str:
+    """What the mark in the table says, behind a space; nothing in float32."""
+    floor = summary.get("noise_floor")
+    if floor is None:
+        return ""
+    return f" {NOISE_MARK}: within the noise floor of bfloat16, {floor:.2g} nats."
+
+
 def _nats(value: float) -> str:
     return f"{nats(value)} nats"
 
@@ -150,9 +158,8 @@ def print_report(console: Console, run: RunFolder, config: ResolvedConfig, summa
         table.add_row(*row)
     console.print()
     console.print(table)
-    if summary.get("noise_floor") is not None:
-        floor = f"{NOISE_MARK} within the noise floor of bfloat16, {summary['noise_floor']:.2g} nats"
-        console.print(Text(floor, style="dim"), soft_wrap=plain)
+    if noise_text(summary):
+        console.print(Text(noise_text(summary).strip(), style="dim"), soft_wrap=plain)
     console.print(
         Text(sentence(summary, config.calibration.name), style=_mood(summary["end_chosen"])), soft_wrap=plain
     )

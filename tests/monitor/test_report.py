@@ -14,7 +14,7 @@ from rich.console import Console
 from rcpo.commands.train import prepare
 from rcpo.config.schema import Config
 from rcpo.monitor.model_card import averages, formula, is_hub_id, model_card
-from rcpo.monitor.summary import print_report, print_start, sentence, summarize, table_rows
+from rcpo.monitor.summary import noise_text, print_report, print_start, sentence, summarize, table_rows
 from rcpo.objectives import load_objective
 from rcpo.objectives.registry import REGISTRY
 from rcpo.runs.folder import RunFolder
@@ -52,6 +52,7 @@ def test_a_change_within_the_noise_floor_is_called_none() -> None:
         rows = [evaluation(step, -0.3 * step) | {"displacement/noise_floor": floor} for step in (0, 1)]
         summary = summarize([], rows)
         assert said in sentence(summary)
+        assert noise_text(summary) == f" ~: within the noise floor of bfloat16, {floor} nats."
         assert table_rows(summary)[-1][1:3] == (f"-0.30{mark} nats", "-2.00 nats")
 
 
