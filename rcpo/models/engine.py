@@ -28,7 +28,7 @@ from rcpo.models.engine_files import ENGINE_TAG, Writer, convert_to_universal
 from rcpo.models.gradient_norm import group_norms, known, whole_norm
 from rcpo.models.load import load_model
 from rcpo.models.memory import BUCKET
-from rcpo.models.optimizer import build_optimizer, can_be_fused, make_moments
+from rcpo.models.optimizer import build_optimizer, can_be_fused, held_still, make_moments
 from rcpo.models.policy import Policy
 from rcpo.models.speedups import speed_up
 from rcpo.ranks.distributed import barrier, done_by_rank_zero
@@ -120,7 +120,7 @@ class Engine:
         schedule = "constant_with_warmup" if config.optim.schedule == "constant" else config.optim.schedule
         scheduler = get_scheduler(schedule, optimizer, config.optim.warmup_steps, num_steps)
         # Printed timings; and at stage 0 in bf16 DeepSpeed steps on gradients of zero.
-        with contextlib.redirect_stdout(io.StringIO()), _held_still(optimizer):
+        with contextlib.redirect_stdout(io.StringIO()), held_still(optimizer):
             self._deepspeed, *_ = deepspeed.initialize(
                 model=self.policy, optimizer=optimizer, lr_scheduler=scheduler, config=settings
             )
@@ -242,7 +242,7 @@ class Engine:
         stages 1 to 3 DeepSpeed sees the overflow and leaves the schedule, hence the second look.
         """
         num_scheduled = self._scheduler.last_epoch
-        with _held_still(self._optimizer):
+        with held_still(self._optimizer):
             self._deepspeed.step()
         if self._scheduler.last_epoch == num_scheduled:
             self._scheduler.step()
@@ -381,17 +381,6 @@ class Engine:
         barrier()
         if self._deepspeed.global_rank == 0:
             shutil.rmtree(universal, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _held_still(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """While open, the optimizer's steps do nothing."""
-    update = optimizer.step
-    optimizer.step = lambda *args, **kwargs: None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        optimizer.step = update  # type: ignore[method-assign]
 
 
 def _head_shape(model: PreTrainedModel) -> tuple[int, int]:

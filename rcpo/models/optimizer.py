@@ -2,7 +2,9 @@
 
 Does not know DeepSpeed: `rcpo.models.engine` hands the optimizer over."""
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator
 
 import torch
 
@@ -66,3 +68,14 @@ def make_moments(optimizer: torch.optim.Optimizer, stepped: list[torch.Tensor] |
                 place = each.device if on_device else "cpu"
                 state["step"] = torch.zeros((), dtype=torch.float32, device=place)
                 state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(each) for _ in range(2))
+
+
+@contextlib.contextmanager
+def held_still(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """While open, the optimizer's steps do nothing."""
+    update = optimizer.step
+    optimizer.step = lambda *args, **kwargs: None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        optimizer.step = update  # type: ignore[method-assign]

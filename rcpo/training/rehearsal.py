@@ -109,12 +109,13 @@ def told_when_full(fault: str) -> Iterator[None]:
 
 
 def _kinds(config: ResolvedConfig, measurements: Measurements, state: TrainState) -> Sequence[Measurement]:
-    """The kinds of steps whose memory differs: one, where the measured step is an ordinary one that catches
-    more on its way."""
+    """The kinds of steps whose memory differs, their buffers made: one, where the measured step is an
+    ordinary one that catches more on its way."""
     measured = measurements.at(0, state.calibrator)
     is_joint = config.train.share_prefix or config.train.packing
-    is_other = measured.takes_sides_apart or measured.has_passes_beside
-    is_other |= is_joint and not measured.takes_joint_layouts
+    if measured.has_passes_beside:  # of one side at a time: smaller than the ordinary pass
+        return (Measurement(),)
+    is_other = measured.takes_sides_apart or (is_joint and not measured.takes_joint_layouts)
     return (Measurement(), measured) if is_other else (measured,)
 
 
