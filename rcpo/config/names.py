@@ -1,6 +1,8 @@
 """What a run is called, and where it goes: names that any file system takes. Loads no torch. Called by
 `rcpo.config.resolve` and `rcpo.launch.first_look`."""
 
+import glob
+import itertools
 import os
 import re
 from datetime import datetime
@@ -58,3 +60,30 @@ def absolute_run_dir(given: str) -> str:
             "type run_dir=FOLDER"
         )
     return str(path)
+
+
+def absolute(path: str | None) -> str | None:
+    """`path` as an absolute one where it names something on this machine, so that a run resumed from another
+    folder finds it; else (a hub id, a wrong name) as it is."""
+    if not path:
+        return path
+    try:
+        local = Path(path).expanduser().absolute()
+        return str(local) if local.exists() else path
+    except (RuntimeError, OSError, ValueError):
+        return path
+
+
+def all_absolute(paths: str | list[str] | None) -> str | list[str] | None:
+    if paths is None:
+        return None
+    return [absolute_glob(path) for path in paths] if isinstance(paths, list) else absolute_glob(paths)
+
+
+def absolute_glob(path: str) -> str:
+    """`path` as an absolute one; a glob where the folder before its first sign is there."""
+    found = absolute(path) or path
+    if found != path or not glob.has_magic(path):
+        return found
+    head = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), Path(path).parts))
+    return str(Path(absolute(str(head)) or head) / Path(path).relative_to(head))

@@ -5,15 +5,21 @@ the device and through the number of ranks.
 """
 
 import dataclasses
-import glob
-import itertools
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from rcpo.common.errors import UserError
-from rcpo.config.names import TINY, absolute_run_dir, check_name, data_label, default_name, model_label
+from rcpo.config.names import (
+    TINY,
+    absolute,
+    absolute_run_dir,
+    all_absolute,
+    check_name,
+    data_label,
+    default_name,
+    model_label,
+)
 from rcpo.config.resolved import ResolvedConfig, as_resolved
 from rcpo.config.schema import Config, LaunchConfig, MixPart, ModelConfig, Stage, TrackingConfig
 from rcpo.objectives import objective_of
@@ -61,13 +67,13 @@ def resolve(
             model=_model(config.model, dtype),
             data=dataclasses.replace(
                 config.data,
-                path=_all_absolute(config.data.path),
+                path=all_absolute(config.data.path),
                 mix=_mix(config.data.mix),
-                eval_path=_all_absolute(config.data.eval_path),
-                filter=dataclasses.replace(config.data.filter, scores=_absolute(config.data.filter.scores)),
+                eval_path=all_absolute(config.data.eval_path),
+                filter=dataclasses.replace(config.data.filter, scores=absolute(config.data.filter.scores)),
             ),
             optim=dataclasses.replace(config.optim, lr=config.optim.lr or _default_lr(config)),
-            reference=dataclasses.replace(config.reference, path=_absolute(config.reference.path)),
+            reference=dataclasses.replace(config.reference, path=absolute(config.reference.path)),
             deepspeed=dataclasses.replace(config.deepspeed, stage=_stage(config, device)),
             tracking=_tracking(config),
         )
@@ -100,37 +106,10 @@ def _default_lr(config: Config) -> float:
     return lr if config.model.lora.rank is None else with_adapter
 
 
-def _absolute(path: str | None) -> str | None:
-    """`path` as an absolute one where it names something on this machine, so that a run resumed from another
-    folder finds it; else (a hub id, a wrong name) as it is."""
-    if not path:
-        return path
-    try:
-        local = Path(path).expanduser().absolute()
-        return str(local) if local.exists() else path
-    except (RuntimeError, OSError, ValueError):
-        return path
-
-
-def _all_absolute(paths: str | list[str] | None) -> str | list[str] | None:
-    if paths is None:
-        return None
-    return [_absolute_glob(path) for path in paths] if isinstance(paths, list) else _absolute_glob(paths)
-
-
 def _mix(parts: list[MixPart] | None) -> list[MixPart] | None:
     if parts is None:
         return None
-    return [dataclasses.replace(part, path=_all_absolute(part.path) or part.path) for part in parts]
-
-
-def _absolute_glob(path: str) -> str:
-    """`path` as an absolute one; a glob where the folder before its first sign is there."""
-    found = _absolute(path) or path
-    if found != path or not glob.has_magic(path):
-        return found
-    head = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), Path(path).parts))
-    return str(Path(_absolute(str(head)) or head) / Path(path).relative_to(head))
+    return [dataclasses.replace(part, path=all_absolute(part.path) or part.path) for part in parts]
 
 
 def _model(model: ModelConfig, dtype: Any) -> ModelConfig:
@@ -138,11 +117,11 @@ def _model(model: ModelConfig, dtype: Any) -> ModelConfig:
     return dataclasses.replace(
         model,
         dtype=dtype,
-        path=_absolute(model.path) or model.path,
-        lora=dataclasses.replace(model.lora, adapter=_absolute(model.lora.adapter)),
+        path=absolute(model.path) or model.path,
+        lora=dataclasses.replace(model.lora, adapter=absolute(model.lora.adapter)),
         chat_template=model.chat_template
         if model.chat_template == "plain"
-        else _absolute(model.chat_template),
+        else absolute(model.chat_template),
     )
 
 

@@ -1,10 +1,11 @@
 """What can be refused before torch is loaded: words, kinds and ranges of values, names, and files and folders
 that are not there. What is found here, `rcpo.launch.start` would find too, seconds later."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
-from rcpo.config.names import TINY, absolute_run_dir, check_name
+from rcpo.config.names import TINY, absolute, absolute_run_dir, all_absolute, check_name
 from rcpo.config.schema import Config
 from rcpo.config.validate import section_of
 from rcpo.models.places import check_config_file, refuse_no_place
@@ -20,8 +21,9 @@ def look(tree: dict[str, Any], overwrite: bool) -> None:
     given = config.run_dir or (None if config.name is None else f"runs/{config.name}")
     if given is not None and not overwrite:
         RunFolder(absolute_run_dir(given)).refuse_existing()
-    _look_at_model(config.model.path)
-    _look_at_data(config)
+    _look_at_model(absolute(config.model.path) or config.model.path)
+    if not overwrite:  # else what it would remove is said first
+        _look_at_data(config)
 
 
 def _look_at_model(path: str) -> None:
@@ -34,6 +36,7 @@ def _look_at_data(config: Config) -> None:
     data = config.data
     if data.source == "arithmetic" or data.mix is not None:  # a mixture's errors say which part they are of
         return
+    data = dataclasses.replace(data, path=all_absolute(data.path), eval_path=all_absolute(data.eval_path))
     places = [None if data.path is None else training_place(data), held_out_place(data)]
     for place in filter(None, places):
         for one in files_of(place):

@@ -12,6 +12,7 @@ import rcpo.builtin
 from rcpo.common.errors import UserError
 from rcpo.config.names import TINY
 from rcpo.config.schema import ModelConfig
+from rcpo.models.hub import is_hub_id
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -24,7 +25,7 @@ PLAIN = {
 
 
 def refuse_adapter(path: str, place: str, key: str = "model.path") -> None:
-    """Raise UserError where the model that `path` names, read from the folder or hub id `place`, has an
+    """Raise UserError where the model that `path` names, read from the folder `place`, has an
     adapter_config.json. transformers would follow it to another model's weights, or put the adapter beside it
     on the weights, without a word. `key` is the config key of `path`."""
     from transformers.utils.peft_utils import find_adapter_config_file
@@ -35,7 +36,7 @@ def refuse_adapter(path: str, place: str, key: str = "model.path") -> None:
     base, rank = _base_and_rank(Path(found))
     words = "model.lora.adapter={} model.lora.on_adapter=merge " + f"model.lora.rank={rank}"
     is_reference = key != "model.path"
-    if not _has_whole_weights(place):
+    if not _has_whole_weights(path, place):
         ways = [
             f"type model.path={base} {words.format(path)}",
             "give the model that peft's merge_and_unload makes",
@@ -43,7 +44,7 @@ def refuse_adapter(path: str, place: str, key: str = "model.path") -> None:
         if is_reference:
             ways = [ways[1], f"for a policy that starts from the adapter too, {ways[0]} {key}=null"]
         raise UserError(f"{key}={path}: is an adapter without its model; {', or '.join(ways)}")
-    is_folder = Path(place).is_dir()
+    is_folder = not is_hub_id(path)
     name = path.rstrip("/") if is_folder else path.rpartition("/")[2]
     download = "" if is_folder else f"`hf download {path} --local-dir {name}`, "
     both = "" if is_reference else f", with {words.format(f'{name}-adapter')} for both"
@@ -53,11 +54,10 @@ def refuse_adapter(path: str, place: str, key: str = "model.path") -> None:
     )
 
 
-def _has_whole_weights(place: str) -> bool:
-    if not Path(place).is_dir():
-        from huggingface_hub import list_repo_files
-
-        return "config.json" in list_repo_files(place)
+def _has_whole_weights(path: str, place: str) -> bool:
+    """Of a hub id the weights may not have been fetched yet: config.json is theirs."""
+    if is_hub_id(path):
+        return (Path(place) / "config.json").is_file()
     weights = [*Path(place).glob("*.safetensors"), *Path(place).glob("*.bin")]
     return any(not file.name.startswith("adapter_model") for file in weights)
 

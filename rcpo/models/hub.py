@@ -56,7 +56,7 @@ def hub_folder(path: str, revision: str | None, needs_weights: bool, allow_pickl
     except Exception as error:
         if (here := _here(path, revision, weights)) is not None:
             return here
-        fault = _unreachable(path, revision, error)
+        raise UserError(f"model.path={path}: {_unreachable(path, revision, error)}") from error
     raise UserError(f"model.path={path}: {fault}")
 
 

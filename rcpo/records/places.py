@@ -182,7 +182,8 @@ def refuse_absent(place: Place) -> None:
     """Raise UserError for a place of one path that is not here and cannot be a hub id."""
     path = place.shown
     may_be_hub_id = _HUB_ID.fullmatch(path) and not path.startswith(".") and not path.endswith(SUFFIXES)
-    if not local_path(place).exists() and not may_be_hub_id:
+    local = local_path(place)
+    if not local.is_file() and not local.is_dir() and not may_be_hub_id:
         raise place.error(
             f"no such file or folder; give a file ({', '.join(SUFFIXES)}), a folder or a hub id"
         )

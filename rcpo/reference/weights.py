@@ -14,6 +14,7 @@ from rcpo.config.resolved import ResolvedConfig
 from rcpo.config.schema import LoraConfig, ModelConfig
 from rcpo.models.adapter_files import refuse_adapter
 from rcpo.models.checks import check_model, check_positions, check_vocabulary
+from rcpo.models.hub import hub_folder, is_hub_id
 from rcpo.models.load import load_tokenizer, one_line_errors
 from rcpo.models.places import refuse_no_place
 
@@ -50,8 +51,11 @@ def check_reference(config: ResolvedConfig, tokenizer: PreTrainedTokenizerBase, 
     model, path = reference_model(config), config.reference.path
     try:
         refuse_no_place(model.path)
+        place = model.path
+        if is_hub_id(place):
+            place = str(hub_folder(place, model.revision, needs_weights=False, allow_pickle=False))
         with one_line_errors(model.path, "model"):
-            refuse_adapter(model.path, model.path, key="reference.path")
+            refuse_adapter(model.path, place, key="reference.path")
         check_model(model)
         check_vocabulary(model, tokenizer)
         check_positions(model, longest)

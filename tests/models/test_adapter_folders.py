@@ -118,12 +118,9 @@ def test_as_a_reference_either_is_refused_in_its_own_words(tmp_path: Path, is_wh
 def test_a_hub_id_with_both_is_refused_before_anything_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the hub would answer: an adapter_config.json, and whole weights or not."""
+    """As the hub's files would lie here: an adapter_config.json, and whole weights or not."""
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base", "r": 8}')
-    monkeypatch.setattr(
-        "transformers.utils.peft_utils.find_adapter_config_file",
-        lambda place: str(tmp_path / "adapter_config.json"),
-    )
+    monkeypatch.setattr("rcpo.models.load.hub_folder", lambda *args: tmp_path)
     words = "model.lora.adapter={} model.lora.on_adapter=merge model.lora.rank=8"
     for names, expected in (
         (["adapter_config.json"], f"type model.path=org/base {words.format('org/sft')}, or give the model"),
@@ -134,7 +131,8 @@ def test_a_hub_id_with_both_is_refused_before_anything_is_loaded(
             f"{words.format('sft-adapter')} for both",
         ),
     ):
-        monkeypatch.setattr("huggingface_hub.list_repo_files", lambda place, found=names: found)
+        if "config.json" in names:
+            (tmp_path / "config.json").write_text("{}")
         with pytest.raises(UserError) as caught:
             check_model(ModelConfig(path="org/sft", dtype="float32"))
         assert str(caught.value).startswith("model.path=org/sft: ")

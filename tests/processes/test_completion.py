@@ -34,7 +34,7 @@ OFFERED = {
     "rcpo train train.st": "train.steps=",
     "rcpo train metri": "metrics.geometry_every= metrics.population=",
     "rcpo train objective=simpo objective.g": "objective.gamma=",
-    "rcpo train objective=simpo calibration=on optim=a": "adamw ",
+    "rcpo train objective=simpo calibration=on optim=s": "sgd ",
     "rcpo train objective=simpo --overwrite calibration=e": "exact ",
     "rcpo train hyd": "",
     "rcpo train --c": "--config-dir --cfg",

@@ -121,7 +121,8 @@ def test_a_rank_that_dies_ends_the_run_and_resume_finishes_it(tmp_path: Path) ->
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=REST), 2])
+@REST
+@pytest.mark.parametrize("processes", [1, 2])
 def test_ctrl_c_interrupts_the_run(tmp_path: Path, processes: int) -> None:
     """Exit code 130, one line that names `rcpo resume`, run.json says interrupted."""
     run = RunFolder(tmp_path / "run")
@@ -175,6 +176,7 @@ def test_a_scheduler_s_signal_checkpoints_and_stops_all_ranks(
     assert run.read_run()["status"] == "done"
 
 
+@REST
 @pytest.mark.timeout(300)
 def test_a_signal_before_the_first_step_stops_at_once(tmp_path: Path) -> None:
     """While the reference pass runs there is nothing to save: exit code 75, preempted, and a later resume

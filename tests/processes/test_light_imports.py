@@ -139,9 +139,9 @@ def test_a_refused_word_loads_no_torch(words: list[str]) -> None:
         ("name=a/b", "name='a/b': must be 1 to 100 letters"),
         ("run_dir=there", "/there: exists and is not empty; choose another name"),
         ("model.path=./gone", "model.path=./gone: no such folder; give a model folder"),
-        ("model.path=there", "model.path=there: has no config.json"),
+        ("model.path=there", "/there: has no config.json"),
         ("data=file data.path=gone.jsonl", "data.path=gone.jsonl: no such file or folder"),
-        ("data=file data.path='there/*.csv'", "data.path=there/*.csv: matches no file"),
+        ("data=file data.path='there/*.csv'", "/there/*.csv: matches no file"),
         ("data=file data.path=there/a.jsonl data.eval_path=no.csv", "data.eval_path=no.csv: no such file"),
     ],
 )

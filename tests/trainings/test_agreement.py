@@ -142,7 +142,7 @@ def test_a_head_that_is_not_the_model_s_is_refused_with_both_numbers(inputs: Pat
             return output
 
     def prepare() -> None:
-        def load(config: Any) -> PreTrainedModel:
+        def load(config: Any, device: torch.device) -> PreTrainedModel:
             model = Shifted(make_llama().config)
             model.load_state_dict(make_llama().state_dict())
             return model
@@ -158,7 +158,7 @@ def loading(change: Callable[[PreTrainedModel], None]) -> Callable[[], None]:
     """Lets a run load the tiny Llama with a change."""
 
     def prepare() -> None:
-        def load(config: Any) -> PreTrainedModel:
+        def load(config: Any, device: torch.device) -> PreTrainedModel:
             model = make_llama()
             change(model)
             return model
@@ -241,8 +241,8 @@ def test_an_adapter_that_is_gone_around_is_refused(inputs: Path, tmp_path: Path)
     def prepare() -> None:
         load = rcpo.models.engine.load_model
 
-        def changed(config: Any) -> PreTrainedModel:
-            model = load(config)
+        def changed(config: Any, device: torch.device) -> PreTrainedModel:
+            model = load(config, device)
             for block in model.model.layers:
                 block.self_attn.o_proj = Around(block.self_attn.o_proj)
             return model

@@ -20,7 +20,8 @@ WORDS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.ci("real processes"))])
+@pytest.mark.ci("real processes")
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_forked_ranks_give_the_bits_of_real_ones(tmp_path: Path, ranks: int) -> None:
     """`rcpo train`, of two ranks by a real launcher and real ranks, and by forks: the same words, rows,
     evaluations and weights."""
