@@ -53,10 +53,8 @@ def furnish(place: Path) -> None:
     (place / "HH.jsonl.gz").write_bytes(gzip.compress("".join(rows).encode()))
     for folder in ("sweeps", "DIR/objective"):
         (place / folder).mkdir(parents=True)
-    for name in ("demo", "ches"):
+    for name in ("demo", "ches", "real"):
         (place / f"sweeps/{name}.yaml").write_text(yaml.safe_dump(SWEEP))
-    of_files = SWEEP | {"overrides": [*SMALL, "data=file"]}
-    (place / "sweeps/real.yaml").write_text(yaml.safe_dump(of_files))
     for paper in (ROOT / "sweeps").glob("paper_*.yaml"):  # for their dry run
         shutil.copy(paper, place / "sweeps")
     (place / "DIR/objective/mine.yaml").write_text("# My own.\nname: dpo\nbeta: 0.3\n")
