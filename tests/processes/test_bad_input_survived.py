@@ -16,6 +16,7 @@ from helpers.bad_input_folder import make_folder
 from helpers.command_lines import Answer, run_all
 from rcpo.common.locks import hold, run_lock
 
+pytestmark = pytest.mark.ci("odd input")
 KEY = "0" * 40
 SMALL = "train.steps=1 train.eval_every=0 train.pairs_per_step=4 data.eval_pairs=4 tracking=none"
 FILE = f"train data=file {SMALL}"

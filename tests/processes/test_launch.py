@@ -143,7 +143,7 @@ def test_ctrl_c_interrupts_the_run(tmp_path: Path, processes: int) -> None:
 @pytest.mark.parametrize(
     ("processes", "number"),
     [
-        (1, signal.SIGTERM),
+        pytest.param(1, signal.SIGTERM, marks=REST),
         pytest.param(2, signal.SIGUSR2, marks=REST),
         pytest.param(2, signal.SIGTERM, marks=REST),
     ],

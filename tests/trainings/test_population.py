@@ -31,6 +31,7 @@ class Watched(NamedTuple):
     estimator: str
 
 
+pytestmark = pytest.mark.ci("population")
 FULL = Watched(Case("dpo", "off", "llama-tied", "adamw"), "full", "weighted")
 HEAD = Watched(Case("simpo", "off", "llama", "adamw"), "head", "mean")
 SGD = Watched(Case("dpo", "off", "neox", "sgd"), "full", "mean")
