@@ -5,16 +5,21 @@ Of one commit: the first process of a run that reads it asks the hub, and the ru
 commit that is here is read without the network; one that is not is fetched once a node, since the hub's
 client holds a lock. Called by `rcpo.models.load` and `rcpo.launch.start`."""
 
+import contextlib
 import dataclasses
 import functools
 import json
+import logging
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from rcpo.common.errors import UserError
 from rcpo.config.names import TINY
 from rcpo.config.resolved import ResolvedConfig
+
+logger = logging.getLogger(__name__)
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")
@@ -28,19 +33,54 @@ SECONDS = 10.0
 def hub_folder(path: str, revision: str | None, needs_weights: bool, allow_pickle: bool) -> Path:
     """The files at the top of repository `path` at `revision` (a branch, tag or commit; None: main).
 
-    Without `needs_weights` config and tokenizer alone are fetched. Without a network, what is here of that
-    revision is taken. Raises UserError where that is nothing, or the repository, the revision or the right to
-    read them is not there."""
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    Without `needs_weights` config and tokenizer alone are fetched. Raises UserError where they are neither
+    here nor to be had: no such repository or revision, no right to read it, no network."""
+    from huggingface_hub import snapshot_download
 
+    commit = commit_of(path, revision)
     weights = (*WEIGHTS, *(PICKLED if allow_pickle else ())) if needs_weights else ()
-    if is_commit(revision) and (here := _here(path, revision, weights)) is not None:
+    if (here := _here(path, commit, weights)) is not None:
         return here
-    try:
-        commit = HfApi().model_info(path, revision=revision, timeout=SECONDS).sha
+    with _one_line_faults(path, revision):
         files = [*FILES, *weights]
         return Path(snapshot_download(path, revision=commit, allow_patterns=files, ignore_patterns=["*/*"]))
+
+
+@functools.cache
+def commit_of(path: str, revision: str | None) -> str:
+    """The commit that `revision` is now, asked for once a process; where the hub cannot be reached, the one
+    that is here, with a word. Raises UserError where there is none."""
+    if revision is not None and COMMIT.fullmatch(revision):
+        return revision
+    from huggingface_hub import HfApi, constants
+
+    with _one_line_faults(path, revision):
+        try:
+            return str(HfApi().model_info(path, revision=revision, timeout=SECONDS).sha)
+        # No network: each client library raises a class of its own.
+        except Exception as error:
+            here = None if _is_answer(error) else _here(path, revision, ())
+            if here is None:
+                raise
+    level = logging.INFO if constants.HF_HUB_OFFLINE else logging.WARNING
+    logger.log(level, "%s: the hub cannot be reached; commit %s is here, and is taken", path, here.name)
+    return here.name
+
+
+def _is_answer(error: Exception) -> bool:
+    """Whether it is the hub that says no."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    return isinstance(error, GatedRepoError | RepositoryNotFoundError | RevisionNotFoundError)
+
+
+@contextlib.contextmanager
+def _one_line_faults(path: str, revision: str | None) -> Iterator[None]:
+    """Turn whatever the hub's client raises into a UserError with the words to type."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        yield
     except GatedRepoError:
         fault = "access to it must be asked for on its page of the hub; then type hf auth login"
     except RevisionNotFoundError:
@@ -52,38 +92,28 @@ def hub_folder(path: str, revision: str | None, needs_weights: bool, allow_pickl
             "the hub has no such model, or it is private; give a model folder or another id, or type "
             "hf auth login"
         )
-    # No network: each client library raises a class of its own.
     except Exception as error:
-        if (here := _here(path, revision, weights)) is not None:
-            return here
         raise UserError(f"model.path={path}: {_unreachable(path, revision, error)}") from error
+    else:
+        return
     raise UserError(f"model.path={path}: {fault}")
 
 
-def is_commit(revision: str | None) -> bool:
-    return revision is not None and COMMIT.fullmatch(revision) is not None
-
-
 def at_commit(config: ResolvedConfig) -> ResolvedConfig:
-    """The config with the commits of its hub models, which have been read: what the run keeps."""
+    """The config with the commits of the hub models that the run reads: what it keeps."""
     model, reference = config.model, config.reference
     if is_hub_id(model.path):
-        model = dataclasses.replace(model, revision=_commit(model.path, model.revision))
-    if reference.path is not None and is_hub_id(reference.path):
-        reference = dataclasses.replace(reference, revision=_commit(reference.path, reference.revision))
+        model = dataclasses.replace(model, revision=commit_of(model.path, model.revision))
+    is_read = reference.path is not None and config.objective_function.needs_reference
+    if is_read and is_hub_id(str(reference.path)):
+        commit = commit_of(str(reference.path), reference.revision)
+        reference = dataclasses.replace(reference, revision=commit)
     return dataclasses.replace(config, model=model, reference=reference)
 
 
 def is_hub_id(path: str) -> bool:
+    """Whether it is none of a folder and builtin:tiny; that it may be one, `rcpo.models.places` says."""
     return path != TINY and not os.path.isdir(path)
-
-
-@functools.cache
-def _commit(path: str, revision: str | None) -> str:
-    """Asked once a process; one that cannot be told is asked for again."""
-    if revision is not None and is_commit(revision):
-        return revision
-    return hub_folder(path, revision, needs_weights=False, allow_pickle=False).name
 
 
 def _unreachable(path: str, revision: str | None, error: Exception) -> str:

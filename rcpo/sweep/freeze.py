@@ -22,6 +22,7 @@ from rcpo.config.resolve import resolve
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.config.schema import Config
 from rcpo.config.validate import validate
+from rcpo.models.hub import at_commit
 from rcpo.runs.frozen import config_tree
 from rcpo.sweep.definition import Definition
 from rcpo.sweep.expand import Point, expand
@@ -93,7 +94,8 @@ def write_sweep(sweep: SweepFolder, definition: Definition, cells: Sequence[Froz
     """Write the sweep folder, or make sure that the one there is of the same cells. Call with its lock held.
 
     manifest.jsonl comes last: a folder without it was never finished, holds nothing that has run, and is
-    written again. Raises UserError when the folder is something else, or of other cells.
+    written again. Hub models are frozen to the commits that they have now. Raises UserError when the folder
+    is something else, or of other cells.
     """
     if sweep.manifest.is_file():
         _refuse_changes(sweep, cells)
@@ -107,20 +109,9 @@ def write_sweep(sweep: SweepFolder, definition: Definition, cells: Sequence[Froz
             raise UserError(f"{sweep.path}: has lost its manifest.jsonl, and {cell_folder.name} has run")
     shutil.rmtree(sweep.cells, ignore_errors=True)
     for frozen in cells:
-        config = _of_known_commits(frozen.config)
+        config = at_commit(frozen.config)  # the same for all of them
         sweep.run(frozen.cell).create(config, config_tree(config), status="pending")
     write_atomically(sweep.manifest, "".join(frozen.cell.line() for frozen in cells))
-
-
-def _of_known_commits(config: ResolvedConfig) -> ResolvedConfig:
-    """With the commits that hub models have now, so that all cells read the same; as it is where the hub
-    cannot be asked here: a cell then keeps what it finds at its first start."""
-    from rcpo.models.hub import at_commit
-
-    try:
-        return at_commit(config)
-    except UserError:
-        return config
 
 
 def _description(definition: Definition) -> dict[str, Any]:

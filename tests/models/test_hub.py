@@ -32,7 +32,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "home/hub"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    hub._commit.cache_clear()
+    hub.commit_of.cache_clear()
     for commit, seed in ((OLD, 0), (NEW, 1)):
         make_llama(seed=seed).save_pretrained(folder / "models--org--name/snapshots" / commit)
     point_main_at(folder, OLD)
