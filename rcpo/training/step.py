@@ -66,6 +66,17 @@ class Priced(NamedTuple):
     """By the sum z: the same, or divided by |y|."""
 
 
+class Sums(NamedTuple):
+    """Of this rank's pairs of a step, on the device."""
+
+    quantities: Tensor
+    """(len(QUANTITIES),) fp64."""
+    statistics: Tensor
+    """(num_statistics,) fp64: the objective's columns."""
+    lost: Tensor
+    """Bool, for each micro-batch: whether a loss, a z or an incentive in it is not finite."""
+
+
 class TrainedStep(NamedTuple):
     row: dict[str, float]
     """The metrics row, the same on every rank."""
@@ -98,10 +109,10 @@ def train_step(
 
     `measurement` says which score vectors are caught on the way; `probe` is the displacement of the
     held-out probe pairs, where the calibrator asked for it; `mismatched` are this rank's mismatched pairs,
-    where the objective needs them. `asked_to_stop` is asked as late as the ranks can
-    still hear of it in this step. `state` advances by one step. The only wait for the device is the one
-    reduction over the ranks (two with mismatched pairs); it comes before the update, so that numbers that
-    are not finite never reach the weights.
+    where the objective needs them. `asked_to_stop` is asked as late as the ranks can still hear of it in this
+    step. `state` advances by one step. The only wait for the device is the one reduction over the ranks (two
+    with mismatched pairs); it comes before the update, so that numbers that are not finite never reach the
+    weights.
 
     Raises NonFiniteStepError on every rank in that case, with `state` as it was.
     """
@@ -109,27 +120,17 @@ def train_step(
     alpha = state.calibrator.alpha()
     state.calibrator.begin()
     measurement.begin()
-    quantities = torch.zeros(len(QUANTITIES), dtype=torch.float64, device=engine.device)
-    statistics = quantities.new_zeros(objective.num_statistics)
-    finite = []
     seeing = with_mismatched(method, state, mismatched)
-    backward = backward_apart if measurement.takes_sides_apart else backward_together
     micro_batches = tilted(method, seeing, micro_batches)
-    for micro_batch in micro_batches:
-        priced = backward(method, seeing, micro_batch, measurement)
-        engine.end_micro_batch()
-        quantities += pair_sums(priced.loss, priced.pair, priced.incentives)
-        statistics += objective.statistic_columns(priced.pair).double().sum(1)
-        finite.append(is_finite(priced))
+    sums = forward_and_back(method, seeing, micro_batches, measurement)
 
     of_rank = state.calibrator.of_rank(world_size())
-    lost = ~torch.stack(finite)
     totals = sum_parts_over_ranks(
         engine.device,
-        lost=lost.any(),
+        lost=sums.lost.any(),
         asked_to_stop=[float(asked_to_stop())],
-        quantities=quantities,
-        statistics=statistics,
+        quantities=sums.quantities,
+        statistics=sums.statistics,
         of_ranks=list(of_rank.values()),
         gradient_norms=engine.gradient_norms(),
         products=measurement.products(engine, alpha),
@@ -141,7 +142,7 @@ def train_step(
     alpha = of_ranks.get("calibration/alpha", alpha)
     row = step_row(means, seen, alpha, state.calibrator, measured.population) | of_ranks
     if any(totals["lost"]):
-        raise NonFiniteStepError(row, _numbers(lost))
+        raise NonFiniteStepError(row, _numbers(sums.lost))
     if not math.isfinite(whole_norm(totals["gradient_norms"])):
         raise NonFiniteStepError(row, with_lost_gradients(method, seeing, micro_batches))
     engine.step(totals["gradient_norms"])
@@ -151,6 +152,24 @@ def train_step(
     state.objective_state = objective.advance(seeing.objective_state, of_pairs)
     state.step += 1
     return TrainedStep(row | state.calibrator.counts(), any(totals["asked_to_stop"]))
+
+
+def forward_and_back(
+    method: Method, state: TrainState, micro_batches: Sequence[MicroBatch], measurement: Measurement
+) -> Sums:
+    """This rank's micro-batches one after the other: their gradients are added up in the engine."""
+    engine, objective = method.engine, method.objective
+    quantities = torch.zeros(len(QUANTITIES), dtype=torch.float64, device=engine.device)
+    statistics = quantities.new_zeros(objective.num_statistics)
+    lost = []
+    backward = backward_apart if measurement.takes_sides_apart else backward_together
+    for micro_batch in micro_batches:
+        priced = backward(method, state, micro_batch, measurement)
+        engine.end_micro_batch()
+        quantities += pair_sums(priced.loss, priced.pair, priced.incentives)
+        statistics += objective.statistic_columns(priced.pair).double().sum(1)
+        lost.append(~is_finite(priced))
+    return Sums(quantities, statistics, torch.stack(lost))
 
 
 def with_mismatched(method: Method, state: TrainState, mismatched: Sequence[MicroBatch]) -> TrainState:
