@@ -28,6 +28,12 @@ examples:
   rcpo bench --shape layers=2 --lengths prompt=120,response=60 --baseline plain
   rcpo bench model.path=MODEL --variant train.packing=true --json bench.json"""
     add_config_words(parser)
+    _add_contenders(parser)
+    _add_work(parser)
+    _add_outputs(parser)
+
+
+def _add_contenders(parser: Flags) -> None:
     add = parser.add_argument
     add(
         "--calibrations",
@@ -53,6 +59,10 @@ examples:
         "DPOTrainer where installed; may be given several times. Loss and gradient of the first step must "
         "agree, or nothing is compared",
     )
+
+
+def _add_work(parser: Flags) -> None:
+    add = parser.add_argument
     add("--steps", type=positive_int, default=5, metavar="N", help="timed steps of a block (default: 5)")
     add("--warmup", type=positive_int, default=1, metavar="N", help="steps before those (default: 1)")
     add("--repeats", type=positive_int, default=3, metavar="N", help="rounds (default: 3)")
@@ -70,6 +80,10 @@ examples:
         help="random tokens in place of data: prompt, response (in parts; the rest is 120, 60), and spread, "
         "100 times the standard deviation of a length's logarithm around these medians (0: all alike)",
     )
+
+
+def _add_outputs(parser: Flags) -> None:
+    add = parser.add_argument
     add("--json", metavar="FILE", help="write everything there, each block's numbers included")
     add(
         "--profile",
