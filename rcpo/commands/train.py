@@ -1,7 +1,7 @@
 """`rcpo train [GROUP=OPTION] [KEY=VALUE] ...`: compose, validate, freeze, start the workers."""
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rcpo.commands.flags import Flags, add_config_words, add_printing_flags
 
@@ -65,7 +65,8 @@ def run(options: argparse.Namespace) -> int:
         return 0
     from rcpo.ranks.environment import joined_world_size
 
-    if joined_world_size() is None:  # else rank 0 speaks for all
+    tree = None
+    if joined_world_size() is None:  # else rank 0 alone composes, and speaks for all
         from rcpo.launch.first_look import look
 
         tree = compose(words)
@@ -74,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
         look(tree, options.overwrite)
     from rcpo.launch.start import start
 
-    return start(lambda: prepare(words), overwrite=options.overwrite)
+    return start(lambda: prepare(words, tree), overwrite=options.overwrite)
 
 
 def explain(words: list[str]) -> None:
@@ -87,12 +88,14 @@ def explain(words: list[str]) -> None:
     parser.print_help()
 
 
-def prepare(words: list[str]) -> "ResolvedConfig | None":
-    """The resolved config of these words, or None when Hydra only printed something."""
+def prepare(words: list[str], tree: dict[str, Any] | None = None) -> "ResolvedConfig | None":
+    """The resolved config of these words, composed to `tree` already or not, or None when Hydra only printed
+    something."""
     from rcpo.config.compose import compose
     from rcpo.config.resolve import resolve
     from rcpo.config.validate import validate
     from rcpo.ranks.environment import joined_world_size
 
-    tree = compose(words)
+    if tree is None:
+        tree = compose(words)
     return None if tree is None else resolve(validate(tree), joined_world_size())
