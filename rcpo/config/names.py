@@ -1,4 +1,4 @@
-"""What a run is called, and where it goes: names that any file system takes. Loads no torch. Called by
+"""What a run is called, where it goes, and paths that hold from any folder. Loads no torch. Called by
 `rcpo.config.resolve` and `rcpo.launch.first_look`."""
 
 import glob
