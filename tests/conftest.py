@@ -106,6 +106,10 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """One line on what was left out, and the command for it."""
     counts = config.stash.get(NOT_RUN, Counter())
+    if config.option.markexpr == "gpu":
+        from helpers.device_runs import device_name
+
+        terminalreporter.write_line(f"ran on {device_name()}")
     of_gpu = counts.pop("gpu", 0)
     if counts and "ci" not in config.option.markexpr.replace("not ci", ""):
         kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(counts.items()))

@@ -4,7 +4,6 @@ other, and against themselves when they are stopped."""
 import itertools
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -191,9 +190,3 @@ def test_two_gpus_train_as_one(inputs: Path, tmp_path: Path, stage: int, words: 
     assert_equal_rows(metrics(trained(one)), metrics(trained(two)))
     for name, weight in final_weights(one).items():
         torch.testing.assert_close(final_weights(two)[name], weight, atol=2e-5, rtol=0, msg=name)
-
-
-def test_what_it_ran_on() -> None:
-    """Not a check: the device's name, for the report (`pytest -m gpu -s`)."""
-    name = torch.cuda.get_device_name() if ON_GPU else f"the CPU, in rehearsal ({os.cpu_count()} cores)"
-    print(f"\nran on {name}; torch {torch.__version__}")

@@ -25,6 +25,12 @@ SECONDS = 180
 """Longest that one training may take."""
 
 
+def device_name() -> str:
+    """For the report of a run of the tests."""
+    name = torch.cuda.get_device_name() if ON_GPU else "the CPU, in rehearsal"
+    return f"{name}, torch {torch.__version__}"
+
+
 def rcpo(*words: str, seconds: float = SECONDS) -> subprocess.CompletedProcess[str]:
     """`rcpo WORDS` in a process of its own."""
     return subprocess.run(
