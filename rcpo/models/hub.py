@@ -35,13 +35,14 @@ def hub_folder(path: str, revision: str | None, needs_weights: bool, allow_pickl
 
     Without `needs_weights` config and tokenizer alone are fetched. Raises UserError where they are neither
     here nor to be had: no such repository or revision, no right to read it, no network."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
     commit = commit_of(path, revision)
     weights = (*WEIGHTS, *(PICKLED if allow_pickle else ())) if needs_weights else ()
     if (here := _here(path, commit, weights)) is not None:
         return here
     with _one_line_faults(path, revision):
+        HfApi().list_repo_files(path, revision=commit)  # without a network a part that is here would be taken
         files = [*FILES, *weights]
         return Path(snapshot_download(path, revision=commit, allow_patterns=files, ignore_patterns=["*/*"]))
 

@@ -17,7 +17,10 @@ from huggingface_hub import HfApi, errors
 
 from helpers.tiny_models import make_llama
 from rcpo.common.errors import UserError
+from rcpo.config.compose import compose
+from rcpo.config.resolve import resolve
 from rcpo.config.schema import ModelConfig
+from rcpo.config.validate import validate
 from rcpo.models import hub
 from rcpo.models.hub import hub_folder
 from rcpo.models.load import load_model, model_place
@@ -93,20 +96,51 @@ def test_what_is_not_here_names_a_command(cache: Path) -> None:
 def test_the_hub_is_asked_once_for_its_commit(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And only files of that commit are fetched: not what lies in folders, pickled weights if they are
     asked for."""
-    asked: list[Any] = []
-    monkeypatch.setattr(HfApi, "model_info", lambda self, path, revision, timeout: SimpleNamespace(sha=NEW))
+    asked, fetched = list[str](), list[Any]()
+
+    def answer(self: HfApi, path: str, revision: str | None, timeout: float) -> SimpleNamespace:
+        asked.append(path)
+        return SimpleNamespace(sha="c" * 40)
 
     def fetch(path: str, **options: Any) -> str:
-        asked.append(options)
+        if options.get("local_files_only"):
+            raise errors.LocalEntryNotFoundError("not here")
+        fetched.append(options)
         return str(snapshot(cache, NEW))
 
+    monkeypatch.setattr(HfApi, "model_info", answer)
+    monkeypatch.setattr(HfApi, "list_repo_files", lambda self, path, revision: [])
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
-    assert hub_folder("org/name", None, True, True) == snapshot(cache, NEW)
-    assert hub_folder("org/name", None, False, False) == snapshot(cache, NEW)
-    assert [options["revision"] for options in asked] == [NEW, NEW]
-    assert {"model*.safetensors", "pytorch_model*.bin"} <= set(asked[0]["allow_patterns"])
-    assert not any("safetensors" in each or each.endswith("bin") for each in asked[1]["allow_patterns"])
-    assert asked[0]["ignore_patterns"] == ["*/*"]
+    for needs_weights in (True, False):
+        assert hub_folder("org/name", None, needs_weights, needs_weights) == snapshot(cache, NEW)
+    assert asked == ["org/name"]
+    assert [options["revision"] for options in fetched] == ["c" * 40] * 2
+    whole, small = (set(options["allow_patterns"]) for options in fetched)
+    assert whole - small == {"model*.safetensors", "pytorch_model*.bin"}
+    assert all(options["ignore_patterns"] == ["*/*"] for options in fetched)
+
+
+def test_a_hub_that_is_not_reached_is_told_of(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is here is taken, with a warning; a reference that the objective does not read is not asked
+    for."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    asked = list[str]()
+
+    def fail(self: HfApi, path: str, **options: Any) -> None:
+        asked.append(path)
+        raise httpx.ConnectError("no route")
+
+    monkeypatch.setattr(HfApi, "model_info", fail)
+    assert hub.commit_of("org/name", None) == OLD
+    (record,) = caplog.records
+    assert record.getMessage() == f"org/name: the hub cannot be reached; commit {OLD} is here, and is taken"
+    tree = compose(["objective=simpo", "reference.path=org/unread"])
+    assert tree is not None
+    config = resolve(validate(tree), None)
+    assert hub.at_commit(config) == config
+    assert asked == ["org/name"]
 
 
 @pytest.mark.parametrize(
