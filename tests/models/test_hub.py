@@ -181,7 +181,7 @@ def test_a_run_keeps_its_commit(tmp_path: Path) -> None:
     point_main_at(cache, OLD)
     words = [
         "model.path=org/name", "train.steps=2", "train.eval_every=0", "train.pairs_per_step=2",
-        "data.eval_pairs=2", "tracking=none", "optim.lr=1e-5", "train.save_every=1",
+        "data.eval_pairs=2", "data.train_pairs=8", "tracking=none", "optim.lr=1e-5", "train.save_every=1",
     ]  # fmt: skip
     env = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
 
