@@ -24,9 +24,10 @@ how well it foretold the measurements, log weight = -1/2 (e^2 / S + log S) - log
 / k and S its variance. Measurements on the same probe pairs compare every pair with itself, so their own
 noise is small (PROBE_NATS); the batches' noise is in eta.
 
-The law. With the posterior's means of c/k and d, weighted by k (unweighted ones make the smallest error in u,
-and overdo it where k is larger than thought; weighted by k^2 the smallest in nats, and are timid), both poles
-of the loop (c, m) are put at p = POLE:
+The law. With the posterior's means of c/k and d, weighted by sqrt(k), both poles of the loop (c, m) are put
+at p = POLE. Unweighted means make the smallest error in u, and overdo it where k is larger than thought;
+weighted by k^2 they make the smallest in nats, and are timid: a loop that moves alpha little learns k slowly,
+and an objective that lifts both sides at once (cpo on real weights) is far away by then.
 
     u = u* - a c/k - g (m - u*)        a = (1 - p)^2 / (1 - b)        g = (b - p^2) / (1 - b)
 
@@ -63,8 +64,9 @@ STRENGTHS = np.array([10.0 ** (exponent / 4) for exponent in range(-16, 13)])[:,
 """The grid of k, in nats per step: 1e-4 to 1e3."""
 NOISES = np.array([0.03, 0.1, 0.3])[None, :, None]
 """The grid of eta: a step's noise as a part of k."""
-DRIFTS = np.array([0.02, 0.1, 0.4])[None, None, :]
-"""How large |u*| may be: seen were .02 (dpo on real weights), .15 (simpo) and .35 (the embedded model)."""
+DRIFTS = np.array([0.02, 0.1, 0.4, 1.2])[None, None, :]
+"""How large |u*| may be: seen were .02 (dpo on real weights), .15 (simpo), .35 (the embedded model) and about
+1 (cpo on real weights)."""
 WALKS = np.minimum(WALK, DRIFTS / 10)
 
 
@@ -107,9 +109,9 @@ class Filters:
         self.var_d += WALKS**2
 
     def means(self) -> tuple[float, float, float]:
-        """c/k and d, weighted by k, and the mean of log k."""
+        """c/k and d, weighted by sqrt(k), and the mean of log k."""
         weight = np.exp(self.log_weight)
-        tilted = weight * STRENGTHS
+        tilted = weight * np.sqrt(STRENGTHS)
         total = tilted.sum()
         log_k = float((weight * np.log(STRENGTHS)).sum() / weight.sum())
         return float((tilted * self.c).sum() / total), float((tilted * self.d).sum() / total), log_k

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 POLE, WALK, SLEW, PROBE_NATS, FORGET = 0.85, 0.015, 0.2, 0.003, 0.98
 STRENGTHS = [10.0 ** (exponent / 4) for exponent in range(-16, 13)]
 NOISES = (0.03, 0.1, 0.3)
-DRIFTS = (0.02, 0.1, 0.4)
+DRIFTS = (0.02, 0.1, 0.4, 1.2)
 
 Vector = NDArray[np.float64]
 
@@ -55,7 +55,7 @@ class PlainBalance:
             for drift in DRIFTS
         ]
         top = max(log_weight for _, _, _, log_weight in found)
-        weights = [k * math.exp(log_weight - top) for k, _, _, log_weight in found]
+        weights = [math.sqrt(k) * math.exp(log_weight - top) for k, _, _, log_weight in found]
         c = sum(weight * each[1] for weight, each in zip(weights, found, strict=True)) / sum(weights)
         d = sum(weight * each[2] for weight, each in zip(weights, found, strict=True)) / sum(weights)
         # The step that comes: 1 - b, of a mean with b^age over step + 1 values.

@@ -120,6 +120,19 @@ def test_the_loop_settles_without_swinging_for_every_plant(
     assert np.abs(uncalibrated).max() > 2  # or there was nothing to settle
 
 
+@pytest.mark.parametrize("k", [0.01, 0.5, 10.0])
+def test_what_lifts_both_sides_at_once_is_back_by_step_32(k: float) -> None:
+    """As cpo does on real weights: e^-.86 would hold it from the first step on. In units of k: below 7 at the
+    worst, and below .4 on average from step 32 on."""
+    paths = [
+        Plant(k, 0.1, lambda step: 0.86, seed).run(BalanceCalibration(2.0, 5, 0.9), 80) for seed in range(8)
+    ]
+    cs = np.abs([path[0] for path in paths])
+    assert cs.mean(axis=0).max() < 7
+    assert cs[:, 32:].mean() < 0.4
+    assert np.mean([path[1][60:] for path in paths]) == pytest.approx(-0.86, abs=0.05)
+
+
 def test_probes_are_close_together_at_first() -> None:
     assert [step for step in range(16) if BalanceCalibration(1.0, 5, 0.9).probes_at(step)] == [
         1,
@@ -145,11 +158,11 @@ def test_a_plant_that_is_another_than_thought_settles_too(delay: int, momentum: 
 
 
 def test_without_noise_the_error_goes_and_stays_away() -> None:
-    """A constant drift of .1, no noise: after 60 steps |c| < .1 k, and log alpha is within .02 of .1."""
+    """A constant drift of .1, no noise: after 60 steps |c| < .1 k, and log alpha is within .03 of .1."""
     for k in (0.01, 1.0, 100.0):
         cs, log_alphas = Plant(k, 0.0, lambda step: -0.1, 0).run(BalanceCalibration(1.0, 5, 0.9), 120)
         assert max(abs(c) for c in cs[60:]) < 0.1
-        assert log_alphas[60:] == pytest.approx([0.1] * 60, abs=0.02)
+        assert log_alphas[60:] == pytest.approx([0.1] * 60, abs=0.03)
 
 
 def test_the_size_of_nats_does_not_matter() -> None:
