@@ -18,7 +18,7 @@ import pytest
 from helpers import ROOT
 from helpers.bad_input_folder import make_folder
 from helpers.command_lines import Answer, run_all
-from helpers.selection import matrix
+from helpers.selection import asked_for, matrix
 
 CATALOGUE_FILE = ROOT / "tests/helpers/bad_input_catalogue.txt"
 LINE = "must be one line of printable text, and not empty; type"
@@ -68,9 +68,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def answers(folders: list[Path]) -> dict[str, Answer]:
-    """What every line of the catalogue did."""
-    cases = {line: shlex.split(line) for line in CATALOGUE}
+def answers(request: pytest.FixtureRequest, folders: list[Path]) -> dict[str, Answer]:
+    """What every line of the catalogue did that a test of this session asks for."""
+    cases = {params["line"]: shlex.split(params["line"]) for params in asked_for(request)}
     return run_all(cases, folders, {"RCPO_CACHE": str(folders[0].with_name("cache"))})
 
 
