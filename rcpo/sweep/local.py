@@ -76,11 +76,11 @@ class _Runner:
                 self._pass_on_signals()
                 self._collect()
                 if live is not None and time.monotonic() - shown >= SECONDS_BETWEEN_TABLES:
-                    live.update(self._table())
+                    live.update(self._table(), refresh=True)
                     shown = time.monotonic()
                 time.sleep(SECONDS_BETWEEN_LOOKS)
             if live is not None:
-                live.update(self._table())
+                live.update(self._table(), refresh=True)
         return self._conclude()
 
     def _start(self, cell: Cell) -> None:
@@ -112,6 +112,8 @@ class _Runner:
         self._say(counts_line(statuses))  # the last line of the table
         if left:
             self._print(f"`rcpo resume {self._sweep.path}` goes on with the cells that are not done")
+        if len(left) < len(statuses):
+            self._print(f"`rcpo compare {self._sweep.path}` puts the runs side by side")
         if self._received:
             return 130 if self._received[0] == signal.SIGINT else StoppedError.exit_code
         return 1 if left else 0
