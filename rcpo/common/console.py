@@ -39,7 +39,7 @@ def fitted(
     console: Console,
     columns: Sequence[Column],
     make: Callable[[Sequence[Column]], Table],
-    rank: Callable[[Column], int],
+    rank: Callable[[Column], float],
     width: int | None = None,
 ) -> tuple[Table, list[Column]]:
     """The table of as many of `columns` as fit into `width`, by default the console's, and which those are.
