@@ -152,7 +152,8 @@ def heat_map(comparison: Comparison) -> Figure | None:
     figure.layout = {
         "height": 90 + sum(max(46, 15 * (1 + _in_lines(name).count("<br>"))) for name in by_label),
         "yaxis": {"autorange": "reversed", "automargin": True, "type": "category"},
-        "xaxis": {"side": "top", "type": "category", "showgrid": False}, "margin": {"t": 40, "b": 10},
+        "xaxis": {"side": "top", "type": "category", "showgrid": False, "automargin": True},
+        "margin": {"t": 40, "b": 10},
     }  # fmt: skip
     return figure
 
