@@ -23,12 +23,13 @@ def add_arguments(parser: Flags) -> None:
 rcpo compare PATH... [options]
        rcpo compare --wandb ENTITY/PROJECT[/GROUP] [options]"""
     parser.description = """\
-One line for each group of runs (objective, calibration and whatever else differs): its seeds merged into
-mean and standard error, with the difference to calibration=off. Runs that are unfinished, failed, or
-measured on other pairs are named and left out."""
+One line for each group of runs (objective, calibration and whatever else matters and differs): its seeds
+merged into mean and standard error, with the difference to calibration=off; a table for each model and data.
+Runs that are unfinished, failed, or measured on other pairs are named and left out."""
     parser.epilog = """\
 examples:
   rcpo compare sweeps-out/demo --html report.html
+  rcpo compare runs --columns run,optim.lr,chosen,accuracy,win_rate --with win_rates.csv
   rcpo compare 'runs/*' --where objective=dpo,simpo --where optim.lr=1e-6 --sort=-chosen
   rcpo compare --wandb my-team/my-project --csv"""
     add = parser.add_argument
@@ -55,6 +56,20 @@ examples:
         metavar="COLUMN",
         help="chosen, rejected, margin, accuracy, fell, in_band, worst, pairs_per_second, memory_gb, vs_off, "
         "objective, calibration; -COLUMN falls: --sort=-chosen",
+    )
+    add(
+        "--columns",
+        metavar="NAME,...",
+        help="only these, in this order: run, objective, calibration, settings, data, n, the columns of "
+        "--sort, p, those of --with, and settings such as optim.lr",
+    )
+    add(
+        "--with",
+        dest="joined",
+        type=Path,
+        metavar="FILE",
+        help="join a table of yours by the runs' names (its column run or name, else the first): .csv, "
+        ".tsv, .json or .jsonl",
     )
     form = parser.add_mutually_exclusive_group()
     for name, title in (("csv", "CSV"), ("json", "JSON"), ("markdown", "Markdown"), ("latex", "LaTeX")):
@@ -101,19 +116,27 @@ def run(options: argparse.Namespace) -> int:
     from rcpo.comparison.select import select
     from rcpo.comparison.table import make_lines
     from rcpo.comparison.terminal import print_table
+    from rcpo.comparison.view import TAKEN, make_view
 
     runs = select(load(options.paths, options.wandb), options.where)
     comparison = compare_runs(runs)
     lines = make_lines(comparison, options.sort)
+    joined = None
+    if options.joined is not None:
+        from rcpo.comparison.joined import read_joined
+
+        joined = read_joined(options.joined, runs, TAKEN)
+    names = None if options.columns is None else list(filter(None, options.columns.split(",")))
+    view = make_view(lines, comparison, names, joined)
     if options.form is None:
-        print_table(RunConsole(), lines, comparison)
+        print_table(RunConsole(), lines, comparison, view)
     else:
         forms = {"csv": as_csv, "json": as_json, "markdown": as_markdown, "latex": as_latex}
-        say(forms[options.form](lines, comparison))
+        say(forms[options.form](lines, comparison, view))
     if options.html is not None:
         from rcpo.report.page import make_page
 
-        write(options.html, make_page(lines, comparison, options.ches))
+        write(options.html, make_page(lines, comparison, options.ches, view))
     for suffix in ("pdf", "png"):
         folder = getattr(options, suffix)
         if folder is not None:

@@ -72,10 +72,13 @@ def _resume_run(path: str, allowed: list[str]) -> int:
 
 def _resume_sweep(path: str, parallel: int) -> int:
     from rcpo.sweep.folder import SweepFolder
+    from rcpo.sweep.grow import mend
     from rcpo.sweep.local import run_unfinished, sweep_held
 
     sweep = SweepFolder(path)
     with sweep_held(sweep):
+        for name in mend(sweep):
+            print(f"{name}: its folder was gone; it is frozen again", flush=True)
         if sweep.slurm.is_file():
             from rcpo.sweep.slurm import submit as slurm
 

@@ -25,9 +25,11 @@ def run(options: argparse.Namespace) -> int:
     if not is_sweep(options.sweep):
         raise UserError(f"{options.sweep}: is not a sweep folder; give the one that `rcpo sweep` printed")
     sweep = SweepFolder(options.sweep)
+    from rich.text import Text
+
     from rcpo.common.console import RunConsole
     from rcpo.sweep.status import read_statuses
-    from rcpo.sweep.table import counts_line, status_json, status_table
+    from rcpo.sweep.table import counts_line, reason_lines, status_json, status_table
 
     statuses = read_statuses(sweep)
     if options.json:
@@ -35,5 +37,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     console = RunConsole()
     console.print(status_table(console, statuses))
+    for line in reason_lines(console, statuses):
+        console.print(Text(line, style="red"))
     console.print(counts_line(statuses), soft_wrap=True)
     return 0

@@ -11,14 +11,17 @@ from rcpo.common.errors import UserError
 
 if TYPE_CHECKING:
     from rcpo.sweep.definition import Definition
+    from rcpo.sweep.folder import SweepFolder
+    from rcpo.sweep.target import Target
 
 
 def add_arguments(parser: Flags) -> None:
     parser.description = """\
 Run every cell of the grid in a sweep file. Every cell is composed and checked before anything
 starts, and frozen in the sweep folder: later edits of conf/ change nothing there. The same command
-again runs what is missing or has failed, and refuses when the definition has changed. Exit code: 0
-when all cells are done, 1 when one is not."""
+again runs what is missing or has failed. A file with more objectives, values or seeds runs the new
+cells only; it is refused where a cell that is there would change. Exit code: 0 when all cells are
+done, 1 when one is not."""
     parser.epilog = """\
 a sweep file (all keys: the text at the top of rcpo/sweep/definition.py):
   overrides: [train.steps=300, tracking=none]
@@ -29,14 +32,14 @@ a sweep file (all keys: the text at the top of rcpo/sweep/definition.py):
   exclude: [{objective: dpo_b05, calibration: on}]
 
 examples:
-  rcpo sweep sweeps/demo.yaml --dry-run
+  rcpo sweep demo --dry-run                                    (one that ships with rcpo)
   rcpo sweep sweeps/demo.yaml --parallel 2
   rcpo sweep sweeps/demo.yaml model.path=MODEL --slurm example --print
 
 `rcpo status DIR` says how far it is, `rcpo resume DIR` goes on after Ctrl-C or a failure,
 `rcpo cancel DIR` stops it."""
     add = parser.add_argument
-    add("file", metavar="FILE", help="the sweep file")
+    add("file", metavar="FILE", help="the sweep file, or the name of one that ships with rcpo")
     add("words", nargs="*", metavar="KEY=VALUE", help="further overrides, of all cells")
     add("--out", metavar="DIR", help="the sweep folder; default: sweeps-out/NAME")
     add("--parallel", type=positive_int, metavar="N", help="N cells at a time here; default: 1")
@@ -57,7 +60,7 @@ examples:
         help="submit to SLURM instead: the name of a file in conf/cluster/, or a path",
     )
     add("--max-parallel", type=positive_int, metavar="N", help="with --slurm: at most N cells at a time")
-    add("--print", action="store_true", help="with --slurm: show the batch script and submit nothing")
+    add("--print", action="store_true", help="with --slurm: show the batch script; nothing is written")
     add(
         "--wandb-sweep",
         action="store_true",
@@ -106,31 +109,58 @@ def _offline() -> Iterator[None]:
 
 
 def _check_and_run(definition: "Definition", options: argparse.Namespace) -> int:
-    from rcpo.common.console import RunConsole
-    from rcpo.sweep.checks import check_inputs
     from rcpo.sweep.folder import SweepFolder
-    from rcpo.sweep.freeze import Here, Target, freeze_cells, write_sweep
+    from rcpo.sweep.grow import plan_growth, write_growth
     from rcpo.sweep.local import run_unfinished, sweep_held
-    from rcpo.sweep.plan import print_plan
+    from rcpo.sweep.target import Here, Target
 
     sweep = SweepFolder(options.out or f"sweeps-out/{definition.name}")
     target: Target = Here()
     if options.slurm is not None:
-        from rcpo.sweep.slurm import submit as slurm
         from rcpo.sweep.slurm.profile import SlurmTarget, read_profile
 
         target = SlurmTarget(read_profile(options.slurm))
-    cells = freeze_cells(definition, sweep, target)
     if options.dry_run:
-        checked = check_inputs(cells, fetch=False)
-        print_plan(RunConsole(), cells, checked, definition, sweep, options.pairs_per_second)
-        return 0
-    check_inputs(cells, fetch=True)
+        return _print_plan(definition, sweep, target, options.pairs_per_second)
+    if options.print:
+        return _print_script(definition, sweep, options)
     if options.slurm is None and sweep.slurm.is_file():
         raise UserError(f"{sweep.path}: is a sweep of SLURM's; type --slurm PROFILE, or --out FOLDER")
+    growth = plan_growth(definition, sweep, target)
+    if growth.new:
+        from rcpo.sweep.checks import check_inputs
+
+        check_inputs(growth.new, fetch=True)
     with sweep_held(sweep):
-        write_sweep(sweep, definition, cells)
-        print(f"{len(cells)} cells in {sweep.path}", flush=True)
+        if growth.new or growth.seen == b"":
+            write_growth(sweep, definition, growth)
+        print(growth.line(sweep), flush=True)
         if options.slurm is not None:
-            return slurm.submit(sweep, options.slurm, options.max_parallel, options.print)
-        return run_unfinished(sweep, options.parallel or 1)
+            from rcpo.sweep.slurm import submit as slurm
+
+            return slurm.submit(sweep, options.slurm, options.max_parallel, growth.names)
+        return run_unfinished(sweep, options.parallel or 1, growth.names)
+
+
+def _print_plan(
+    definition: "Definition", sweep: "SweepFolder", target: "Target", pairs_per_second: float | None
+) -> int:
+    """The grid and its costs; nothing is written."""
+    from rcpo.common.console import RunConsole
+    from rcpo.sweep.checks import check_inputs
+    from rcpo.sweep.freeze import freeze_cells
+    from rcpo.sweep.plan import print_plan
+
+    cells = freeze_cells(definition, sweep, target)
+    checked = check_inputs(cells, fetch=False)
+    print_plan(RunConsole(), cells, checked, definition, sweep, pairs_per_second)
+    return 0
+
+
+def _print_script(definition: "Definition", sweep: "SweepFolder", options: argparse.Namespace) -> int:
+    """The batch script; nothing is written. Cells are counted and not composed: a dry run does that."""
+    from rcpo.sweep.expand import expand
+    from rcpo.sweep.slurm.submit import script_of
+
+    print(script_of(sweep, options.slurm, options.max_parallel, expand(definition)), end="")
+    return 0

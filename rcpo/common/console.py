@@ -4,14 +4,20 @@ import contextlib
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 from rich.console import Console
+from rich.table import Table
+
+Column = TypeVar("Column")
 
 KEPT_NATS = 0.1
 """A mean change of log-probability smaller than this is called none."""
 NOISE_MARK = "~"
 """Behind a mean change that rounding alone may have made."""
+UNLIMITED = 10_000
+"""Columns of a console that cuts nothing."""
 
 
 class RunConsole(Console):
@@ -27,6 +33,23 @@ class RunConsole(Console):
         """Rich would exit here; the run goes on instead, and says nothing more."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def fitted(
+    console: Console,
+    columns: Sequence[Column],
+    make: Callable[[Sequence[Column]], Table],
+    rank: Callable[[Column], float],
+    width: int | None = None,
+) -> tuple[Table, list[Column]]:
+    """The table of as many of `columns` as fit into `width`, by default the console's, and which those are.
+    The column of the highest rank is left out first; one is always there."""
+    kept, width = list(columns), console.width if width is None else width
+    table, unlimited = make(kept), console.options.update(width=UNLIMITED)
+    while kept[1:] and console.measure(table, options=unlimited).maximum > width:
+        kept.remove(max(kept, key=rank))
+        table = make(kept)
+    return table, kept
 
 
 @contextlib.contextmanager

@@ -1,46 +1,23 @@
 """Runs to groups: what a group is, which runs belong into it, which are left out and why, what they differ
-in.
+in. How groups are called is `rcpo.comparison.labels`'s.
 
 A group is all runs whose configs agree in everything but the seed. Two runs of one group that were measured
 on other pairs, or started from another model, than the rest are told by their first evaluation, and left out.
 """
 
-import fnmatch
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from rcpo.common.errors import UserError
+from rcpo.comparison.keys import ABSENT, IGNORED, SPEED_ALONE, matches
+from rcpo.comparison.labels import name_groups
 from rcpo.comparison.load import ComparedRun, one_line
 from rcpo.comparison.statistics import Difference, holm, paired_difference
 
-IGNORED = (
-    "seed",
-    "name",
-    "run_dir",
-    "tracking.*",
-    "metrics.*",
-    "cluster.*",
-    "train.save_every",
-    "train.keep_last",
-    "train.on_save_error",
-    "train.on_nonfinite",
-    "train.max_nonfinite_steps",
-    "train.log_every",
-    "train.eval_every",
-    "model.allow_pickle",
-    "model.trust_remote_code",
-    "model.lora.save",
-)
-"""Settings that change neither training nor its speed: runs that differ in them are one group."""
-ABSENT = (("objective.module", None), ("objective.log_probs", "sum"), ("train.deterministic", False))
-"""Settings that runs of before the key was there do not have, and that mean the same."""
-HARDWARE = ("launch.*", "deepspeed.*", "train.device", "train.pairs_per_device")
-"""Settings that change the speed alone: other groups, but with the same baseline."""
-DATA_AND_MODEL = ("data.*", "model.*", "train.max_length", "train.max_prompt_length")
 OF_CALIBRATION = {
     "off": (),
     "on": ("scope", "estimator", "ema_beta", "max_log_alpha", "every", "warmup_steps"),
@@ -51,6 +28,7 @@ OF_CALIBRATION = {
     "fixed": ("alpha",),
 }
 """What each calibration reads of its section; the rest of it distinguishes nothing."""
+OTHER_KIND = "other data or model than most groups"
 PER_PAIR = ("chosen", "rejected", "margin", "accuracy", "fell")
 
 Settings = dict[str, Any]
@@ -72,7 +50,7 @@ class Group:
     """Its name, with the parameters in which groups of that objective differ."""
     calibration: str
     other: dict[str, str]
-    """Further settings in which groups differ."""
+    """All further settings in which groups differ."""
     settings: Settings
     """All that distinguish a group."""
     runs: list[ComparedRun]
@@ -85,15 +63,22 @@ class Group:
     p_holm: float = float("nan")
     """p of the chosen difference, adjusted for all groups that have a baseline."""
     note: str = ""
+    shown: dict[str, str] = field(default_factory=dict)
+    """Those of `other` that matter to the numbers, but for data and model, and are not the usual ones."""
+    kind: str = ""
+    """What was measured: model and data in a few words, the same for groups that can be compared."""
+    row_label: str = ""
+    """Objective, `shown`, and `kind` where that is not the usual one."""
 
     @property
     def label(self) -> str:
         return f"{self.row_label} {self.calibration}"
 
     @property
-    def row_label(self) -> str:
-        """Objective and further settings."""
-        return " ".join([self.objective, *(f"{key}={value}" for key, value in self.other.items())])
+    def name(self) -> str:
+        """Its run's; of several the first one's and how many more there are."""
+        runs = self.runs or [item.run for item in self.left_out]
+        return runs[0].path.name + (f" +{len(runs) - 1}" if len(runs) > 1 else "")
 
     @property
     def seeds(self) -> str:
@@ -110,6 +95,8 @@ class Comparison:
     num_comparisons: int
     unreadable: list[LeftOut]
     """Runs that could not be put into a group."""
+    usual: dict[str, str]
+    """What a group has of the settings that `Group.shown` leaves out, having the value of most groups."""
 
     @property
     def left_out(self) -> list[LeftOut]:
@@ -132,9 +119,13 @@ def compare_runs(runs: Sequence[ComparedRun]) -> Comparison:
     groups = [
         _make_group(members, own, settings) for members, own in zip(grouped.values(), settings, strict=True)
     ]
-    objectives = list(dict.fromkeys(group.objective for group in groups))
+    usual = name_groups(groups)
+    kinds, objectives = (
+        list(dict.fromkeys(getattr(group, name) for group in groups)) for name in ("kind", "objective")
+    )
     groups.sort(
         key=lambda group: (
+            kinds.index(group.kind),
             objectives.index(group.objective),
             group.row_label,
             _place(group.settings.get("calibration.name")),
@@ -144,7 +135,7 @@ def compare_runs(runs: Sequence[ComparedRun]) -> Comparison:
     num_comparisons = _compare_with_off(groups)
     _mark_other_data(groups)
     common = {key: value for key, value in settings[0].items() if key not in differing}
-    return Comparison(groups, differing, common, num_comparisons, unreadable)
+    return Comparison(groups, differing, common, num_comparisons, unreadable, usual)
 
 
 def _place(calibration: object) -> int:
@@ -164,10 +155,6 @@ def distinguishing(run: ComparedRun) -> Settings:
         if not matches(key, IGNORED) and (key, value) not in ABSENT:
             kept[key] = value
     return kept
-
-
-def matches(key: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
 
 
 def _differing(settings: Sequence[Settings], within: str = "") -> list[str]:
@@ -243,7 +230,7 @@ def _training(group: Group) -> Settings:
     return {
         key: value
         for key, value in group.settings.items()
-        if not matches(key, HARDWARE) and not key.startswith("calibration.")
+        if not matches(key, SPEED_ALONE) and not key.startswith("calibration.")
     }
 
 
@@ -285,17 +272,14 @@ def _differences(group: Group, baseline: Group) -> tuple[dict[str, Difference], 
 
 def _mark_other_data(groups: list[Group]) -> None:
     """A note at groups whose data, held-out pairs or model are not those of most groups."""
-    kinds = [
-        repr(sorted((key, value) for key, value in group.settings.items() if matches(key, DATA_AND_MODEL)))
-        for group in groups
-    ]
+    kinds = [group.kind for group in groups]
     usual = Counter(kinds).most_common(1)[0][0]
     first = next(
         (group for group, kind in zip(groups, kinds, strict=True) if kind == usual and group.runs), None
     )
     for group, kind in zip(groups, kinds, strict=True):
         if kind != usual:
-            group.note = group.note or "other data or model than most groups"
+            group.note = group.note or OTHER_KIND
         elif first is not None and group.runs and not same_start(group.runs[0], first.runs[0]):
             group.note = group.note or f"other held-out pairs or model than {first.label}"
 

@@ -2,11 +2,14 @@
 that is more than chance."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rcpo.common.console import KEPT_NATS, nats, percent
 from rcpo.comparison.groups import Comparison, Group, panels
-from rcpo.comparison.table import COLUMNS, GroupLine, p_text
+from rcpo.comparison.table import COLUMNS, GroupLine, is_difference, p_text
+
+MAX_NAMES = 5
+"""Named in one sentence."""
 
 
 def headline(lines: Sequence[GroupLine], comparison: Comparison) -> str:
@@ -20,15 +23,12 @@ def headline(lines: Sequence[GroupLine], comparison: Comparison) -> str:
         )
     falls = {label: chosen[id(off)] for label, off, _ in with_off if chosen[id(off)] <= -KEPT_NATS}
     if not falls:
-        none = f"none of {len(with_off)} objectives pushes"
-        which = none if len(with_off) > 1 else f"{with_off[0][0]} does not push"
+        tried_names = {str(off.settings.get("objective.name")) for _, off, _ in with_off}
+        some = f"none of {len(tried_names)} objectives pushes"
+        which = some if len(tried_names) > 1 else f"{min(tried_names)} does not push"
         return f"Without calibration {which} the held-out chosen responses down."
     worst = min(falls, key=lambda label: falls[label])
-    what = f"{worst} pushes the held-out chosen responses down"
-    if len(with_off) > 1:
-        verb = "push" if len(falls) > 1 else "pushes"
-        what = f"{len(falls)} of {len(with_off)} objectives {verb} the held-out chosen responses down, "
-        what += f"most of all {worst}" if len(falls) > 1 else worst
+    what = _pushes(falls, {label: str(off.settings.get("objective.name")) for label, off, _ in with_off})
     text = f"Without calibration {what} ({nats(falls[worst])} nats)."
     mended = [
         label for label, off, groups in with_off if label in falls
@@ -43,6 +43,21 @@ def headline(lines: Sequence[GroupLine], comparison: Comparison) -> str:
         "it does not" if len(falls) == 1 else f"{_listed(mended)} {'does' if len(mended) == 1 else 'do'} not"
     )
     return f"{text} With calibration {names}."
+
+
+def _pushes(falls: Mapping[str, float], objectives: Mapping[str, str]) -> str:
+    """Which objectives push the chosen responses down, of those that ran without calibration; `objectives`
+    are their names by label, `falls` the changes of those that fell."""
+    worst = min(falls, key=lambda label: falls[label])
+    names, falling = set(objectives.values()), {objectives[label] for label in falls}
+    down = "the held-out chosen responses down"
+    if len(objectives) == 1:
+        return f"{worst} pushes {down}"
+    most = f"most of all {worst}" if len(falls) > 1 else worst
+    if len(names) == 1:
+        return f"{min(names)} pushes {down} in {len(falls)} of {len(objectives)} settings, {most}"
+    verb = "push" if len(falling) > 1 else "pushes"
+    return f"{len(falling)} of {len(names)} objectives {verb} {down}, {most}"
 
 
 def sentences(lines: Sequence[GroupLine], comparison: Comparison) -> list[str]:
@@ -63,8 +78,11 @@ def _against(line: GroupLine) -> str:
     """The best calibration, its difference, whether that is more than noise, and its speed."""
     group = line.group
     found = group.differences["chosen"]
-    text = f"{group.calibration} {nats(line.means['chosen'][0])}, a difference of {nats(found.mean)}"
-    if math.isnan(group.p_holm):
+    text = f"{group.calibration} {nats(line.means['chosen'][0])}, "
+    text += f"a difference of {nats(found.mean)}" if is_difference(line) else "no difference"
+    if not is_difference(line):
+        pass
+    elif math.isnan(group.p_holm):
         text += " of one pair"
     else:
         p = p_text(group.p_holm)
@@ -90,4 +108,6 @@ def _off(groups: Sequence[Group]) -> Group | None:
 
 
 def _listed(names: Sequence[str]) -> str:
+    if len(names) > MAX_NAMES:
+        names = [*names[: MAX_NAMES - 1], f"{len(names) - MAX_NAMES + 1} more"]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

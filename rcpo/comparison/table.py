@@ -13,7 +13,7 @@ import numpy as np
 
 from rcpo.common.console import NOISE_MARK, above_noise, nats, number, percent
 from rcpo.common.errors import UserError
-from rcpo.comparison.groups import PER_PAIR, Comparison, Group, LeftOut
+from rcpo.comparison.groups import OTHER_KIND, PER_PAIR, Comparison, Group, LeftOut
 from rcpo.comparison.load import ComparedRun
 from rcpo.comparison.statistics import mean_and_error
 
@@ -72,6 +72,8 @@ COLUMNS = (
     Column("pairs_per_second", "pairs/s", _speed, number, 6),
     Column("memory_gb", "GB", _memory, number, 8),
 )
+SMALLEST_NATS = 0.005
+"""A mean difference smaller than this is none, whatever its p: it would be written as 0.00."""
 MAX_PATHS = 5
 """Paths named on one line of runs that are left out; --json names all."""
 NOTES = (
@@ -100,7 +102,7 @@ class GroupLine:
         group = self.group
         row: dict[str, Any] = {
             "objective": group.objective, "calibration": group.calibration, **group.other,
-            "n": len(group.runs), "seeds": group.seeds, "left_out": len(group.left_out),
+            "n": len(group.runs), "seeds": group.seeds, "left_out": len(group.left_out), "run": group.name,
         }  # fmt: skip
         for name, (mean, error) in self.means.items():
             row |= {name: mean, f"{name}_se": error}
@@ -165,41 +167,46 @@ def _noise_floor(group: Group) -> float | None:
     return float(np.mean(floors)) / math.sqrt(len(group.runs)) if floors else None
 
 
-def line_texts(line: GroupLine, columns: Sequence[Column], pm: str) -> list[str]:
-    """Under `heads`."""
-    group = line.group
-    texts = [group.objective, group.calibration, *group.other.values(), str(len(group.runs))]
-    for column in columns:
-        mean, error = line.means[column.name]
-        text = "-" if math.isnan(mean) else column.text(mean)
-        if line.noise_floor is not None and column.name in OF_FLOOR and not math.isnan(mean):
-            text = above_noise(mean, OF_FLOOR[column.name] * line.noise_floor)
-        with_error = not math.isnan(error) and column.name in ("chosen", "rejected", "margin", "worst")
-        texts.append(f"{text} {pm} {error:.2f}" if with_error else text)
-    return [*texts, *difference_texts(group)]
+def number_text(line: GroupLine, column: Column, pm: str) -> str:
+    """Mean and standard error; `NOISE_MARK` behind what rounding alone may be."""
+    mean, error = line.means[column.name]
+    text = "-" if math.isnan(mean) else column.text(mean)
+    if line.noise_floor is not None and column.name in OF_FLOOR and not math.isnan(mean):
+        text = above_noise(mean, OF_FLOOR[column.name] * line.noise_floor)
+    with_error = not math.isnan(error) and column.name in ("chosen", "rejected", "margin", "worst")
+    return f"{text} {pm} {error:.2f}" if with_error else text
 
 
-def difference_texts(group: Group) -> list[str]:
-    """The difference to off with its interval, and p."""
-    found = group.differences.get("chosen")
+def is_difference(line: GroupLine) -> bool:
+    """Whether the difference to off is one at all: two decimals show it, and rounding does not make it."""
+    found = line.group.differences["chosen"]
+    floor = math.sqrt(2) * (line.noise_floor or 0.0)
+    return abs(found.mean) >= max(SMALLEST_NATS, floor)
+
+
+def difference_text(line: GroupLine) -> str:
+    """The difference to off with its interval."""
+    group, found = line.group, line.group.differences.get("chosen")
     if found is None:
-        return ["" if group.baseline is None or not group.note else group.note, ""]
-    p = p_text(group.p_holm)
-    return [
-        f"{nats(found.mean)} [{nats(found.low)}, {nats(found.high)}]",
-        f"({p})" if found.num_seeds == 1 else p,
-    ]
+        return "" if group.baseline is None or not group.note else group.note
+    return f"{nats(found.mean)} [{nats(found.low)}, {nats(found.high)}]"
+
+
+def difference_p_text(line: GroupLine) -> str:
+    """p of the difference; a dash where there is none."""
+    found = line.group.differences.get("chosen")
+    if found is None:
+        return ""
+    if not is_difference(line):
+        return "-"
+    p = p_text(line.group.p_holm)
+    return f"({p})" if found.num_seeds == 1 else p
 
 
 def p_text(p: float) -> str:
     if math.isnan(p):
         return "-"
     return "<.001" if p < 0.001 else f"{p:.3f}".replace("0.", ".", 1) if p < 0.9995 else "1"
-
-
-def heads(comparison: Comparison, columns: Sequence[Column]) -> list[str]:
-    other = list(comparison.groups[0].other) if comparison.groups else []
-    return ["objective", "calibration", *other, "n", *(column.head for column in columns), "vs off", "p"]
 
 
 def left_out_lines(left_out: Sequence[LeftOut]) -> list[str]:
@@ -225,5 +232,9 @@ def notes(comparison: Comparison, pm: str) -> list[str]:
             f"{NOISE_MARK}: no more than rounding may have made of the mean; the noise floor of bfloat16 is "
             f"up to {max(floors):.2g} nats here."
         )
+    if comparison.usual:
+        said = ", ".join(f"{key}={value}" for key, value in comparison.usual.items())
+        lines.append(f"where nothing else is said: {said}.")
     lines += left_out_lines(comparison.left_out)
-    return lines + [f"{group.label}: {group.note}" for group in comparison.groups if group.note]
+    told = [group for group in comparison.groups if group.note and group.note != OTHER_KIND]
+    return lines + [f"{group.label}: {group.note}" for group in told]

@@ -37,13 +37,19 @@ class Comparison:
         difference of chosen to calibration=off, p its p-value, adjusted for all groups."""
         import pandas as pd
 
+        from rcpo.comparison.labels import NONE
         from rcpo.comparison.table import COLUMNS
 
+        groups, usual = self._compared.groups, self._compared.usual
+        keys = dict.fromkeys([*usual, *(key for group in groups for key in group.shown)])
+        num_kinds = len({group.kind for group in groups})
         return pd.DataFrame(
             {
+                "run": line.group.name,
                 "objective": line.group.objective,
                 "calibration": line.group.calibration,
-                **line.group.other,
+                **({"data": line.group.kind} if num_kinds > 1 else {}),
+                **{key: line.group.shown.get(key, usual.get(key, NONE)) for key in keys},
                 "n": len(line.group.runs),
                 **{column.name: line.means[column.name][0] for column in COLUMNS},
                 "vs_off": line.group.differences["chosen"].mean if line.group.differences else math.nan,

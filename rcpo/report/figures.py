@@ -6,6 +6,7 @@ width of the page allows. Every figure has a caption that says its units, its n 
 
 import html
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,11 @@ from rcpo.report.curves import (
     pathway_shares,
 )
 from rcpo.report.palette import BAND, FAINT, INK, NEGATIVE, NEUTRAL, PATHWAY_COLOURS, POSITIVE, looks
+
+LABEL_LETTERS = 22
+"""Of a line of the heat map's labels."""
+MAX_COUNTS = 6
+"""Groups whose numbers of seeds a caption lists."""
 
 
 @dataclass
@@ -87,12 +93,21 @@ def seeds_text(groups: Sequence[Group]) -> str:
     counts = [len(group.runs) for group in groups]
     if len(set(counts)) == 1:
         return f"{counts[0]} seed{'' if counts[0] == 1 else 's'}{' each' if len(groups) > 1 else ''}"
+    if len(groups) > MAX_COUNTS:
+        return f"{min(counts)} to {max(counts)} seeds each"
     return "seeds: " + ", ".join(f"{group.calibration} {len(group.runs)}" for group in groups)
 
 
 def pairs_text(groups: Sequence[Group]) -> str:
     numbers = sorted({len(run.pairs.r_w) for group in groups for run in group.runs if run.pairs is not None})
     return f"{' or '.join(map(str, numbers))} held-out pairs" if numbers else "held-out pairs"
+
+
+def _in_lines(label: str) -> str:
+    """A label for an axis, in lines that leave room for the plot."""
+    return "<br>".join(
+        html.escape(line) for line in textwrap.wrap(label, LABEL_LETTERS, break_on_hyphens=False)
+    )
 
 
 def heat_map(comparison: Comparison) -> Figure | None:
@@ -123,8 +138,8 @@ def heat_map(comparison: Comparison) -> Figure | None:
     )
     figure.data.append(
         {
-            "type": "heatmap", "z": shown, "x": [html.escape(name) for name in calibrations],
-            "y": [html.escape(name) for name in by_label], "text": texts, "texttemplate": "%{text}",
+            "type": "heatmap", "z": shown, "x": [_in_lines(name) for name in calibrations],
+            "y": [_in_lines(name) for name in by_label], "text": texts, "texttemplate": "%{text}",
             "hovertemplate": "%{y}, %{x}: %{text}<extra></extra>", "zmin": -reach, "zmax": reach,
             "xgap": 2, "ygap": 2,
             "colorscale": [[0, NEGATIVE], [0.5, NEUTRAL], [1, POSITIVE]],
@@ -135,9 +150,10 @@ def heat_map(comparison: Comparison) -> Figure | None:
         }
     )  # fmt: skip
     figure.layout = {
-        "height": 90 + 46 * len(by_label),
+        "height": 90 + sum(max(46, 15 * (1 + _in_lines(name).count("<br>"))) for name in by_label),
         "yaxis": {"autorange": "reversed", "automargin": True, "type": "category"},
-        "xaxis": {"side": "top", "type": "category", "showgrid": False}, "margin": {"t": 40, "b": 10},
+        "xaxis": {"side": "top", "type": "category", "showgrid": False, "automargin": True},
+        "margin": {"t": 40, "b": 10},
     }  # fmt: skip
     return figure
 

@@ -17,10 +17,9 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from rcpo.common.console import KEPT_NATS, duration, nats, number
+from rcpo.common.console import KEPT_NATS, duration, fitted, nats, number
 from rcpo.common.errors import UserError
 from rcpo.comparison.load import read_settings, read_status
-from rcpo.comparison.terminal import WIDE
 from rcpo.monitor.step_line import RECENT_STEPS
 from rcpo.runs.rows import GrowingRows
 
@@ -42,15 +41,17 @@ COLUMNS: tuple[tuple[str, int, Literal["left", "right"]], ...] = (
     ("status", 1, "left"),
     ("step", 2, "right"),
     ("chosen", 3, "right"),
-    ("batches", 6, "left"),
-    ("held out", 4, "right"),
-    ("alpha", 5, "right"),
-    ("alpha so far", 9, "left"),
-    ("band", 7, "left"),
-    ("pairs/s", 10, "right"),
-    ("left", 8, "right"),
+    ("batches", 9, "left"),
+    ("held out", 6, "right"),
+    ("alpha", 7, "right"),
+    ("alpha so far", 10, "left"),
+    ("band", 5, "left"),
+    ("pairs/s", 8, "right"),
+    ("left", 4, "right"),
 )
 """Title, rank (the highest is left out first where a terminal is narrow) and side."""
+LONGEST_NAME = 22
+"""Columns of a run's name before it goes on in the next line."""
 KEPT = ("displacement/chosen", "calibration/alpha")
 
 
@@ -127,14 +128,13 @@ class Board:
         height = max(1, options.max_height - num_lines) if console.is_terminal else len(self.runs)
         shown = sorted(self.runs, key=lambda run: run.status != "running")[:height]
         shown = [run for run in self.runs if run in shown]
-        columns = list(range(len(COLUMNS)))
-        table = _table(shown, columns, options.ascii_only)
-        while (
-            columns[1:]
-            and console.measure(table, options=options.update(width=WIDE)).maximum > options.max_width
-        ):
-            columns.remove(max(columns, key=lambda column: COLUMNS[column][1]))
-            table = _table(shown, columns, options.ascii_only)
+        table, _ = fitted(
+            console,
+            range(len(COLUMNS)),
+            lambda columns: _table(shown, columns, options.ascii_only),
+            lambda column: COLUMNS[column][1],
+            options.max_width,
+        )
         yield table
         for run in shown:
             if run.trouble is not None:
@@ -145,11 +145,14 @@ class Board:
 
 def _table(runs: Sequence[LiveRun], columns: Sequence[int], ascii_only: bool) -> Table:
     table = Table(
-        box=box.ASCII if ascii_only else box.SIMPLE_HEAD, header_style="dim", padding=(0, 1), pad_edge=False
-    )
+        box=box.ASCII if ascii_only else box.SIMPLE_HEAD, header_style="dim", padding=(0, 1, 0, 0),
+        pad_edge=False, show_edge=False,
+    )  # fmt: skip
     for column in columns:
         title, _, justify = COLUMNS[column]
-        table.add_column(title, no_wrap=True, justify=justify)
+        name = column == 0
+        longest = min(LONGEST_NAME, max((len(run.path.name) for run in runs), default=1)) if name else None
+        table.add_column(title, no_wrap=not name, justify=justify, overflow="fold", max_width=longest)
     bars, mark = (ASCII_BARS, "o") if ascii_only else (BARS, "●")
     for run in runs:
         texts = run_texts(run, bars, mark)

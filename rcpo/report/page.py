@@ -14,8 +14,10 @@ import rcpo
 from rcpo.common.console import KEPT_NATS, nats
 from rcpo.common.page import TableCell, render
 from rcpo.comparison.groups import Comparison, panels
+from rcpo.comparison.keys import SPEED_ALONE, matches
 from rcpo.comparison.summary import headline, sentences
-from rcpo.comparison.table import COLUMNS, GroupLine, heads, line_texts, notes
+from rcpo.comparison.table import GroupLine, notes
+from rcpo.comparison.view import Shown, View, make_view
 from rcpo.report.fallen import ChesChoice, Fallen, FallenPair, find_fallen
 from rcpo.report.figures import Figure, heat_map, objective_figures
 
@@ -41,8 +43,12 @@ class Table(NamedTuple):
     """Whether a row is the first of its objective."""
 
 
-def make_page(lines: Sequence[GroupLine], comparison: Comparison, ches: ChesChoice = "auto") -> str:
-    """The whole page; `ches`: whether the model is loaded to score the pairs that fell."""
+def make_page(
+    lines: Sequence[GroupLine], comparison: Comparison, ches: ChesChoice = "auto", view: View | None = None
+) -> str:
+    """The whole page; `ches`: whether the model is loaded to score the pairs that fell; `view`: the columns
+    of its table."""
+    view = view or make_view(lines, comparison)
     by_label = panels(comparison)
     heat = heat_map(comparison)
     figures: list[Figure] = [] if heat is None else [heat]
@@ -72,7 +78,11 @@ def make_page(lines: Sequence[GroupLine], comparison: Comparison, ches: ChesChoi
         version=rcpo.__version__,
         time=f"{datetime.now(UTC):%Y-%m-%d %H:%M}",
         heat=heat,
-        main=_main_table(lines, comparison),
+        tables=[
+            (kind if len(view.kinds) > 1 else "", _main_table(own, view.columns))
+            for kind, own in view.kinds.items()
+        ],
+        differing=[key for key in comparison.differing if not matches(key, SPEED_ALONE)],
         notes=notes(comparison, "±"),
         sections=sections,
         plotly=Markup(get_plotlyjs()),
@@ -87,17 +97,21 @@ def _title(labels: Iterable[str]) -> str:
     return f"rcpo: {shown or 'no finished runs'}"
 
 
-def _main_table(lines: Sequence[GroupLine], comparison: Comparison) -> Table:
-    titles = heads(comparison, COLUMNS)
-    num_left, where = titles.index("n"), titles.index("chosen")
-    kinds = ["left" if idx < num_left else "" for idx in range(len(titles))]
+def _main_table(lines: Sequence[GroupLine], columns: Sequence[Shown]) -> Table:
+    kinds = ["left words" if column.is_words else "" for column in columns]
     body = []
     for line in lines:
-        own = [*kinds[:where], _mood(line.means["chosen"][0]), *kinds[where + 1 :]]
-        body.append([TableCell(*both) for both in zip(line_texts(line, COLUMNS, "±"), own, strict=True)])
+        mood = _mood(line.means["chosen"][0])
+        body.append(
+            [
+                TableCell(column.text(line, "±"), mood if column.name == "chosen" else kind)
+                for column, kind in zip(columns, kinds, strict=True)
+            ]
+        )
     labels = [line.group.row_label for line in lines]
     firsts = [label != before for label, before in zip(labels, [None, *labels], strict=False)]
-    return Table([TableCell(*both) for both in zip(titles, kinds, strict=True)], body, firsts)
+    heads = [TableCell(column.head, kind) for column, kind in zip(columns, kinds, strict=True)]
+    return Table(heads, body, firsts)
 
 
 def _mood(change: float) -> str:

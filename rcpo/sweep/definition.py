@@ -28,6 +28,7 @@ from typing import Any
 
 import yaml
 
+import rcpo
 from rcpo.common.errors import UserError
 
 SEED = "seed"
@@ -87,19 +88,40 @@ class Definition:
 
 
 def read_definition(path: str, more: Sequence[str] = ()) -> Definition:
-    """The sweep file at `path` with further base overrides `more`. Raises UserError with one line."""
-    file = Path(path)
+    """The sweep file at `path`, or the shipped one of that name, with further base overrides `more`. Raises
+    UserError with one line."""
+    file = _shipped(path) or Path(path)
     try:
         tree = yaml.load(file.read_text(encoding="utf-8"), Loader=_TextLoader)
     except (OSError, UnicodeDecodeError) as error:
         said = getattr(error, "strerror", None) or "is not UTF-8 text"
-        raise UserError(f"{path}: {said}; give a sweep file, such as sweeps/demo.yaml") from None
+        shipped = ", ".join(file.stem for file in shipped_files())
+        raise UserError(
+            f"{path}: {said}; give a sweep file, or the name of one of rcpo's: {shipped}"
+        ) from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: is not YAML ({' '.join(str(error).split())[:200]})") from None
     try:
         return _definition(tree, file.stem, more)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def shipped_files() -> list[Path]:
+    """The sweeps that ship with rcpo: inside the package (a wheel), else beside it (a source tree)."""
+    package = Path(rcpo.__file__).resolve().parent
+    for folder in (package / "sweeps", package.parent / "sweeps"):
+        if (folder / "demo.yaml").is_file():
+            return sorted(folder.glob("*.yaml"))
+    return []
+
+
+def _shipped(path: str) -> Path | None:
+    """demo, demo.yaml or sweeps/demo.yaml, where no file of the user's has that path."""
+    if Path(path).exists():
+        return None
+    names = [(file.stem, file.name, f"sweeps/{file.name}") for file in shipped_files()]
+    return next((file for file, own in zip(shipped_files(), names, strict=True) if path in own), None)
 
 
 class _TextLoader(yaml.BaseLoader):

@@ -1,6 +1,6 @@
 """From a checked sweep file to its cells: which combinations there are, in which order, and their names.
 
-A pure function of the definition; composes nothing and writes nothing. Called by `rcpo.sweep.freeze`.
+A pure function of the definition; composes nothing and writes nothing. Called by `rcpo.sweep.grow`.
 """
 
 import hashlib
@@ -95,10 +95,14 @@ def _names(definition: Definition, cells: list[dict[str, str]]) -> list[str]:
     names = []
     for name, slug, axes in zip(wished, slugs, cells, strict=True):
         if slug != name or times[slug.casefold()] > 1:
-            digest = hashlib.sha256(json.dumps(axes, sort_keys=True).encode()).hexdigest()[:DIGEST_LETTERS]
-            slug = f"{slug[: LONGEST_NAME - DIGEST_LETTERS - 1]}-{digest}"
+            slug = f"{slug[: LONGEST_NAME - DIGEST_LETTERS - 1]}-{digest_of_axes(axes)}"
         names.append(slug)
     return names
+
+
+def digest_of_axes(axes: Mapping[str, str]) -> str:
+    """The same for the same labels."""
+    return hashlib.sha256(json.dumps(axes, sort_keys=True).encode()).hexdigest()[:DIGEST_LETTERS]
 
 
 def _filled(template: str, axes: dict[str, str]) -> str:

@@ -4,7 +4,7 @@
     SWEEP/cells/NAME/     the cells' run folders            SWEEP/.lock            held by what runs them here
     SWEEP/submit.sbatch  array.txt  slurm.json  logs/       of SLURM
 
-`rcpo.sweep.freeze` writes it once; everything else reads. A cell is started and continued by
+`rcpo.sweep.grow` writes it; everything else reads. A cell is started and continued by
 `rcpo resume SWEEP/cells/NAME`.
 """
 

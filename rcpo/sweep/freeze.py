@@ -1,53 +1,27 @@
-"""From a sweep file to frozen cells: compose and check every cell, then write the sweep folder, once.
+"""From a cell's words to its frozen config: composed, checked, and written into its run folder, once.
 
-Owns the promise that what is queued does not change: cells run from SWEEP/cells/NAME/config.yaml, and a
-definition that has changed since is refused, with the difference. Does not run anything.
+Which cells of a sweep need that is `rcpo.sweep.grow`'s. Does not run anything.
 """
 
 import contextlib
 import hashlib
 import json
-import shutil
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import yaml
 
 from rcpo.common.errors import UserError
-from rcpo.common.files import write_atomically
 from rcpo.config.compose import compose
-from rcpo.config.resolve import resolve
 from rcpo.config.resolved import ResolvedConfig
-from rcpo.config.schema import Config
 from rcpo.config.validate import validate
 from rcpo.models.hub import at_commit
 from rcpo.runs.frozen import config_tree
 from rcpo.sweep.definition import Definition
 from rcpo.sweep.expand import Point, expand
 from rcpo.sweep.folder import Cell, SweepFolder
-
-NUM_DIFFERENCES_SHOWN = 5
-
-
-class Target(Protocol):
-    """Where cells are going to run: what that adds to their configs."""
-
-    words: Sequence[str]
-    """Overrides of every cell, after the sweep's own."""
-
-    def resolve(self, config: Config) -> ResolvedConfig:
-        """`config` without nulls, for the machines that will run it."""
-
-
-class Here:
-    """This machine."""
-
-    words: Sequence[str] = ()
-
-    def resolve(self, config: Config) -> ResolvedConfig:
-        return resolve(config, None)
+from rcpo.sweep.target import Target
 
 
 @dataclass(frozen=True)
@@ -67,21 +41,25 @@ def freeze_cells(definition: Definition, sweep: SweepFolder, target: Target) -> 
 def freeze_cell(point: Point, definition: Definition, sweep: SweepFolder, target: Target) -> FrozenCell:
     """One cell, composed, validated and resolved."""
     words = [*point.words, *target.words]
+    return freeze_words(point.name, point.axes, words, definition.group, sweep, target)
+
+
+def freeze_words(
+    name: str, axes: dict[str, str], words: list[str], group: str, sweep: SweepFolder, target: Target
+) -> FrozenCell:
+    """The cell that these words make, the target's among them."""
     try:
         tree = compose(words)
         assert tree is not None  # words are no flags: `rcpo.sweep.definition` has checked
         # Not as words: a name or a path may hold what Hydra's grammar gives a meaning to.
-        tree |= {"name": point.name, "run_dir": str(sweep.cells / point.name)}
+        tree |= {"name": name, "run_dir": str(sweep.cells / name)}
         tracking = tree["tracking"]
-        tracking["group"] = tracking.get("group") or definition.group
-        tracking["tags"] = [
-            *tracking.get("tags", []),
-            *(f"{key}={value}" for key, value in point.axes.items()),
-        ]
+        tracking["group"] = tracking.get("group") or group
+        tracking["tags"] = [*tracking.get("tags", []), *(f"{key}={value}" for key, value in axes.items())]
         config = target.resolve(validate(tree))
     except UserError as error:
-        raise UserError(f"cell {point.name}: {error}") from None
-    return FrozenCell(Cell(point.name, point.axes, words, digest_of(config)), config)
+        raise UserError(f"cell {name}: {error}") from None
+    return FrozenCell(Cell(name, axes, words, digest_of(config)), config)
 
 
 def digest_of(config: ResolvedConfig) -> str:
@@ -90,31 +68,14 @@ def digest_of(config: ResolvedConfig) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def write_sweep(sweep: SweepFolder, definition: Definition, cells: Sequence[FrozenCell]) -> None:
-    """Write the sweep folder, or make sure that the one there is of the same cells. Call with its lock held.
-
-    manifest.jsonl comes last: a folder without it was never finished, holds nothing that has run, and is
-    written again. Hub models are frozen to the commits that they have now. Raises UserError when the folder
-    is something else, or of other cells.
-    """
-    if sweep.manifest.is_file():
-        _refuse_changes(sweep, cells)
-        return
-    others = [path for path in sweep.path.iterdir() if path.name != sweep.lock.name]
-    if others and not sweep.sweep_yaml.is_file():
-        raise UserError(f"{sweep.path}: exists, is not empty and is no sweep folder; type --out FOLDER")
-    write_atomically(sweep.sweep_yaml, yaml.safe_dump(_description(definition), sort_keys=False))
-    for cell_folder in sweep.cells.glob("*"):
-        if (cell_folder / "metrics.jsonl").exists():
-            raise UserError(f"{sweep.path}: has lost its manifest.jsonl, and {cell_folder.name} has run")
-    shutil.rmtree(sweep.cells, ignore_errors=True)
+def write_cells(sweep: SweepFolder, cells: Sequence[FrozenCell]) -> None:
+    """Run folders of cells that have none. Hub models are frozen to the commits that they have now."""
     for frozen in cells:
         config = at_commit(frozen.config)  # the same for all of them
         sweep.run(frozen.cell).create(config, config_tree(config), status="pending")
-    write_atomically(sweep.manifest, "".join(frozen.cell.line() for frozen in cells))
 
 
-def _description(definition: Definition) -> dict[str, Any]:
+def description(definition: Definition) -> dict[str, Any]:
     """The definition as it was understood; for people, and to say what the folder is."""
 
     def shown(axes: dict[str, Any]) -> dict[str, Any]:
@@ -146,37 +107,17 @@ def _description(definition: Definition) -> dict[str, Any]:
     }
 
 
-def _refuse_changes(sweep: SweepFolder, cells: Sequence[FrozenCell]) -> None:
-    """UserError with the differences when the folder's cells are not these."""
-    there = {cell.name: cell for cell in sweep.read_cells()}
-    here = {frozen.cell.name: frozen for frozen in cells}
-    differences = [f"{name} is new" for name in here if name not in there]
-    differences += [f"{name} is gone" for name in there if name not in here]
-    changes: Counter[str] = Counter()
-    for name, frozen in here.items():
-        if name in there and there[name].digest != frozen.cell.digest:
-            changes.update(_changes(sweep, frozen))
-    differences += [f"{change} in {times} cells" for change, times in changes.items()]
-    if not differences:
-        return
-    shown = "; ".join(differences[:NUM_DIFFERENCES_SHOWN])
-    more = len(differences) - NUM_DIFFERENCES_SHOWN
-    raise UserError(
-        f"{sweep.path}: was made from another definition ({shown}{f'; {more} more' if more > 0 else ''}); "
-        f"type --out FOLDER for a new sweep, or `rcpo resume {sweep.path}` to go on with the frozen one"
-    )
-
-
-def _changes(sweep: SweepFolder, frozen: FrozenCell) -> Iterator[str]:
-    """KEY: OLD -> NEW for each value that differs from the frozen config."""
+def changes(sweep: SweepFolder, frozen: FrozenCell) -> Iterator[str]:
+    """KEY: OLD -> NEW for each value that differs from the frozen config; a key that an older rcpo did not
+    write is no change."""
     old: Any = {}
     with contextlib.suppress(OSError, yaml.YAMLError):
         old = yaml.safe_load(sweep.run(frozen.cell).config.read_text(encoding="utf-8"))
     before = dict(_leaves(old, "")) if isinstance(old, dict) else {}
     after = dict(_leaves(json.loads(json.dumps(config_tree(frozen.config))), ""))
     for key in before | after:
-        if key != "run_dir" and before.get(key) != after.get(key):
-            yield f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
+        if key != "run_dir" and key in before and before[key] != after.get(key):
+            yield f"{key}: {before[key]} -> {after.get(key, 'absent')}"
 
 
 def _leaves(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

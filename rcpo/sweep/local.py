@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from types import FrameType
 
 from rich.console import Group
@@ -34,24 +34,27 @@ LOG_NAME = "console.log"
 @contextlib.contextmanager
 def sweep_held(sweep: SweepFolder) -> Iterator[None]:
     """Be the one process that runs this sweep folder; UserError where another does."""
-    try:
-        sweep.path.mkdir(parents=True, exist_ok=True)
-        with hold(sweep.lock):
-            yield
-    except HeldError as error:
-        raise UserError(
-            f"{sweep.path}: is being run by {error}; look at it with `rcpo status {sweep.path}`"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{sweep.path}: cannot be made ({error.strerror}); type --out FOLDER") from None
+    with contextlib.ExitStack() as stack:
+        try:
+            sweep.path.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(hold(sweep.lock))
+        except HeldError as error:
+            raise UserError(
+                f"{sweep.path}: is being run by {error}; look at it with `rcpo status {sweep.path}`"
+            ) from None
+        except OSError as error:
+            raise UserError(f"{sweep.path}: cannot be made ({error.strerror}); type --out FOLDER") from None
+        yield
 
 
-def run_unfinished(sweep: SweepFolder, num_parallel: int) -> int:
-    """Start every cell that is neither done nor running; returns the exit code: 0 when all cells are done,
-    1 when one is not, 130 or 75 after Ctrl-C or SIGTERM. Call with the sweep held."""
+def run_unfinished(sweep: SweepFolder, num_parallel: int, names: Collection[str] | None = None) -> int:
+    """Start every cell (of `names`, where they are given) that is neither done nor running; returns the exit
+    code: 0 when all of them are done, 1 when one is not, 130 or 75 after Ctrl-C or SIGTERM. Call with the
+    sweep held."""
     if joined_world_size() is not None:
         raise UserError("a sweep starts its own processes; start it without torchrun or srun")
-    statuses = [read_status(sweep, cell, None) for cell in sweep.read_cells()]
+    cells = [cell for cell in sweep.read_cells() if names is None or cell.name in set(names)]
+    statuses = [read_status(sweep, cell, None) for cell in cells]
     return _Runner(sweep, statuses, num_parallel).run()
 
 
@@ -76,11 +79,11 @@ class _Runner:
                 self._pass_on_signals()
                 self._collect()
                 if live is not None and time.monotonic() - shown >= SECONDS_BETWEEN_TABLES:
-                    live.update(self._table())
+                    live.update(self._table(), refresh=True)
                     shown = time.monotonic()
                 time.sleep(SECONDS_BETWEEN_LOOKS)
             if live is not None:
-                live.update(self._table())
+                live.update(self._table(), refresh=True)
         return self._conclude()
 
     def _start(self, cell: Cell) -> None:
@@ -103,7 +106,7 @@ class _Runner:
 
     def _conclude(self) -> int:
         """The last words, and the exit code."""
-        statuses = [read_status(self._sweep, cell, None) for cell in self._sweep.read_cells()]
+        statuses = [read_status(self._sweep, status.cell, None) for status in self._statuses.values()]
         left = [status for status in statuses if status.state is not State.DONE]
         for status in left:
             if status.state is State.FAILED:
@@ -112,6 +115,8 @@ class _Runner:
         self._say(counts_line(statuses))  # the last line of the table
         if left:
             self._print(f"`rcpo resume {self._sweep.path}` goes on with the cells that are not done")
+        if len(left) < len(statuses):
+            self._print(f"`rcpo compare {self._sweep.path}` puts the runs side by side")
         if self._received:
             return 130 if self._received[0] == signal.SIGINT else StoppedError.exit_code
         return 1 if left else 0

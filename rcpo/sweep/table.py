@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rcpo.common.console import KEPT_NATS, duration, nats, number
+from rcpo.common.console import KEPT_NATS, duration, fitted, nats, number
 from rcpo.sweep.folder import SweepFolder
 from rcpo.sweep.states import CellStatus, State
 
@@ -24,6 +24,9 @@ STYLES = {
     State.LOST: "red",
     State.DONE: "green",
 }
+RANKS = {"cell": 0, "state": 1, "step": 2, "loss": 5, "chosen": 3, "left": 4, "node": 6}
+"""Columns of the table of cells; the highest is left out first where a terminal is narrow."""
+NOTES = ("node", "node, reason")
 PLAIN_WIDTH = 200
 """Columns of a table that goes to a file or a pipe."""
 
@@ -41,27 +44,50 @@ def new_table(console: Console, words: Sequence[str], numbers: Sequence[str]) ->
 
 
 def status_table(console: Console, statuses: Sequence[CellStatus]) -> Table:
-    """One row a cell; `chosen` is the mean change of the held-out chosen log-probability, in nats."""
+    """One row a cell; `chosen` is the mean change of the held-out chosen log-probability, in nats. On a
+    terminal as many columns as fit, without reasons; elsewhere all."""
     has_notes = any(status.reason or status.node for status in statuses)
-    table = new_table(console, ["cell", "state"], ["step", "loss", "chosen", "left"])
-    if has_notes:
-        table.add_column("node, reason", overflow="fold")
+    if console.is_terminal:
+        columns = [name for name in RANKS if name != "node" or any(status.node for status in statuses)]
+        return fitted(console, columns, lambda names: _table(console, statuses, names), RANKS.__getitem__)[0]
+    names = [name for name in RANKS if name != "node"]
+    return _table(console, statuses, [*names, "node, reason"] if has_notes else names)
+
+
+def _table(console: Console, statuses: Sequence[CellStatus], names: Sequence[str]) -> Table:
+    words = [name for name in names if name in ("cell", "state")]
+    table = new_table(console, words, [name for name in names if name not in (*words, *NOTES)])
+    for name in (name for name in names if name in NOTES):
+        table.add_column(name, overflow="fold")
     for status in statuses:
-        chosen = Text("-")
-        if status.chosen is not None and math.isfinite(status.chosen):
-            chosen = Text(nats(status.chosen), "red" if status.chosen <= -KEPT_NATS else "green")
-        left = status.eta_seconds
-        notes = [status.node if status.state is State.RUNNING else None, status.reason]
-        table.add_row(
-            Text(status.cell.name),
-            Text(status.state, STYLES.get(status.state, "dim")),
-            step_text(status),
-            number(status.loss) if status.loss is not None else "-",
-            chosen,
-            duration(left) if left is not None and math.isfinite(left) else "-",
-            *([Text(" ".join(filter(None, notes)))] if has_notes else []),
-        )
+        texts = _texts(status)
+        table.add_row(*(texts[name] for name in names))
     return table
+
+
+def _texts(status: CellStatus) -> dict[str, Text]:
+    """What a cell has in each column."""
+    chosen, left = Text("-"), status.eta_seconds
+    if status.chosen is not None and math.isfinite(status.chosen):
+        chosen = Text(nats(status.chosen), "red" if status.chosen <= -KEPT_NATS else "green")
+    node = status.node if status.state is State.RUNNING else None
+    return {
+        "cell": Text(status.cell.name),
+        "state": Text(status.state, STYLES.get(status.state, "dim")),
+        "step": Text(step_text(status)),
+        "loss": Text(number(status.loss) if status.loss is not None else "-"),
+        "chosen": chosen,
+        "left": Text(duration(left) if left is not None and math.isfinite(left) else "-"),
+        "node": Text(node or ""),
+        "node, reason": Text(" ".join(filter(None, [node, status.reason]))),
+    }
+
+
+def reason_lines(console: Console, statuses: Sequence[CellStatus]) -> list[str]:
+    """Below the table of a terminal: why cells have stopped that are not done."""
+    if not console.is_terminal:
+        return []
+    return [f"{each.cell.name}: {each.state}: {each.reason}" for each in statuses if each.reason]
 
 
 def step_text(status: CellStatus) -> str:

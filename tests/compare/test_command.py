@@ -108,8 +108,8 @@ def test_where_nothing_is_a_terminal_the_table_is_markdown_with_its_notes(
     lines = text.splitlines()
     widths = {len(line) for line in lines[:6]}
     assert len(widths) == 1
-    assert re.match(r"\| dpo +\| off +\| +2 \| -0.50 ± 0.00 \|", lines[2])
-    assert re.match(r"\| ipo +\| on +\| +0 \| +- \|", lines[5])
+    assert re.match(r"\| dpo-off-0 \+1 +\| dpo +\| off +\| +2 \| -0.50 ± 0.00 \|", lines[2])
+    assert re.match(r"\| ipo-on-0 +\| ipo +\| on +\| +0 \| +- \|", lines[5])
     assert "\x1b" not in text
     assert (
         "Without calibration 1 of 2 objectives pushes the held-out chosen responses down, dpo (-0.50" in text
@@ -128,7 +128,7 @@ def test_latex_is_a_whole_tabular_with_escaped_text(
     body = [line for line in text.splitlines() if not line.startswith("%")]
     assert body[0].startswith(r"\begin{tabular}{lll")
     assert body[-1] == r"\end{tabular}"
-    assert r"dil\_bce & on & 50\%\_\&\#" in text
+    assert r"tiny on arithmetic, data.columns=50\%\_\&\# & b & dil\_bce & on &" in text
     rows = [line for line in body if line.endswith(r"\\")]
     assert len({len(re.findall(r"(?<!\\)&", row)) for row in rows}) == 1
 
@@ -237,7 +237,7 @@ def test_what_rounding_may_have_made_is_marked(tmp_path: Path, capsys: pytest.Ca
     make_run(tmp_path / "one", "ipo", "off", 0, change=change, noise=1.0)
     out = typed(capsys, str(tmp_path))
     of_dpo, of_ipo = (
-        next(each for each in out.splitlines() if each.startswith(f"| {name}")) for name in ("dpo", "ipo")
+        next(each for each in out.splitlines() if f"| {name} " in each) for name in ("dpo", "ipo")
     )
     assert "| -0.50 ± 0.00 | -2.00 ± 0.00 |" in of_dpo
     assert "~" not in of_dpo

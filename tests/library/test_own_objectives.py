@@ -24,7 +24,8 @@ from rcpo.runs.folder import RunFolder
 from rcpo.runs.frozen import config_tree, open_run
 from rcpo.sweep.definition import read_definition
 from rcpo.sweep.folder import SweepFolder
-from rcpo.sweep.freeze import Here, freeze_cells
+from rcpo.sweep.freeze import freeze_cells
+from rcpo.sweep.target import Here
 
 LOSSES = '''
 from dataclasses import dataclass

@@ -105,6 +105,7 @@ def test_the_same_sweep_again_runs_only_what_has_failed(swept: tuple[Path, Sweep
     before = (sweep.cells / "dpo/run.json").read_bytes()
     said, _ = rcpo(folder, "sweep", "grid.yaml", code=1)
     assert [line for line in said.splitlines() if "started" in line] == ["1/1 hopeless: started"]
+    assert said.splitlines()[-1] == f"`rcpo compare {sweep.path}` puts the runs side by side"
     assert (sweep.cells / "dpo/run.json").read_bytes() == before
     assert RunFolder(sweep.cells / "hopeless").read_run()["num_resumed"] == 1
 
@@ -120,6 +121,18 @@ def test_a_dry_run_costs_a_sweep_at_the_speed_of_its_finished_cells(
     given = said_here(folder, monkeypatch, "sweep", "grid.yaml", "--dry-run", "--pairs-per-second", 0.01)
     assert "4 cells, 12 steps, 48 pairs, 1.33 hours of one process" in given  # 48 / 0.01 / 3600
     assert sorted(folder.rglob("*")) == before
+
+
+def test_a_script_that_is_shown_leaves_nothing_and_composes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of ninety cells, from any folder; afterwards the sweep runs here as if nothing had been asked."""
+    monkeypatch.setattr("rcpo.sweep.freeze.compose", lambda words: pytest.fail("composed"))
+    said = said_here(tmp_path, monkeypatch, "sweep", "demo", "--slurm", "example", "--print")
+    assert said.startswith("#!/usr/bin/env bash")
+    assert "#SBATCH --array=0-89\n" in said
+    assert f"{tmp_path}/sweeps-out/demo" in said
+    assert list(tmp_path.iterdir()) == []
 
 
 def wait_until(is_so: Callable[[], bool], what: str, process: forked.Child) -> None:

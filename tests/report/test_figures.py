@@ -190,7 +190,7 @@ def test_figures_for_a_paper_are_one_column_wide(tmp_path: Path, suffix: str) ->
     written = write_figures(compare(tmp_path / "runs"), tmp_path / "figures", suffix)
     names = [path.stem for path in written]
     kinds = ("band", "curves", "pairs", "cosine", "pathways")
-    assert names[:6] == ["displacement-grid", *(f"{kind}-dpo_data.columns_None" for kind in kinds)]
+    assert names[:6] == ["displacement-grid", *(f"{kind}-dpo" for kind in kinds)]
     assert len(names) == len(set(names)) == 8
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == sorted(
         ["captions.txt", *(path.name for path in written)]

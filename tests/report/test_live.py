@@ -87,6 +87,22 @@ def test_a_narrow_terminal_shows_fewer_columns_and_no_cut_ones(tmp_path: Path, w
     assert all(len(line) <= width for line in text.splitlines())
 
 
+def test_at_80_columns_band_and_time_left_stay_and_sparklines_go(tmp_path: Path) -> None:
+    """With names as `rcpo train` gives them."""
+    path = make_run(
+        tmp_path / "dpo-feedback-tiny-20261128-142718", status="running", settings={"train.steps": 10}
+    )
+    with (path / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 8, "speed/step_seconds": 30.0}\n')
+    board = Board([path])
+    board.look()
+    heads = next(line for line in text_of(board, 80).splitlines() if "status" in line)
+    assert {"run", "status", "step", "chosen", "band", "left"} <= set(heads.split())
+    assert "batches" not in heads
+    assert "so far" not in heads
+    assert "1:00" in text_of(board, 80)
+
+
 def test_a_run_that_writes_nothing_any_more_is_silent(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run", status="running")
     os.utime(path / "metrics.jsonl", (time.time() - 7200, time.time() - 7200))

@@ -1,6 +1,7 @@
 """Frozen cells: what a sweep folder holds before anything runs, and that it never changes afterwards."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from rcpo.runs.frozen import open_run
 from rcpo.sweep.definition import Definition, read_definition
 from rcpo.sweep.expand import expand
 from rcpo.sweep.folder import SweepFolder
-from rcpo.sweep.freeze import FrozenCell, Here, freeze_cell, freeze_cells, write_sweep
+from rcpo.sweep.freeze import FrozenCell, freeze_cell, freeze_cells
+from rcpo.sweep.grow import mend, plan_growth, write_growth
+from rcpo.sweep.target import Here
 
 GRID = """
 name: small
@@ -30,9 +33,10 @@ def make(folder: Path, text: str = GRID, *more: str) -> tuple[SweepFolder, list[
     definition = read_definition(str(folder / "grid.yaml"), more)
     sweep = SweepFolder(folder / "out")
     sweep.path.mkdir(exist_ok=True)
-    cells = freeze_cells(definition, sweep, Here())
-    write_sweep(sweep, definition, cells)
-    return sweep, cells
+    growth = plan_growth(definition, sweep, Here())
+    if growth.new:
+        write_growth(sweep, definition, growth)
+    return sweep, growth.new or freeze_cells(definition, sweep, Here())
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -73,16 +77,102 @@ def test_the_same_sweep_again_changes_nothing(tmp_path: Path) -> None:
     assert contents(sweep.path) == before
 
 
-def test_a_changed_definition_is_refused_with_the_difference(tmp_path: Path) -> None:
+def test_a_changed_cell_is_refused_with_the_difference(tmp_path: Path) -> None:
     sweep, _ = make(tmp_path)
     before = contents(sweep.path)
-    with pytest.raises(UserError, match=r"another definition \(train.steps: 3 -> 4 in 2 cells\); type --out"):
+    with pytest.raises(UserError, match=r"frozen otherwise \(train.steps: 3 -> 4 in 2 cells\); type --out"):
         make(tmp_path, GRID.replace("steps=3", "steps=4"))
-    with pytest.raises(UserError, match=r"kto-off is new; kto-on is new; dpo-off is gone"):
-        make(tmp_path, GRID.replace("[dpo]", "[kto]"))
     with pytest.raises(UserError, match=r"optim.lr: 0.0003 -> 0.01 in 2 cells"):
         make(tmp_path, GRID, "optim.lr=0.01")
+    more = GRID.replace("[dpo]", "[dpo, ipo]").replace("steps=3", "steps=4")
+    with pytest.raises(UserError, match=r"train.steps: 3 -> 4 in 2 cells"):
+        make(tmp_path, more)
     assert contents(sweep.path) == before
+
+
+def test_a_sweep_grows_and_what_is_there_stays_byte_for_byte(tmp_path: Path) -> None:
+    """Another objective, a value that gives every name another form, and seeds: the two cells keep their
+    names, their places and their files; only new cells are composed."""
+    sweep, _ = make(tmp_path)
+    before = contents(sweep.cells)
+    more = GRID.replace("[dpo]", "[ipo, dpo, {label: 05, overrides: [objective=dpo, objective.beta=0.5]}]")
+    (tmp_path / "grid.yaml").write_text(more)
+    definition = read_definition(str(tmp_path / "grid.yaml"))
+    growth = plan_growth(definition, sweep, Here())
+    assert [frozen.cell.name for frozen in growth.new] == [
+        "objectiveipo-off", "objectiveipo-on", "objective05-off", "objective05-on",
+    ]  # fmt: skip
+    assert growth.line(sweep) == f"6 cells in {sweep.path}, 4 of them new"
+    write_growth(sweep, definition, growth)
+    assert [cell.name for cell in sweep.read_cells()][:3] == ["dpo-off", "dpo-on", "objectiveipo-off"]
+    after = contents(sweep.cells)
+    assert {name: after[name] for name in before} == before
+    assert plan_growth(definition, sweep, Here()).new == []
+
+
+def test_a_value_that_is_left_out_keeps_its_cells(tmp_path: Path) -> None:
+    sweep, _ = make(tmp_path)
+    (tmp_path / "grid.yaml").write_text(GRID.replace("[off, on]", "[on]"))
+    growth = plan_growth(read_definition(str(tmp_path / "grid.yaml")), sweep, Here())
+    assert (growth.new, growth.names) == ([], ["dpo-on"])
+    assert [cell.name for cell in growth.manifest] == ["dpo-off", "dpo-on"]
+    assert growth.line(sweep).endswith("; 1 more there, which the file does not name")
+
+
+def test_a_cell_that_is_as_it_was_is_not_composed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While conf/ is what it was: composing ninety cells takes ten seconds."""
+    sweep, _ = make(tmp_path)
+    monkeypatch.setattr("rcpo.sweep.freeze.compose", lambda words: pytest.fail("composed"))
+    definition = read_definition(str(tmp_path / "grid.yaml"))
+    assert plan_growth(definition, sweep, Here()).new == []
+    monkeypatch.setattr("rcpo.sweep.grow._mark_of", lambda target: "another conf/")
+    with pytest.raises(pytest.fail.Exception, match="composed"):
+        plan_growth(definition, sweep, Here())
+
+
+@pytest.mark.parametrize("how", ["sweep", "resume"])
+def test_a_cell_whose_folder_is_gone_is_frozen_again(tmp_path: Path, how: str) -> None:
+    sweep, cells = make(tmp_path)
+    run = sweep.run(cells[1].cell)
+    before = open_run(str(run.path))[1]
+    shutil.rmtree(run.path)
+    if how == "sweep":
+        make(tmp_path)
+    else:
+        assert mend(sweep) == ["dpo-on"]
+        assert mend(sweep) == []
+    assert open_run(str(run.path))[1] == before
+    assert run.read_run()["status"] == "pending"
+    assert sweep.read_cells() == [frozen.cell for frozen in cells]
+
+
+def test_a_key_that_an_older_rcpo_did_not_write_is_no_change(tmp_path: Path) -> None:
+    sweep, cells = make(tmp_path)
+    config = sweep.run(cells[0].cell).config
+    tree = yaml.safe_load(config.read_text())
+    del tree["train"]["share_prefix"]
+    config.write_text(yaml.safe_dump(tree))
+    old = sweep.manifest.read_text().replace(cells[0].cell.digest, "0" * 16)
+    sweep.manifest.write_text(old)
+    sweep.sweep_yaml.write_text(sweep.sweep_yaml.read_text().replace("frozen_with: ", "frozen_with: x"))
+    make(tmp_path)
+    assert sweep.manifest.read_text() == old
+
+
+def test_sweeps_that_ship_are_found_by_name_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for word in ("demo", "demo.yaml", "sweeps/demo.yaml"):
+        assert read_definition(word).name == "demo"
+    (tmp_path / "demo").write_text("name: mine\naxes: {objective: [dpo]}")
+    assert read_definition("demo").name == "mine"
+    with pytest.raises(
+        UserError, match="demoo: No such file or directory; give a sweep file, or the name of"
+    ):
+        read_definition("demoo")
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:

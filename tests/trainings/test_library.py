@@ -28,7 +28,8 @@ from rcpo.comparison.forms import as_csv
 from rcpo.ranks.distributed import RANK_VARIABLES
 from rcpo.sweep.definition import read_definition
 from rcpo.sweep.folder import SweepFolder
-from rcpo.sweep.freeze import Here, freeze_cells, write_sweep
+from rcpo.sweep.grow import plan_growth, write_growth
+from rcpo.sweep.target import Here
 from rcpo.training.read_inputs import read_inputs
 
 WORDS = (
@@ -378,7 +379,7 @@ def test_a_sweep_has_its_cells(inputs: Path, tmp_path: Path) -> None:
     folder = SweepFolder(tmp_path / "out")
     folder.path.mkdir()
     definition = read_definition(str(file))
-    write_sweep(folder, definition, freeze_cells(definition, folder, Here()))
+    write_growth(folder, definition, plan_growth(definition, folder, Here()))
     sweep = rcpo.open_sweep(folder.path)
     assert repr(sweep) == "<rcpo.Sweep out: 2 cells, 2 pending>"
     assert len(sweep["on"].run.resume().metrics) == 6

@@ -8,7 +8,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
@@ -16,9 +16,10 @@ from pydantic.dataclasses import dataclass
 
 from rcpo.common.conf import conf_dir
 from rcpo.common.errors import UserError
-from rcpo.config.resolve import resolve
-from rcpo.config.resolved import ResolvedConfig
-from rcpo.config.schema import Config
+
+if TYPE_CHECKING:
+    from rcpo.config.resolved import ResolvedConfig
+    from rcpo.config.schema import Config
 
 CHECKS = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 Word = Annotated[str, StringConstraints(pattern=r"^[^\s'\"\\#`$]+$")]
@@ -84,7 +85,7 @@ class Profile:
 
 
 class SlurmTarget:
-    """The machines of a profile, as the place where a sweep's cells will run (`rcpo.sweep.freeze.Target`)."""
+    """The machines of a profile, as the place where a sweep's cells will run (`rcpo.sweep.target.Target`)."""
 
     def __init__(self, profile: Profile) -> None:
         self._ranks = profile.ranks
@@ -96,8 +97,13 @@ class SlurmTarget:
             f"launch.{per_node}={profile.ranks_per_node}",
         )
 
-    def resolve(self, config: Config) -> ResolvedConfig:
+    def __repr__(self) -> str:
+        return f"SlurmTarget({list(self.words)}, ranks={self._ranks})"
+
+    def resolve(self, config: "Config") -> "ResolvedConfig":
         """`config` without nulls, whatever GPUs this machine has."""
+        from rcpo.config.resolve import resolve  # with torch, which a script that is shown needs not
+
         return resolve(config, self._ranks, device_is_elsewhere=True)
 
 

@@ -12,13 +12,14 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rcpo.common.errors import UserError
 from rcpo.common.files import write_atomically
 from rcpo.runs.folder import now
+from rcpo.sweep.expand import Point, digest_of_axes
 from rcpo.sweep.folder import Cell, SweepFolder
 from rcpo.sweep.slurm.queue import (
     DEFAULT_MAX_ARRAY_SIZE,
@@ -32,24 +33,22 @@ from rcpo.sweep.slurm.script import Script, chunks_of, sbatch_words
 from rcpo.sweep.slurm.states import with_job
 from rcpo.sweep.states import CellStatus, State, read_status
 
+if TYPE_CHECKING:
+    from rcpo.sweep.slurm.profile import SlurmTarget
+
 CANCEL_PATIENCE_SECONDS = 120.0
 """How long `cancel` waits for jobs to end: they write checkpoints."""
 NUM_IDS_AT_ONCE = 500
 
 
-def submit(sweep: SweepFolder, profile: str, max_parallel: int | None, print_only: bool) -> int:
-    """Write the batch script and submit all cells that are neither done nor queued; returns the exit code.
-
-    With `print_only` the script is shown and nothing is submitted.
-    """
+def submit(sweep: SweepFolder, profile: str, max_parallel: int | None, names: Collection[str]) -> int:
+    """Write the batch script and submit those of the cells `names` that are neither done nor queued; returns
+    the exit code."""
     from rcpo.sweep.slurm.profile import read_profile  # with pydantic and Hydra, which states need not
 
-    checked = read_profile(profile)
-    size = checked.max_array_size
-    if size is None:
-        offline = print_only and shutil.which("scontrol") is None
-        size = DEFAULT_MAX_ARRAY_SIZE if offline else max_array_size()
-    cells = sweep.read_cells()
+    checked, cells = read_profile(profile), sweep.read_cells()
+    size = checked.max_array_size or max_array_size()
+    keep_id(sweep)
     script = Script(
         sweep, sweep_id(sweep), checked, len(cells), max_parallel, size, Path.cwd()
     ).text()  # before anything is written
@@ -57,29 +56,53 @@ def submit(sweep: SweepFolder, profile: str, max_parallel: int | None, print_onl
     write_atomically(sweep.path / "array.txt", "".join(f"{cell.name}\n" for cell in cells))
     write_atomically(sweep.submit, script)
     record = _read_record(sweep) | {
+        "id": sweep_id(sweep),
         "profile": profile,
         "max_parallel": max_parallel,
         "max_array_size": size,
     }
     _write_record(sweep, record)
-    if print_only:
-        print(script, end="")
-        return 0
-    return _submit_missing(sweep)
+    return _submit_missing(sweep, names)
+
+
+def script_of(sweep: SweepFolder, profile: str, max_parallel: int | None, cells: Sequence[Point]) -> str:
+    """The batch script that `submit` would write of these cells; nothing is written, and SLURM need not be
+    here."""
+    from rcpo.sweep.slurm.profile import read_profile
+
+    checked = read_profile(profile)
+    size = checked.max_array_size or DEFAULT_MAX_ARRAY_SIZE
+    if checked.max_array_size is None and shutil.which("scontrol") is not None:
+        with contextlib.suppress(UserError):  # of a cluster that does not answer here
+            size = max_array_size()
+    known = sweep.read_cells() if sweep.manifest.is_file() else []
+    there = {digest_of_axes(cell.axes) for cell in known}
+    num_cells = len(known) + sum(digest_of_axes(point.axes) not in there for point in cells)
+    own = sweep_id(sweep) if known else _new_id(sweep, cells[0].name)
+    return Script(sweep, own, checked, num_cells, max_parallel, size, Path.cwd()).text()
+
+
+def target_of(sweep: SweepFolder) -> "SlurmTarget":
+    """Where the cells of a sweep run that SLURM has. Raises UserError where its profile is gone."""
+    from rcpo.sweep.slurm.profile import SlurmTarget, read_profile
+
+    return SlurmTarget(read_profile(str(_read_record(sweep)["profile"])))
 
 
 def resubmit(sweep: SweepFolder) -> int:
     """Submit the cells that are neither done nor queued once more, with the script that is there."""
     if not sweep.submit.is_file():
         raise UserError(f"{sweep.submit}: is gone; type `rcpo sweep FILE --slurm PROFILE` again to write it")
-    return _submit_missing(sweep)
+    return _submit_missing(sweep, {cell.name for cell in sweep.read_cells()})
 
 
-def _submit_missing(sweep: SweepFolder) -> int:
+def _submit_missing(sweep: SweepFolder, names: Collection[str]) -> int:
     record = _read_record(sweep)
     statuses = read_statuses(sweep)
     missing = [
-        idx for idx, status in enumerate(statuses) if not status.queued and status.state is not State.DONE
+        idx
+        for idx, status in enumerate(statuses)
+        if not status.queued and status.state is not State.DONE and status.cell.name in names
     ]
     previous = None
     for chunk in chunks_of(missing, record["max_array_size"]):
@@ -95,7 +118,7 @@ def _submit_missing(sweep: SweepFolder) -> int:
     left = Counter(
         "done" if status.state is State.DONE else "queued or running"
         for idx, status in enumerate(statuses)
-        if idx not in set(missing)
+        if idx not in set(missing) and status.cell.name in names
     )
     if left:
         print(f"left alone: {', '.join(f'{count} {what}' for what, count in left.items())}")
@@ -139,9 +162,25 @@ def _live_jobs(sweep: SweepFolder) -> Sequence[Job]:
 
 
 def sweep_id(sweep: SweepFolder) -> str:
-    """What this sweep's jobs are known by: where it is and which cells it has."""
-    digest = hashlib.sha256(os.fsencode(sweep.path.resolve()) + b"\0" + sweep.manifest.read_bytes())
-    return digest.hexdigest()[:12]
+    """What this sweep's jobs are known by: it stays when the sweep grows."""
+    known = _read_record(sweep)
+    if known["id"] is not None:
+        return str(known["id"])
+    if known["submissions"]:  # by an rcpo that did not write the id down
+        digest = hashlib.sha256(os.fsencode(sweep.path.resolve()) + b"\0" + sweep.manifest.read_bytes())
+        return digest.hexdigest()[:12]
+    return _new_id(sweep, sweep.read_cells()[0].name)
+
+
+def _new_id(sweep: SweepFolder, first: str) -> str:
+    """From where the sweep is and its first cell, which stays the first one."""
+    return hashlib.sha256(os.fsencode(sweep.path.resolve()) + b"\0" + first.encode()).hexdigest()[:12]
+
+
+def keep_id(sweep: SweepFolder) -> None:
+    """Write the id down where SLURM has jobs of this sweep; before its manifest changes."""
+    if sweep.slurm.is_file():
+        _write_record(sweep, _read_record(sweep) | {"id": sweep_id(sweep)})
 
 
 def _arrays(sweep: SweepFolder) -> dict[str, int]:
@@ -151,7 +190,8 @@ def _arrays(sweep: SweepFolder) -> dict[str, int]:
 
 def _read_record(sweep: SweepFolder) -> dict[str, Any]:
     record: dict[str, Any] = {
-        "profile": None, "max_parallel": None, "max_array_size": DEFAULT_MAX_ARRAY_SIZE, "submissions": [],
+        "id": None, "profile": None,
+        "max_parallel": None, "max_array_size": DEFAULT_MAX_ARRAY_SIZE, "submissions": [],
     }  # fmt: skip
     with contextlib.suppress(FileNotFoundError):
         try:
