@@ -7,7 +7,7 @@ rows: `rcpo.data.render` does, and calls this.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -77,8 +77,8 @@ def look_at_template(
             "model.chat_template: the template does not show an assistant turn; "
             "type model.chat_template=plain"
         )
-    header = len(prompt) - _num_common(prompt, _apply_quietly(tokenizer, turns, kwargs))
-    overhang = prompt[_num_common(prompt, whole) :]
+    header = len(prompt) - num_common(prompt, _apply_quietly(tokenizer, turns, kwargs))
+    overhang = prompt[num_common(prompt, whole) :]
     tail = whole.partition(STAND_IN)[2]
     continued = _apply_quietly(tokenizer, [*answered, *turns], kwargs).partition(STAND_IN)[2]
     closing, is_closed, note = _end_of_turn(tokenizer, tail, continued)
@@ -213,7 +213,7 @@ def _with_both_names(turn: dict[str, Any]) -> dict[str, Any]:
     return {**turn, **dict.fromkeys(REASONING, said[0])} if len(said) == 1 else turn
 
 
-def _num_common(first: str, second: str) -> int:
+def num_common(first: Sequence[object], second: Sequence[object]) -> int:
     """Length of the common beginning."""
     shorter = min(len(first), len(second))
     return next((i for i in range(shorter) if first[i] != second[i]), shorter)
