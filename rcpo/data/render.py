@@ -86,7 +86,8 @@ def render_messages(
         if whole[:split] != prompt[:split]:
             start = _start_once_answered(tokenizer, template, turns, whole, prompt[turn_start:split], given)
         _check_whole(side[-1], whole[start - split + turn_start :], whole[start:], prompt)
-        texts.append(prompt[:split] + _up_to_end(tokenizer, template, whole[start:]))
+        closing = template.closing_of_calls if "tool_calls" in side[-1] else template.closing
+        texts.append(prompt[:split] + _up_to_end(tokenizer, template, whole[start:], closing))
     return Rendered(texts[0], texts[1], split, template.is_closed, True)
 
 
@@ -112,10 +113,10 @@ def _start_once_answered(
     return len(front)
 
 
-def _up_to_end(tokenizer: PreTrainedTokenizerBase, template: Template, written: str) -> str:
+def _up_to_end(tokenizer: PreTrainedTokenizerBase, template: Template, written: str, closing: str) -> str:
     """A response with the end of its turn. A turn that calls a tool may end with a token of its own."""
     if written.endswith(template.tail):
-        return written[: len(written) - len(template.tail)] + template.closing
+        return written[: len(written) - len(template.tail)] + closing
     if template.is_closed and written.rstrip().endswith(tuple(special_tokens(tokenizer))):
         return written.rstrip()
     raise BadRowError("the chat template renders its end in another way than usual")

@@ -52,6 +52,8 @@ class Template:
     closing: str
     """The part of `tail` that belongs to the response: up to the token that ends generation, else up to the
     first special token, else up to white space."""
+    closing_of_calls: str
+    """`closing` of a response that calls a tool: in GLM-4's format <|observation|>, not <|user|>."""
     is_closed: bool
     """Whether `closing` ends with one of these tokens, so that no EOS is due."""
     takes_apart: bool
@@ -87,7 +89,10 @@ def look_at_template(
     if generation_of(tokenizer).response == "template":
         notes += _notes_on_start(tokenizer, overhang.strip(), " ".join(lead.split()), kwargs)
     takes_apart = _takes_apart(tokenizer, turns, lead, kwargs)
-    return Template(header, overhang, lead, tail, closing, is_closed, takes_apart, tuple(notes))
+    of_calls = (
+        closing if tail.strip() or not is_closed else _end_of_calls(tokenizer, turns, kwargs) or closing
+    )
+    return Template(header, overhang, lead, tail, closing, of_calls, is_closed, takes_apart, tuple(notes))
 
 
 def _takes_apart(
@@ -151,6 +156,21 @@ def _end_of_turn(
         "generation_config.json"
     )
     return closing, True, note
+
+
+def _end_of_calls(
+    tokenizer: PreTrainedTokenizerBase, turns: Messages, kwargs: Mapping[str, Any]
+) -> str | None:
+    """What ends a turn that calls a tool, where the tool's turn is what ends it; None where nothing does."""
+    call = {"type": "function", "function": {"name": "name", "arguments": {}}}
+    called = [*turns, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    before = _apply_quietly(tokenizer, called, kwargs)
+    whole = _apply_quietly(tokenizer, [*called, {"role": "tool", "content": STAND_IN}], kwargs)
+    if not before or not whole.startswith(before):
+        return None
+    ends = end_tokens(tokenizer)
+    following = _up_to_first(ends | special_tokens(tokenizer), whole[len(before) :])
+    return following if following is not None and following.strip() in ends else None
 
 
 def _up_to_first(tokens: set[str], text: str) -> str | None:
