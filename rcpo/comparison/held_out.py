@@ -1,7 +1,7 @@
 """The held-out pairs of a run, read again from its data: their words, and their tokens.
 
 Per-pair results hold numbers alone, in the order of the held-out set. Where the data is not there any more,
-or gives another number of pairs, the pairs keep their numbers and have no words.
+or gives other pairs than the run measured, the pairs keep their numbers and have no words.
 """
 
 import dataclasses
@@ -29,6 +29,14 @@ class Origin:
     model: "ModelConfig"
     max_length: int
     max_prompt_length: int | None
+
+    @property
+    def has_tokenizer_here(self) -> bool:
+        """Whether nobody has to be asked for the tokenizer: the model is in a folder, or its commit is on
+        this machine."""
+        from rcpo.models.hub import is_commit_here
+
+        return model_folder(self.model).is_dir() or is_commit_here(self.model.path, self.model.revision)
 
     @property
     def is_here(self) -> bool:
@@ -78,7 +86,7 @@ def held_out_records(run: ComparedRun) -> "list[PreferenceRecord] | str":
     try:
         config = _section(DataConfig, tree)
         if config.source == "file" and (rows := _noted_rows(run)) is not None:
-            return records_at(config, rows)
+            return _if_same(run, records_at(config, rows))
         records = load_records(config).held_out
         if run.pairs is not None and len(records) > len(run.pairs.r_w):
             records = _that_can_be_measured(records, origin_of(run))
@@ -90,7 +98,20 @@ def held_out_records(run: ComparedRun) -> "list[PreferenceRecord] | str":
         return f"the data cannot be read: {' '.join(str(error).split())[:200]}"
     if run.pairs is None or len(records) != len(run.pairs.r_w):
         return "the data now gives another number of held-out pairs than the run measured"
-    return records
+    return _if_same(run, records)
+
+
+def _if_same(run: ComparedRun, records: "list[PreferenceRecord]") -> "list[PreferenceRecord] | str":
+    """The records, or in words that they are not those of the run, by the digest of their tokens; not looked
+    at where the run has no digest, or the tokenizer is not here. Raises UserError as `tokenized` does."""
+    from rcpo.training.identity import pairs_digest
+
+    origin = origin_of(run)
+    if run.held_out is None or not origin.has_tokenizer_here:
+        return records
+    if pairs_digest(tokenized(origin, records)) == run.held_out:
+        return records
+    return "the data, or the tokenizer, has changed since the run measured its held-out pairs"
 
 
 def _noted_rows(run: ComparedRun) -> list[int] | None:

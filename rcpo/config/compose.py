@@ -220,13 +220,19 @@ def _explain_unknown_key(key: str, argv: list[str]) -> str:
     advice = "`rcpo train --help` lists them"
     group = key.split(".")[0]
     try:
-        seen = look_at([word for word in argv if word.lstrip("+~").split("=")[0] != key])
+        seen = look_at(_without_printing([word for word in argv if word.lstrip("+~").split("=")[0] != key]))
     except UserError:  # another word is wrong too; one message at a time
         return f"{key}: no such key; {advice}"
     option = f"{group}={seen.choices[group]} has" if group in seen.choices and "." in key else ""
     fault = f"{option} no such key".strip()
     close = difflib.get_close_matches(key, _key_names(seen.tree), n=1, cutoff=0.8)
     return f"{key}: {fault}; {f'did you mean {close[0]}? ' if close else ''}{advice}"
+
+
+def _without_printing(argv: list[str]) -> list[str]:
+    """The words that choose and set, without flags that print."""
+    folders = [word for folder in config_dirs(argv) for word in ("--config-dir", str(folder))]
+    return [*folders, *(word for word in argv if "=" in word and not word.startswith("-"))]
 
 
 def _key_names(tree: dict[str, Any], prefix: str = "") -> list[str]:

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rcpo.common.installed import OBJECTIVES, names_in
 
-OPEN = ("deepspeed.extra", "data.columns", "data.mix")
+OPEN = ("deepspeed.extra", "data.columns", "data.mix", "model.chat_template_kwargs")
 """Keys whose own keys are not known beforehand, and so need no + on the command line."""
 SLICED = ("data.path", "data.eval_path", "data.split", "data.eval_split")
 """Keys whose values may hold brackets that are no list: 'train[:10%]', 'part-[0-9].jsonl'."""

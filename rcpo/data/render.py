@@ -10,6 +10,7 @@ cut. Where a template's whole conversation lacks a part of its generation prompt
 the response begins behind what both have, which is said.
 """
 
+import dataclasses
 import json
 import re
 from bisect import bisect_right
@@ -22,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rcpo.data.generation import end_tokens, generation_of, special_tokens
 from rcpo.data.template import REASONING, STAND_IN, Template, apply, taken_apart
-from rcpo.records.messages import Messages
+from rcpo.records.messages import Messages, without_system
 from rcpo.records.record import BadRowError, PreferenceRecord
 
 _OPENED = re.compile(r"<([\w:]*(?:think|thought|reason)[\w:]*)>\s*$")
@@ -85,7 +86,8 @@ def render_messages(
         if whole[:split] != prompt[:split]:
             start = _start_once_answered(tokenizer, template, turns, whole, prompt[turn_start:split], given)
         _check_whole(side[-1], whole[start - split + turn_start :], whole[start:], prompt)
-        texts.append(prompt[:split] + _up_to_end(tokenizer, template, whole[start:]))
+        closing = template.closing_of_calls if "tool_calls" in side[-1] else template.closing
+        texts.append(prompt[:split] + _up_to_end(tokenizer, template, whole[start:], closing))
     return Rendered(texts[0], texts[1], split, template.is_closed, True)
 
 
@@ -111,10 +113,10 @@ def _start_once_answered(
     return len(front)
 
 
-def _up_to_end(tokenizer: PreTrainedTokenizerBase, template: Template, written: str) -> str:
+def _up_to_end(tokenizer: PreTrainedTokenizerBase, template: Template, written: str, closing: str) -> str:
     """A response with the end of its turn. A turn that calls a tool may end with a token of its own."""
     if written.endswith(template.tail):
-        return written[: len(written) - len(template.tail)] + template.closing
+        return written[: len(written) - len(template.tail)] + closing
     if template.is_closed and written.rstrip().endswith(tuple(special_tokens(tokenizer))):
         return written.rstrip()
     raise BadRowError("the chat template renders its end in another way than usual")
@@ -159,9 +161,8 @@ def _check_whole(turn: dict[str, Any], written: str, response: str, prompt: str)
         if isinstance(text, str) and "".join(text.split()) not in there:
             advice = _VERBATIM if _OPENED.search(prompt) else "write it into content, or leave it out"
             raise LostPartError(f"{said} the response's {key}; {advice}", text)
-    for call in turn.get("tool_calls", ()):
-        function = call.get("function", call) if isinstance(call, dict) else {}
-        if isinstance(function, dict) and str(function.get("name", "")) not in written:
+    for function in map(_function_of, turn.get("tool_calls", ())):
+        if str(function.get("name", "")) not in written:
             raise LostPartError(f"{said} the response's tool calls", json.dumps(function, default=str))
 
 
@@ -174,6 +175,45 @@ def _lost(text: str, there: str) -> str:
     start = bisect_right(sizes, False, key=lambda size: bare[:size] not in there)
     end = bisect_right(sizes, False, key=lambda size: bare[-size:] not in there)
     return text[places[start] :] if start > end else text[: places[len(bare) - end - 1] + 1]
+
+
+def unwritten(turns: Messages, prompt: str) -> set[str]:
+    """What of a prompt's turns is not in `prompt`, as the template has written it: system and user turns,
+    white space aside, tool calls and names. What was answered and thought in earlier turns may be cut there,
+    as at inference."""
+    found = set()
+    for turn in turns:
+        text, name = turn["content"], turn.get("name")
+        is_said = text.strip() in prompt or "".join(text.split()) in "".join(prompt.split())
+        if turn["role"] in ("system", "developer", "user") and not is_said:
+            found.add(f"a {turn['role']} turn")
+        if name is not None and str(name) not in prompt:
+            found.add("a name of a message")
+        if any(str(_function_of(call).get("name", "")) not in prompt for call in turn.get("tool_calls", ())):
+            found.add("tool calls in the prompt")
+    return found
+
+
+def _function_of(call: Any) -> dict[str, Any]:
+    """What a tool call calls."""
+    function = call.get("function", call) if isinstance(call, dict) else {}
+    return function if isinstance(function, dict) else {}
+
+
+def takes_merged(
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    record: PreferenceRecord,
+    kwargs: Mapping[str, Any],
+) -> bool:
+    """Whether the template, which refuses this record, takes it with its system turn in the user's."""
+    assert isinstance(record.prompt, list)
+    merged = without_system(record.prompt, "merge")
+    try:
+        render_messages(tokenizer, template, dataclasses.replace(record, prompt=merged), kwargs)
+    except BadRowError:
+        return False
+    return merged != record.prompt
 
 
 def ignores(

@@ -7,7 +7,7 @@ rows: `rcpo.data.render` does, and calls this.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -52,6 +52,8 @@ class Template:
     closing: str
     """The part of `tail` that belongs to the response: up to the token that ends generation, else up to the
     first special token, else up to white space."""
+    closing_of_calls: str
+    """`closing` of a response that calls a tool: in GLM-4's format <|observation|>, not <|user|>."""
     is_closed: bool
     """Whether `closing` ends with one of these tokens, so that no EOS is due."""
     takes_apart: bool
@@ -77,8 +79,8 @@ def look_at_template(
             "model.chat_template: the template does not show an assistant turn; "
             "type model.chat_template=plain"
         )
-    header = len(prompt) - _num_common(prompt, _apply_quietly(tokenizer, turns, kwargs))
-    overhang = prompt[_num_common(prompt, whole) :]
+    header = len(prompt) - num_common(prompt, _apply_quietly(tokenizer, turns, kwargs))
+    overhang = prompt[num_common(prompt, whole) :]
     tail = whole.partition(STAND_IN)[2]
     continued = _apply_quietly(tokenizer, [*answered, *turns], kwargs).partition(STAND_IN)[2]
     closing, is_closed, note = _end_of_turn(tokenizer, tail, continued)
@@ -87,7 +89,10 @@ def look_at_template(
     if generation_of(tokenizer).response == "template":
         notes += _notes_on_start(tokenizer, overhang.strip(), " ".join(lead.split()), kwargs)
     takes_apart = _takes_apart(tokenizer, turns, lead, kwargs)
-    return Template(header, overhang, lead, tail, closing, is_closed, takes_apart, tuple(notes))
+    of_calls = (
+        closing if tail.strip() or not is_closed else _end_of_calls(tokenizer, turns, kwargs) or closing
+    )
+    return Template(header, overhang, lead, tail, closing, of_calls, is_closed, takes_apart, tuple(notes))
 
 
 def _takes_apart(
@@ -153,6 +158,21 @@ def _end_of_turn(
     return closing, True, note
 
 
+def _end_of_calls(
+    tokenizer: PreTrainedTokenizerBase, turns: Messages, kwargs: Mapping[str, Any]
+) -> str | None:
+    """What ends a turn that calls a tool, where the tool's turn is what ends it; None where nothing does."""
+    call = {"type": "function", "function": {"name": "name", "arguments": {}}}
+    called = [*turns, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    before = _apply_quietly(tokenizer, called, kwargs)
+    whole = _apply_quietly(tokenizer, [*called, {"role": "tool", "content": STAND_IN}], kwargs)
+    if not before or not whole.startswith(before):
+        return None
+    ends = end_tokens(tokenizer)
+    following = _up_to_first(ends | special_tokens(tokenizer), whole[len(before) :])
+    return following if following is not None and following.strip() in ends else None
+
+
 def _up_to_first(tokens: set[str], text: str) -> str | None:
     """`text` up to the end of the first of `tokens` in it; None where there is none."""
     places = [text.index(token) + len(token) for token in tokens if token in text]
@@ -213,7 +233,7 @@ def _with_both_names(turn: dict[str, Any]) -> dict[str, Any]:
     return {**turn, **dict.fromkeys(REASONING, said[0])} if len(said) == 1 else turn
 
 
-def _num_common(first: str, second: str) -> int:
+def num_common(first: Sequence[object], second: Sequence[object]) -> int:
     """Length of the common beginning."""
     shorter = min(len(first), len(second))
     return next((i for i in range(shorter) if first[i] != second[i]), shorter)

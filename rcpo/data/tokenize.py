@@ -30,8 +30,10 @@ from rcpo.data.render import (
     ignores,
     render_messages,
     render_text,
+    takes_merged,
+    unwritten,
 )
-from rcpo.data.template import Template, look_at_template
+from rcpo.data.template import Template, look_at_template, num_common
 from rcpo.records.record import BadRowError, PreferenceRecord
 
 __all__ = [
@@ -163,6 +165,7 @@ class _Work:
         self._template_kwargs = template_kwargs
         self._templates: dict[str, Template] = {}
         self._ignores: dict[tuple[str, str], bool] = {}
+        self._merging_helps: dict[str, bool] = {}
         self._counts = Counter[str]()
         self._unused = Counter[str]()
         self._notes: dict[str, str] = {}
@@ -243,10 +246,29 @@ class _Work:
         self._notes.update(dict(zip(template.notes, template.notes, strict=True)))
         try:
             rendered = render_messages(self._tokenizer, template, record, kwargs)
-            self._count_unused(record, key, kwargs)
-            return rendered
         except BadRowError as error:
+            return self._with_cure(error, template, record, kwargs)
+        self._count_unused(record, key, kwargs)
+        for part in unwritten(record.prompt, rendered.chosen[: rendered.split]):
+            self._unused[f"{part}, which the chat template does not write"] += 1
+        return rendered
+
+    def _with_cure(
+        self, error: BadRowError, template: Template, record: PreferenceRecord, kwargs: Mapping[str, Any]
+    ) -> BadRowError:
+        """The error, which names the system turn where that is why; then what helps is noted too. The first
+        row of a reason is tried."""
+        if record.prompt[0]["role"] != "system":  # type: ignore[index]
             return error
+        reason = str(error)
+        if reason not in self._merging_helps:
+            self._merging_helps[reason] = takes_merged(self._tokenizer, template, record, kwargs)
+        if not self._merging_helps[reason]:
+            return error
+        self._notes["system"] = (
+            "data.system=merge puts system turns into the user's, and the chat template takes such rows then"
+        )
+        return error if "system" in reason.lower() else BadRowError(f"{reason}, as it has a system turn")
 
     def _encode(self, rendered: list[Rendered]) -> list[TokenizedSide]:
         """Whole texts as ids with the index of the first response token: chosen and rejected side in turn."""
@@ -264,7 +286,7 @@ class _Work:
         else:
             prompts = [text[:split] for text, split in zip(texts, splits, strict=True)]
             prompt_ids = self._tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
-            firsts = [_num_common(*both) for both in zip(prompt_ids, all_ids, strict=True)]
+            firsts = [num_common(*both) for both in zip(prompt_ids, all_ids, strict=True)]
         return [TokenizedSide(ids, first) for ids, first in zip(all_ids, firsts, strict=True)]
 
     def _first_by_offset(self, batch: BatchEncoding, idx: int, num_chars: int, split: int) -> int:
@@ -287,7 +309,7 @@ class _Work:
     ) -> TokenizedPair:
         # Both sides share one prompt: where a merge across its end makes their ids differ, the shorter one.
         num_prompt = min(
-            chosen.num_prompt, rejected.num_prompt, _num_common(chosen.input_ids, rejected.input_ids)
+            chosen.num_prompt, rejected.num_prompt, num_common(chosen.input_ids, rejected.input_ids)
         )
         sides = [self._close(side.input_ids, num_prompt, rendered) for side in (chosen, rejected)]
         if sides[0] == sides[1]:
@@ -372,9 +394,3 @@ def _describe_lengths(pairs: PackedPairs) -> list[str]:
         f"tokens on average: prompt {prompt:.1f}, chosen {chosen:.1f}, rejected {rejected:.1f}; "
         f"longest row {int(lengths.max())}"
     ]
-
-
-def _num_common(first: Sequence[object], second: Sequence[object]) -> int:
-    """Length of the common beginning."""
-    shorter = min(len(first), len(second))
-    return next((i for i in range(shorter) if first[i] != second[i]), shorter)

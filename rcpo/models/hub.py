@@ -117,6 +117,12 @@ def is_hub_id(path: str) -> bool:
     return path != TINY and not os.path.isdir(path)
 
 
+def is_commit_here(path: str, commit: str | None) -> bool:
+    """Whether repository `path` at this commit is on this machine; asks nobody."""
+    is_commit = commit is not None and COMMIT.fullmatch(commit) is not None
+    return is_commit and is_hub_id(path) and _here(path, commit, ()) is not None
+
+
 def _unreachable(path: str, revision: str | None, error: Exception) -> str:
     from huggingface_hub import constants
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from rcpo.common.errors import UserError
 from rcpo.config.schema import LoraConfig
+from rcpo.models.logit_transform import body_of
 
 logger = logging.getLogger(__name__)
 
@@ -24,12 +25,15 @@ logger = logging.getLogger(__name__)
 def target_names(model: PreTrainedModel, lora: LoraConfig) -> list[str]:
     """The names, or ends of names, that peft is given: they match linear layers and nothing else.
 
-    all-linear: all but the output projection and those that cannot have an adapter, which are told. Raises
-    UserError where a given name is no linear layer, the output projection, or cannot have one.
+    all-linear: all but the output projection and those that cannot have an adapter, which are told. Layers
+    that text does not go through, such as those of a vision tower, are left out where a given name matches
+    them too. Raises UserError where a given name is no linear layer, the output projection, or cannot have
+    one.
     """
     head = model.get_output_embeddings()
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    inner = {name for name, module in linear.items() if module is not head}
+    beside = _beside_text(model, set(linear) - {name for name, module in linear.items() if module is head})
+    inner = {name for name, module in linear.items() if module is not head and name not in beside}
     to_experts = {child for child in {_last(name) for name in inner} if _moves_to_experts(model, child)}
     reasons = {name: why for name in inner if (why := _why_not(model, name, to_experts)) is not None}
     fit = inner - set(reasons)
@@ -39,11 +43,14 @@ def target_names(model: PreTrainedModel, lora: LoraConfig) -> list[str]:
         if not short:
             raise UserError(f"model.lora.targets=all-linear: {kind} has no linear layers")
         told = {f"{_last(name)} ({why})" for name, why in reasons.items()}
+        told |= {f"{part} (text does not go through it)" for part in beside.values()}
         if told:
             logger.warning("model.lora.targets=all-linear: leaves out %s", ", ".join(sorted(told)))
         return short
+    wanted = set[str]()
     for target in lora.targets:
-        matching = {name for name in linear if _ends(name, target)}
+        matching = {name for name in linear if _ends(name, target)} - set(beside)
+        wanted |= matching
         if not matching:
             raise UserError(
                 f"model.lora.targets: {target} is no linear layer of {kind}; it has {', '.join(short)}"
@@ -58,7 +65,22 @@ def target_names(model: PreTrainedModel, lora: LoraConfig) -> list[str]:
                 f"model.lora.targets: {target} of {kind} cannot have an adapter: {reasons[name]}; "
                 f"choose from {', '.join(short)}"
             )
-    return list(lora.targets)
+    is_mixed = any(_ends(name, target) for name in beside for target in lora.targets)
+    return _shortest_ends(model, wanted) if is_mixed else list(lora.targets)
+
+
+def _beside_text(model: PreTrainedModel, names: set[str]) -> dict[str, str]:
+    """Those of `names` that text does not go through, with the part of the model that they belong to: of
+    Gemma 3, whose text goes through model.language_model, model.vision_tower."""
+    body = body_of(model)
+    path = next(name for name, module in model.named_modules() if module is body).split(".")
+    found = {}
+    for name in names:
+        parts = name.split(".")
+        if parts[: len(path)] != path:
+            shared = next(place for place, part in enumerate(path) if parts[place : place + 1] != [part])
+            found[name] = ".".join(parts[: shared + 1])
+    return found
 
 
 def adapted_by(model: PreTrainedModel, targets: list[str]) -> set[str]:

@@ -50,7 +50,7 @@ class RowAccount:
 
     def as_json(self) -> dict[str, Any]:
         dropped = [
-            {"reason": reason, "rows": len(rows), "first": rows[:ROWS_SHOWN]}
+            {"reason": reason, "rows": len(rows), "first": sorted(rows)[:ROWS_SHOWN]}
             for reason, rows in by_number(self.dropped)
         ]
         return dataclasses.asdict(self) | {"dropped": dropped}
@@ -153,6 +153,6 @@ def _counted(number: int, what: str) -> Iterable[str]:
 
 
 def _rows(rows: list[int]) -> str:
-    shown = ", ".join(map(str, rows[:ROWS_SHOWN]))
+    shown = ", ".join(map(str, sorted(rows)[:ROWS_SHOWN]))
     more = ", ..." if len(rows) > ROWS_SHOWN else ""
     return f"row{'s' if len(rows) > 1 else ''} {shown}{more}"

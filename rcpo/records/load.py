@@ -17,7 +17,7 @@ from rcpo.records.messages import parsed_quietly, unused_keys, without_system
 from rcpo.records.mixture import drawn
 from rcpo.records.places import Place, held_out_place, mixed_place, training_place
 from rcpo.records.readers import Rows, read_rows
-from rcpo.records.record import BadRowError, PreferenceRecord, as_messages, read_record
+from rcpo.records.record import BadRowError, PreferenceRecord, as_messages, as_text, read_record
 from rcpo.records.selection import Judge, SourceRecords, all_usable, content, select
 from rcpo.records.shapes import Shape
 from rcpo.records.weights import UNWEIGHTED, WEIGHT_PARTS, Weighing, describe_weights
@@ -201,16 +201,20 @@ def _unused(source: Rows, shape: Shape, place: Place) -> list[str]:
 
 
 def _doubled(records: list[PreferenceRecord], place: Place) -> list[str]:
-    """Text prompts that both sides begin with once more, and that are scored there."""
-    num = 0
+    """Prompts of text, or of one user turn, that both sides begin with once more, and that are scored
+    there."""
+    num, is_text = 0, False
     for record in records:
-        if isinstance(record.prompt, str) and (start := record.prompt.strip()):
-            num += all(str(side).strip().startswith(start) for side in (record.chosen, record.rejected))
+        is_turn = isinstance(record.prompt, list) and len(record.prompt) == 1
+        is_text |= not is_turn
+        if isinstance(record.prompt, str) or is_turn:
+            start, *sides = (as_text(part) for part in (record.prompt, record.chosen, record.rejected))
+            num += bool(start) and all(side.startswith(start) for side in sides)
     if not num:
         return []
     return [
         f"{NOTE}{place}: in {num} rows both sides begin with the prompt, which is then there twice and is "
-        "scored; leave the column prompt out, or cut it from the sides"
+        f"scored; {'leave the column prompt out, or ' if is_text else ''}cut it from the sides"
     ]
 
 

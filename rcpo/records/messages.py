@@ -13,6 +13,8 @@ from typing import Any, TypeAlias
 Messages: TypeAlias = list[dict[str, Any]]
 """Chat turns, each {"role": ..., "content": text, ...} with what else of `HANDED_ON` it has."""
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""Roles that a prompt may hold; a response is one assistant turn."""
 HANDED_ON = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
 """What a message may carry beside role and content, and a template may render."""
 FROM_ROLES = {
@@ -21,6 +23,9 @@ FROM_ROLES = {
 }  # fmt: skip
 """ShareGPT's and LLaMA-Factory's names of roles; others are as they are."""
 _LOOKS_LIKE_MESSAGES = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
+_MAY_BE_MESSAGES = re.compile(r"""\s*\[?\s*\{.*["'](role|from)["']\s*:""", re.DOTALL)
+"""One message alone, or messages whose first key is another one; an answer in JSON too, so their roles
+decide."""
 
 
 class BadMessageError(ValueError):
@@ -35,16 +40,32 @@ def parsed(value: Any) -> Any:
         value = [value]
     if isinstance(value, list):
         return [_from_sharegpt(each) if _is_sharegpt(each) else each for each in value]
-    if not isinstance(value, str) or not _LOOKS_LIKE_MESSAGES.match(value):
+    if not isinstance(value, str) or not (_LOOKS_LIKE_MESSAGES.match(value) or _MAY_BE_MESSAGES.match(value)):
         return value
-    for read in (json.loads, ast.literal_eval):
-        try:
-            found = read(value)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            continue
+    found = spelled(value)
+    if _LOOKS_LIKE_MESSAGES.match(value):
         if isinstance(found, list):
             return parsed(found)
-    raise BadMessageError("looks like messages written as text, and cannot be read as them")
+        raise BadMessageError("looks like messages written as text, and cannot be read as them")
+    return parsed(_listed(found)) if found and all(map(_has_known_role, _listed(found))) else value
+
+
+def spelled(text: str) -> Any:
+    """The value that a text spells, as JSON or as Python writes it (pandas and `datasets` do so in CSV); None
+    where it spells none."""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+    return None
+
+
+def _has_known_role(message: Any) -> bool:
+    if _is_sharegpt(message):
+        return message["from"] in (*FROM_ROLES, *ROLES)
+    has_content = isinstance(message, dict) and ("content" in message or "tool_calls" in message)
+    return has_content and message.get("role") in ROLES
 
 
 def _is_sharegpt(message: Any) -> bool:
@@ -72,12 +93,18 @@ def num_sharegpt(values: Iterable[Any]) -> int:
     """How many of these values hold messages with from and value."""
     num = 0
     for value in values:
+        if isinstance(value, str) and (match := _LOOKS_LIKE_MESSAGES.match(value)):
+            num += match[1] in ("from", "value")
+            continue
         if isinstance(value, str):
-            match = _LOOKS_LIKE_MESSAGES.match(value)
-            num += match is not None and match[1] in ("from", "value")
-        else:
-            num += any(map(_is_sharegpt, value if isinstance(value, list) else [value]))
+            found = _listed(spelled(value) if _MAY_BE_MESSAGES.match(value) else None)
+            value = found if all(map(_has_known_role, found)) else None
+        num += any(map(_is_sharegpt, _listed(value)))
     return num
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def parsed_quietly(value: Any) -> Any:

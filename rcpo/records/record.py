@@ -12,10 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from rcpo.common.errors import shortened
-from rcpo.records.messages import BadMessageError, Messages, content_text, parsed, turns
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
-"""Roles that a prompt may hold; a response is one assistant turn."""
+from rcpo.records.messages import (
+    ROLES,
+    BadMessageError,
+    Messages,
+    content_text,
+    parsed,
+    spelled,
+    turns,
+)
 
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -67,7 +72,7 @@ def read_record(
 
     Messages may be written as text, in JSON or as Python writes them. Tool calls, tool turns and reasoning of
     messages are kept for the chat template, and so are `tools` and `documents` (lists of mappings, or such as
-    JSON) and `template_kwargs`.
+    text) and `template_kwargs`.
 
     Raises BadRowError. Source of the formats: TRL's "dataset formats". Unlike TRL, an implicit plain prompt
     ends before a word, not within one ("The sky is b" + "lue"), and a response is exactly one assistant turn.
@@ -123,12 +128,13 @@ def as_messages(record: PreferenceRecord, has_prompt: bool) -> PreferenceRecord:
 
 
 def _json_value(name: str, value: Any, kind: type) -> Any:
-    """A list or an object of a column, or one as JSON; None where there is none, or nothing in it."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise BadRowError(f"{name} is text, and not JSON") from None
+    """A list or an object of a column, or one as JSON or as Python writes it; None where there is none, or
+    nothing in it."""
+    if isinstance(value, str) and value.strip():
+        spelt = spelled(value)
+        if spelt is None and value.strip() not in ("null", "None"):
+            raise BadRowError(f"{name} is text, and not JSON")
+        value = spelt
     if not value:
         return None
     if not isinstance(value, kind):

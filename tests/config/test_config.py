@@ -16,6 +16,7 @@ import yaml
 from helpers import forked
 from rcpo.common.conf import conf_dir
 from rcpo.common.errors import UserError
+from rcpo.config.compose import compose
 from rcpo.config.names import data_label, default_name, model_label
 from rcpo.config.resolve import default_micro_batch, resolve
 from rcpo.config.schema import Config
@@ -58,6 +59,14 @@ VALID = {
     "name=123": {"name": 123},
     "optim.lr=1e-5": {"optim": {"lr": 1e-5}},
     "train.epochs=2": {"train": {"epochs": 2}},
+    "model.chat_template_kwargs={enable_thinking: false}": {
+        "model": {"chat_template_kwargs": {"enable_thinking": False}}
+    },
+    "model.chat_template_kwargs.enable_thinking=false": {
+        "model": {"chat_template_kwargs": {"enable_thinking": False}}
+    },
+    "deepspeed.extra={a: {b: 1}}": {"deepspeed": {"extra": {"a": {"b": 1}}}},
+    "data.columns={prompt: q}": {"data": {"columns": {"prompt": "q"}}},
 }
 """A word, and the part of the tree that it makes."""
 
@@ -164,6 +173,11 @@ def test_unset_values_and_group_mistakes_leave_the_flags_working(tmp_path: Path)
     *document, answer = done.stdout.splitlines()
     assert answer == "None"
     assert yaml.safe_load("\n".join(document))["optim"]["lr"] == "???"
+
+
+def test_an_unknown_key_is_one_line_where_flags_print_too() -> None:
+    with pytest.raises(UserError, match=r"^train\.stepz: no such key; did you mean train\.steps"):
+        compose(["--cfg", "job", "train.stepz=3"])
 
 
 def plain_tree(**groups: dict[str, Any]) -> dict[str, Any]:

@@ -393,11 +393,13 @@ def test_held_out_pairs_are_drawn_from_what_the_template_takes(
     assert inputs.account.held_out_rows == [pair.row for pair in inputs.held_out]
     path = f"{tmp_path}/a.jsonl"
     assert inputs.report[0] == f"{path}: 40 rows read"
-    assert inputs.report[1].startswith(f"  32 dropped because {reason} (rows ")
+    assert inputs.report[1] == f"  32 dropped because {reason} (rows 1, 2, 3, ...)"
     assert inputs.report[2:4] == [
         "  3 held out, 5 to train on",
         f"note: more than half of the data is lost: 32 of 40 rows of {path} are dropped (80%)",
     ]
+    cure = "note: data.system=merge puts system turns into the user's, and the chat template takes such rows"
+    assert sum(line.startswith(cure) for line in inputs.report) == 1
 
 
 def test_a_system_turn_that_the_template_refuses_is_merged_or_dropped_where_that_is_asked_for(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from helpers.chat_formats import FORMATS
+from helpers.chat_formats import turns as turns_of
 from helpers.tiny_tokenizers import GENERATION, TURNS, chat, make_bpe, prompt_of, response_of, sides_of
 from rcpo.common.errors import UserError
 from rcpo.data.generation import generation_of, set_generation
@@ -30,6 +31,24 @@ def test_a_response_is_what_the_model_writes_up_to_the_token_that_ends_it(name: 
     last = {tokenizer.convert_ids_to_tokens(side.input_ids[-1]) for side in sides_of(pair)}
     assert (last <= {form.eos, *form.ends}) == form.stops_there
     assert any("does not end there" in note for note in data.notes.values()) != form.stops_there
+
+
+def test_a_call_that_the_next_turn_ends_is_ended_by_the_tool_s() -> None:
+    """GLM-4.5 writes nothing behind a turn: after an answer inference ends at <|user|>, after a call at
+    <|observation|>."""
+    tokenizer = FORMATS["GLM-4"].tokenizer()
+    calls = "{% for c in m['tool_calls'] %}<tool_call>{{ c['function']['name'] }}</tool_call>{% endfor %}"
+    others = (
+        "{% if m['role'] == 'tool' %}<|observation|>\n@a{% else %}<|assistant|>\n@a" + calls + "{% endif %}"
+    )
+    tokenizer.chat_template = turns_of("<|user|>\n@q", others, "<|assistant|>")
+    answer = {"role": "assistant", "content": "no"}
+    record = read_record(chat("q1"), [{"role": "assistant", **CALL}], [answer], 0)
+    pair = tokenize_records([record], tokenizer, 512, None, "error").pairs[0]
+    assert [tokenizer.decode(response_of(side)) for side in sides_of(pair)] == [
+        "\n<tool_call>add</tool_call><|observation|>",
+        "\nno<|user|>",
+    ]
 
 
 # Reasoning

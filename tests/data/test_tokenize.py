@@ -330,6 +330,46 @@ def test_rows_that_the_template_refuses_are_counted(monkeypatch: pytest.MonkeyPa
     assert data.dropped == {"the chat template refuses it (no system turn)": [1]}
 
 
+def test_a_system_turn_that_is_refused_is_named_whatever_the_template_says() -> None:
+    """Mistral's first template says that roles must alternate; merged, the row would train."""
+    tokenizer = make_words()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}" + TURNS
+    )
+    two = [*chat("a"), *chat("b")]
+    records = [read_record(chat("a", system="s"), "b", "c", 0), read_record(two, "b", "c", 1)]
+    data = tokenize(records, tokenizer, on_bad_row="drop")
+    refused = "the chat template refuses it (roles must alternate)"
+    assert data.dropped == {f"{refused}, as it has a system turn": [0], refused: [1]}
+    assert [note for note in data.notes.values() if "data.system=merge" in note]
+
+
+def test_parts_of_a_prompt_that_the_template_does_not_write_are_counted() -> None:
+    """A system turn, the call of an earlier turn and a name; white space, and what was thought, may go."""
+    tokenizer = make_bpe()
+    tokenizer.chat_template = (
+        "{% for m in messages if m['role'] != 'system' %}{{ '<|turn|>' + m['role'] + '\n' }}"
+        "{{ m['content'].split('</think>')[-1] | trim + '<|end|>\n' }}{% endfor %}" + GENERATION
+    )
+    thought = [*chat(" a  b\n", "<think>c</think>d"), *chat("e")]
+    call = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"function": {"name": "add", "arguments": {}}}],
+    }
+    called = [*chat("a"), call, {"role": "tool", "content": "5", "name": "adder"}]
+    prompts = [thought, chat("a", system="be kind"), chat("b", system="be kind"), called]
+    records = [read_record(prompt, "yes", "no", row) for row, prompt in enumerate(prompts)]
+    says = ", which the chat template does not write"
+    notes = tokenize(records, tokenizer).notes
+    assert {what: note for what, note in notes.items() if says in what} == {
+        f"a system turn{says}": f"2 rows have a system turn{says}",
+        f"tool calls in the prompt{says}": f"1 rows have tool calls in the prompt{says}",
+        f"a name of a message{says}": f"1 rows have a name of a message{says}",
+    }
+
+
 def test_messages_need_a_template() -> None:
     with pytest.raises(UserError) as caught:
         tokenize_one(chat("a"), "b", "c", make_words(), on_bad_row="drop")

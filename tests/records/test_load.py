@@ -322,6 +322,9 @@ def test_what_is_not_trained_on_is_named(tmp_path: Path) -> None:
     report = load_records(DataConfig(source="file", path=str(tmp_path / "a.jsonl"), eval_pairs=1)).report
     assert f"{NOTE}{tmp_path}/a.jsonl: columns that are not used: score_chosen, note" in report
     assert any("in 4 rows both sides begin with the prompt" in line for line in report)
+    chat = DataConfig(source="file", path=str(tmp_path / "a.jsonl"), eval_pairs=1, as_chat=True)
+    (said,) = (line for line in load_records(chat).report if "begin with the prompt" in line)
+    assert said.endswith("scored; cut it from the sides")
     turn = {"role": "assistant", "content": "c", "id": 3}
     rows = [
         {"prompt": "a", "chosen": [turn], "rejected": [{**turn, "content": f"d{row}"}]} for row in range(4)

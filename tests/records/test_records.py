@@ -228,6 +228,28 @@ def test_messages_written_as_text_are_messages(write: Callable[[Any], str]) -> N
     assert (record.prompt, record.chosen) == (turns('It\'s "so"'), answer("Yes"))
 
 
+@pytest.mark.parametrize("write", [repr, json.dumps])
+def test_a_message_alone_and_other_keys_first_are_read_too(write: Callable[[Any], str]) -> None:
+    """And what belongs to the template. An answer that is JSON and no message stays text."""
+    named = [{"name": "Ada", "role": "user", "content": "Hi"}]
+    sides = [write({"from": "gpt", "value": "Yes"}), write(answer("No")[0])]
+    tools, kwargs = [{"name": "add", "strict": None}], {"x": True}
+    record = read_record(write(named), *sides, 0, tools=write(tools), template_kwargs=write(kwargs))
+    assert record.prompt == [{"role": "user", "content": "Hi", "name": "Ada"}]
+    assert (record.chosen, record.rejected) == (answer("Yes"), answer("No"))
+    assert (record.tools, record.template_kwargs) == (tools, kwargs)
+    for found in (
+        {"role": "admin", "content": "a"},
+        {"from": "Rome", "to": "Oslo"},
+        {"value": 3},
+        [{"a": 1}],
+    ):
+        assert read_record("q", write(found), "b", 0).chosen == write(found)
+    assert read_record(turns("Hi"), answer("a"), answer("b"), 0, tools="").tools is None
+    with pytest.raises(BadRowError, match="tools is text, and not JSON"):
+        read_record(turns("Hi"), answer("a"), answer("b"), 0, tools="add")
+
+
 def test_text_that_looks_like_messages_and_is_none_is_refused() -> None:
     """numpy's way of writing them leaves the commas out."""
     broken = "[{'role': 'assistant', 'content': 'a'}\n {'role': 'user', 'content': 'b'}]"

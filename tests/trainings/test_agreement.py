@@ -29,7 +29,8 @@ from helpers.rank_runs import train_here
 from helpers.same_run import metrics
 from helpers.tiny_models import VOCABULARY, make_llama
 from rcpo.common.errors import UserError
-from rcpo.config.schema import ModelConfig
+from rcpo.config.schema import LoraConfig, ModelConfig
+from rcpo.models.targets import adapted_by, target_names
 
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -97,6 +98,19 @@ def test_it_trains(inputs: Path, tmp_path: Path, make: Callable[[], PreTrainedMo
     run = make_run(config)
     in_a_fork(lambda: train_here(run))
     assert len(metrics(run)) == 2
+
+
+def test_adapters_go_where_text_goes(caplog: pytest.LogCaptureFixture) -> None:
+    """Not beside layers of the vision tower, which have the same names: what is never run would be refused
+    once training begins."""
+    model = gemma3()
+    for targets, num in (("all-linear", 7), (["q_proj", "down_proj"], 2)):
+        names = adapted_by(model, target_names(model, LoraConfig(rank=2, targets=targets)))
+        assert len(names) == num * SIZES["num_hidden_layers"]
+        assert all(name.startswith("model.language_model.") for name in names)
+    assert "model.vision_tower (text does not go through it)" in caplog.text
+    with pytest.raises(UserError, match="fc1 is no linear layer of"):
+        target_names(model, LoraConfig(rank=2, targets=["fc1"]))
 
 
 def refused(inputs: Path, run_dir: Path, model: str, prepare: Callable[[], None], *words: str) -> str:

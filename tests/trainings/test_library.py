@@ -146,6 +146,20 @@ def test_pairs_whose_data_is_gone_have_numbers_alone(off: rcpo.Run, inputs: Path
     assert len(table) == 6
 
 
+def test_pairs_whose_data_has_changed_have_numbers_alone(off: rcpo.Run, inputs: Path) -> None:
+    """The rows that the run has noted hold other words now."""
+    path = inputs / "held-out.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[::-1]))
+    try:
+        table = off.pairs
+    finally:
+        path.write_text("".join(lines))
+    assert table["prompt"].isna().all()
+    assert "has changed since the run measured its held-out pairs" in table.attrs["no_text"]
+    assert not off.pairs["prompt"].isna().any()
+
+
 def test_the_model_is_the_trained_one(run: rcpo.Run) -> None:
     """z of the held-out pairs under model() is what the run measured at its end."""
     pairs = read_inputs(run.config).held_out
