@@ -55,7 +55,8 @@ what happened to the chosen responses. Bad input is one line and exit code 2. `r
 def run(options: argparse.Namespace) -> int:
     """Train as configured; returns the exit code. Raises UserError for bad input, before anything is
     written."""
-    from rcpo.config.compose import compose, only_prints
+    from rcpo.config.compose import compose
+    from rcpo.config.refused import only_prints
 
     words = [*options.hydra, *options.words]
     if only_prints(words) and compose(words) is None:
