@@ -44,6 +44,13 @@ def refuse_words(argv: Sequence[str]) -> None:
             _refuse_file(word)
 
 
+def without_printing(argv: Sequence[str]) -> list[str]:
+    """The words without the flags that print, and their values."""
+    with_value = {number for number, word in enumerate(argv) if word in (*PRINTING, "--package", "-p")}
+    gone = with_value | {number + 1 for number in with_value}
+    return [word for number, word in enumerate(argv) if number not in gone and word not in OF_CFG]
+
+
 def _flag_values(argv: Sequence[str]) -> set[int]:
     """Which words are the value of the flag before them."""
     with_value = (*PRINTING, "--package", "-p", "--config-dir", "-cd")
