@@ -3,12 +3,14 @@ paths. Called by `rcpo.commands`."""
 
 import argparse
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from rcpo.common.errors import UserError
+from rcpo.config.other_names import typed_for_flag
 
 WIDTH = 100
 """Columns of help, where the terminal has as many."""
@@ -27,6 +29,8 @@ class Flags(argparse.ArgumentParser):
         super().__init__(formatter_class=_layout, allow_abbrev=False, **settings)
         self.check: Callable[[argparse.Namespace], None] | None = None
         """Raises UserError for values that do not go together."""
+        self.for_unknown: Callable[[str], str | None] = lambda flag: None
+        """What to type in place of a flag that there is not, where that is known."""
 
     def parse(self, words: Sequence[str]) -> argparse.Namespace:
         """The values of `words`. Raises UserError for what is wrong with them; --help prints and exits."""
@@ -36,6 +40,9 @@ class Flags(argparse.ArgumentParser):
         return options
 
     def error(self, message: str) -> NoReturn:
+        unknown = re.match(r"unrecognized arguments: (--?\w\S*)", message)
+        if unknown and (typed := self.for_unknown(unknown[1])) is not None:
+            raise UserError(f"{unknown[1]}: no such flag; type {typed}")
         raise UserError(f"{message}; `{self.prog} --help` lists words and flags")
 
 
@@ -50,6 +57,21 @@ def add_config_words(parser: Flags, where: str = "`rcpo train --help`") -> None:
     )
     text = "add a folder of your own options: DIR/objective/mine.yaml is objective=mine"
     _pass_on(parser, "--config-dir", "-cd", metavar="DIR", help=text)
+    for flag in ("--config", "--config-name", "-cn", "--config-path", "-cp"):
+        parser.add_argument(flag, action=_ConfigFile, nargs="?", help=argparse.SUPPRESS)
+    parser.for_unknown = typed_for_flag
+
+
+class _ConfigFile(argparse.Action):
+    """A flag of other tools for a file of settings: refused, with what to type."""
+
+    def __call__(
+        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
+    ) -> NoReturn:
+        from rcpo.config.refused import config_file_line
+
+        given = str(values or "NAME")
+        raise UserError(f"{option_string} {given}: {config_file_line(given)}")
 
 
 def add_printing_flags(parser: Flags) -> None:
@@ -58,7 +80,7 @@ def add_printing_flags(parser: Flags) -> None:
     _pass_on(parser, "--cfg", "-c", metavar="job|hydra|all", help=text)
     _pass_on(parser, "--package", "-p", metavar="GROUP", help="of --cfg job that group alone")
     _pass_on(parser, "--info", "-i", nargs="?", const="all", help=argparse.SUPPRESS)
-    for flag in ("--resolve", "--hydra-help", "--multirun", "-m"):
+    for flag in ("--resolve", "--multirun", "-m"):
         parser.add_argument(
             flag, dest="hydra", action="append_const", const=flag, default=[], help=argparse.SUPPRESS
         )

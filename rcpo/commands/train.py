@@ -1,6 +1,7 @@
 """`rcpo train [GROUP=OPTION] [KEY=VALUE] ...`: compose, validate, freeze, start the workers."""
 
 import argparse
+import itertools
 from typing import TYPE_CHECKING, Any
 
 from rcpo.commands.flags import Flags, add_config_words, add_printing_flags
@@ -27,6 +28,8 @@ examples:
       keys change single values
   rcpo train objective=dpo launch.processes=2
       two ranks on CPU; on GPUs: launch.gpus_per_node=8, or start the same command with torchrun or srun
+  rcpo train model.path=MODEL data=file data.path=PAIRS.jsonl --plan
+      what that would do: steps, learning rate, micro-batch, memory, and who decided each
   rcpo train objective=simpo --help
       this text for the options that the other words choose"""
 
@@ -49,15 +52,24 @@ what happened to the chosen responses. Bad input is one line and exit code 2. `r
         action="store_true",
         help="replace the old run of that name or run_dir, once the new one is checked",
     )
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="show what the run would do, and who decided each value; write nothing",
+    )
     add_printing_flags(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Train as configured; returns the exit code. Raises UserError for bad input, before anything is
     written."""
-    from rcpo.config.compose import compose, only_prints
+    from rcpo.config.compose import compose
+    from rcpo.config.refused import only_prints
 
     words = [*options.hydra, *options.words]
+    if _asks_resolved(words) or options.plan:
+        print(planned(words, options))
+        return 0
     if only_prints(words) and compose(words) is None:
         return 0
     if options.explain:
@@ -76,6 +88,32 @@ def run(options: argparse.Namespace) -> int:
     from rcpo.launch.start import start
 
     return start(lambda: prepare(words, tree), overwrite=options.overwrite)
+
+
+def _asks_resolved(words: list[str]) -> bool:
+    """Whether these words are --cfg job --resolve: the config with what rcpo decides."""
+    pairs = itertools.pairwise(words)
+    return "--resolve" in words and any(flag in ("--cfg", "-c") and kind == "job" for flag, kind in pairs)
+
+
+def planned(words: list[str], options: argparse.Namespace) -> str:
+    """What the run of these words would do, or its resolved config. Raises UserError for what the run would
+    refuse."""
+    from rcpo.config.compose import compose
+    from rcpo.config.refused import without_printing
+    from rcpo.launch.first_look import look
+
+    plain = without_printing(words)
+    tree = compose(plain)
+    assert tree is not None
+    if not options.plan:
+        from rcpo.launch.plan import resolved_text
+
+        return resolved_text(words, tree)
+    look(tree, options.overwrite)
+    from rcpo.launch.plan import plan_lines, plan_text
+
+    return plan_text(plan_lines(plain, tree))
 
 
 def explain(words: list[str]) -> None:

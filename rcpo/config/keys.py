@@ -24,7 +24,8 @@ INTRO = """# Configuration: every group, option and key
 
 ```sh
 rcpo train --help                              # this, for the options that your words select
-rcpo train objective=simpo --cfg job           # what your words come to, as YAML
+rcpo train objective=simpo --plan              # what your words would do: steps, lr, memory, ...
+rcpo train objective=simpo --cfg job           # what they come to, as YAML; --resolve: and what rcpo decides
 rcpo train --config-dir DIR objective=mine     # an option of your own: DIR/objective/mine.yaml
 ```
 

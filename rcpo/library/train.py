@@ -58,7 +58,7 @@ def train(
 
 
 def _check_words(words: tuple[object, ...]) -> None:
-    from rcpo.config.compose import only_prints
+    from rcpo.config.refused import only_prints
 
     for word in words:
         if not isinstance(word, str):

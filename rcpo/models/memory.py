@@ -79,7 +79,7 @@ def fitting_stage(
     one that the config allows, where none does."""
     stages = allowed_stages(config)
     for stage in stages:
-        reference = _live_reference_bytes(config, model, stage)
+        reference = live_reference_bytes(config, model, stage)
         budget = memory_budget(config, model, num_rows, width, reference, stage)
         if sum(budget.values()) <= USABLE * capacity:
             return stage
@@ -151,7 +151,7 @@ def update_bytes(config: ResolvedConfig, model: PreTrainedModel, stage: int) -> 
     return share * (has_denominator + (stage >= 1))
 
 
-def _live_reference_bytes(config: ResolvedConfig, model: PreTrainedModel, stage: int) -> int:
+def live_reference_bytes(config: ResolvedConfig, model: PreTrainedModel, stage: int) -> int:
     """Of a frozen model beside the policy; an adapter run has it in itself."""
     if config.reference.name != "live" or (config.model.lora.rank is not None and not config.reference.path):
         return 0

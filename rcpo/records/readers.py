@@ -146,9 +146,18 @@ def _load_folder(path: Path, place: Place) -> Any:
     except Exception as error:
         if (fault := _config_fault(error, place, str(path))) is not None:
             raise fault from None
-        raise place.error(f"cannot be loaded by `datasets`: {first_line(error)}; mend the folder") from error
+        raise place.error(
+            f"cannot be loaded by `datasets`: {first_line(error)}; {_advice(path, place.path_key)}"
+        ) from error
     finally:
         datasets.enable_progress_bars()
+
+
+def _advice(path: Path, key: str) -> str:
+    """What to do about a folder that `datasets` cannot read as one data set: such as one that other things
+    lie in, too."""
+    own = sorted(file for file in path.iterdir() if file.is_file() and file.name.lower().endswith(SUFFIXES))
+    return f"mend the folder, or type {key}={own[0]}, a file in it" if own else "mend the folder"
 
 
 def _load_hub(place: Place) -> Any:

@@ -130,8 +130,9 @@ def _longest(config: ResolvedConfig, train: PackedPairs, held_out: PackedPairs) 
     return longest
 
 
-def _kept_tokens(config: ResolvedConfig, tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    """The tokenised data, from the cache where they are there; made, and kept, where they are not."""
+def _kept_tokens(config: ResolvedConfig, tokenizer: PreTrainedTokenizerBase, keep: bool) -> Tokens:
+    """The tokenised data, from the cache where they are there; made where they are not, and kept with
+    `keep`."""
 
     def make() -> Tokens:
         read = tokenise(config, tokenizer)
@@ -148,6 +149,8 @@ def _kept_tokens(config: ResolvedConfig, tokenizer: PreTrainedTokenizerBase) -> 
     from rcpo.common.files import cache_dir
 
     store = TokenStore(cache_dir() / "tokens", key)
+    if not keep:
+        return store.read() or make()
     return store.read_or_make(make, lambda: content_of(config.data) == content)
 
 
@@ -177,12 +180,12 @@ def check_sizes(config: ResolvedConfig, tokens: Tokens, num_pairs: int) -> None:
         )
 
 
-def read_inputs(config: ResolvedConfig) -> Inputs:
-    """Read, tokenise and filter the data of a resolved config. Raises UserError with one line for whatever
-    cannot train."""
+def read_inputs(config: ResolvedConfig, keep: bool = True) -> Inputs:
+    """Read, tokenise and filter the data of a resolved config; with `keep` the tokens stay in rcpo's cache.
+    Raises UserError with one line for whatever cannot train."""
     check_deepspeed(config)
     tokenizer = _checked_tokenizer(config)
-    tokens = _kept_tokens(config, tokenizer)
+    tokens = _kept_tokens(config, tokenizer, keep)
     check_reference(config, tokenizer, _longest(config, tokens.train, tokens.held_out))
     inputs = filtered_inputs(config, tokenizer, tokens)
     check_sizes(config, tokens, len(inputs.train))

@@ -76,7 +76,20 @@ WRONG = {
     "train.stepz=3": "train.stepz: no such key; did you mean train.steps? `rcpo train --help` lists them",
     "cluster=cpu": "cluster: is a SLURM profile, for sweeps; type rcpo sweep FILE --slurm PROFILE",
     "cluster=cpuu": "cluster=cpuu: no such option; did you mean cluster=cpu? The options are cpu, example",
-    "experiment=none": "experiment=none: no such option; choose one of example",
+    "experiment=base": "experiment=base: no such file; write DIR/experiment/base.yaml and type --config-dir "
+    "DIR experiment=base (there is example)",
+    "+experiment=example": "+experiment=example: is a group that is there already; type experiment=example "
+    "without the +",
+    "beta=0.2": "beta: no such key; type objective.beta=0.2",
+    "learning_rate=1e-5": "learning_rate: no such key; type optim.lr=1e-5",
+    "gamma=1": "gamma: objective=dpo has no such key, only objective.beta; objective=alpha_po, simpo have "
+    "objective.gamma",
+    "momentum=.9": "momentum: optim=adamw has no such key; optim=sgd has optim.momentum",
+    "pairs_per_step=4": "pairs_per_step: no such key; did you mean train.pairs_per_step? "
+    "`rcpo train --help` lists them",
+    "loss_type=sigmoid": "loss_type: no such key; type objective=dpo",
+    "model=org/name": "model=org/name: is no option; a model's folder or hub id is a key: "
+    "type model.path=org/name",
     "seed=range(0,3)": "seed=range(0,3): is several values; `rcpo train` makes one run; for all of them "
     "write grid.yaml with the line axes: {seed: [0, 1, 2]} and type rcpo sweep grid.yaml",
     "nogroup=3": "nogroup: no such key; `rcpo train --help` lists them",
@@ -86,8 +99,8 @@ WRONG = {
     "objective.aggregate? `rcpo train --help` lists them",
     "objective.aggregate=max": "objective.aggregate=max: must be mean or kl_dro; "
     "type objective.aggregate=mean",
-    "calibration.ema_beta=0.5": "calibration.ema_beta: calibration=off has no such key; "
-    "`rcpo train --help` lists them",
+    "calibration.ema_beta=0.5": "calibration.ema_beta: calibration=off has no such key; calibration=exact, "
+    "on, published have calibration.ema_beta",
     "objective=simp": "objective=simp: no such option; did you mean objective=simpo? The options are "
     + ", ".join(sorted(REGISTRY)),
     "objective=dpo,simpo": "objective=dpo,simpo: is several values; `rcpo train` makes one run; for all of "
@@ -95,7 +108,7 @@ WRONG = {
     "+typo=1": "typo: no such key; `rcpo train --help` lists them (remove +typo=...)",
     "+train.typo=1": "train.typo: no such key; `rcpo train --help` lists them (remove +train.typo=...)",
     "+objective.betta=1": "objective.betta=1: dpo has no such parameter; did you mean objective.beta?",
-    "+calibration=on": "+calibration: has an option already; type calibration=OPTION without the +",
+    "+calibration=on": "+calibration=on: is a group that is there already; type calibration=on without the +",
     "objective=null": "null: is no option of a group; `rcpo train --help` lists groups and options",
     "train.steps=abc": "train.steps=abc: must be a valid integer; type train.steps=VALUE",
     "train.steps=1.5": "train.steps=1.5: must be a valid integer; type train.steps=VALUE",

@@ -287,6 +287,15 @@ def test_a_broken_saved_data_set(tmp_path: Path) -> None:
     )
 
 
+def test_a_folder_that_is_no_data_set_names_its_file(tmp_path: Path) -> None:
+    """Pairs beside a run's files: what `data.path=.` finds on the second day."""
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "runs/a").mkdir(parents=True)
+    (tmp_path / "runs/a/run.json").write_text("{")
+    said = fault(Place(str(tmp_path), None))
+    assert said.endswith(f"; mend the folder, or type data.path={tmp_path}/pairs.jsonl, a file in it")
+
+
 def test_unknown_splits_name_those_there_are(tmp_path: Path) -> None:
     folder, file = str(tmp_path / "saved-dict"), str(tmp_path / "a.json")
     write_dataset_dict(Path(folder), TEXT_ROWS)
