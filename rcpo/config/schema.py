@@ -47,6 +47,8 @@ class LoraConfig:
     """Linear layers to adapt: names, or all but the output projection."""
     adapter: Text | None = IN_CONF
     """Folder or hub id of an adapter to start from, of SFT say; the reference has it too."""
+    adapter_revision: Text | None = IN_CONF
+    """Branch, tag or commit of a hub id in adapter, as model.revision."""
     on_adapter: Literal["merge", "stack"] | None = IN_CONF
     """merge: add `adapter` to the base weights; stack: keep it, frozen, beside the new one. No default."""
     save: Literal["merged", "adapter"] = IN_CONF
@@ -167,6 +169,9 @@ class DataConfig:
     source=file."""
     config: Text | None = IN_CONF
     """Which of the data set's configs, where `path` has several."""
+    revision: Text | dict[str, Text] | None = IN_CONF
+    """Branch, tag or commit of the data sets that are hub ids, or {ID: REVISION, ...}; null: main. The run
+    keeps the commits that it found."""
     split: Text | None = IN_CONF
     """Training split where `path` has several, or a slice of it, as `datasets` spells them: 'train[:10%]',
     'train[100:200]', 'train+test'. The split of a file is train."""
@@ -209,6 +214,10 @@ class DataConfig:
     def eval_paths(self) -> list[str]:
         """What held-out pairs are read from where that is another place."""
         return _listed(self.eval_path)
+
+    def revision_of(self, path: str) -> str | None:
+        """Of a hub id."""
+        return self.revision.get(path) if isinstance(self.revision, dict) else self.revision
 
     def paths(self) -> list[str]:
         """All that is read."""

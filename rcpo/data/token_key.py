@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from rcpo.common.errors import UserError
 from rcpo.config.schema import DataConfig
 from rcpo.data.generation import generation_of, special_ids
-from rcpo.records.places import MOST_FILES, held_out_place, mixed_place, spelled_out, training_place
+from rcpo.records.places import MOST_FILES, Place, held_out_place, mixed_place, spelled_out, training_place
 from rcpo.records.readers import hub_fingerprint
 from rcpo.records.weights import Weighing
 
@@ -52,14 +52,13 @@ def content_of(config: DataConfig) -> Content | None:
     little to be kept. What is wrong with a place is for `rcpo.records` to say."""
     if config.source != "file":
         return None
-    training = [training_place(config)] if config.mix is None else list(map(mixed_place, config.mix))
+    training = (
+        [training_place(config)] if config.mix is None else [mixed_place(part, config) for part in config.mix]
+    )
     places = [*training, *filter(None, [held_out_place(config)])]
     try:
         found = [
-            _content_at(file, place.config)
-            for place in places
-            for path in place.paths
-            for file in spelled_out(path)
+            _content_at(file, place) for place in places for path in place.paths for file in spelled_out(path)
         ]
     except (OSError, RuntimeError, ValueError, UserError):
         return None
@@ -85,6 +84,7 @@ def token_key(
         return None
     settings = asdict(config)
     del settings["filter"]  # is applied to the tokenised pairs
+    del settings["revision"]  # the content says which
     weighed = [type(weighing).__qualname__, vars(weighing)]
     parts = [
         _code_digest(),
@@ -99,14 +99,14 @@ def token_key(
     return _digest_of(json.dumps(parts, sort_keys=True).encode())
 
 
-def _content_at(path: str, config: str | None) -> tuple[str, int | None]:
+def _content_at(path: str, named: Place) -> tuple[str, int | None]:
     """Digest and size in bytes of a file or of all files of a folder; of a hub id its commit's. Raises
     OSError, RuntimeError, ValueError or UserError where there is none."""
     place = Path(path).expanduser()
     if place.is_file():
         return _file_digest(place), place.stat().st_size
     if not place.exists():
-        return hub_fingerprint(path, config), None
+        return hub_fingerprint(named.only(path)), None
     digest, num_bytes = hashlib.blake2b(digest_size=DIGEST_BYTES), 0
     for number, file in enumerate(_files_below(place)):
         if number >= MOST_FILES:

@@ -12,9 +12,9 @@ import rcpo.builtin
 from rcpo.common.errors import UserError
 from rcpo.config.names import TINY
 from rcpo.config.schema import ModelConfig
-from rcpo.models.hub import is_hub_id
+from rcpo.models.hub import ADAPTER_CONFIG, adapter_hub_folder, is_hub_id
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE = ADAPTER_CONFIG, "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """What peft puts before every name in an adapter file."""
 PLAIN = {
@@ -74,20 +74,19 @@ def _base_and_rank(file: Path) -> tuple[str, int]:
     return base or "ITS_MODEL", rank if isinstance(rank, int) and rank > 0 else 16
 
 
-def adapter_folder(path: str) -> Path:
-    """The folder of an adapter: `path`, or the downloaded files of a hub id. Raises UserError where it is no
-    adapter with safetensors weights."""
+def adapter_folder(path: str, revision: str | None = None) -> Path:
+    """The folder of an adapter: `path`, or the downloaded files of a hub id at `revision`. Raises UserError
+    where it is no adapter with safetensors weights."""
     folder = Path(path)
+    if revision is not None and folder.is_dir():
+        raise UserError(
+            f"model.lora.adapter_revision={revision}: {path} is a folder, which has one state alone; type "
+            "model.lora.adapter_revision=null"
+        )
     if not folder.is_dir():
         if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
             raise UserError(f"model.lora.adapter={path}: no such folder; give an adapter's folder or hub id")
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(snapshot_download(path, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
-        except (OSError, ValueError) as error:
-            first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise UserError(f"model.lora.adapter={path}: cannot be loaded: {first[:300]}") from error
+        folder = adapter_hub_folder(path, revision, CONFIG_FILE, WEIGHTS_FILE)
     missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
     if missing:
         is_pickled = any(folder.glob("*.bin"))
@@ -96,10 +95,10 @@ def adapter_folder(path: str) -> Path:
     return folder
 
 
-def read_adapter_config(path: str) -> dict[str, Any]:
+def read_adapter_config(path: str, revision: str | None = None) -> dict[str, Any]:
     """adapter_config.json, checked against `PLAIN`."""
     try:
-        content = json.loads((adapter_folder(path) / CONFIG_FILE).read_text(encoding="utf-8"))
+        content = json.loads((adapter_folder(path, revision) / CONFIG_FILE).read_text(encoding="utf-8"))
     except ValueError:
         raise UserError(f"model.lora.adapter={path}: {CONFIG_FILE} is not JSON; copy it again") from None
     for key, value in PLAIN.items():
@@ -119,7 +118,7 @@ def below_fingerprint(config: ModelConfig) -> bytes:
     """
     parts = [] if config.quantization is None else [config.quantization.encode()]
     if config.lora.adapter is not None:
-        folder = adapter_folder(config.lora.adapter)
+        folder = adapter_folder(config.lora.adapter, config.lora.adapter_revision)
         parts.append(str(config.lora.on_adapter).encode())
         parts += [
             hashlib.blake2b((folder / name).read_bytes()).digest() for name in (CONFIG_FILE, WEIGHTS_FILE)

@@ -73,7 +73,7 @@ def check_adapters(config: ModelConfig) -> None:
             "'rcpo[quantization]'"
         )
     if config.lora.adapter is not None:
-        read_adapter_config(config.lora.adapter)
+        read_adapter_config(config.lora.adapter, config.lora.adapter_revision)
 
 
 def quantization_options(config: ModelConfig, device: torch.device) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def add_adapters(model: PreTrainedModel, config: ModelConfig, place: str) -> Non
     expected = adapted_by(model, targets)
     below: dict[str, tuple[Tensor, Tensor]] = {}
     if lora.adapter is not None:
-        _load_below(model, lora.adapter, config.path, place)
+        _load_below(model, lora, config.path, place)
         if lora.save == "adapter":
             below = {name: _matrices(layer, BELOW) for name, layer in lora_layers(model)}
         if lora.on_adapter == "merge":
@@ -300,11 +300,13 @@ def _combined(
     return combined
 
 
-def _load_below(model: PreTrainedModel, path: str, model_path: str, place: str) -> None:
-    """Inject the adapter of `path`, frozen and without dropout. Raises UserError where it does not fit."""
+def _load_below(model: PreTrainedModel, lora: LoraConfig, model_path: str, place: str) -> None:
+    """Inject the adapter that `lora` names, frozen and without dropout. Raises UserError where it does not
+    fit."""
     import peft
 
-    trained_on = read_adapter_config(path).get("base_model_name_or_path")
+    path = str(lora.adapter)
+    trained_on = read_adapter_config(path, lora.adapter_revision).get("base_model_name_or_path")
     if trained_on not in (model_path, place, str(Path(place).absolute())):
         logger.warning(
             "model.lora.adapter=%s was trained on %s, it is put on model.path=%s",
@@ -312,7 +314,7 @@ def _load_below(model: PreTrainedModel, path: str, model_path: str, place: str) 
             trained_on,
             model_path,
         )
-    folder = adapter_folder(path)
+    folder = adapter_folder(path, lora.adapter_revision)
     config = peft.PeftConfig.from_pretrained(str(folder))
     config.lora_dropout, config.inference_mode = 0.0, True
     try:

@@ -1,11 +1,11 @@
-"""Log-probabilities of many pairs without gradients: the reference pass and every evaluation.
+"""Log-probabilities of many pairs without gradients: every evaluation, and the batches of a reference pass.
 
 Pairs are spread over the ranks in batches of similar length; the order of the result is that of the input.
 """
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -35,12 +35,14 @@ def eval_batch(config: ResolvedConfig) -> int:
     return max(4, 4 * config.train.pairs_per_device)
 
 
+def batches_by_length(pairs: Sequence[TokenizedPair], pairs_per_device: int) -> list[list[int]]:
+    """Indices of the pairs, those of similar length together."""
+    by_length = sorted(range(len(pairs)), key=lambda idx: width(pairs[idx]))
+    return [by_length[start : start + pairs_per_device] for start in range(0, len(pairs), pairs_per_device)]
+
+
 def evaluate_logprobs(
-    model: LogProbModel,
-    pairs: Sequence[TokenizedPair],
-    pad_id: int,
-    pairs_per_device: int,
-    on_batch: Callable[[int], None] = lambda num_pairs: None,
+    model: LogProbModel, pairs: Sequence[TokenizedPair], pad_id: int, pairs_per_device: int
 ) -> SideLogProbs:
     """z_w, z_l of `pairs` under the current weights of `model`; the same on every rank. Collective.
 
@@ -48,10 +50,7 @@ def evaluate_logprobs(
     collective: where batches do not divide by the ranks, the last ones are computed twice and one copy is
     thrown away.
     """
-    by_length = sorted(range(len(pairs)), key=lambda idx: width(pairs[idx]))
-    batches = [
-        by_length[start : start + pairs_per_device] for start in range(0, len(pairs), pairs_per_device)
-    ]
+    batches = batches_by_length(pairs, pairs_per_device)
     result = torch.zeros(2, len(pairs), dtype=torch.float32, device=model.device)
     for first in range(0, len(batches), world_size()):
         mine = first + rank()
@@ -59,7 +58,6 @@ def evaluate_logprobs(
         z = model.logprobs_without_grad(collate([pairs[idx] for idx in members], pad_id).to(model.device))
         if mine < len(batches):
             result[:, members] = z.view(2, len(members))
-        on_batch(sum(len(batch) for batch in batches[first : first + world_size()]))
     z_w, z_l = sum_over_ranks(result).cpu()
     return SideLogProbs(z_w, z_l)
 

@@ -1,33 +1,26 @@
-"""A model of the Hugging Face hub as a folder on this machine.
+"""A model or an adapter of the Hugging Face hub as a folder on this machine.
 
 Of one commit: the first process of a run that reads it asks the hub, and the run keeps the commit
 (`model.revision`), so that its ranks, its resumed runs and the nodes of a cluster read the same files. A
 commit that is here is read without the network; one that is not is fetched once a node, since the hub's
 client holds a lock. Called by `rcpo.models.load` and `rcpo.launch.start`."""
 
-import contextlib
 import dataclasses
 import functools
 import json
-import logging
 import os
-import re
-from collections.abc import Iterator
 from pathlib import Path
 
-from rcpo.common.errors import UserError
+from rcpo.common.hub import SECONDS, HubName, commit_now, one_line_faults
 from rcpo.config.names import TINY
 from rcpo.config.resolved import ResolvedConfig
+from rcpo.records.hub import revisions_at_commits
 
-logger = logging.getLogger(__name__)
-
-COMMIT = re.compile(r"[0-9a-f]{40}")
+CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")
 """Config, tokenizer, chat template, and code that only `model.trust_remote_code` runs."""
 WEIGHTS = ("model*.safetensors",)
 PICKLED = ("pytorch_model*.bin",)
-SECONDS = 10.0
-"""Longest that the hub may take to say which commit it has."""
 
 
 def hub_folder(path: str, revision: str | None, needs_weights: bool, allow_pickle: bool) -> Path:
@@ -35,81 +28,67 @@ def hub_folder(path: str, revision: str | None, needs_weights: bool, allow_pickl
 
     Without `needs_weights` config and tokenizer alone are fetched. Raises UserError where they are neither
     here nor to be had: no such repository or revision, no right to read it, no network."""
+    weights = (*WEIGHTS, *(PICKLED if allow_pickle else ())) if needs_weights else ()
+    return _fetched(HubName(path, revision), CONFIG, weights, (*FILES, *weights))
+
+
+def adapter_hub_folder(path: str, revision: str | None, config: str, weights: str) -> Path:
+    """Likewise the two files of the adapter that repository `path` holds."""
+    return _fetched(_adapter_name(path, revision), config, (weights,), (config, weights))
+
+
+def _adapter_name(path: str, revision: str | None) -> HubName:
+    return HubName(path, revision, "adapter", "model.lora.adapter", "model.lora.adapter_revision")
+
+
+def _fetched(name: HubName, config: str, weights: tuple[str, ...], files: tuple[str, ...]) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
-    commit = commit_of(path, revision)
-    weights = (*WEIGHTS, *(PICKLED if allow_pickle else ())) if needs_weights else ()
-    if (here := _here(path, commit, weights)) is not None:
+    commit = _commit_of(name, config)
+    if (here := _here(name.path, commit, weights, config)) is not None:
         return here
-    with _one_line_faults(path, revision):
-        HfApi().list_repo_files(path, revision=commit)  # without a network a part that is here would be taken
-        files = [*FILES, *weights]
-        return Path(snapshot_download(path, revision=commit, allow_patterns=files, ignore_patterns=["*/*"]))
+    with one_line_faults(name):
+        HfApi().list_repo_files(name.path, revision=commit)  # else a part would be taken without a network
+        return Path(
+            snapshot_download(name.path, revision=commit, allow_patterns=list(files), ignore_patterns=["*/*"])
+        )
 
 
-@functools.cache
 def commit_of(path: str, revision: str | None) -> str:
     """The commit that `revision` is now, asked for once a process; where the hub cannot be reached, the one
     that is here, with a word. Raises UserError where there is none."""
-    if revision is not None and COMMIT.fullmatch(revision):
-        return revision
-    from huggingface_hub import HfApi, constants
-
-    with _one_line_faults(path, revision):
-        try:
-            return str(HfApi().model_info(path, revision=revision, timeout=SECONDS).sha)
-        # No network: each client library raises a class of its own.
-        except Exception as error:
-            here = None if _is_answer(error) else _here(path, revision, ())
-            if here is None:
-                raise
-    level = logging.INFO if constants.HF_HUB_OFFLINE else logging.WARNING
-    logger.log(level, "%s: the hub cannot be reached; commit %s is here, and is taken", path, here.name)
-    return here.name
+    return _commit_of(HubName(path, revision), CONFIG)
 
 
-def _is_answer(error: Exception) -> bool:
-    """Whether it is the hub that says no."""
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+@functools.cache
+def _commit_of(name: HubName, config: str) -> str:
+    if name.is_commit:
+        return str(name.revision)
+    from huggingface_hub import HfApi
 
-    return isinstance(error, GatedRepoError | RepositoryNotFoundError | RevisionNotFoundError)
+    def here() -> str | None:
+        folder = _here(name.path, name.revision, (), config)
+        return None if folder is None else folder.name
 
-
-@contextlib.contextmanager
-def _one_line_faults(path: str, revision: str | None) -> Iterator[None]:
-    """Turn whatever the hub's client raises into a UserError with the words to type."""
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-
-    try:
-        yield
-    except GatedRepoError:
-        fault = "access to it must be asked for on its page of the hub; then type hf auth login"
-    except RevisionNotFoundError:
-        raise UserError(
-            f"model.revision={revision}: {path} has no such branch, tag or commit; give one that it has"
-        ) from None
-    except RepositoryNotFoundError:
-        fault = (
-            "the hub has no such model, or it is private; give a model folder or another id, or type "
-            "hf auth login"
-        )
-    except Exception as error:
-        raise UserError(f"model.path={path}: {_unreachable(path, revision, error)}") from error
-    else:
-        return
-    raise UserError(f"model.path={path}: {fault}")
+    return commit_now(
+        name, lambda: HfApi().model_info(name.path, revision=name.revision, timeout=SECONDS), here
+    )
 
 
 def at_commit(config: ResolvedConfig) -> ResolvedConfig:
-    """The config with the commits of the hub models that the run reads: what it keeps."""
-    model, reference = config.model, config.reference
+    """The config with the commits of all that the run reads from the hub: what it keeps."""
+    model, reference, lora = config.model, config.reference, config.model.lora
     if is_hub_id(model.path):
         model = dataclasses.replace(model, revision=commit_of(model.path, model.revision))
+    if lora.adapter is not None and is_hub_id(lora.adapter):
+        commit = _commit_of(_adapter_name(lora.adapter, lora.adapter_revision), ADAPTER_CONFIG)
+        model = dataclasses.replace(model, lora=dataclasses.replace(lora, adapter_revision=commit))
     is_read = reference.path is not None and config.objective_function.needs_reference
     if is_read and is_hub_id(str(reference.path)):
         commit = commit_of(str(reference.path), reference.revision)
         reference = dataclasses.replace(reference, revision=commit)
-    return dataclasses.replace(config, model=model, reference=reference)
+    data = dataclasses.replace(config.data, revision=revisions_at_commits(config.data))
+    return dataclasses.replace(config, model=model, reference=reference, data=data)
 
 
 def is_hub_id(path: str) -> bool:
@@ -119,22 +98,10 @@ def is_hub_id(path: str) -> bool:
 
 def is_commit_here(path: str, commit: str | None) -> bool:
     """Whether repository `path` at this commit is on this machine; asks nobody."""
-    is_commit = commit is not None and COMMIT.fullmatch(commit) is not None
-    return is_commit and is_hub_id(path) and _here(path, commit, ()) is not None
+    return HubName(path, commit).is_commit and is_hub_id(path) and _here(path, commit, (), CONFIG) is not None
 
 
-def _unreachable(path: str, revision: str | None, error: Exception) -> str:
-    from huggingface_hub import constants
-
-    command = f"hf download {path}" + (f" --revision {revision}" if revision is not None else "")
-    reason = " ".join(str(error).split())[:100] or type(error).__name__
-    return (
-        f"is not on this machine, and the hub cannot be reached ({reason}); type `{command}` where there is "
-        f"a network and bring HF_HOME here (it is {constants.HF_HOME}), or give a model folder"
-    )
-
-
-def _here(path: str, revision: str | None, weights: tuple[str, ...]) -> Path | None:
+def _here(path: str, revision: str | None, weights: tuple[str, ...], config: str) -> Path | None:
     """The snapshot where it is on this machine, with all its weights."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -143,7 +110,7 @@ def _here(path: str, revision: str | None, weights: tuple[str, ...]) -> Path | N
         folder = Path(snapshot_download(path, revision=revision, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
-    is_whole = (folder / "config.json").is_file() and (not weights or _has_weights(folder, weights))
+    is_whole = (folder / config).is_file() and (not weights or _has_weights(folder, weights))
     return folder if is_whole else None
 
 

@@ -95,7 +95,7 @@ def _read_training(config: DataConfig, report: list[str], weighing: Weighing) ->
         of_part = dataclasses.replace(config, columns=part.columns or config.columns)
         try:
             _check_parts(of_part, weighing)
-            source = _read_place(mixed_place(part), of_part, report, weighing)
+            source = _read_place(mixed_place(part, config), of_part, report, weighing)
         except UserError as error:
             raise UserError(f"data.mix: {error}") from error.__cause__
         sources.append([dataclasses.replace(record, row=record.row + start) for record in source.records])

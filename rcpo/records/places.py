@@ -5,7 +5,7 @@ so. Reads nothing (`rcpo.records.readers`).
 import dataclasses
 import glob
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +36,8 @@ class Place:
     config: str | None = None
     """Which of a data set's configs, where it has several."""
     config_key: str = "data.config"
+    revision: str | Mapping[str, str] | None = None
+    """Of hub ids: of all, or by id."""
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -48,6 +50,10 @@ class Place:
         if len(others) < _MOST_NAMED:
             return ", ".join(self.paths)
         return f"{first} and {len(others)} more"
+
+    def revision_of(self, path: str) -> str | None:
+        given = self.revision
+        return given.get(path) if isinstance(given, Mapping) else given
 
     def only(self, path: str) -> "Place":
         """One of its paths."""
@@ -62,27 +68,30 @@ class Place:
 
 
 def training_place(config: DataConfig) -> Place:
-    return Place(_given(config.path), config.split, config=config.config)
+    return Place(_given(config.path), config.split, config=config.config, revision=config.revision)
 
 
-def mixed_place(part: MixPart) -> Place:
+def mixed_place(part: MixPart, config: DataConfig) -> Place:
     """A source of data.mix; errors name the keys that it has there."""
-    return Place(_given(part.path), part.split, "path", "split", part.config, "config")
+    return Place(
+        _given(part.path), part.split, "path", "split", part.config, "config", revision=config.revision
+    )
 
 
 def held_out_place(config: DataConfig) -> Place | None:
     """Where the held-out pairs are, if they have a place of their own."""
+    own_key, revision = "data.eval_config", config.revision
     if config.eval_path is not None:
         keys = ("data.eval_path", "data.eval_split")
         return Place(
-            _given(config.eval_path), config.eval_split, *keys, config.eval_config, "data.eval_config"
+            _given(config.eval_path), config.eval_split, *keys, config.eval_config, own_key, revision
         )
     if config.eval_split is None and config.eval_config is None:
         return None
-    keys = ("data.path", "data.eval_split")
+    place, keys = _given(config.path), ("data.path", "data.eval_split")
     if config.eval_config is None:
-        return Place(_given(config.path), config.eval_split, *keys, config.config)
-    return Place(_given(config.path), config.eval_split, *keys, config.eval_config, "data.eval_config")
+        return Place(place, config.eval_split, *keys, config.config, revision=revision)
+    return Place(place, config.eval_split, *keys, config.eval_config, own_key, revision)
 
 
 def _given(path: str | list[str] | None) -> str | tuple[str, ...]:
@@ -178,12 +187,16 @@ def local_path(place: Place) -> Path:
     return path
 
 
+def is_hub_id(path: str) -> bool:
+    """Whether it is nothing on this machine and may be a data set of the hub."""
+    may_be = _HUB_ID.fullmatch(path) and not path.startswith(".") and not path.endswith(SUFFIXES)
+    return bool(may_be) and not Path(path).expanduser().exists()
+
+
 def refuse_absent(place: Place) -> None:
     """Raise UserError for a place of one path that is not here and cannot be a hub id."""
-    path = place.shown
-    may_be_hub_id = _HUB_ID.fullmatch(path) and not path.startswith(".") and not path.endswith(SUFFIXES)
     local = local_path(place)
-    if not local.is_file() and not local.is_dir() and not may_be_hub_id:
+    if not local.is_file() and not local.is_dir() and not is_hub_id(place.shown):
         raise place.error(
             f"no such file or folder; give a file ({', '.join(SUFFIXES)}), a folder or a hub id"
         )

@@ -16,6 +16,7 @@ from typing import Any
 
 from rcpo.common.errors import UserError
 from rcpo.records.formats import Part, first_line, read_file
+from rcpo.records.hub import hub_name, load_at_commit
 from rcpo.records.places import MOST_FILES, SUFFIXES, Place, files_of, local_path, refuse_absent, slices_of
 
 
@@ -163,10 +164,10 @@ def _advice(path: Path, key: str) -> str:
 def _load_hub(place: Place) -> Any:
     path = place.shown
     refuse_absent(place)
-    import datasets
-
     try:
-        return datasets.load_dataset(path, place.config)
+        return load_at_commit(hub_name(path, place.revision_of(path), place.path_key), place.config)
+    except UserError:
+        raise
     # No network, no such data set, no access: the hub's clients raise nearly any class.
     except Exception as error:
         if (fault := _config_fault(error, place, path)) is not None:
@@ -197,10 +198,10 @@ def _config_fault(error: Exception, place: Place, path: str) -> UserError | None
     return UserError(f"{shown}={place.config}: {only}; {advice}")
 
 
-def hub_fingerprint(path: str, config: str | None = None) -> str:
+def hub_fingerprint(place: Place) -> str:
     """Of a hub data set as `datasets` has it: its fingerprints of the splits, which contain the commit.
     Raises UserError where it cannot be had."""
-    loaded = _load_hub(Place(path, None, config=config))
+    loaded = _load_hub(place)
     splits = loaded if isinstance(loaded, dict) else {"train": loaded}
     return json.dumps({str(name): splits[name]._fingerprint for name in sorted(splits, key=str)})
 

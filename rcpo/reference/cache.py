@@ -107,6 +107,20 @@ def pair_keys(pair: TokenizedPair) -> tuple[bytes, bytes]:
     return side_key(pair.chosen), side_key(pair.rejected)
 
 
+def place_keys(kind: str, pairs: Sequence[TokenizedPair]) -> list[tuple[bytes, bytes]]:
+    """Keys of both sides of each pair by all that goes through the model with them: by its pairs in their
+    order, by the place among them, and by the `kind` of layout."""
+    whole = hashlib.blake2b(kind.encode(), digest_size=KEY_BYTES)
+    for pair in pairs:
+        whole.update(b"".join(pair_keys(pair)))
+
+    def key(place: int, side: str) -> bytes:
+        content = whole.digest() + f"{place} {side}".encode()
+        return hashlib.blake2b(content, digest_size=KEY_BYTES).digest()
+
+    return [(key(place, "w"), key(place, "l")) for place in range(len(pairs))]
+
+
 class HasRow(Protocol):
     """What is scored: a pair, by itself or in a micro-batch."""
 

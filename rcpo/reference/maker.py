@@ -36,6 +36,7 @@ from rcpo.reference.cache import (
     weights_fingerprint,
 )
 from rcpo.reference.live import AdapterOff, FrozenModel, loaded_when_asked
+from rcpo.reference.parts import ByLength, Parts, Passes, known_of, run_passes
 from rcpo.reference.table import Reference, ReferenceRows, ReferenceTable, Start
 from rcpo.reference.visits import Visit, Visits, scored
 from rcpo.reference.weights import has_own_weights, reference_model
@@ -46,8 +47,6 @@ logger = logging.getLogger(__name__)
 NOISE_PAIRS = 64
 """Held-out pairs that are scored twice more, where rounding is worth telling."""
 NOTHING = SideLogProbs(torch.empty(0), torch.empty(0))
-OnBatch = Callable[[int], None]
-"""Called with how many more pairs are done."""
 
 
 class LiveReference:
@@ -225,9 +224,8 @@ class ReferenceMaker:
         """The table, each pair as the policy will first meet it; the held-out pairs are to come."""
         wanted = [visits.by_pair[idx] for idx in self._visited]
         values = self._shared(
-            self._fingerprint, wanted, lambda missing, on_batch: visits.z(engine, missing, on_batch),
-            lambda each: each.keys,
-        )  # fmt: skip
+            self._fingerprint, wanted, lambda missing: visits.passes(engine, missing), lambda each: each.keys
+        )
         table = self._table(values, NOTHING)
         self._add_mismatched(table, lambda: engine)
         if self._tokens:
@@ -267,30 +265,38 @@ class ReferenceMaker:
     ) -> SideLogProbs:
         """Log-probs of `pairs` from the cache of these weights; what it lacks, `model` computes for it."""
 
-        def evaluate(missing: Sequence[TokenizedPair], on_batch: OnBatch) -> SideLogProbs:
-            return evaluate_logprobs(model(), missing, self._inputs.pad_id, self._batch, on_batch)
+        def passes(missing: Sequence[TokenizedPair]) -> ByLength:
+            return ByLength(model(), missing, self._inputs.pad_id, self._batch)
 
-        return self._shared(fingerprint, pairs, evaluate, pair_keys)
+        return self._shared(fingerprint, pairs, passes, pair_keys)
 
     def _shared(
         self,
         fingerprint: str,
         pairs: Sequence[Scorable],
-        evaluate: Callable[[Sequence[Scorable], OnBatch], SideLogProbs],
+        passes_of: Callable[[Sequence[Scorable]], Passes],
         keys_of: Callable[[Scorable], tuple[bytes, bytes]],
     ) -> SideLogProbs:
-        """The same of whatever has keys, by `evaluate`."""
+        """The same of whatever has keys and goes through a model in `passes_of` what the cache lacks."""
         cache = ReferenceCache(fingerprint) if rank() == 0 else None
+        parts = None if cache is None else Parts(cache)
         started = time.perf_counter()
 
         def compute(missing: Sequence[Scorable]) -> SideLogProbs:
-            shown = passes_shown(RunConsole(), "reference log-probs", len(missing))
+            passes = passes_of(missing)
+            known = known_of(passes, parts)
+            num_here, console = len(pairs) - len(missing) + len(known), RunConsole()
+            if num_here and rank() == 0:
+                console.print(f"reference: {num_here:,} of {len(pairs):,} pairs were here", soft_wrap=True)
+            shown = passes_shown(console, "reference log-probs", len(missing) - len(known))
             with shown if rank() == 0 else contextlib.nullcontext(lambda num_done: None) as on_batch:
-                return evaluate(missing, on_batch)
+                return run_passes(passes, [keys_of(each) for each in missing], known, parts, on_batch)
 
         values, num_computed = shared_reference(cache, pairs, compute, keys_of)
         logger.info(
             "reference log-probs of %d pairs: %d sides computed in %.1f s, the rest from the cache",
             len(pairs), num_computed, time.perf_counter() - started,
         )  # fmt: skip
+        if parts is not None:
+            parts.remove_known()
         return values

@@ -7,8 +7,7 @@ micro-batches; by then the weights have moved, and a pair is rounded anew in the
 `rcpo.reference.maker`.
 """
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,11 +16,11 @@ from torch import Tensor
 from rcpo.config.schema import TrainConfig
 from rcpo.data.batch import PairBatch
 from rcpo.data.joint import lay_out
-from rcpo.data.pairs import SideLogProbs, TokenizedPair
+from rcpo.data.pairs import TokenizedPair
 from rcpo.models.evaluation import LogProbModel
 from rcpo.models.logprobs import sum_per_side
 from rcpo.ranks.distributed import gather, rank, world_size
-from rcpo.reference.cache import KEY_BYTES, pair_keys
+from rcpo.reference.cache import place_keys
 
 
 class Visit(NamedTuple):
@@ -87,58 +86,50 @@ class Visits:
         number, pairs = len(self._visits), [self._train[idx] for idx in visit.indices]
         self._visits.append(visit)
         kind = repr((visit.may_join, visit.apart, self._config.share_prefix, self._config.packing))
-        whole = hashlib.blake2b(kind.encode(), digest_size=KEY_BYTES)
-        for pair in pairs:
-            whole.update(b"".join(pair_keys(pair)))
+        for idx, pair, keys in zip(visit.indices, pairs, place_keys(kind, pairs), strict=True):
+            self.by_pair.setdefault(idx, Visited(idx, pair.row, number, keys))
 
-        def key(place: int, side: str) -> bytes:
-            content = whole.digest() + f"{place} {side}".encode()
-            return hashlib.blake2b(content, digest_size=KEY_BYTES).digest()
+    def passes(self, model: LogProbModel, wanted: Sequence[Visited]) -> "VisitPasses":
+        """How these pairs go through the model."""
+        return VisitPasses(self, model, wanted)
 
-        for place, (idx, pair) in enumerate(zip(visit.indices, pairs, strict=True)):
-            self.by_pair.setdefault(idx, Visited(idx, pair.row, number, (key(place, "w"), key(place, "l"))))
-
-    def z(
-        self,
-        model: LogProbModel,
-        wanted: Sequence[Visited],
-        on_batch: Callable[[int], None] = lambda num_pairs: None,
-    ) -> SideLogProbs:
-        """Of these pairs, in their order. Collective."""
-        found: dict[int, tuple[float, float]] = {}
-        for idx, place, scores in self._scores(model, {each.visit for each in wanted}, on_batch):
-            found[idx] = float(scores.z_w[place]), float(scores.z_l[place])
-        for others in gather(found):
-            found |= others
-        z = torch.tensor([found[each.idx] for each in wanted], dtype=torch.float32)
-        return SideLogProbs(*z.view(-1, 2).unbind(1))
+    def scores_of(self, model: LogProbModel, number: int) -> tuple[dict[int, int], Scored]:
+        """Of one visit, and by pair its place there. Collective at ZeRO 3."""
+        visit = self._visits[number]
+        pairs = [self._train[idx] for idx in visit.indices]
+        batch = lay_out(self._config, pairs, self._pad_id, visit.may_join)
+        places = {idx: place for place, idx in reversed(list(enumerate(visit.indices)))}
+        return places, scored(model, batch, visit.apart)
 
     def tokens(self, model: LogProbModel) -> dict[int, Tensor]:
         """Of all pairs the log-probs of the chosen and then the rejected tokens, on the CPU. Collective."""
         found: dict[int, Tensor] = {}
-        for idx, place, scores in self._scores(model, set(range(len(self._visits)))):
-            found[idx] = torch.cat([scores.chosen[place], scores.rejected[place]])
+        for first in range(0, len(self._visits), world_size()):
+            number = min(first + rank(), len(self._visits) - 1)
+            places, scores = self.scores_of(model, number)
+            for idx, place in places.items():
+                if self.by_pair[idx].visit == number:
+                    found[idx] = torch.cat([scores.chosen[place], scores.rejected[place]])
         for others in gather(found):
             found |= others
         return found
 
-    def _scores(
-        self,
-        model: LogProbModel,
-        numbers: set[int],
-        on_batch: Callable[[int], None] = lambda num_pairs: None,
-    ) -> Iterator[tuple[int, int, Scored]]:
-        """This rank's share of these visits: the pairs that are met first there, with their places. All ranks
-        run the same number of passes, because at ZeRO 3 one is a collective."""
-        todo = sorted(numbers)
-        for first in range(0, len(todo), world_size()):
-            number = todo[min(first + rank(), len(todo) - 1)]
-            visit = self._visits[number]
-            pairs = [self._train[idx] for idx in visit.indices]
-            batch = lay_out(self._config, pairs, self._pad_id, visit.may_join)
-            scores = scored(model, batch, visit.apart)
-            places = {idx: place for place, idx in reversed(list(enumerate(visit.indices)))}
-            yield from (
-                (idx, place, scores) for idx, place in places.items() if self.by_pair[idx].visit == number
-            )
-            on_batch(len(pairs) * min(world_size(), len(todo) - first))
+
+class VisitPasses:
+    """As `rcpo.reference.parts.Passes` says: a visit is a pass."""
+
+    def __init__(self, visits: Visits, model: LogProbModel, wanted: Sequence[Visited]) -> None:
+        self._visits, self._model, self._wanted = visits, model, wanted
+        by_visit: dict[int, list[int]] = {}
+        for at, each in enumerate(wanted):
+            by_visit.setdefault(each.visit, []).append(at)
+        self._numbers = sorted(by_visit)
+        self.members: list[list[int]] = [by_visit[number] for number in self._numbers]
+
+    def places(self, number: int) -> list[tuple[bytes, bytes]]:
+        return [self._wanted[at].keys for at in self.members[number]]
+
+    def z(self, number: int) -> Tensor:
+        places, scores = self._visits.scores_of(self._model, self._numbers[number])
+        at = [places[self._wanted[each].idx] for each in self.members[number]]
+        return torch.stack([scores.z_w[at], scores.z_l[at]])

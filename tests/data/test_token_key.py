@@ -16,6 +16,7 @@ from helpers.tiny_tokenizers import TEMPLATES, make_bpe, make_words
 from rcpo.config.schema import DataConfig, FilterConfig
 from rcpo.data.generation import Generation, set_generation
 from rcpo.data.token_key import content_of, token_key
+from rcpo.records import hub
 from rcpo.records.weights import UNWEIGHTED, ColumnWeight, DoraWeight, Weighing
 
 
@@ -182,7 +183,10 @@ def test_a_hub_data_set_counts_by_what_datasets_calls_it(
             name: datasets.Dataset.from_dict({"chosen": [text]})
             for name, text in zip(("train", "test"), texts, strict=True)
         }
-        monkeypatch.setattr(datasets, "load_dataset", lambda path, name: datasets.DatasetDict(splits))
+        monkeypatch.setattr(hub, "commit_of_data", lambda name: "c" * 40)
+        monkeypatch.setattr(
+            datasets, "load_dataset", lambda path, name, revision: datasets.DatasetDict(splits)
+        )
         return key_of(dataclasses.replace(config, path="owner/name"))
 
     assert key("a", "b") == key("a", "b")

@@ -7,7 +7,6 @@ import math
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,13 +14,11 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from helpers import device_runs
-from helpers.cases import Case, Layout, make_config, make_run, write_inputs
-from helpers.device_runs import DEVICE, ON_GPU, rcpo, trained, watched
+from helpers.cases import Case, Layout
+from helpers.device_runs import ON_GPU, made, rcpo, trained, watched
 from helpers.same_run import assert_equal_rows, assert_equals_plain, final_weights, metrics, plain_run
 from helpers.tools import is_here
 from rcpo.common.errors import NonFiniteError, StoppedError
-from rcpo.config.resolved import ResolvedConfig
-from rcpo.runs.folder import RunFolder
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 SIMPO = Case("simpo", "on", "llama-tied", "adamw")
@@ -30,24 +27,7 @@ WIDE = {
     "vocab_size": 32003, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4,
     "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 64,
 }  # fmt: skip
-NUM_GPUS = torch.cuda.device_count() if ON_GPU else 2
 needs_a_gpu = pytest.mark.skipif(not ON_GPU, reason="looks at what CUDA alone says")
-needs_two = pytest.mark.skipif(NUM_GPUS < 2, reason="needs two GPUs")
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    write_inputs(folder)
-    return folder
-
-
-def made(
-    inputs: Path, folder: Path, case: Case, layout: Layout, *words: str
-) -> tuple[ResolvedConfig, RunFolder]:
-    """A run on the device, not yet trained."""
-    config = make_config(inputs, folder, case, layout, *words, f"train.device={DEVICE}")
-    return config, make_run(config)
 
 
 @pytest.mark.parametrize(("case", "stage"), [*itertools.product([SIMPO], (0, 1, 2, 3)), (DPO, 2)], ids=str)
@@ -84,20 +64,9 @@ def test_a_resumed_run_is_the_one_that_never_stopped(inputs: Path, tmp_path: Pat
     _, through = made(inputs, tmp_path / "through", SIMPO, Layout(1, 4), *words)
     trained(through)
     _, stopped = made(inputs, tmp_path / "stopped", SIMPO, Layout(1, 4), *words)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "rcpo.cli", "resume", str(stopped.path)],
-        env=device_runs.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    deadline = time.monotonic() + device_runs.SECONDS
-    try:
-        while not (stopped.metrics.exists() and len(stopped.rows(stopped.metrics)) >= 2):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+    with device_runs.started(stopped, num_rows=2) as process:
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == StoppedError.exit_code
-    finally:
-        process.kill()
     trained(stopped)
     assert_equal_rows(metrics(through), metrics(stopped))
     for name, weight in final_weights(through).items():
@@ -178,15 +147,3 @@ def test_a_lost_number_stops_the_run(inputs: Path, tmp_path: Path) -> None:
     out = rcpo("resume", str(run.path))
     assert out.returncode == NonFiniteError.exit_code, out.stdout + out.stderr
     assert "Traceback" not in out.stderr
-
-
-@needs_two
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("words", [(), ("model.lora.rank=2",)], ids=["all", "lora"])
-def test_two_gpus_train_as_one(inputs: Path, tmp_path: Path, stage: int, words: tuple[str, ...]) -> None:
-    """1 x 8 pairs and 2 x 4, with `exact`: every metric to 2e-4, weights to 2e-5."""
-    _, one = made(inputs, tmp_path / "one", DPO, Layout(1, 8, 0), *words)
-    _, two = made(inputs, tmp_path / "two", DPO, Layout(2, 4, stage), *words)
-    assert_equal_rows(metrics(trained(one)), metrics(trained(two)))
-    for name, weight in final_weights(one).items():
-        torch.testing.assert_close(final_weights(two)[name], weight, atol=2e-5, rtol=0, msg=name)

@@ -4,12 +4,14 @@ that is watched from inside.
 `RCPO_GPU_TESTS_ON=cpu` puts all of them on the CPU: a rehearsal of the tests where no GPU is.
 """
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from typing import Any
 import torch
 
 from helpers import ROOT
+from helpers.cases import Case, Layout, make_config, make_run
+from rcpo.config.resolved import ResolvedConfig
 from rcpo.runs.folder import RunFolder
 
 DEVICE = os.environ.get("RCPO_GPU_TESTS_ON", "cuda")
@@ -50,6 +54,46 @@ def trained(run: RunFolder) -> RunFolder:
     done = rcpo("resume", str(run.path))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return run
+
+
+def made(
+    inputs: Path, folder: Path, case: Case, layout: Layout, *words: str
+) -> tuple[ResolvedConfig, RunFolder]:
+    """A run on the device, not yet trained."""
+    config = make_config(inputs, folder, case, layout, *words, f"train.device={DEVICE}")
+    return config, make_run(config)
+
+
+@contextlib.contextmanager
+def started(run: RunFolder, num_rows: int) -> Iterator[subprocess.Popen[bytes]]:
+    """The process that trains a run folder, once it has written so many rows; nothing of it is left
+    afterwards."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rcpo.cli", "resume", str(run.path)],
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    deadline = time.monotonic() + SECONDS
+    try:
+        while not (run.metrics.exists() and len(run.rows(run.metrics)) >= num_rows):
+            assert process.poll() is None, process.stdout and process.stdout.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def ranks_of(process: subprocess.Popen[bytes]) -> list[int]:
+    """Process ids of the ranks that a process has started, the first rank first."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    found = {}
+    for child in map(int, children):
+        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        number = next((each[5:] for each in environment if each.startswith(b"RANK=")), None)
+        if number is not None:
+            found[int(number)] = child
+    return [found[number] for number in sorted(found)]
 
 
 @dataclass

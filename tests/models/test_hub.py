@@ -22,8 +22,10 @@ from rcpo.config.resolve import resolve
 from rcpo.config.schema import ModelConfig
 from rcpo.config.validate import validate
 from rcpo.models import hub
+from rcpo.models.adapter_files import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
 from rcpo.models.hub import hub_folder
 from rcpo.models.load import load_model, model_place
+from rcpo.records import hub as records_hub
 from rcpo.reference.cache import weights_fingerprint
 
 OLD, NEW = "a" * 40, "b" * 40
@@ -35,7 +37,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "home/hub"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    hub.commit_of.cache_clear()
+    hub._commit_of.cache_clear()
     for commit, seed in ((OLD, 0), (NEW, 1)):
         make_llama(seed=seed).save_pretrained(folder / "models--org--name/snapshots" / commit)
     point_main_at(folder, OLD)
@@ -203,3 +205,31 @@ def test_a_run_keeps_its_commit(tmp_path: Path) -> None:
     assert revision("first") == OLD
     rcpo("train", *words, "run_dir=second")
     assert revision("second") == NEW
+
+
+def test_a_run_keeps_the_commits_of_its_adapter_and_its_data(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The adapter's files are read at that commit, its older one too; a folder has none."""
+    for commit in (OLD, NEW):
+        folder = cache / "models--org--adapter/snapshots" / commit
+        folder.mkdir(parents=True)
+        (folder / CONFIG_FILE).write_text(json.dumps({"r": 1 if commit == OLD else 2}))
+        (folder / WEIGHTS_FILE).write_bytes(b"")
+    (cache / "models--org--adapter/refs").mkdir()
+    (cache / "models--org--adapter/refs/main").write_text(NEW)
+    monkeypatch.setattr(records_hub, "commit_of_data", lambda name: OLD)
+    tree = compose([
+        "model.path=org/name", "model.lora.rank=2", "model.lora.adapter=org/adapter",
+        "model.lora.on_adapter=stack", "data=file", "data.path=org/pairs",
+    ])  # fmt: skip
+    assert tree is not None
+    kept = hub.at_commit(resolve(validate(tree), None))
+    assert (kept.model.revision, kept.model.lora.adapter_revision) == (OLD, NEW)
+    assert kept.data.revision == {"org/pairs": OLD}
+    assert hub.at_commit(kept) == kept
+    assert [read_adapter_config("org/adapter", revision)["r"] for revision in (OLD, NEW, None)] == [1, 2, 2]
+    with pytest.raises(UserError, match=r"^model\.lora\.adapter=org/other: is not on this machine, and the"):
+        read_adapter_config("org/other")
+    with pytest.raises(UserError, match=r"^model\.lora\.adapter_revision=v1: \S+ is a folder, which has one"):
+        read_adapter_config(str(folder), "v1")

@@ -270,9 +270,9 @@ def test_a_hub_id_without_a_network_is_one_line(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     said = fault(Place("nobody/no-such-pairs", None))
     assert said.startswith(
-        "data.path=nobody/no-such-pairs: is no file or folder here, and not to be had from the hub: "
+        "data.path=nobody/no-such-pairs: is not on this machine, and the hub cannot be reached ("
     )
-    assert said.endswith("; type data.path=FOLDER to use a copy on disk")
+    assert said.endswith(" where there is a network and bring FOLDER here; then data.path=FOLDER")
 
 
 def test_a_folder_without_data(tmp_path: Path) -> None:

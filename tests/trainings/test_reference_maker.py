@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import re
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 import rcpo.training.loop
@@ -23,6 +25,7 @@ from rcpo.config.schema import Config
 from rcpo.launch.changes import changed_config
 from rcpo.models.load import load_tokenizer
 from rcpo.ranks.stopping import TimeLeft
+from rcpo.reference import parts
 from rcpo.reference.weights import check_reference, has_own_weights
 from rcpo.runs.folder import RunFolder
 from rcpo.training.read_inputs import read_inputs
@@ -136,6 +139,43 @@ def stop_after(run: RunFolder, step: int) -> None:
     rcpo.training.loop.save_or_go_on = save_and_stop  # type: ignore[assignment]
     with pytest.raises(StoppedError):
         train_here(run)
+
+
+@pytest.mark.ci("killed reference passes")
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_killed_reference_pass_goes_on(
+    inputs: Path,
+    tmp_path: Path,
+    dtype: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Killed when its first part is written: the next start says how much is here, runs the rest, and
+    writes the table of a run that was never killed; then no part is left."""
+    word = f"model.dtype={dtype}"
+    whole, cut = (make_run(config_of(inputs, tmp_path / name, word)) for name in ("whole", "cut"))
+
+    def kill_after_first(own: parts.Parts, rows: list[parts.Row]) -> None:
+        add(own, rows)
+        os._exit(9)
+
+    add = parts.Parts.add
+    monkeypatch.setattr(parts, "SECONDS", 0.0)
+    in_a_fork(lambda: train_here(whole))
+    monkeypatch.setenv("RCPO_CACHE", str(tmp_path / "another"))
+    monkeypatch.setattr(parts.Parts, "add", kill_after_first)
+    with pytest.raises(AssertionError):
+        in_a_fork(lambda: train_here(cut))
+    monkeypatch.setattr(parts.Parts, "add", add)
+    capfd.readouterr()
+    in_a_fork(lambda: train_here(cut))
+    assert re.search(r"reference: (\d+) of (\d+) pairs were here", capfd.readouterr().out)
+    mine, theirs = load_file(cut.reference), load_file(whole.reference)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name].nan_to_num(), values.nan_to_num()) for name, values in theirs.items())
+    assert not list((tmp_path / "another" / "reference").glob("*.parts"))
+    assert metrics(cut) == metrics(whole)
 
 
 KINDS = {
