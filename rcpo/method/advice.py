@@ -1,5 +1,5 @@
-"""Which calibration to start with, said once: README.md's table and the last line of a run that fell come from
-here. The evidence is in rcpo/method/README.md.
+"""Which calibration to start with, said once: README.md's table and the last line of a run that fell come
+from here. The evidence is in rcpo/method/README.md.
 """
 
 from typing import NamedTuple
