@@ -22,7 +22,7 @@ files of your own, for --config-dir:
 examples:
   rcpo train objective=simpo calibration=on
       the embedded default: a tiny model and word problems; no GPU, network or account, about a minute
-  rcpo train model.path=MODEL data=file data.path=PAIRS.jsonl objective=dpo calibration=on optim.lr=1e-6
+  rcpo train model.path=MODEL data=file data.path=PAIRS.jsonl calibration=balance optim.lr=1e-6
       your model (a folder or a hub id) and your pairs (columns prompt, chosen, rejected)
   rcpo train objective=dpo objective.beta=0.05 train.steps=300 seed=1 name=dpo-low-beta
       keys change single values

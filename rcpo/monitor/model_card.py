@@ -42,7 +42,7 @@ def model_card(config: ResolvedConfig, summary: dict[str, Any]) -> str:
 
 {rows}
 
-{sentence(summary, config.calibration.name)}
+{sentence(summary, config.calibration.name, config.objective["name"])}
 {_worst_text(summary)}
 
 Changes are means over held-out pairs of log pi(y|x), summed over response tokens, against the model before

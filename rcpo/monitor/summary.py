@@ -14,6 +14,7 @@ from rich.text import Text
 from rcpo.common.console import KEPT_NATS, NOISE_MARK, above_noise, nats, percent
 from rcpo.config.names import data_label, model_label
 from rcpo.config.resolved import ResolvedConfig
+from rcpo.method.advice import after_a_fall
 from rcpo.runs.folder import RunFolder
 
 HELD_OUT = ("chosen", "rejected", "margin", "accuracy", "chosen_down", "both_down")
@@ -56,9 +57,9 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def sentence(summary: dict[str, Any], calibration: str = "off") -> str:
-    """What happened to the held-out chosen responses, in words; `calibration` is the option the run was made
-    with."""
+def sentence(summary: dict[str, Any], calibration: str = "off", objective: str = "dpo") -> str:
+    """What happened to the held-out chosen responses, in words; `calibration` and `objective` are the options
+    that the run was made with."""
     change, down = summary["end_chosen"], summary["end_chosen_down"]
     if change is None or down is None:
         return (
@@ -77,11 +78,7 @@ def sentence(summary: dict[str, Any], calibration: str = "off") -> str:
             f"floor is {floor:.2g} nats."
         )
     if change <= -KEPT_NATS:
-        cure = (
-            "calibration=on is made against it"
-            if calibration == "off"
-            else f"calibration={calibration} did not prevent it here"
-        )
+        cure = after_a_fall(calibration, objective)
         return (
             f"The chosen responses became less likely: {measured}. This is likelihood displacement; {cure}."
         )
@@ -161,7 +158,11 @@ def print_report(console: Console, run: RunFolder, config: ResolvedConfig, summa
     if noise_text(summary):
         console.print(Text(noise_text(summary).strip(), style="dim"), soft_wrap=plain)
     console.print(
-        Text(sentence(summary, config.calibration.name), style=_mood(summary["end_chosen"])), soft_wrap=plain
+        Text(
+            sentence(summary, config.calibration.name, config.objective["name"]),
+            style=_mood(summary["end_chosen"]),
+        ),
+        soft_wrap=plain,
     )
     console.print()
     for label, value in places(run).items():

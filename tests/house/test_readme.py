@@ -25,6 +25,7 @@ from rcpo.common import conf
 from rcpo.common.conf import conf_dir
 from rcpo.config.keys import page
 from rcpo.data.tokenize import TokenizedPair
+from rcpo.method.advice import AGAINST, DISPLACE, DO_NOT, STARTS, after_a_fall
 from rcpo.monitor.model_card import formula
 from rcpo.objectives import REGISTRY, load_objective, pairwise
 from rcpo.objectives.own import import_own
@@ -51,6 +52,18 @@ def test_prose_and_commands_are_wrapped(readme: Path) -> None:
     """Tables are as wide as they must be."""
     lines = text_of(readme).splitlines()
     assert [line for line in lines if len(line) > COLUMNS and not line.startswith("|")] == []
+
+
+def test_what_to_start_with_is_said_once() -> None:
+    """The front page's table and a fallen run's last line come from one place."""
+    section = text_of(FRONT).split("## Which calibration to start with\n\n")[1]
+    rows = section.split("\n\n")[0].splitlines()[2:]
+    assert rows == [f"| {' | '.join(start)} |" for start in STARTS]
+    table = {start.case: start.words for start in STARTS}
+    assert table["dpo, simpo, ipo and the like"] == f"`calibration={AGAINST}`" == "`calibration=balance`"
+    assert table["cpo, dil_bce, ddro"] == "`calibration=off`"
+    for objective in (*DISPLACE, *DO_NOT):
+        assert f"calibration={AGAINST} is made against it" in after_a_fall("off", objective)
 
 
 def test_the_two_commands_are_there() -> None:

@@ -117,9 +117,10 @@ DISPLACED = " This is likelihood displacement; calibration="
 @pytest.mark.parametrize(
     ("end", "calibration", "expected"),
     [
-        (-1.5, "off", LESS + DISPLACED + "on is made against it."),
-        (-1.5, "on", LESS + DISPLACED + "on did not prevent it here."),
-        (-0.1, "exact", LESS + DISPLACED + "exact did not prevent it here."),
+        (-1.5, "off", LESS + DISPLACED + "balance is made against it."),
+        (-1.5, "on", LESS + DISPLACED + "on did not prevent it here; calibration=balance may."),
+        (-0.1, "exact", LESS + DISPLACED + "exact did not prevent it here; calibration=balance may."),
+        (-0.1, "balance", LESS + DISPLACED + "balance did not prevent it here."),
         (-0.09, "off", SAME),
         (0.09, "on", SAME),
         (0.1, "on", MORE),
@@ -159,7 +160,7 @@ def test_the_report_in_a_file_is_ascii_with_whole_paths(tmp_path: Path) -> None:
     assert f"model      {folder}/final" in lines
     assert f"plot       {folder}/displacement.png" in lines
     assert f"W&B        offline; wandb sync {folder}/wandb/offline-run-1" in lines
-    assert sentence(summary_of(0.0, -1.5), "on") in lines
+    assert sentence(summary_of(0.0, -1.5), "on", "simpo") in lines
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])

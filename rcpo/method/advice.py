@@ -1,0 +1,44 @@
+"""Which calibration to start with, said once: README.md's table and the last line of a run that fell come
+from here. The evidence is in rcpo/method/README.md.
+"""
+
+from typing import NamedTuple
+
+
+class Start(NamedTuple):
+    """A line of the table."""
+
+    case: str
+    words: str
+    """What to type."""
+    so_far: str
+    """What it did, in the runs of rcpo/method/README.md."""
+
+
+DISPLACE = ("dpo", "simpo", "ipo")
+"""Objectives that were seen to push the chosen response down without calibration."""
+DO_NOT = ("cpo", "dil_bce", "ddro")
+"""Objectives that were seen not to."""
+AGAINST = "balance"
+"""The calibration to start with where the chosen response falls."""
+
+STARTS = (
+    Start(
+        f"{', '.join(DISPLACE)} and the like",
+        f"`calibration={AGAINST}`",
+        "chosen up, rejected down; few runs so far",
+    ),
+    Start(", ".join(DO_NOT), "`calibration=off`", "these did not displace"),
+    Start("dpo; no passes for measuring", "`calibration=feedback`", "held the chosen one up"),
+    Start("the same; the rejected may rise too", "`calibration=exact` or `on`", "lifted the chosen one most"),
+    Start("you only want to look", "`calibration=off metrics.geometry_every=10`", "changes no bit"),
+)
+
+
+def after_a_fall(calibration: str, objective: str) -> str:
+    """What to do about chosen responses that fell under `calibration`, as the end of a sentence."""
+    if calibration == "off":
+        text = f"calibration={AGAINST} is made against it"
+        return f"{text}, though {objective} was not seen to need one" if objective in DO_NOT else text
+    text = f"calibration={calibration} did not prevent it here"
+    return text if calibration == AGAINST else f"{text}; calibration={AGAINST} may"
