@@ -11,7 +11,7 @@ ranks first, each rank keeping one share, and three numbers of each share are ad
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,13 +20,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rcpo.ranks.distributed import rank, reduce_scatter, world_size
+from rcpo.ranks.distributed import begin_reduce_scatter, rank, reduce_scatter, world_size
 
 NUMBERS_AT_ONCE = {"cpu": 2**16, "cuda": 2**24}
 """Numbers turned into fp64 together. On a CPU both copies (512 KiB each) stay in its cache: blocks of
 2^22, for which the system hands out fresh pages every time, took nine times as long."""
 BUCKET_NUMBERS = 2**24
 """Gradient numbers that travel together between ranks (64 MiB of fp32)."""
+UNDER_WAY = 2
+"""Buckets that travel at a time while a backward pass goes on."""
 CHOSEN, REJECTED = 0, 1
 
 
@@ -190,12 +192,17 @@ class ParameterScores:
 
     Memory per rank: 2 P/N fp32 numbers for P parameters and N ranks, and up to a few buckets of
     `BUCKET_NUMBERS`. Traffic with several ranks: one reduce-scatter of P fp32 numbers per captured backward
-    pass, none with one rank; two passes where one was also doubles the engine's own gradient traffic at ZeRO
-    2 and 3, and more gathers at 3. Measured with P = 20 M (82 MB of fp32), two ranks on CPU, one micro-batch,
-    a measured step of `exact` against an ordinary one, in MB given to collectives: 245 / 82 at ZeRO 0, 327 /
-    164 at 1, 409 / 164 at 2, 736 / 245 at 3; peak resident memory of a rank after four steps 242 MB higher at
-    ZeRO 0, 335 at 1, 306 at 2, 284 at 3 (P = 19 M, 77 MB): the shards, two buckets under way, and what the
-    CPU allocator keeps.
+    pass, none with one rank; up to `UNDER_WAY` of them travel while the pass goes on. Two passes where one
+    was also double the engine's own gradient traffic at ZeRO 2 and 3, with more gathers at 3
+    (`rcpo.bench.traffic` computes it all by stage). Peak resident memory of a rank after four steps was 242
+    MB higher at ZeRO 0, 335 at 1, 306 at 2, 284 at 3 (P = 19 M, 77 MB; two ranks on CPU): the shards, the
+    buckets under way, and what the CPU allocator keeps.
+
+    Why not as differences of the partitions that the engine reduces anyway. At ZeRO 0 and 1 it reduces once
+    a step, when both sides are in one sum. At 2 and 3 it reduces after every pass, but adds what arrives to
+    the sum of all passes before: (S + g) - S is g with the rounding of S + g, which is relative to S. Where
+    the sides nearly cancel, or late in a step of many micro-batches, that is far above g's own; and the
+    product of two differences would be what tells displacement. In fp32 other bits than these.
 
     Works at every ZeRO stage, because a leaf's hook sees the rank's own whole gradient before the engine
     does.
@@ -221,6 +228,8 @@ class ParameterScores:
             for _ in (CHOSEN, REJECTED)
         ]
         self._arriving: dict[int, tuple[Tensor, set[int]]] = {}
+        self._under_way: list[tuple[Tensor, Callable[[], Tensor]]] = []
+        """Shards, and what waits for their part of a bucket that travels; in the order of their start."""
 
     def _place(self, idx: int) -> None:
         numel = self._numels[idx]
@@ -252,6 +261,7 @@ class ParameterScores:
                 handle.remove()
         for number in sorted(self._arriving):  # where a parameter had no part in the pass
             self._deliver(number, side)
+        self._add_arrived(0)
 
     def _take(self, idx: int, side: int, keep_gradient: bool, gradient: Tensor) -> Tensor | None:
         number, start = self._places[idx]
@@ -274,7 +284,14 @@ class ParameterScores:
     def _deliver(self, number: int, side: int) -> None:
         flat, _ = self._arriving.pop(number)
         if world_size() > 1:
-            self._shards[side][number] += reduce_scatter(flat)
+            self._add_arrived(UNDER_WAY - 1)
+            self._under_way.append((self._shards[side][number], begin_reduce_scatter(flat)))
+
+    def _add_arrived(self, num_left: int) -> None:
+        """Wait for all but the last buckets under way, and add them to their shards."""
+        while len(self._under_way) > num_left:
+            shard, wait = self._under_way.pop(0)
+            shard += wait()
 
     def sides(self, chosen_scale: float, rejected_scale: float) -> Sides:
         """This rank's shards of the sums over all captured passes and ranks; views that the next capture

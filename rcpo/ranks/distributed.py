@@ -264,10 +264,23 @@ def reduce_scatter(values: Tensor) -> Tensor:
 
     Dimension 0 must be a multiple of the number of ranks.
     """
+    return begin_reduce_scatter(values)()
+
+
+def begin_reduce_scatter(values: Tensor) -> Callable[[], Tensor]:
+    """The same in two parts: what it returns waits for the share, and on a GPU lets the device wait. Until
+    then `values` must not change."""
     if world_size() == 1:
-        return values
+        return lambda: values
     share = values.new_empty(values.shape[0] // world_size(), *values.shape[1:])
+    whole = values.contiguous()
     # torch 2.13 renamed it.
     collective = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    collective(share, values.contiguous())
-    return share
+    work = collective(share, whole, async_op=True)
+
+    def wait() -> Tensor:
+        work.wait()
+        assert len(whole) == len(share) * world_size()  # and so it has lived until now
+        return share
+
+    return wait
