@@ -20,7 +20,7 @@ from helpers.same_run import assert_equal_rows, assert_equals_plain, final_weigh
 from helpers.tools import is_here
 from rcpo.common.errors import NonFiniteError, StoppedError
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600 if ON_GPU else 3600)]
 SIMPO = Case("simpo", "on", "llama-tied", "adamw")
 DPO = Case("dpo", "exact", "neox", "sgd")
 WIDE = {
@@ -66,7 +66,7 @@ def test_a_resumed_run_is_the_one_that_never_stopped(inputs: Path, tmp_path: Pat
     _, stopped = made(inputs, tmp_path / "stopped", SIMPO, Layout(1, 4), *words)
     with device_runs.started(stopped, num_rows=2) as process:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == StoppedError.exit_code
+        assert process.wait(device_runs.SECONDS) == StoppedError.exit_code
     trained(stopped)
     assert_equal_rows(metrics(through), metrics(stopped))
     for name, weight in final_weights(through).items():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers import device_runs
 from helpers.cases import Case, Layout
 from helpers.device_runs import ON_GPU, made, ranks_of, rcpo, started, trained
 from helpers.same_run import assert_equal_rows, final_weights, metrics
@@ -19,11 +20,14 @@ from rcpo.runs.folder import RunFolder
 NUM_GPUS = torch.cuda.device_count() if ON_GPU else 2
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(600 if ON_GPU else 3600),
     pytest.mark.skipif(NUM_GPUS < 2, reason="needs two GPUs"),
 ]
 DPO = Case("dpo", "exact", "neox", "sgd")
-LONG = ("train.steps=40", "train.save_every=10")
+STEPS = 200 if ON_GPU else 16
+"""Enough to be stopped among them: a GPU takes some milliseconds a step."""
+SAVED = STEPS // 4
+LONG = (f"train.steps={STEPS}", f"train.save_every={SAVED}", "train.eval_every=0")
 SAME_GPUS = 1e-6 if ON_GPU else 0.0
 """Of weights: on GPUs sums may come in another order; on the CPU it is bit for bit."""
 
@@ -48,21 +52,21 @@ def test_two_gpus_train_as_one(inputs: Path, tmp_path: Path, stage: int, words: 
 def through(
     inputs: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> tuple[int, RunFolder]:
-    """A stage, and its run of 40 steps on two GPUs that nothing stops."""
+    """A stage, and its run on two GPUs that nothing stops."""
     folder = tmp_path_factory.mktemp("through") / "run"
     return request.param, trained(made(inputs, folder, DPO, Layout(2, 4, request.param), *LONG)[1])
 
 
 def test_ranks_stop_together(inputs: Path, tmp_path: Path, through: tuple[int, RunFolder]) -> None:
-    """SIGTERM to the launcher after a few of 40 steps: every rank leaves with a checkpoint; `rcpo resume`
+    """SIGTERM to the launcher after a few steps: every rank leaves with a checkpoint; `rcpo resume`
     ends as the run that went through."""
     stage, whole = through
     _, stopped = made(inputs, tmp_path / "stopped", DPO, Layout(2, 4, stage), *LONG)
     with started(stopped, num_rows=2) as process:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == StoppedError.exit_code
+        assert process.wait(device_runs.SECONDS) == StoppedError.exit_code
     num_rows = len(stopped.rows(stopped.metrics))
-    assert 2 <= num_rows < 40
+    assert 2 <= num_rows < STEPS
     assert (stopped.checkpoints / f"step-{num_rows:06d}").is_dir()
     assert_same_run(trained(stopped), whole, SAME_GPUS)
 
@@ -75,11 +79,11 @@ def test_a_killed_rank_ends_the_run(
     `rcpo resume` ends as the run that went through."""
     stage, whole = through
     _, killed = made(inputs, tmp_path / "killed", DPO, Layout(2, 4, stage), *LONG)
-    with started(killed, num_rows=12) as process:
+    with started(killed, num_rows=SAVED + 1) as process:
         ranks = ranks_of(process)
         assert len(ranks) == 2
         os.kill(ranks[number], signal.SIGKILL)
-        assert process.wait(60) == 1
+        assert process.wait(device_runs.SECONDS) == 1
         assert process.stdout is not None
         said = process.stdout.read().decode()
         assert not any(Path(f"/proc/{rank}/cmdline").exists() for rank in ranks)
@@ -92,23 +96,23 @@ def test_a_checkpoint_of_two_ranks_is_a_model(tmp_path: Path, through: tuple[int
     """`rcpo export` of the last step gives final/'s weights, bit for bit; of an earlier one the names and
     shapes."""
     _, whole = through
-    for step in (40, 20):
+    for step in (STEPS, SAVED):
         out = tmp_path / str(step)
         done = rcpo("export", str(whole.path), str(out), f"step={step}")
         assert done.returncode == 0, done.stderr
         exported = load_file(out / "model.safetensors")
         assert exported.keys() == final_weights(whole).keys()
         same = [torch.equal(exported[name], weight) for name, weight in final_weights(whole).items()]
-        assert all(same) == (step == 40)
+        assert all(same) == (step == STEPS)
 
 
 def test_two_ranks_go_on_as_one(inputs: Path, tmp_path: Path, through: tuple[int, RunFolder]) -> None:
     """The checkpoint of two ranks is converted for one: rows to 2e-4, weights to 2e-5."""
     stage, whole = through
     _, moved = made(inputs, tmp_path / "moved", DPO, Layout(2, 4, stage), *LONG)
-    with started(moved, num_rows=12) as process:
+    with started(moved, num_rows=SAVED + 1) as process:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == StoppedError.exit_code
+        assert process.wait(device_runs.SECONDS) == StoppedError.exit_code
     words = ("launch.processes=1", "train.pairs_per_device=8")
     allowed = [part for word in words for part in ("--allow-change", word)]
     done: subprocess.CompletedProcess[str] = rcpo("resume", str(moved.path), *allowed)
