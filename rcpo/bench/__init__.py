@@ -6,7 +6,9 @@ block     the entry of a block's process, and rcpo's own training loop as a bloc
 loops     the baselines plain and response, in plain torch
 trl_loop  the baseline trl
 recorder  what a block measures: seconds of each step, peak memory, first gradient, trace
+profiled  one step under torch.profiler
 shares    where the time of rcpo's step goes
+traffic   bytes between ranks, computed
 curve     memory of the head against the number of tokens
 machine   what this machine is and can do
 table     from blocks to a table and to JSON

@@ -6,6 +6,7 @@ others go on. Speed is given as a share of a matrix product measured on the same
 `rcpo.commands.bench`.
 """
 
+import dataclasses
 import shlex
 import tempfile
 import time
@@ -37,12 +38,23 @@ class Section(NamedTuple):
     title: str
     words: tuple[str, ...]
     """Of `rcpo bench`."""
+    profiled: bool = False
+    """Whether a step of the first contender is profiled, its trace beside the page."""
 
 
 SECTIONS = (
     Section(
         "1B, 512 + 512 tokens: what calibration costs",
         ("--shape", ONE_B, *FIXED, *QUICK, *BF16, "train.pairs_per_device=4", *ALL),
+        profiled=True,
+    ),
+    Section(
+        "1B, 512 + 512 tokens: a step of exact",
+        (
+            "--shape", ONE_B, *FIXED, "--steps", "1", "--repeats", "1", *BF16, "train.pairs_per_device=4",
+            "--calibrations", "exact",
+        ),
+        profiled=True,
     ),
     Section(
         "1B, 512 + 512 tokens: micro-batches and recomputation",
@@ -98,14 +110,36 @@ SECTIONS = (
 )  # fmt: skip
 
 
+TINY = {
+    ONE_B: "hidden=32,intermediate=64,layers=2,heads=2,vocabulary=512",
+    NINE_B: "hidden=64,intermediate=64,layers=2,heads=2,vocabulary=512",
+    FIXED[1]: "prompt=12,response=8", VARIED[1]: "prompt=5,response=10,spread=60",
+    "train.max_length=2048": "train.max_length=128", "train.pairs_per_step=32": "train.pairs_per_step=8",
+    "train.packing=true model.attention=flash_attention_2": "train.packing=true model.attention=sdpa",
+}  # fmt: skip
+"""What a rehearsal has in place of words."""
+
+
+def rehearsed(section: Section) -> Section:
+    """The same section of tiny models, one step a block and one round: minutes on a CPU."""
+    words = [TINY.get(word, word) for word in section.words]
+    for flag in ("--steps", "--repeats"):
+        words[words.index(flag) + 1] = "1"
+    return section._replace(title=f"{section.title} (rehearsed with a tiny model)", words=tuple(words))
+
+
 def run_sections(planned: Iterable[tuple[Section, Options]], file: Path, seconds: float, say: Say) -> bool:
     """Run what there is time for, and write `file` after each; returns whether none failed."""
     started, passed = time.monotonic(), True
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     attained = matmul_tflops(device)
     parts = [_head(attained)]
-    for section, options in planned:
-        command = f"rcpo bench {shlex.join(section.words)}"
+    for number, (section, options) in enumerate(planned, 1):
+        trace = file.with_suffix(f".{number}.trace.json.gz") if section.profiled else None
+        words = [*section.words, *([] if trace is None else ["--profile", trace.name])]
+        command = f"rcpo bench {shlex.join(words)}"
+        if trace is not None:
+            options = dataclasses.replace(options, trace=str(trace.absolute()))
         part = [f"## {section.title}", f"```sh\n{command}\n```"]
         if time.monotonic() - started > seconds:
             part.append(f"Not run: {seconds / 60:.0f} minutes were over.")
@@ -115,6 +149,8 @@ def run_sections(planned: Iterable[tuple[Section, Options]], file: Path, seconds
                 with tempfile.TemporaryDirectory(prefix="rcpo-bench-") as folder:
                     outcome = run_bench(options, Path(folder), say)
                 part += [_table(outcome), *remarks(outcome), _shares_of_product(outcome, attained)]
+                if trace is not None:
+                    part.append(f"The trace of that step: [{trace.name}]({trace.name}), for Perfetto.")
             # Whatever one section fails of, the others are worth having.
             except Exception as error:
                 passed = False

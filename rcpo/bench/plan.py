@@ -84,7 +84,8 @@ class Outcome:
     checks: dict[str, dict[str, float]] = field(default_factory=dict)
     blocks: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     shares: dict[str, dict[str, float]] = field(default_factory=dict)
-    profile: list[dict[str, Any]] = field(default_factory=list)
+    profile: dict[str, Any] = field(default_factory=dict)
+    """Of one step of the first contender (`rcpo.bench.profiled`); empty where none was asked for."""
 
 
 def run_bench(options: Options, folder: Path, say: Say) -> Outcome:

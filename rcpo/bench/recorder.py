@@ -8,20 +8,17 @@ same cores it is steadier. Called by the loops of `rcpo.bench`.
 
 import itertools
 import os
-import re
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rcpo.bench.profiled import StepProfile
 from rcpo.bench.work import Block
 from rcpo.models.evaluation import peak_memory_gb
 
 NUM_DIRECTIONS = 2
-TOP_ITEMS = 15
-"""Rows of a profile that are shown."""
 
 
 class BenchDone(Exception):  # noqa: N818 - no error
@@ -41,8 +38,8 @@ class Recorder:
         self._ends: list[float] = []
         self._cpu_ends: list[float] = []
         self._load = [os.getloadavg()[0]]
-        self._profiler: Any = None
-        self._top: list[dict[str, Any]] = []
+        self._profiler: StepProfile | None = None
+        self._profile: dict[str, Any] = {}
 
     @property
     def wants_gradient(self) -> bool:
@@ -58,9 +55,10 @@ class Recorder:
         self.measured.append(measured)
         num_done = len(self._ends) + 1
         if self._profiler is not None:
-            self._stop_profiler()
+            self._profile = self._profiler.stop(self.block.trace)
+            self._profiler = None
         if self.block.mode == "profile" and num_done == self.num_steps - 1:
-            self._start_profiler()
+            self._profiler = StepProfile(self.device)
         self._ends.append(time.perf_counter())
         self._cpu_ends.append(time.process_time())
         if num_done == self.num_steps:
@@ -89,37 +87,11 @@ class Recorder:
             "losses": self.losses,
             "gradient": self.gradient,
             "peak_gb": peak_memory_gb(self.device),
-            "profile": self._top,
+            "profile": self._profile,
             "threads": torch.get_num_threads(),
             "load_average": [*self._load, os.getloadavg()[0]],
             "gpu": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None,
         }
-
-    def _start_profiler(self) -> None:
-        kinds = [torch.profiler.ProfilerActivity.CPU]
-        if self.device.type == "cuda":
-            kinds.append(torch.profiler.ProfilerActivity.CUDA)
-        self._profiler = torch.profiler.profile(activities=kinds)
-        self._profiler.start()
-
-    def _stop_profiler(self) -> None:
-        self._profiler.stop()
-        if self.block.trace is not None:
-            Path(self.block.trace).parent.mkdir(parents=True, exist_ok=True)
-            self._profiler.export_chrome_trace(self.block.trace)
-        kind = "self_device_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
-        items = sorted(self._profiler.key_averages(), key=lambda item: -getattr(item, kind))
-        total = sum(getattr(item, kind) for item in items) or 1
-        self._top = [
-            {
-                "name": re.sub(r"\s+", " ", item.key),
-                "milliseconds": getattr(item, kind) / 1e3,
-                "calls": item.count,
-                "share": getattr(item, kind) / total,
-            }
-            for item in items[:TOP_ITEMS]
-        ]
-        self._profiler = None
 
 
 def _between(moments: list[float]) -> list[float]:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from rcpo.bench.machine import model_flops, peak_tflops
 from rcpo.bench.plan import Contender, Outcome
+from rcpo.bench.profiled import in_words
 from rcpo.bench.shares import BUCKETS
 from rcpo.bench.work import num_tokens
 from rcpo.config.names import data_label, model_label
@@ -130,7 +131,7 @@ def tables(outcome: Outcome, console: Console) -> Group:
     style = box.SIMPLE_HEAD if console.is_terminal else box.MARKDOWN
     parts: list[Any] = [_speed_table(outcome, style), _share_table(outcome, style)]
     if outcome.profile:
-        parts.append(_profile_table(outcome.profile, style))
+        parts.append(_profile_table(outcome.profile["items"], style))
     return Group(*parts)
 
 
@@ -200,6 +201,8 @@ def remarks(outcome: Outcome) -> list[str]:
         + ", ".join(f"{what} differs by {value:.1e}" for what, value in found.items())
         for name, found in outcome.checks.items()
     ]
+    if outcome.profile:
+        lines.append(in_words(outcome.contenders[0].name, outcome.profile))
     return lines
 
 

@@ -94,8 +94,13 @@ def _add_outputs(parser: Flags) -> None:
         "--gpu",
         metavar="FILE.md",
         help="what one GPU does, written as Markdown: a 1B model in bf16 at fixed and at varied lengths, "
-        "calibrations, micro-batches, layouts, baselines, adapters on 9B; other flags but --minutes have no "
-        "effect",
+        "calibrations, micro-batches, layouts, baselines, adapters on 9B, two steps under the profiler, with "
+        "their traces; other flags but --minutes and --rehearse have no effect",
+    )
+    add(
+        "--rehearse",
+        action="store_true",
+        help="with --gpu: the same sections with tiny models, on whatever device is here, to see the page",
     )
     add(
         "--minutes",
@@ -117,7 +122,7 @@ def run(flags: argparse.Namespace) -> int:
         _print_curve(flags.shape or SHAPE)
         return 0
     if flags.gpu is not None:
-        return _run_on_gpu(Path(flags.gpu), flags.minutes)
+        return _run_on_gpu(Path(flags.gpu), flags.minutes, flags.rehearse)
     options = options_of(flags)
     from rcpo.bench.machine import machine_facts
     from rcpo.bench.plan import run_bench
@@ -142,18 +147,22 @@ def run(flags: argparse.Namespace) -> int:
     return 0
 
 
-def _run_on_gpu(file: Path, minutes: int) -> int:
+def _run_on_gpu(file: Path, minutes: int, is_rehearsal: bool) -> int:
     """All sections; the file grows with each. Returns 1 where one failed."""
     import torch
 
-    from rcpo.bench.gpu import SECTIONS, run_sections
+    from rcpo.bench.gpu import SECTIONS, rehearsed, run_sections
     from rcpo.commands.parser import command_parser
 
-    if not torch.cuda.is_available():
-        raise UserError(f"--gpu {file}: no CUDA device here; leave it out, or run it where one is")
+    if not torch.cuda.is_available() and not is_rehearsal:
+        raise UserError(
+            f"--gpu {file}: no CUDA device here; run it where one is, or type --rehearse for the same with "
+            "tiny models"
+        )
     if not file.absolute().parent.is_dir():
         raise UserError(f"--gpu {file}: its folder is not there; give a file in one that is")
-    planned = [(each, options_of(command_parser("bench").parse(list(each.words)))) for each in SECTIONS]
+    sections = map(rehearsed, SECTIONS) if is_rehearsal else SECTIONS
+    planned = [(each, options_of(command_parser("bench").parse(list(each.words)))) for each in sections]
     return 0 if run_sections(planned, file, 60.0 * minutes, print) else 1
 
 

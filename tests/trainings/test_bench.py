@@ -5,6 +5,7 @@ Most blocks run in forked processes here, because each process of its own import
 as users type it, on two ranks.
 """
 
+import gzip
 import importlib.util
 import json
 import math
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from helpers import forked
 from rcpo import cli
-from rcpo.bench import block, curve, gpu, loops, plan
+from rcpo.bench import block, curve, gpu, loops, plan, profiled
 from rcpo.bench.machine import model_flops, peak_tflops
 from rcpo.bench.plan import Outcome, compare_first_steps, run_bench
 from rcpo.bench.shares import BUCKETS
@@ -131,8 +132,11 @@ def test_shared_prompts_are_computed_once(outcome: Outcome) -> None:
 
 
 def test_the_trace_is_one_of_chromes_and_the_largest_items_are_told(outcome: Outcome) -> None:
-    assert outcome.profile[0]["milliseconds"] >= outcome.profile[-1]["milliseconds"]
-    assert any("TokenLogProbs" in item["name"] or "mm" in item["name"] for item in outcome.profile)
+    items = outcome.profile["items"]
+    assert items[0]["milliseconds"] >= items[-1]["milliseconds"]
+    assert outcome.profile["milliseconds"] > items[0]["milliseconds"]
+    assert outcome.profile["waits"]["aten::_local_scalar_dense"] > 0
+    assert any("TokenLogProbs" in item["name"] or "mm" in item["name"] for item in items)
     written = as_json(outcome, {}, "rcpo bench")
     assert json.loads(json.dumps(written)) == written
 
@@ -206,6 +210,18 @@ def test_random_lengths_are_as_spread_as_asked() -> None:
     assert lengths.max() <= 320
 
 
+def test_what_a_profile_says() -> None:
+    """Overlapping spans of 0 to 4 and 6 to 7 cover 5; the words for a GPU and for a CPU."""
+    assert profiled.covered([(6.0, 7.0), (0.0, 3.0), (1.0, 2.0), (2.0, 4.0)]) == 5.0
+    seen = {"milliseconds": 812.4, "busy": 0.971, "waits": {"cudaStreamSynchronize": 1}, "items": []}
+    said = "one step of off under the profiler: 812 ms; the device busy 97 %, the host waited for it once"
+    assert profiled.in_words("off", seen) == said
+    assert profiled.in_words("off", seen | {"waits": {}}).endswith("waited for it 0 times")
+    assert profiled.in_words("off", seen | {"busy": None}).endswith(
+        "ms; scalars read from tensors, each of them a wait on a GPU: 1"
+    )
+
+
 @pytest.mark.ci("more of bench")
 def test_a_page_of_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`--gpu` on this CPU: a section in bf16 with fp32 loops beside it, one that fails, one that is late."""
@@ -214,7 +230,7 @@ def test_a_page_of_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(gpu.time, "monotonic", lambda: next(seconds))
     words = (*TINY, "--steps", "1", "--calibrations", "off", "model.dtype=bfloat16")
     sections = [
-        gpu.Section("in bf16", (*words, "--baseline", "plain")),
+        gpu.Section("in bf16", (*words, "--baseline", "plain"), profiled=True),
         gpu.Section("too long", (*words, "train.max_length=8")),
         gpu.Section("late", words),
     ]
@@ -225,6 +241,11 @@ def test_a_page_of_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert re.search(r"^\| off +\|", page, re.MULTILINE)
     assert re.search(r"^\| plain +\|", page, re.MULTILINE)
     assert re.search(r"^MFU of product: off [0-9.]+ %, plain [0-9.]+ %\.$", page, re.MULTILINE)
+    assert page.count("| largest items of one step") == 1
+    assert re.search(r"^one step of off under the profiler: \d+ ms; scalars read ", page, re.MULTILINE)
+    assert "The trace of that step: [page.1.trace.json.gz](page.1.trace.json.gz)" in page
+    with gzip.open(tmp_path / "page.1.trace.json.gz") as stream:
+        assert any("mm" in event.get("name", "") for event in json.load(stream)["traceEvents"])
     assert page.count("Failed: UserError: ") == 1
     assert page.count("Not run: 1 minutes were over.") == 1
     assert re.search(r"A bf16 matrix product attains [0-9.e-]+ TFLOP/s here", page)
@@ -233,7 +254,7 @@ def test_a_page_of_sections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.ci("more of bench")
 def test_every_section_is_a_bench_that_can_begin() -> None:
     """As far as its words can be checked without its model."""
-    for section in gpu.SECTIONS:
+    for section in [*gpu.SECTIONS, *map(gpu.rehearsed, gpu.SECTIONS)]:
         options = options_of(command_parser("bench").parse(list(section.words)))
         assert options.shape is not None
         assert options.lengths is not None
@@ -268,7 +289,7 @@ MISTAKES = {
     "--shape width=3": "argument --shape: width=3: must be one of hidden=N, intermediate=N, ",
     "--shape hidden=10,heads=4": "--shape hidden=10,heads=4: hidden must be a multiple of twice the heads",
     "--lengths prompt=0": "argument --lengths: prompt=0: must be one of prompt=N, response=N, spread=N ",
-    "--gpu gpu.md": "--gpu gpu.md: no CUDA device here; leave it out, or run it where one is",
+    "--gpu gpu.md": "--gpu gpu.md: no CUDA device here; run it where one is, or type --rehearse for",
     "--steps 0": "argument --steps: 0: must be a whole number of at least 1",
     "--calibrations off,,on": "argument --calibrations: off,,on: must be names with commas between them",
     "--calibrations of": "calibration=of: no such option; did you mean calibration=off? ",
