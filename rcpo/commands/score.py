@@ -55,8 +55,9 @@ def run(options: argparse.Namespace) -> int:
     from rcpo.quality.summary import print_summary
     from rcpo.training.read_inputs import read_pairs
 
-    config = _to_score(resolve(validate(tree), None))
+    config, notes = _to_score(resolve(validate(tree), None))
     read = read_pairs(config)
+    read.records.report.extend(notes)
     console = RunConsole()
     pair_scores = PairScoreFile(_score(config, read, console), made_with(config))
     try:
@@ -83,11 +84,13 @@ def _check_out(out: Path, overwrite: bool) -> Path:
     return page
 
 
-def _to_score(config: "ResolvedConfig") -> "ResolvedConfig":
-    """Rows that cannot train are counted, and nothing is filtered."""
+def _to_score(config: "ResolvedConfig") -> "tuple[ResolvedConfig, list[str]]":
+    """Rows that cannot train are counted, and nothing is filtered; with notes about the held-out split."""
+    from rcpo.records.held_out_split import with_held_out_split
+
     unfiltered = dataclasses.replace(config.data.filter, scores=None)
-    data = dataclasses.replace(config.data, on_bad_row="drop", filter=unfiltered)
-    return dataclasses.replace(config, data=data)
+    data, notes = with_held_out_split(dataclasses.replace(config.data, on_bad_row="drop", filter=unfiltered))
+    return dataclasses.replace(config, data=data), notes
 
 
 def made_with(config: "ResolvedConfig") -> dict[str, Any]:

@@ -184,12 +184,13 @@ class DataConfig:
     eval_config: Text | None = IN_CONF
     """Config of the held-out pairs; null: that of eval_path where it has one only, or that of path."""
     eval_split: Text | None = IN_CONF
-    """Held-out split of eval_path, or of path, or a slice of it."""
+    """Held-out split of eval_path, or of path, or a slice of it; null: of path a split called validation,
+    dev, eval, test or the like, where it has one."""
     train_pairs: Positive | None = IN_CONF
     """At most this many training pairs; null: all."""
     eval_pairs: Positive = IN_CONF
     """Held-out pairs: at most this many of the held-out set, or drawn from the training pairs where there is
-    none."""
+    none; a fifth of them where fewer than a fifth would be left to train on."""
     seed: Seed = IN_CONF
     """Fixes which pairs are held out (and, for arithmetic, the problems)."""
     on_bad_row: Literal["error", "drop"] = "error"  # conf/ has drop for files; a bad problem is rcpo's own

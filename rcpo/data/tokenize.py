@@ -123,12 +123,11 @@ class Tokeniser:
         return reasons
 
     def data(self, records: Sequence[PreferenceRecord]) -> TokenizedData:
-        """The pairs of `records`, in their order: those, all told, that could be used."""
-        assert len(records) == len(self._kept)
+        """The pairs of `records`, in their order: of those that could be used."""
         packed = self._packer.packed()
         places = {id(record): place for place, record in enumerate(self._kept)}
         order = [places[id(record)] for record in records]
-        if order != list(range(len(order))):  # they were drawn in several goes
+        if order != list(range(len(self._kept))):  # drawn in several goes, or some of them were given back
             packed = packed.take(order)
         report = [*self._work.report(), *_describe_lengths(packed)]
         return TokenizedData(packed, report, self._dropped, self._work.cuts(), self._work.notes())

@@ -4,6 +4,7 @@ Owns the lines of the plan: what is decided, and by whom. Everything is checked 
 nothing is written: neither a run folder nor a cache. Called by `rcpo.commands.train`.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from rcpo.models.checks import shapes_of
 from rcpo.models.memory import in_words, live_reference_bytes, memory_budget
 from rcpo.models.memory import shown as in_bytes
 from rcpo.monitor.tracking import wandb_mode
+from rcpo.records.held_out_split import with_held_out_split
 from rcpo.reference.weights import has_own_weights
 from rcpo.training.read_inputs import read_inputs
 
@@ -41,6 +43,8 @@ def plan_lines(argv: list[str], tree: dict[str, Any]) -> list[Line]:
     """What the run of these words, composed to `tree`, would do. Raises UserError for what the run would
     refuse."""
     asked = resolve(validate(tree), None)
+    data, _ = with_held_out_split(asked.data)
+    asked = dataclasses.replace(asked, data=data)
     inputs = read_inputs(asked, keep=False)
     config = with_stage(asked, inputs)
     return list(_lines(config, inputs, Origins(argv)))
@@ -93,8 +97,8 @@ class Origins:
             return f"rcpo: {rule}"
         group, _, rest = key.partition(".")
         choices = self._seen.choices
-        experiment = option_file("experiment", choices.get("experiment") or "", self._folders)
-        if experiment is not None and key in dict(leaves(option_tree(experiment), "")):
+        chosen = option_file("experiment", choices.get("experiment") or "", self._folders)
+        if chosen is not None and key in dict(leaves(option_tree(chosen), "")):
             return f"experiment={choices['experiment']}"
         return f"{group}={choices[group]}" if rest and group in choices else "conf/config.yaml"
 
@@ -106,7 +110,9 @@ def _lines(config: ResolvedConfig, inputs: Inputs, origins: Origins) -> Iterator
     yield Line("run_dir", config.run_dir, of("run_dir", "runs/NAME"))
     yield Line("objective", shown(_loss(config)), "its option and your words")
     yield Line("calibration", config.calibration.name, f"scope {config.calibration.scope}")
-    yield Line("data", f"{len(inputs.train)} training pairs, {len(inputs.held_out)} held out", "read now")
+    yield Line(
+        "data", f"{len(inputs.train)} training pairs, {len(inputs.held_out)} held out", _held_out(config)
+    )
     device = _auto(of("train.device", ""), "a GPU where there is one")
     yield Line("train.device", f"{train.device}, ranks: {ranks}", device)
     yield Line("model.dtype", config.model.dtype, _auto(of("model.dtype", ""), "bfloat16 on GPUs alone"))
@@ -134,6 +140,14 @@ def _lines(config: ResolvedConfig, inputs: Inputs, origins: Origins) -> Iterator
     budget = memory_budget(config, model, rows, max(inputs.train.widths()), reference=live)
     yield Line("memory of a rank", f"about {in_bytes(sum(budget.values()))}", in_words(budget))
     yield Line("tracking", wandb_mode(config.tracking), of("tracking.mode", ""))
+
+
+def _held_out(config: ResolvedConfig) -> str:
+    """Where the held-out pairs come from."""
+    data = config.data
+    if data.eval_path is not None:
+        return "held out: data.eval_path"
+    return "held out: drawn" if data.eval_split is None else f"held out: the split {data.eval_split}"
 
 
 def _auto(origin: str, rule: str) -> str:

@@ -6,6 +6,7 @@ Owns the order "check everything, make the run folder, start", and ending all ra
 """
 
 import contextlib
+import dataclasses
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from rcpo.launch.worker import run_worker, train_raising
 from rcpo.models.hub import at_commit
 from rcpo.ranks.distributed import initialize, rank, spoken_for, world_size
 from rcpo.ranks.environment import joined_world_size
+from rcpo.records.held_out_split import with_held_out_split
 from rcpo.runs.folder import RunFolder
 from rcpo.runs.frozen import config_tree, open_run
 from rcpo.training.identity import identity_of, refuse_other_inputs
@@ -82,13 +84,21 @@ def _make_run(prepare: Callable[[], ResolvedConfig | None], overwrite: bool = Fa
         refuse_irreplaceable(config)
     else:
         run.refuse_existing()
+    config, notes = with_split(config)
     inputs = read_inputs(config)
+    inputs.report.extend(notes)
     config = with_stage(at_commit(config), inputs)
     identity = identity_of(config, inputs)
     with old_set_aside(run.path):
         run.create(config, config_tree(config))
     run.update_run(inputs=identity, rows=inputs.account.as_json())
     return Prepared(run, config, inputs)
+
+
+def with_split(config: ResolvedConfig) -> tuple[ResolvedConfig, list[str]]:
+    """The config with the held-out split that its data set has, and notes about it."""
+    data, notes = with_held_out_split(config.data)
+    return dataclasses.replace(config, data=data), notes
 
 
 def _reopen(path: str, allowed: Sequence[str]) -> Prepared:
@@ -98,13 +108,17 @@ def _reopen(path: str, allowed: Sequence[str]) -> Prepared:
     config = changed.config
     for rows in (run.metrics, run.eval):
         run.rows(rows)
+    if run.read_run().get("status") == "pending":
+        config, _ = with_split(config)
     inputs = read_inputs(config)
-    config = with_stage(at_commit(changed.config), inputs)
+    config = with_stage(at_commit(config), inputs)
     identity, known = identity_of(config, inputs), run.read_run().get("inputs")
     if isinstance(known, dict):
         refuse_other_inputs(path, known, identity)
     changed.write(run)
-    if config != changed.config:  # a sweep's cell, which sees its GPUs or the hub for the first time
+    if (
+        config != changed.config
+    ):  # a sweep's cell, which sees its GPUs, the hub or its data for the first time
         run.freeze(config_tree(config))
     run.reopen()
     run.update_run(

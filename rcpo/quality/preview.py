@@ -4,6 +4,7 @@ Owns what `rcpo data` says, by the functions that a run reads its data with; `rc
 prints it. Needs the model's tokenizer and config.json, and no weights.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from rcpo.data.pairs import TokenizedPair, TokenizedSide
 from rcpo.data.tokenize import tokenize_records
 from rcpo.models.checks import check_vocabulary
 from rcpo.models.load import load_tokenizer
+from rcpo.records.held_out_split import with_held_out_split
 from rcpo.records.load import NOTE
 from rcpo.records.record import PreferenceRecord
 from rcpo.training.read_inputs import PairsRead, check_sizes, filtered_inputs, tokenise
@@ -112,7 +114,10 @@ def preview_of(config: ResolvedConfig, num_pairs: int, rows: Sequence[int]) -> P
     may be held out. Raises UserError where no pair is left, or a row is not used, with the reason."""
     tokenizer = load_tokenizer(config.model)
     check_vocabulary(config.model, tokenizer)
+    data, split_notes = with_held_out_split(config.data)
+    config = dataclasses.replace(config, data=data)
     read = tokenise(config, tokenizer)
+    read.records.report.extend(split_notes)
     inputs = filtered_inputs(config, tokenizer, read.tokens)
     try:
         check_sizes(config, read.tokens, len(inputs.train))

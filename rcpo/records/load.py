@@ -18,7 +18,7 @@ from rcpo.records.mixture import drawn
 from rcpo.records.places import Place, held_out_place, mixed_place, training_place
 from rcpo.records.readers import Rows, read_rows
 from rcpo.records.record import BadRowError, PreferenceRecord, as_messages, as_text, read_record
-from rcpo.records.selection import Judge, SourceRecords, all_usable, content, select
+from rcpo.records.selection import NOTE, Judge, SourceRecords, all_usable, content, select
 from rcpo.records.shapes import Shape
 from rcpo.records.weights import UNWEIGHTED, WEIGHT_PARTS, Weighing, describe_weights
 
@@ -162,10 +162,6 @@ def records_at(config: DataConfig, rows: Sequence[int]) -> list[PreferenceRecord
     )
     by_row = {record.row: record for record in source.records}
     return [by_row[row] for row in rows]
-
-
-NOTE = "note: "
-"""How a line of the report begins that is said on the console too."""
 
 
 def _implicit(records: list[PreferenceRecord], shape: Shape, place: Place) -> list[str]:

@@ -17,7 +17,16 @@ from typing import Any
 from rcpo.common.errors import UserError
 from rcpo.records.formats import Part, first_line, read_file
 from rcpo.records.hub import hub_name, load_at_commit
-from rcpo.records.places import MOST_FILES, SUFFIXES, Place, files_of, local_path, refuse_absent, slices_of
+from rcpo.records.places import (
+    MOST_FILES,
+    SUFFIXES,
+    Place,
+    files_of,
+    is_glob,
+    local_path,
+    refuse_absent,
+    slices_of,
+)
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,24 @@ def _unknown_split(place: Place, split: str | None, known: list[str]) -> UserErr
     return UserError(
         f"{place.split_key}={split}: {place.shown} has no such split, only {names}; type {advice}"
     )
+
+
+def splits_at(place: Place) -> list[str]:
+    """The splits of a data set at a place of one path; none of files. Raises UserError where it cannot be
+    read."""
+    if is_glob(place.shown) or not place.shown:
+        return []
+    path = local_path(place)
+    if path.is_file():
+        return []
+    saved = path / "dataset_dict.json"
+    if saved.is_file():
+        try:
+            return [str(name) for name in json.loads(saved.read_bytes())["splits"]]
+        except (OSError, ValueError, KeyError, TypeError):  # loading it says what is wrong
+            return []
+    loaded = _load_folder(path, place) if path.is_dir() else _load_hub(place)
+    return list(map(str, loaded)) if isinstance(loaded, dict) else []
 
 
 def _refuse_config(place: Place, kind: str) -> None:

@@ -19,6 +19,10 @@ from rcpo.records.record import PreferenceRecord
 
 Judge: TypeAlias = Callable[[Sequence[PreferenceRecord]], Sequence[str | None]]
 """For each record None, or the reason why it cannot be used. Asked once for a record."""
+NOTE = "note: "
+"""Begins a line of the report that a user reads on the console too."""
+MOST_HELD_OUT = 5
+"""One in so many of the training file's pairs is held out where data.eval_pairs leaves fewer to train on."""
 FEWER = "give more rows, or type a smaller data.eval_pairs=N"
 
 
@@ -112,26 +116,44 @@ def advice(dropped: dict[str, list[int]]) -> str:
 
 
 def _hold_out(config: DataConfig, training: SourceRecords, judge: Judge, report: list[str]) -> _Drawn:
-    num, records = config.eval_pairs, training.records
+    """data.eval_pairs of the training pairs; where that leaves less than one in `MOST_HELD_OUT` to train on,
+    one in so many is held out instead, and a note says so."""
+    records = training.records
+    num = _at_most(config.eval_pairs, len(records))
     held = _draw_usable(records, num, config.seed, judge)
     lost = sum(map(len, held.dropped.values()))
-    if not held.rest:
-        usable = len(records) - lost
+    usable = len(records) - lost
+    if usable < 2:
         reasons = why(training.account.with_dropped(held.dropped).dropped)
-        if usable < 2:
-            raise training.error(
-                f"has {usable} usable pair{'' if usable == 1 else 's'}{reasons}; give at least 2, one to "
-                f"hold out{'; or ' + advice(held.dropped) if lost else ''}"
-            )
-        raise UserError(
-            f"data.eval_pairs={num}: {', '.join(config.train_paths())} has {usable} usable pairs{reasons}, "
-            f"and at least 1 must be left to train on; type data.eval_pairs={max(1, usable // 5)}"
+        raise training.error(
+            f"has {usable} usable pair{'' if usable == 1 else 's'}{reasons}; give at least 2, one to "
+            f"hold out{'; or ' + advice(held.dropped) if lost else ''}"
         )
-    num_usable = len(records) - lost
+    if _at_most(len(held.drawn), usable) < len(held.drawn):  # since many rows could not be used
+        held = _fewer_held_out(records, held, _at_most(len(held.drawn), usable), config.seed)
+    if (kept := len(held.drawn)) < config.eval_pairs:
+        report.append(
+            f"{NOTE}data.eval_pairs={config.eval_pairs}: there are {usable} usable pairs, so {kept} of them "
+            f"are held out; type data.eval_pairs={kept} to say that this is meant"
+        )
     report.append(
-        f"{len(held.drawn)} held-out pairs drawn from the {num_usable} pairs by data.seed={config.seed}"
+        f"{len(held.drawn)} held-out pairs drawn from the {usable} pairs by data.seed={config.seed}"
     )
     return held
+
+
+def _at_most(num: int, num_pairs: int) -> int:
+    """How many of the pairs to hold out in place of `num`: no more than leaves one in `MOST_HELD_OUT`."""
+    share = max(1, num_pairs // MOST_HELD_OUT)
+    return num if num_pairs - num >= share else share
+
+
+def _fewer_held_out(records: list[PreferenceRecord], held: _Drawn, num: int, seed: int) -> _Drawn:
+    """`num` of the drawn ones, drawn by `seed`; the others are training pairs."""
+    kept = sorted(random.Random(seed).sample(range(len(held.drawn)), num))
+    drawn = [held.drawn[place] for place in kept]
+    left = {id(record) for record in (*held.drawn, *held.rest)} - {id(record) for record in drawn}
+    return _Drawn(drawn, [record for record in records if id(record) in left], held.dropped)
 
 
 def _draw_usable(records: list[PreferenceRecord], num: int, seed: int, judge: Judge) -> _Drawn:

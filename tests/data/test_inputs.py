@@ -425,10 +425,9 @@ def test_where_nothing_is_left_the_error_names_reason_and_cure(
     assert fault(gemma_config(tmp_path, refused, eval_pairs=3)) == (
         f"data.path={path}: has 0 usable pairs ({reason}); give at least 2, one to hold out; or {cure}"
     )
-    assert fault(gemma_config(tmp_path, system_rows, eval_pairs=20)) == (
-        f"data.eval_pairs=20: {path} has 8 usable pairs ({reason}), and at least 1 must be left to train on; "
-        "type data.eval_pairs=1"
-    )
+    inputs = read_inputs(gemma_config(tmp_path, system_rows, eval_pairs=20))
+    assert (len(inputs.held_out), len(inputs.train)) == (1, 7)
+    assert any("data.eval_pairs=20: there are 8 usable pairs, so 1 of them" in line for line in inputs.report)
 
 
 def test_a_draw_that_meets_bad_rows_draws_others(

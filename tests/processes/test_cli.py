@@ -63,8 +63,6 @@ MISTAKES = {
     "(counted from 0) cannot train: prompt has the role 'robot'; ",
     "train data=file data.path=good.jsonl data.eval_pairs=8 train.pairs_per_step=64": "train.pairs_per_step="
     "64: there are only 32 training pairs; type train.pairs_per_step=32 or less",
-    "train data=file data.path=good.jsonl data.eval_pairs=40": "data.eval_pairs=40: {folder}/good.jsonl has "
-    "40 usable pairs, and at least 1 must be left to train on; type data.eval_pairs=8",
     "train model=hf": "model.path: has no value and needs one; type model.path=...",
     "train model.path=nowhere": "model.path=nowhere: no such folder; ",
     "train model.path=a-file": "model.path={folder}/a-file: is a file; ",

@@ -199,14 +199,26 @@ def test_wrong_roles_throughout_are_one_line(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("num_rows", "num_held_out", "left"),
+    [(60, 12, 48), (3, 1, 2), (130, 26, 104), (160, 128, 32), (158, 31, 127)],
+)
+def test_few_pairs_hold_out_a_fifth(tmp_path: Path, num_rows: int, num_held_out: int, left: int) -> None:
+    """Where data.eval_pairs would leave less than a fifth to train on: 128 of 160 leave 32, a fifth."""
+    data = load_records(config_of(write_rows(tmp_path / "a.jsonl", rows_of(range(num_rows))), eval_pairs=128))
+    assert (len(data.held_out), len(data.train)) == (num_held_out, left)
+    assert {record.row for record in (*data.held_out, *data.train)} == set(range(num_rows))
+    assert (data.account.training.held_out, data.account.training.trained) == (num_held_out, left)
+    note = (
+        f"note: data.eval_pairs=128: there are {num_rows} usable pairs, so {num_held_out} of them are held "
+        f"out; type data.eval_pairs={num_held_out} to say that this is meant"
+    )
+    assert (note in data.report) == (num_held_out != 128)
+
+
 def test_too_few_pairs_are_refused(tmp_path: Path) -> None:
     one, three = (write_rows(tmp_path / f"{n}.jsonl", rows_of(range(n))) for n in (1, 3))
     assert fault(config_of(one)) == (f"data.path={one}: has 1 usable pair; give at least 2, one to hold out")
-    assert fault(config_of(three, eval_pairs=128)) == (
-        f"data.eval_pairs=128: {three} has 3 usable pairs, and at least 1 must be left to train on; "
-        "type data.eval_pairs=1"
-    )
-    assert "data.eval_pairs=3: " in fault(config_of(three, eval_pairs=3))
     assert len(load_records(config_of(three, eval_pairs=1)).train) == 2
     assert fault(config_of(three, eval_path=three, eval_pairs=3)) == (
         f"data.path={three}: no training pair is left of 3 rows beside 3 held-out pairs; "
