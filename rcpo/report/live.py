@@ -51,7 +51,9 @@ COLUMNS: tuple[tuple[str, int, Literal["left", "right"]], ...] = (
 )
 """Title, rank (the highest is left out first where a terminal is narrow) and side."""
 LONGEST_NAME = 22
-"""Columns of a run's name before it goes on in the next line."""
+"""Columns of a run's name on a narrow terminal before it goes on in the next line."""
+WIDE_ENOUGH = 110
+"""Columns of a terminal that is not narrow."""
 KEPT = ("displacement/chosen", "calibration/alpha")
 
 
@@ -131,7 +133,7 @@ class Board:
         table, _ = fitted(
             console,
             range(len(COLUMNS)),
-            lambda columns: _table(shown, columns, options.ascii_only),
+            lambda columns: _table(shown, columns, options.ascii_only, options.max_width < WIDE_ENOUGH),
             lambda column: COLUMNS[column][1],
             options.max_width,
         )
@@ -143,14 +145,15 @@ class Board:
             yield Text(f"{len(self.runs) - len(shown)} more: make the window higher", style="dim")
 
 
-def _table(runs: Sequence[LiveRun], columns: Sequence[int], ascii_only: bool) -> Table:
+def _table(runs: Sequence[LiveRun], columns: Sequence[int], ascii_only: bool, folds: bool) -> Table:
+    """`folds`: long names go on in the next line."""
     table = Table(
         box=box.ASCII if ascii_only else box.SIMPLE_HEAD, header_style="dim", padding=(0, 1, 0, 0),
         pad_edge=False, show_edge=False,
     )  # fmt: skip
     for column in columns:
         title, _, justify = COLUMNS[column]
-        name = column == 0
+        name = column == 0 and folds
         longest = min(LONGEST_NAME, max((len(run.path.name) for run in runs), default=1)) if name else None
         table.add_column(title, no_wrap=not name, justify=justify, overflow="fold", max_width=longest)
     bars, mark = (ASCII_BARS, "o") if ascii_only else (BARS, "●")

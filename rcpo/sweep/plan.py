@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
-from rcpo.common.console import duration, number
+from rcpo.common.console import duration, fitted, number
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.sampler import PairSampler
 from rcpo.sweep.checks import Checked
@@ -81,22 +82,38 @@ def print_plan(
         rate = measured.get(kind_of(frozen.config), guess)
         costs[frozen.cell.name] = cost_of(frozen, checked[frozen.cell.name], definition, rate)
     axes = list(dict.fromkeys(axis for frozen in cells for axis in frozen.cell.axes))
-    table = new_table(console, ["cell", *axes], ["steps", "pairs", "ranks", "time"])
-    for frozen in cells:
-        cost = costs[frozen.cell.name]
-        table.add_row(
-            frozen.cell.name,
-            *(str(frozen.cell.axes.get(axis, "")) for axis in axes),
-            _count(cost.steps),
-            _count(cost.pairs),
-            str(cost.devices),
-            "?" if cost.seconds is None else duration(cost.seconds),
+    rows = {frozen.cell.name: _texts(frozen, costs[frozen.cell.name], axes) for frozen in cells}
+    numbers = ["time", "steps", "pairs", "ranks"]
+    ranks = {name: rank for rank, name in enumerate(["cell", *numbers, *axes])}
+
+    def made(names: Sequence[str]) -> Table:
+        table = new_table(
+            console,
+            [name for name in names if name not in numbers],
+            [name for name in names if name in numbers],
         )
+        for texts in rows.values():
+            table.add_row(*(texts[name] for name in names))
+        return table
+
+    names = ["cell", *axes, "steps", "pairs", "ranks", "time"]
+    table = fitted(console, names, made, ranks.__getitem__)[0] if console.is_terminal else made(names)
     console.print(table)
     for line in _notes(checked):
         console.print(Text(line), soft_wrap=True)
     console.print(Text(_total(list(costs.values()))), soft_wrap=True)
     console.print(Text(_source_of_rate(sweep, measured, given_rate, guess)), soft_wrap=True)
+
+
+def _texts(frozen: FrozenCell, cost: Cost, axes: Sequence[str]) -> dict[str, str]:
+    """What a cell has in each column."""
+    return {axis: str(frozen.cell.axes.get(axis, "")) for axis in axes} | {
+        "cell": frozen.cell.name,
+        "steps": _count(cost.steps),
+        "pairs": _count(cost.pairs),
+        "ranks": str(cost.devices),
+        "time": "?" if cost.seconds is None else duration(cost.seconds),
+    }
 
 
 def _count(number: int | None) -> str:

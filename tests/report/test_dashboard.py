@@ -139,7 +139,7 @@ def test_without_an_account_the_table_can_come_from_folders(
         block["content"] for block in printed["report"]["spec"]["blocks"] if block["type"] == "markdown-block"
     ]
     rows = [line.split("|") for line in table.splitlines() if line.startswith("| dpo")]
-    assert [(row[2].strip(), row[4].strip()) for row in rows] == [("off", "-0.50"), ("on", "+0.88")]
+    assert [(row[3].strip(), row[5].strip()) for row in rows] == [("off", "-0.50"), ("on", "+0.88")]
 
 
 def test_both_pages_are_saved_with_the_table_of_the_runs_that_wandb_has(
