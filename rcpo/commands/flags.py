@@ -7,10 +7,13 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rcpo.common.errors import UserError
 from rcpo.config.other_names import typed_for_flag
+
+if TYPE_CHECKING:
+    from rcpo.runs.folder import RunFolder
 
 WIDTH = 100
 """Columns of help, where the terminal has as many."""
@@ -128,3 +131,16 @@ def check_writable(flag: str, path: Path, *, is_folder: bool = False) -> None:
     above = next(place for place in places if place.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise UserError(f"{flag} {path}: {above} is no folder that can be written to; give another name")
+
+
+def given_run(path: str) -> "RunFolder":
+    """The run folder at `path`. Raises UserError where there is none, nor a sweep."""
+    from rcpo.runs.folder import RunFolder
+
+    run = RunFolder(path)
+    if not run.config.is_file() or not run.run_json.is_file():
+        raise UserError(
+            f"{path}: is not a sweep folder, and no run; give the one that `rcpo sweep` or `rcpo train` "
+            "printed"
+        )
+    return run

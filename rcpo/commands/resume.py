@@ -25,9 +25,22 @@ model.gradient_checkpointing spread the same work otherwise, which changes round
     parser.epilog = """\
 examples:
   rcpo resume runs/dpo-on-1
-  rcpo resume runs/dpo-on-1 --allow-change train.steps=300     (longer)
+  rcpo resume runs/dpo-on-1 train.steps=300     (longer)
+  rcpo resume runs/dpo-on-1 --from step-000100
   rcpo resume sweeps-out/demo --parallel 2"""
     parser.add_argument("path", metavar="RUN|SWEEP", help="its folder")
+    parser.add_argument(
+        "changes",
+        metavar="KEY=VALUE",
+        nargs="*",
+        help="of a run: what changes, as after --allow-change: train.steps=300",
+    )
+    parser.add_argument(
+        "--from",
+        dest="step",
+        metavar="STEP",
+        help="of a run: go on from that checkpoint, step-000100 or 100; newer ones are set aside",
+    )
     parser.add_argument(
         "--allow-change",
         action="append",
@@ -42,29 +55,41 @@ examples:
 
 def run(options: argparse.Namespace) -> int:
     """Resume; returns the exit code. Raises UserError when the folder is no run or cannot be continued."""
-    path, allowed = options.path, options.allow_change
+    path, allowed = options.path, [*options.allow_change, *options.changes]
+    if (word := next((word for word in options.changes if "=" not in word), None)) is not None:
+        raise UserError(f"{word}: is no KEY=VALUE; resume one folder at a time")
     if Path(path, "manifest.jsonl").is_file():
+        if options.step is not None:
+            raise UserError("--from: is for one run; type rcpo resume SWEEP/cells/NAME --from STEP")
         if allowed:
             raise UserError("--allow-change: is for one run; type rcpo resume SWEEP/cells/NAME for each")
         return _resume_sweep(path, options.parallel or 1)
     if options.parallel is not None:
         raise UserError(f"--parallel: is for a sweep, and {path} is none; leave it out")
     if not is_first_rank() or not Path(path, "config.yaml").is_file():
-        return _resume_run(path, allowed)
+        return _resume_run(path, allowed, options.step)
     try:
         with hold(run_lock(Path(path))):
-            return _resume_run(path, allowed)
+            return _resume_run(path, allowed, options.step)
     except HeldError as error:
         raise UserError(f"{path}: is being trained by {error}; wait for it, or stop it first") from None
 
 
-def _resume_run(path: str, allowed: list[str]) -> int:
+def _resume_run(path: str, allowed: list[str], step: str | None = None) -> int:
     from rcpo.runs.frozen import open_run
 
     folder, _ = open_run(path)
-    if folder.read_run().get("status") == "done" and not allowed:
-        print(f"{folder.path} is done; its model is {folder.final}")
+    if folder.read_run().get("status") == "done" and not allowed and step is None:
+        print(
+            f"{folder.path} is done; its model is {folder.final}; to train longer, type "
+            f"rcpo resume {path} --allow-change train.steps=N"
+        )
         return 0
+    if step is not None and is_first_rank():
+        from rcpo.runs.go_back import set_newer_aside
+
+        for name in set_newer_aside(folder, step):
+            print(f"set aside: {name}")
     from rcpo.launch.start import resume
 
     return resume(path, allowed)

@@ -1,29 +1,30 @@
-"""`rcpo status SWEEP`: what state every cell of a sweep is in."""
+"""`rcpo status SWEEP|RUN`: what state every cell of a sweep is in, or a run."""
 
 import argparse
+import json
 
-from rcpo.commands.flags import Flags
-from rcpo.common.errors import UserError
+from rcpo.commands.flags import Flags, given_run
 
 
 def add_arguments(parser: Flags) -> None:
     parser.description = """\
-One line for each cell of a sweep: its state (pending, running, preempted, interrupted, failed,
+One line for each cell of a sweep, or for a run: its state (pending, running, preempted, interrupted, failed,
 lost, done), step, loss, mean change of the held-out chosen log-probability in nats, time left,
 node, and why it failed. Lost: it was running, and nothing runs it now."""
     parser.epilog = """\
-example:
-  rcpo status sweeps-out/demo"""
-    parser.add_argument("sweep", metavar="SWEEP", help="the folder that `rcpo sweep` printed")
+examples:
+  rcpo status sweeps-out/demo
+  rcpo status runs/dpo-on-1"""
+    parser.add_argument("sweep", metavar="RUN|SWEEP", help="the folder that the command printed")
     parser.add_argument("--json", action="store_true", help="the same for programs")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the table; returns the exit code. Raises UserError where there is no sweep."""
+    """Print the table; returns the exit code. Raises UserError where there is neither sweep nor run."""
     from rcpo.sweep.folder import SweepFolder, is_sweep
 
     if not is_sweep(options.sweep):
-        raise UserError(f"{options.sweep}: is not a sweep folder; give the one that `rcpo sweep` printed")
+        return _of_run(options.sweep, options.json)
     sweep = SweepFolder(options.sweep)
     from rich.text import Text
 
@@ -40,4 +41,23 @@ def run(options: argparse.Namespace) -> int:
     for line in reason_lines(console, statuses):
         console.print(Text(line, style="red"))
     console.print(counts_line(statuses), soft_wrap=True)
+    return 0
+
+
+def _of_run(path: str, as_json: bool) -> int:
+    """The same of one run."""
+    run = given_run(path)
+    from rcpo.common.console import RunConsole
+    from rcpo.sweep.folder import Cell
+    from rcpo.sweep.states import status_of
+    from rcpo.sweep.table import cell_json, reason_lines, status_table
+
+    status = status_of(run, Cell(run.path.absolute().name, {}, [], ""))
+    if as_json:
+        print(json.dumps(cell_json(status, run), indent=2))
+        return 0
+    console = RunConsole()
+    console.print(status_table(console, [status]))
+    for line in reason_lines(console, [status]):
+        console.print(line, soft_wrap=True)
     return 0

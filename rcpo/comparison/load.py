@@ -5,6 +5,7 @@ hide the others.
 """
 
 import json
+import platform
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from rcpo.common.errors import UserError
+from rcpo.common.locks import is_held, read_holder, run_lock
 from rcpo.comparison.metrics_cache import Columns, read_columns, read_metrics
 
 BAND = ("position", "center", "lower", "upper", "inside")
@@ -135,7 +137,8 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def read_status(path: Path) -> tuple[str, str | None]:
-    """(status, what is wrong with it)."""
+    """(status, what is wrong with it) of run.json. A run that it says is running is lost where nothing on
+    this machine, which last ran it, does."""
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
         status = one_line(run["status"])
@@ -143,8 +146,16 @@ def read_status(path: Path) -> tuple[str, str | None]:
         raise UserError("run.json is missing or damaged") from None
     if status == "done":
         return status, None
+    if status == "running" and _is_lost(run_lock(path.parent)):
+        return "lost", "lost: nothing runs it any more"
     reason = run.get("exit_reason")
     return status, f"{status}: {one_line(reason)}" if reason else status
+
+
+def _is_lost(lock: Path) -> bool:
+    """Whether a process of this machine held the lock last, and none does now. Of other machines nothing can
+    be told."""
+    return read_holder(lock).get("host") == platform.node() and not is_held(lock)
 
 
 def _read_held_out(path: Path) -> str | None:

@@ -25,7 +25,8 @@ INTRO = """# Configuration: every group, option and key
 ```sh
 rcpo train --help                              # this, for the options that your words select
 rcpo train objective=simpo --plan              # what your words would do: steps, lr, memory, ...
-rcpo train objective=simpo --cfg job           # what they come to, as YAML; --resolve: and what rcpo decides
+rcpo train objective=simpo --cfg job           # what they come to, as YAML
+rcpo train objective=simpo --cfg job --resolve # and what rcpo decides of them
 rcpo train --config-dir DIR objective=mine     # an option of your own: DIR/objective/mine.yaml
 ```
 

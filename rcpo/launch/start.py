@@ -116,9 +116,7 @@ def _reopen(path: str, allowed: Sequence[str]) -> Prepared:
     if isinstance(known, dict):
         refuse_other_inputs(path, known, identity)
     changed.write(run)
-    if (
-        config != changed.config
-    ):  # a sweep's cell, which sees its GPUs, the hub or its data for the first time
+    if config != changed.config:  # a sweep's cell, which sees GPUs, hub and data for the first time
         run.freeze(config_tree(config))
     run.reopen()
     run.update_run(

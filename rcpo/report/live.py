@@ -28,10 +28,11 @@ SPARK_WIDTH = 14
 GAUGE_WIDTH = 13
 SILENT_SECONDS = 600
 """A running run that has written nothing for so long is said to be silent."""
-ENDED = ("done", "failed", "interrupted", "preempted")
+ENDED = ("done", "failed", "interrupted", "preempted", "lost")
 COLOURS = {
     "done": "green",
     "failed": "red",
+    "lost": "red",
     "running": "cyan",
     "interrupted": "yellow",
     "preempted": "yellow",
@@ -80,7 +81,7 @@ class LiveRun:
     @property
     def trouble(self) -> str | None:
         """Why it failed, or why nothing is known of it."""
-        return self.reason if self.status in ("failed", "unknown") else None
+        return self.reason if self.status in ("failed", "lost", "unknown") else None
 
     def look(self) -> None:
         """Take in what is new. A folder that is being written or damaged keeps what was known of it."""

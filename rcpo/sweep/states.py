@@ -71,7 +71,11 @@ class CellStatus:
 
 def read_status(sweep: SweepFolder, cell: Cell, queue: Mapping[str, QueueEntry] | None) -> CellStatus:
     """The cell's state now. `queue` is what a scheduler says, by the cell's name; None: cells run here."""
-    run = sweep.run(cell)
+    return status_of(sweep.run(cell), cell, queue)
+
+
+def status_of(run: RunFolder, cell: Cell, queue: Mapping[str, QueueEntry] | None = None) -> CellStatus:
+    """The same of a run folder wherever it lies, under the cell's name."""
     try:
         known = run.read_run()
     except UserError as error:

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rcpo.common.console import KEPT_NATS, duration, fitted, nats, number
+from rcpo.runs.folder import RunFolder
 from rcpo.sweep.folder import SweepFolder
 from rcpo.sweep.states import CellStatus, State
 
@@ -103,13 +104,16 @@ def counts_line(statuses: Sequence[CellStatus]) -> str:
 
 def status_json(sweep: SweepFolder, statuses: Sequence[CellStatus]) -> str:
     """The same for programs; what is unknown or not finite is null."""
-    cells = []
-    for status in statuses:
-        fields: dict[str, Any] = {"name": status.cell.name, "axes": status.cell.axes} | {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in asdict(status).items()
-            if key != "cell"
-        }
-        cells.append(fields | {"run": str(sweep.run(status.cell).path)})
+    cells = [cell_json(status, sweep.run(status.cell)) for status in statuses]
     counts = Counter(str(status.state) for status in statuses)
     return json.dumps({"sweep": str(sweep.path), "counts": counts, "cells": cells}, indent=2)
+
+
+def cell_json(status: CellStatus, run: RunFolder) -> dict[str, Any]:
+    """One of them."""
+    fields: dict[str, Any] = {"name": status.cell.name, "axes": status.cell.axes} | {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in asdict(status).items()
+        if key != "cell"
+    }
+    return fields | {"run": str(run.path)}

@@ -118,13 +118,13 @@ def save_checkpoint(
     """
     place = checkpoint_path(run, train_state["step"])
     beside = path_beside(place)
-    with _all_or_nothing(beside):
+    with _all_or_nothing(beside, place):
         if rank() == 0:
             shutil.rmtree(beside, ignore_errors=True)
             for folder in ("rng", "scores"):
                 (beside / folder).mkdir(parents=True)
     written: dict[Path, FileEntry] = {}
-    with _all_or_nothing(beside):
+    with _all_or_nothing(beside, place):
         written |= engine.save(beside)
         for folder, tensors in (("rng", _rng_state()), ("scores", scores)):
             if tensors:
@@ -142,13 +142,13 @@ def save_checkpoint(
             for path in complete_checkpoints(run)[keep_last:]:
                 shutil.rmtree(path, ignore_errors=True)
 
-    with _all_or_nothing(beside):
+    with _all_or_nothing(beside, place):
         done_by_rank_zero(complete)
     return place
 
 
 @contextlib.contextmanager
-def _all_or_nothing(beside: Path) -> Iterator[None]:
+def _all_or_nothing(beside: Path, place: Path) -> Iterator[None]:
     """Raise SaveError on every rank when any rank's writing fails, and remove the files. Collective at its
     end.
 
@@ -168,8 +168,8 @@ def _all_or_nothing(beside: Path) -> Iterator[None]:
         shutil.rmtree(beside, ignore_errors=True)
     free = shutil.disk_usage(beside.parent).free / 1e9
     raise SaveError(
-        f"{beside.parent}: a checkpoint could not be written ({faults[0][:200]}; {free:.1f} GB are free); "
-        "the ones before it are whole"
+        f"{place}: the checkpoint of step {step_of(place)} could not be written ({faults[0][:200]}; "
+        f"{free:.1f} GB are free); the ones before it are whole"
     )
 
 

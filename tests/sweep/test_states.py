@@ -277,4 +277,7 @@ def test_a_folder_that_is_no_sweep_is_one_line(
     with pytest.raises(SystemExit) as stopped:
         cli.main([command, str(tmp_path)])
     assert stopped.value.code == 2
-    assert "is not a sweep folder; give the one that `rcpo sweep` printed" in capsys.readouterr().err
+    assert (
+        "is not a sweep folder, and no run; give the one that `rcpo sweep` or `rcpo train` printed"
+        in capsys.readouterr().err
+    )

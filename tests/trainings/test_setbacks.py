@@ -201,10 +201,13 @@ def test_a_checkpoint_that_does_not_fit_is_a_line_and_the_one_before_it_stays(
                 train_here(runs[name])
                 said = [line.getMessage() for line in caplog.records if line.levelno == logging.WARNING]
                 assert len(said) == 2, said
-                assert all("a checkpoint could not be written (rank 0:" in line for line in said)
+                assert all("could not be written (rank 0:" in line for line in said)
+                assert ["of step 4 " in said[0], "of step 6 " in said[1]] == [True, True], said
                 assert all("the ones before it are whole; the run goes on" in line for line in said)
             else:
-                with pytest.raises(SaveError, match=r"a checkpoint could not be written") as caught:
+                with pytest.raises(
+                    SaveError, match=r"the checkpoint of step 4 could not be written"
+                ) as caught:
                     train_here(runs[name])
                 assert caught.value.exit_code == 4
 
