@@ -85,14 +85,20 @@ def _resume_run(path: str, allowed: list[str], step: str | None = None) -> int:
             f"rcpo resume {path} --allow-change train.steps=N"
         )
         return 0
-    if step is not None and is_first_rank():
-        from rcpo.runs.go_back import set_newer_aside
-
-        for name in set_newer_aside(folder, step):
-            print(f"set aside: {name}")
     from rcpo.launch.start import resume
 
-    return resume(path, allowed)
+    if step is None or not is_first_rank():
+        return resume(path, allowed)
+    from rcpo.runs.go_back import put_back, set_newer_aside
+
+    moved = set_newer_aside(folder, step)
+    for place in moved.values():
+        print(f"set aside: {place}")
+    try:
+        return resume(path, allowed)
+    except UserError:  # nothing was trained: the newest checkpoint is the one that it was
+        put_back(moved)
+        raise
 
 
 def _resume_sweep(path: str, parallel: int) -> int:

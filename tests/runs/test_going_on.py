@@ -15,7 +15,7 @@ from rcpo.common.locks import hold, run_lock
 from rcpo.comparison.load import load_run, read_status
 from rcpo.report.live import LiveRun
 from rcpo.runs.folder import RunFolder
-from rcpo.runs.go_back import set_newer_aside
+from rcpo.runs.go_back import put_back, set_newer_aside
 
 
 def a_run(path: Path, status: str = "running", **holder: object) -> RunFolder:
@@ -85,7 +85,13 @@ def test_newer_checkpoints_are_set_aside(tmp_path: Path, step: str) -> None:
         (run.checkpoints / f"step-{number:06d}").mkdir(parents=True)
         (run.checkpoints / f"step-{number:06d}/manifest.json").write_text("{}")
     (run.checkpoints / "aside-step-000150-0").mkdir()
-    assert set_newer_aside(run, step) == [str(run.checkpoints / "aside-step-000150-1")]
+    newer, place = run.checkpoints / "step-000150", run.checkpoints / "aside-step-000150-1"
+    before = set(run.checkpoints.iterdir())
+    moved = set_newer_aside(run, step)
+    assert moved == {newer: place}
+    put_back(moved)
+    assert set(run.checkpoints.iterdir()) == before
+    set_newer_aside(run, step)
     assert sorted(path.name for path in run.checkpoints.glob("step-*")) == ["step-000050", "step-000100"]
     with pytest.raises(UserError) as caught:
         set_newer_aside(run, "70")
