@@ -110,7 +110,7 @@ def train_plainly(
     loop = None if settings.steering is None else _Loop(settings.steering)
     balance = None
     if settings.balance_every is not None:
-        balance = PlainBalance(0.9 if settings.optimizer == "adamw" else 0.0)
+        balance = PlainBalance(0.9 if settings.optimizer == "adamw" else 0.0, limit=2.0)
     for step, indices in enumerate(batches):
         batch = [pairs[idx] for idx in indices]
         with torch.no_grad():

@@ -226,7 +226,7 @@ BUILT: dict[str, Calibrator] = {
         gain=0.1, integral_gain=0.005, smoothing=0.9, target=0.0, low=0.0, high=3.0, every=10,
         num_fresh_steps=7, from_probe=False,
     ),
-    "balance": BalanceCalibration(limit=1.0, every=5, momentum=0.9),
+    "balance": BalanceCalibration(limit=2.0, every=5, momentum=0.9),
 }  # fmt: skip
 
 
