@@ -83,10 +83,10 @@ def add_printing_flags(parser: Flags) -> None:
     _pass_on(parser, "--cfg", "-c", metavar="job|hydra|all", help=text)
     _pass_on(parser, "--package", "-p", metavar="GROUP", help="of --cfg job that group alone")
     _pass_on(parser, "--info", "-i", nargs="?", const="all", help=argparse.SUPPRESS)
-    for flag in ("--resolve", "--multirun", "-m"):
-        parser.add_argument(
-            flag, dest="hydra", action="append_const", const=flag, default=[], help=argparse.SUPPRESS
-        )
+    resolve = "of --cfg job what rcpo decides too: learning rate, steps, ZeRO stage and the rest"
+    texts = {"--resolve": resolve, "--multirun": argparse.SUPPRESS, "-m": argparse.SUPPRESS}
+    for flag, text in texts.items():
+        parser.add_argument(flag, dest="hydra", action="append_const", const=flag, default=[], help=text)
 
 
 def _pass_on(parser: Flags, flag: str, short: str, **settings: Any) -> None:

@@ -94,7 +94,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
     "key": (("train.stepz=3",), {}, "train.stepz: no such key; did you mean train.steps?"),
     "grid": (("objective=dpo,simpo",), {}, "objective=dpo,simpo: is several values; `rcpo train`"),
     "columns": ((), {"pairs": [{"a": 1}, {"a": 2}]}, "data.path="),
-    "few": (("train.pairs_per_step=16",), {"pairs": ROWS * 9}, "data.eval_pairs=128: "),
+    "few": (("train.pairs_per_step=16",), {"pairs": ROWS * 9}, "data.path="),
 }  # fmt: skip
 
 

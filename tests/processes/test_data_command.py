@@ -106,8 +106,10 @@ def test_the_code_is_2_where_nothing_would_train(pairs: Path) -> None:
     said = shown(pairs, "data.eval_pairs=3", "train.pairs_per_step=64", code=2)
     assert said["refused"].startswith("train.pairs_per_step=64: there are only 20 training pairs")
     assert len(said["pairs"]) == 3
-    said = shown(pairs, "data.eval_pairs=128", code=2)
-    assert said["refused"].startswith("data.eval_pairs=128: ")
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    pairs.write_text("".join(json.dumps(each | {"rejected": each["chosen"]}) + "\n" for each in rows))
+    said = shown(pairs, "data.on_bad_row=drop", code=2)
+    assert "none of its 24 rows can train" in said["refused"]
     assert said == {"refused": said["refused"], "rows": None, "notes": [], "lengths": {}, "pairs": []}
 
 
