@@ -124,7 +124,7 @@ def compute_reference(block: Block, work: Work, device: torch.device) -> dict[st
     others; and what the model is made of."""
     from safetensors.torch import save_file
 
-    from rcpo.models.engine import Engine
+    from rcpo.engine.engine import Engine
     from rcpo.reference.cache import ReferenceCache, side_key, weights_fingerprint
 
     visited = sorted({0, *(idx for batch in work.batches for idx in batch)})

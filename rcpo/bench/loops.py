@@ -21,7 +21,7 @@ from rcpo.bench.recorder import BenchDone, Recorder, gradients_of
 from rcpo.bench.work import Work, rows_of
 from rcpo.config.schema import ModelConfig
 from rcpo.data.batch import PairBatch, collate
-from rcpo.models.engine import build_optimizer
+from rcpo.engine.engine import build_optimizer
 from rcpo.models.load import load_model
 from rcpo.models.logit_transform import body_of
 from rcpo.models.logprobs import sum_per_side

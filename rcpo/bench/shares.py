@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
+from rcpo.engine.engine import Engine
 from rcpo.method import scores
 from rcpo.models import logprobs
-from rcpo.models.engine import Engine
 from rcpo.training import loop
 
 PARTS: list[tuple[str, Any, tuple[str, ...]]] = [

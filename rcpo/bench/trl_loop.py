@@ -17,7 +17,7 @@ from rcpo.bench.loops import with_fp32_weights
 from rcpo.bench.recorder import BenchDone, Recorder, gradients_of
 from rcpo.bench.work import Work
 from rcpo.common.errors import UserError
-from rcpo.models.engine import accumulation_steps, build_optimizer
+from rcpo.engine.engine import accumulation_steps, build_optimizer
 from rcpo.models.load import load_model
 
 LOSSES = {"dpo": "sigmoid", "hinge": "hinge"}

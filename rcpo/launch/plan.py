@@ -19,10 +19,10 @@ from rcpo.config.resolve import resolve
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.config.validate import validate
 from rcpo.data.inputs import Inputs
+from rcpo.engine.memory import in_words, live_reference_bytes, memory_budget
+from rcpo.engine.memory import shown as in_bytes
 from rcpo.launch.stage import with_stage
 from rcpo.models.checks import shapes_of
-from rcpo.models.memory import in_words, live_reference_bytes, memory_budget
-from rcpo.models.memory import shown as in_bytes
 from rcpo.monitor.tracking import wandb_mode
 from rcpo.records.held_out_split import with_held_out_split
 from rcpo.reference.weights import has_own_weights

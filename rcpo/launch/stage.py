@@ -1,7 +1,7 @@
 """The ZeRO stage of a run that leaves it to rcpo: by model, pairs and the GPUs' memory.
 
 Decided once, before the config is frozen, so that a resumed run has the stage of its checkpoints. The budget
-is that of `rcpo.models.memory`. Called by `rcpo.launch.start`.
+is that of `rcpo.engine.memory`. Called by `rcpo.launch.start`.
 """
 
 import dataclasses
@@ -11,8 +11,8 @@ import torch
 
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.inputs import Inputs
+from rcpo.engine.memory import fitting_stage, in_words, memory_budget
 from rcpo.models.checks import shapes_of
-from rcpo.models.memory import fitting_stage, in_words, memory_budget
 
 logger = logging.getLogger(__name__)
 

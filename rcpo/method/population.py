@@ -14,7 +14,7 @@ metric means.
 Adam's metric is 1/sqrt(second moment), another one at every step. Each pair of measurements counts in the
 metric of the *later* one: <v(t), S(t-1)> in the metric of step t is, to first order, what Adam's step along
 v(t) does to the z of all batches before it. The moments are without their bias towards 0, or the first pairs
-would weigh up to 30 times the later ones, and of at least five gradients (`rcpo.models.engine`). A factor
+would weigh up to 30 times the later ones, and of at least five gradients (`rcpo.engine.engine`). A factor
 common to the three products drops out of cosine and centre. Vectors and metric change while the model learns,
 so both kinds are averages over the training so far, as a mean over its steps is.
 

@@ -1,2 +1,2 @@
-"""The policy and what runs it: loading, checks, the chunked head, adapters, the DeepSpeed engine. Does not
-own the loss."""
+"""The policy: loading, checks, the forward pass, the chunked head, adapters. Does not own what steps it, or
+the loss."""

@@ -3,7 +3,7 @@ with rcpo.
 
 Owns what transformers is asked for and how its faults are told. Does not own the forward pass
 (`rcpo.models.policy`), the checks of what was loaded (`rcpo.models.checks`) or training
-(`rcpo.models.engine`)."""
+(`rcpo.engine.engine`)."""
 
 import contextlib
 import io

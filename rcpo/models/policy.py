@@ -1,7 +1,7 @@
 """The policy: a causal language model read as a function from pairs to summed log-probabilities, without full
 logits.
 
-Does not own loading (`rcpo.models.load`) or training: `rcpo.models.engine` wraps it."""
+Does not own loading (`rcpo.models.load`) or training: `rcpo.engine.engine` wraps it."""
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel

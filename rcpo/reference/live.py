@@ -17,12 +17,12 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.batch import PairBatch
+from rcpo.engine.engine import Engine, deepspeed_config
+from rcpo.engine.speedups import speed_up
 from rcpo.models.adapters import new_adapter_off
 from rcpo.models.attention import refuse_joint_layout
-from rcpo.models.engine import Engine, deepspeed_config
 from rcpo.models.load import load_frozen_model
 from rcpo.models.policy import Policy
-from rcpo.models.speedups import speed_up
 from rcpo.ranks.allocator import return_freed_memory
 from rcpo.ranks.distributed import world_size
 from rcpo.reference.weights import reference_model, without_adapter

@@ -23,7 +23,7 @@ from rcpo.data.inputs import Inputs
 from rcpo.data.mismatched import Mismatch
 from rcpo.data.pairs import SideLogProbs
 from rcpo.data.tokenize import TokenizedPair
-from rcpo.models.engine import Engine
+from rcpo.engine.engine import Engine
 from rcpo.models.evaluation import LogProbModel, eval_batch, evaluate_logprobs, evaluate_token_logprobs
 from rcpo.models.logprobs import sum_per_side
 from rcpo.models.rounding import rounded_anew

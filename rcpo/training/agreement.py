@@ -19,8 +19,8 @@ from rcpo.data.batch import PairBatch, collate
 from rcpo.data.inputs import Inputs
 from rcpo.data.joint import collate_joint
 from rcpo.data.pairs import TokenizedPair, TokenizedSide
+from rcpo.engine.engine import Engine
 from rcpo.models.adapters import lora_layers
-from rcpo.models.engine import Engine
 from rcpo.ranks.distributed import gather
 
 NUM_TOKENS = 48

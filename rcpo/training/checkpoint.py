@@ -36,7 +36,7 @@ from rcpo.common.files import (
     sha256,
     write_atomically,
 )
-from rcpo.models.engine import Engine
+from rcpo.engine.engine import Engine
 from rcpo.models.load import save_model
 from rcpo.ranks.distributed import done_by_rank_zero, gather, rank, world_size
 from rcpo.runs.folder import RunFolder

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from rcpo.data.batch import PairBatch
+from rcpo.engine.engine import Engine
 from rcpo.method.scores import HeadScores, ScoreGeometry, Sides
-from rcpo.models.engine import Engine
 from rcpo.models.logprobs import score_shares
 from rcpo.ranks.distributed import reduce_scatter, world_size
 from rcpo.training.measurement import Measurement

@@ -17,10 +17,10 @@ from rcpo.data.inputs import Inputs
 from rcpo.data.joint import lay_out
 from rcpo.data.pairs import SideLogProbs
 from rcpo.data.sampler import PairSampler, dealt
+from rcpo.engine.engine import Engine
 from rcpo.method.calibrators import Calibrator, build_calibrator
 from rcpo.method.metrics import displacement_row
 from rcpo.method.statistics import Probe
-from rcpo.models.engine import Engine
 from rcpo.models.evaluation import eval_batch, evaluate_logprobs, peak_memory_gb
 from rcpo.models.load import save_model
 from rcpo.monitor.model_card import model_card

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from rcpo.data.batch import PairBatch
+from rcpo.engine.engine import Engine
 from rcpo.method.incentives import Incentives
 from rcpo.method.scores import (
     CHOSEN,
@@ -32,7 +33,6 @@ from rcpo.method.scores import (
     ScoreGeometry,
     Sides,
 )
-from rcpo.models.engine import Engine
 from rcpo.ranks.distributed import world_size
 from rcpo.training.reader import Measured, Reader
 

@@ -7,10 +7,10 @@ Owns the choice, and makes each kind when the first one is due. Made by `rcpo.tr
 from torch import Tensor
 
 from rcpo.config.resolved import ResolvedConfig
+from rcpo.engine.engine import Engine
 from rcpo.method.calibrators import Calibrator
 from rcpo.method.scores import ParameterScores
 from rcpo.models.adapters import last_block_parameters
-from rcpo.models.engine import Engine
 from rcpo.training.each_micro_batch import EachByAdapters, EachByHead, EachMicroBatch
 from rcpo.training.measurement import (
     ApartMeasurement,

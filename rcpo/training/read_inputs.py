@@ -18,12 +18,12 @@ from rcpo.data.pairs import PackedPairs
 from rcpo.data.token_key import content_of, token_key
 from rcpo.data.token_store import Tokens, TokenStore
 from rcpo.data.tokenize import Tokeniser, TokenizedData
+from rcpo.engine.optimizer import check_optimizer
+from rcpo.engine.speedups import check_speedups
 from rcpo.models.adapters import check_adapters
 from rcpo.models.attention import check_attention
 from rcpo.models.checks import check_model, check_positions, check_vocabulary
 from rcpo.models.load import load_tokenizer
-from rcpo.models.optimizer import check_optimizer
-from rcpo.models.speedups import check_speedups
 from rcpo.records.load import NOTE, PreferenceData, load_records, note_on_text
 from rcpo.records.weights import weighing_of
 from rcpo.reference.weights import check_reference
@@ -55,7 +55,7 @@ def check_deepspeed(config: ResolvedConfig) -> None:
         return
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    from rcpo.models.engine import deepspeed_config
+    from rcpo.engine.engine import deepspeed_config
 
     try:
         DeepSpeedConfig(deepspeed_config(config))

@@ -22,9 +22,9 @@ from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.inputs import Inputs
 from rcpo.data.joint import lay_out
 from rcpo.data.sampler import PairSampler
+from rcpo.engine.memory import in_words, memory_budget, update_bytes
 from rcpo.models.evaluation import peak_memory_gb
 from rcpo.models.load import is_out_of_memory
-from rcpo.models.memory import in_words, memory_budget, update_bytes
 from rcpo.ranks.distributed import gather, rank, world_size
 from rcpo.reference.table import Reference
 from rcpo.reference.weights import has_own_weights

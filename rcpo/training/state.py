@@ -10,8 +10,8 @@ from typing import Any
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.inputs import Inputs
 from rcpo.data.sampler import PairSampler
+from rcpo.engine.engine import Engine
 from rcpo.method.calibrators import Calibrator
-from rcpo.models.engine import Engine
 from rcpo.monitor.sinks import Sink
 from rcpo.objectives import Objective
 from rcpo.reference.table import Reference, Start

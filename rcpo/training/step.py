@@ -30,11 +30,11 @@ import torch
 from torch import Tensor
 
 from rcpo.data.batch import PairBatch
+from rcpo.engine.gradient_norm import whole_norm
 from rcpo.method.incentives import Incentives, loss_and_incentives
 from rcpo.method.metrics import QUANTITIES, pair_sums, statistics_of, step_row
 from rcpo.method.scores import CHOSEN, REJECTED
 from rcpo.method.statistics import Probe
-from rcpo.models.gradient_norm import whole_norm
 from rcpo.objectives import Objective, PairLogProbs
 from rcpo.ranks.distributed import sum_over_ranks, sum_parts_over_ranks, world_size
 from rcpo.training.aggregate import Tilt

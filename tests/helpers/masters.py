@@ -8,7 +8,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rcpo.models.engine import Engine
+from rcpo.engine.engine import Engine
 from rcpo.ranks.distributed import rank
 
 

@@ -1,6 +1,6 @@
 """The method without DeepSpeed: `train_step` over a plain torch optimizer, in this process.
 
-`SmallEngine` has the verbs of `rcpo.models.engine.Engine` that a step uses, for one rank at ZeRO 0.
+`SmallEngine` has the verbs of `rcpo.engine.engine.Engine` that a step uses, for one rank at ZeRO 0.
 """
 
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ from rcpo.data.batch import PairBatch, collate
 from rcpo.data.mismatched import Mismatch, MismatchedPairs
 from rcpo.data.pairs import pack
 from rcpo.data.tokenize import TokenizedPair
+from rcpo.engine.gradient_norm import group_norms
+from rcpo.engine.optimizer import build_optimizer
 from rcpo.method.calibrators import build_calibrator
-from rcpo.models.gradient_norm import group_norms
-from rcpo.models.optimizer import build_optimizer
 from rcpo.models.policy import Policy
 from rcpo.training.aggregate import aggregate_of
 from rcpo.training.measurements import Measurements

@@ -19,6 +19,7 @@ ORDER: list[set[str]] = [
     {"data"},
     {"builtin"},
     {"models"},
+    {"engine"},
     {"runs"},
     {"reference"},
     {"monitor"},

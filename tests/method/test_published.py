@@ -19,13 +19,13 @@ from rcpo.config.resolve import resolve
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.config.validate import validate
 from rcpo.data.tokenize import TokenizedPair
+from rcpo.engine.engine import build_optimizer
 from rcpo.library.calibrator import Calibrator
 from rcpo.method.incentives import Incentives
 from rcpo.method.published import PublishedCalibration
 from rcpo.method.scores import ScoreGeometry
 from rcpo.method.statistics import StepStatistics
 from rcpo.models.adapters import last_block_parameters
-from rcpo.models.engine import build_optimizer
 from rcpo.models.load import load_model
 from rcpo.training.read_inputs import read_inputs
 

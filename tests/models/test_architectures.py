@@ -26,11 +26,11 @@ from rcpo.config.schema import LoraConfig, ModelConfig
 from rcpo.config.validate import validate
 from rcpo.data.batch import collate
 from rcpo.data.joint import collate_joint
+from rcpo.engine.memory import activation_bytes
 from rcpo.models.adapters import exported_tensors
 from rcpo.models.attention import refuse_joint_layout
 from rcpo.models.checks import check_model
 from rcpo.models.load import load_model, save_model
-from rcpo.models.memory import activation_bytes
 from rcpo.models.policy import Policy
 
 EXPERTS: dict[str, Any] = {

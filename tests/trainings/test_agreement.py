@@ -21,7 +21,7 @@ from transformers import (
     set_seed,
 )
 
-import rcpo.models.engine
+import rcpo.engine.engine
 import rcpo.models.load
 from helpers.cases import Case, Layout, make_config, make_run, write_inputs
 from helpers.forked import in_a_fork
@@ -161,7 +161,7 @@ def test_a_head_that_is_not_the_model_s_is_refused_with_both_numbers(inputs: Pat
             model.load_state_dict(make_llama().state_dict())
             return model
 
-        rcpo.models.engine.load_model = load
+        rcpo.engine.engine.load_model = load
 
     said = refused(inputs, tmp_path / "run", "llama", prepare)
     assert "Shifted does more between its last hidden states and its logits than rcpo knows of" in said
@@ -177,7 +177,7 @@ def loading(change: Callable[[PreTrainedModel], None]) -> Callable[[], None]:
             change(model)
             return model
 
-        rcpo.models.engine.load_model = load
+        rcpo.engine.engine.load_model = load
 
     return prepare
 
@@ -253,7 +253,7 @@ class Around(torch.nn.Module):
 
 def test_an_adapter_that_is_gone_around_is_refused(inputs: Path, tmp_path: Path) -> None:
     def prepare() -> None:
-        load = rcpo.models.engine.load_model
+        load = rcpo.engine.engine.load_model
 
         def changed(config: Any, device: torch.device) -> PreTrainedModel:
             model = load(config, device)
@@ -261,7 +261,7 @@ def test_an_adapter_that_is_gone_around_is_refused(inputs: Path, tmp_path: Path)
                 block.self_attn.o_proj = Around(block.self_attn.o_proj)
             return model
 
-        rcpo.models.engine.load_model = changed
+        rcpo.engine.engine.load_model = changed
 
     said = refused(inputs, tmp_path / "run", "llama", prepare, "model.lora.rank=2")
     assert said == (

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-import rcpo.models.optimizer
+import rcpo.engine.optimizer
 from helpers.cases import Case, Layout, make_config, make_run, write_inputs
 from helpers.inputs import config_of, fault
 from helpers.rank_runs import Job, do_jobs, train_all
 from helpers.same_run import final_weights, metrics
 from rcpo.common.errors import UserError
-from rcpo.models.engine import deepspeed_config
-from rcpo.models.optimizer import build_optimizer, can_be_fused
+from rcpo.engine.engine import deepspeed_config
+from rcpo.engine.optimizer import build_optimizer, can_be_fused
 from rcpo.runs.folder import RunFolder
 from rcpo.training.checkpoint import refuse_unloadable
 
@@ -90,7 +90,7 @@ def test_8_bits_need_bitsandbytes_and_paging_a_gpu(is_here: bool, monkeypatch: p
     """Before anything is read: exit code 2, and what to type."""
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        rcpo.models.optimizer.importlib.util, "find_spec",
+        rcpo.engine.optimizer.importlib.util, "find_spec",
         lambda name: (find("torch") if is_here else None) if name == "bitsandbytes" else find(name),
     )  # fmt: skip
     line = fault(config_of(optim=EIGHT | {"paged": True}))

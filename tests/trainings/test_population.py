@@ -15,7 +15,7 @@ from helpers.plain_loop import Sides, loss_and_incentives, summed
 from helpers.rank_runs import train_all
 from helpers.same_run import assert_equal_rows, metrics
 from rcpo.config.resolved import ResolvedConfig
-from rcpo.models.engine import FEWEST_GRADIENTS
+from rcpo.engine.engine import FEWEST_GRADIENTS
 from rcpo.runs.folder import RunFolder
 from rcpo.training.read_inputs import read_inputs
 

@@ -13,8 +13,8 @@ from helpers.rank_runs import train_all
 from helpers.same_run import final_weights, metrics
 from helpers.selection import asked_for, matrix
 from rcpo.config.resolved import ResolvedConfig
+from rcpo.engine.engine import build_optimizer
 from rcpo.models.adapters import last_block_parameters
-from rcpo.models.engine import build_optimizer
 from rcpo.models.load import load_model
 from rcpo.runs.folder import RunFolder
 from rcpo.training.read_inputs import read_inputs

@@ -19,8 +19,8 @@ from rcpo.common.errors import NonFiniteError, SaveError, UserError
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.batch import PairBatch
 from rcpo.data.sampler import PairSampler
+from rcpo.engine.memory import in_words, memory_budget, shown
 from rcpo.models.load import load_model
-from rcpo.models.memory import in_words, memory_budget, shown
 from rcpo.runs.folder import RunFolder
 from rcpo.runs.frozen import open_run
 from rcpo.training.read_inputs import read_inputs
@@ -290,9 +290,9 @@ def test_a_policy_that_disagrees_with_its_reference_at_the_start_is_said(
     run = make_run(make_config(inputs, tmp_path / "run", CASE, Layout(1, 8), *words))
 
     def work() -> None:
-        import rcpo.models.engine
+        import rcpo.engine.engine
 
-        load = rcpo.models.engine.load_model
+        load = rcpo.engine.engine.load_model
 
         def load_trained(*args: object) -> object:
             model = load(*args)  # type: ignore[arg-type]
@@ -301,7 +301,7 @@ def test_a_policy_that_disagrees_with_its_reference_at_the_start_is_said(
                     torch.nn.init.normal_(parameter)
             return model
 
-        rcpo.models.engine.load_model = load_trained  # type: ignore[assignment]
+        rcpo.engine.engine.load_model = load_trained  # type: ignore[assignment]
         with caplog.at_level(logging.WARNING, "rcpo.training.rehearsal"):
             train_here(run)
         said = [line.getMessage() for line in caplog.records if line.name == "rcpo.training.rehearsal"]

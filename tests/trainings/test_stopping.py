@@ -51,7 +51,7 @@ def sigterm_in_backward(number: int) -> Callable[[], None]:
     """SIGTERM in the first backward pass of optimizer step `number`, two to a step."""
 
     def arrange() -> None:
-        from rcpo.models.engine import Engine
+        from rcpo.engine.engine import Engine
 
         backward, passes = Engine.backward, []
 

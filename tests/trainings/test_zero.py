@@ -96,7 +96,7 @@ def test_stage_3_really_shards_these_parameters(
 ) -> None:
     """The settings that reach DeepSpeed, and the shards in its checkpoint: each of 2 ranks keeps about half
     of the numbers. Otherwise the stage-3 rows of the test above would pass for the wrong reason."""
-    from rcpo.models.engine import deepspeed_config
+    from rcpo.engine.engine import deepspeed_config
 
     config, run = runs[Case("dpo", "on", "neox", "sgd"), 3]
     assert RELEASING.items() <= deepspeed_config(config)["zero_optimization"].items()

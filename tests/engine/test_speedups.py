@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-import rcpo.models.speedups
+import rcpo.engine.speedups
 from helpers.inputs import config_of
 from helpers.tiny_models import make_batch, make_llama, make_neox
 from rcpo.common.errors import UserError
 from rcpo.config.schema import ModelConfig
+from rcpo.engine.speedups import check_speedups, speed_up
 from rcpo.models.policy import Policy
-from rcpo.models.speedups import check_speedups, speed_up
 
 
 def config_with(device: str, **model: Any) -> Any:
@@ -37,7 +37,7 @@ def config_with(device: str, **model: Any) -> Any:
 def test_liger_needs_a_gpu_and_its_package(device: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        rcpo.models.speedups.importlib.util, "find_spec",
+        rcpo.engine.speedups.importlib.util, "find_spec",
         lambda name: None if name == "liger_kernel" else find(name),
     )  # fmt: skip
     with pytest.raises(UserError) as caught:

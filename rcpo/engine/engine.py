@@ -22,15 +22,15 @@ from rcpo.common.errors import UserError
 from rcpo.common.files import FileEntry
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.batch import PairBatch
+from rcpo.engine.engine_files import ENGINE_TAG, Writer, convert_to_universal
+from rcpo.engine.gradient_norm import group_norms, known, whole_norm
+from rcpo.engine.memory import BUCKET
+from rcpo.engine.optimizer import build_optimizer, can_be_fused, held_still, make_moments
+from rcpo.engine.speedups import speed_up
 from rcpo.models.adapters import exported_tensors
 from rcpo.models.attention import refuse_joint_layout
-from rcpo.models.engine_files import ENGINE_TAG, Writer, convert_to_universal
-from rcpo.models.gradient_norm import group_norms, known, whole_norm
 from rcpo.models.load import load_model
-from rcpo.models.memory import BUCKET
-from rcpo.models.optimizer import build_optimizer, can_be_fused, held_still, make_moments
 from rcpo.models.policy import Policy
-from rcpo.models.speedups import speed_up
 from rcpo.ranks.distributed import barrier, done_by_rank_zero
 
 

@@ -3,7 +3,7 @@
 DeepSpeed takes it inside its step, and waits for the device two to four times to look at it. Here it is one
 more number of the step's only reduction; where it is not finite no update follows. DeepSpeed's step is then
 given the number. Owns what differs between DeepSpeed's optimizers: all names below are private, hence the
-pinned version in pyproject.toml. Called by `rcpo.models.engine`.
+pinned version in pyproject.toml. Called by `rcpo.engine.engine`.
 """
 
 import math

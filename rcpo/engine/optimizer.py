@@ -1,6 +1,6 @@
 """The optimizer that DeepSpeed steps: torch's AdamW or SGD, or bitsandbytes' AdamW with moments in 8 bits.
 
-Does not know DeepSpeed: `rcpo.models.engine` hands the optimizer over."""
+Does not know DeepSpeed: `rcpo.engine.engine` hands the optimizer over."""
 
 import contextlib
 import importlib.util

@@ -14,8 +14,8 @@ from rcpo.config.compose import compose
 from rcpo.config.resolve import resolve
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.config.validate import validate
+from rcpo.engine.memory import allowed_stages, fitting_stage, memory_budget
 from rcpo.models.adapters import add_adapters
-from rcpo.models.memory import allowed_stages, fitting_stage, memory_budget
 
 HEAD = 128256 * 4096
 """525,336,576 numbers; the embedding has as many."""

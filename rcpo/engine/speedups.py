@@ -1,7 +1,7 @@
 """What makes a model's own layers faster: Liger's kernels in place of some modules, and layers compiled.
 
 Neither changes names or weights, so that checkpoints and final/ know nothing of it; both change rounding, so
-policy and reference get the same. The head is rcpo's own anyway. Called by `rcpo.models.engine` and
+policy and reference get the same. The head is rcpo's own anyway. Called by `rcpo.engine.engine` and
 `rcpo.reference.live` on the model that they have loaded."""
 
 import importlib.util

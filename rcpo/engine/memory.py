@@ -11,10 +11,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rcpo.config.resolved import ResolvedConfig
+from rcpo.engine.optimizer import can_be_fused
 from rcpo.method.scores import BUCKET_NUMBERS
 from rcpo.models.adapters import last_block_parameters
 from rcpo.models.logprobs import head_sizes, logit_bytes
-from rcpo.models.optimizer import can_be_fused
 
 FP32 = 4
 BYTES_IN_4_BIT = 0.516

@@ -1,5 +1,5 @@
 """DeepSpeed's own files in a checkpoint: how they are written, and turned into those of another spreading.
-Called by `rcpo.models.engine`."""
+Called by `rcpo.engine.engine`."""
 
 import os
 import shutil
