@@ -97,6 +97,8 @@ class Comparison:
     """Runs that could not be put into a group."""
     usual: dict[str, str]
     """What a group has of the settings that `Group.shown` leaves out, having the value of most groups."""
+    usual_of: dict[str, dict[str, str]]
+    """The same of each objective's parameters, which `Group.objective` leaves out."""
 
     @property
     def left_out(self) -> list[LeftOut]:
@@ -135,7 +137,11 @@ def compare_runs(runs: Sequence[ComparedRun]) -> Comparison:
     num_comparisons = _compare_with_off(groups)
     _mark_other_data(groups)
     common = {key: value for key, value in settings[0].items() if key not in differing}
-    return Comparison(groups, differing, common, num_comparisons, unreadable, usual)
+    usual_of = {
+        str(name): usual_values([own for own in settings if own.get("objective.name") == name], "objective.")
+        for name in dict.fromkeys(own.get("objective.name") for own in settings)
+    }
+    return Comparison(groups, differing, common, num_comparisons, unreadable, usual, usual_of)
 
 
 def _place(calibration: object) -> int:
@@ -163,12 +169,28 @@ def _differing(settings: Sequence[Settings], within: str = "") -> list[str]:
     return [key for key in keys if len({repr(own.get(key, "absent")) for own in settings}) > 1]
 
 
+def usual_values(settings: Sequence[Settings], within: str) -> dict[str, str]:
+    """Of the keys below `within` that differ, the value that more than half of `settings` have."""
+    usual = {}
+    for key in _differing(settings, within):
+        value, times = Counter(one_line(own.get(key, "absent")) for own in settings).most_common(1)[0]
+        if 2 * times > len(settings):
+            usual[key] = value
+    return usual
+
+
 def _make_group(members: list[ComparedRun], own: Settings, everything: Sequence[Settings]) -> Group:
     def labelled(section: str) -> str:
-        """Name, and the parameters in which those of this name differ."""
+        """Name, and the parameters in which those of this name differ; an objective's that most have go
+        without saying."""
         name = own.get(f"{section}.name", "?")
         namesakes = [other for other in everything if other.get(f"{section}.name") == name]
-        differing = [key for key in _differing(namesakes, f"{section}.") if key in own]
+        usual = usual_values(namesakes, "objective.")
+        differing = [
+            key
+            for key in _differing(namesakes, f"{section}.")
+            if key in own and one_line(own[key]) != usual.get(key)
+        ]
         short = [
             key.removeprefix(f"{section}.").removeprefix("feedback.").removeprefix("balance.")
             for key in differing

@@ -232,8 +232,13 @@ def notes(comparison: Comparison, pm: str) -> list[str]:
             f"{NOISE_MARK}: no more than rounding may have made of the mean; the noise floor of bfloat16 is "
             f"up to {max(floors):.2g} nats here."
         )
-    if comparison.usual:
-        said = ", ".join(f"{key}={value}" for key, value in comparison.usual.items())
+    of_objectives = {
+        f"{name}'s {key.removeprefix('objective.')}": value
+        for name, values in comparison.usual_of.items()
+        for key, value in values.items()
+    }
+    if usual := comparison.usual | of_objectives:
+        said = ", ".join(f"{key}={value}" for key, value in usual.items())
         lines.append(f"where nothing else is said: {said}.")
     lines += left_out_lines(comparison.left_out)
     told = [group for group in comparison.groups if group.note and group.note != OTHER_KIND]

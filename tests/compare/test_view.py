@@ -12,7 +12,7 @@ from rich.console import Console
 from helpers.compare_folders import compare, make_run
 from rcpo import cli
 from rcpo.comparison.summary import headline, sentences
-from rcpo.comparison.table import make_lines
+from rcpo.comparison.table import make_lines, notes
 from rcpo.comparison.terminal import print_table
 from rcpo.comparison.view import make_view
 
@@ -67,7 +67,19 @@ def test_a_folder_of_mixed_runs_fits_the_terminal_and_names_every_run(mixed: Pat
 def test_groups_that_differ_in_their_speed_alone_have_labels_of_their_own(mixed: Path) -> None:
     labels = [group.label for group in compare(mixed).groups]
     assert len(set(labels)) == len(labels) == 12
-    assert {"dpo beta=0.1 off", "dpo beta=0.1 off (micro)", "dpo beta=0.1 off (two-ranks)"} <= set(labels)
+    assert {"dpo off", "dpo off (micro)", "dpo off (two-ranks)"} <= set(labels)
+
+
+def test_parameters_of_most_of_an_objective_go_without_saying_and_stand_in_a_note(tmp_path: Path) -> None:
+    """Where none is of most, each group says its own."""
+    for number, beta in enumerate((0.1, 0.1, 0.1, 0.5)):
+        make_run(tmp_path / str(number), settings={"objective.beta": beta, "optim.lr": 0.1 / (number + 1)})
+    comparison = compare(tmp_path)
+    assert {group.objective for group in comparison.groups} == {"dpo", "dpo beta=0.5"}
+    assert any("dpo's beta=0.1" in line for line in notes(make_lines(comparison), comparison))
+    make_run(tmp_path / "4", settings={"objective.beta": 0.5, "optim.lr": 0.01})
+    make_run(tmp_path / "5", settings={"objective.beta": 0.5, "optim.lr": 0.02})
+    assert {group.objective for group in compare(tmp_path).groups} == {"dpo beta=0.1", "dpo beta=0.5"}
 
 
 def test_objectives_are_counted_and_not_lines(mixed: Path, tmp_path: Path) -> None:
