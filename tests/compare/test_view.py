@@ -76,7 +76,7 @@ def test_parameters_of_most_of_an_objective_go_without_saying_and_stand_in_a_not
         make_run(tmp_path / str(number), settings={"objective.beta": beta, "optim.lr": 0.1 / (number + 1)})
     comparison = compare(tmp_path)
     assert {group.objective for group in comparison.groups} == {"dpo", "dpo beta=0.5"}
-    assert any("dpo's beta=0.1" in line for line in notes(comparison))
+    assert any("dpo's beta=0.1" in line for line in notes(comparison, "+-"))
     make_run(tmp_path / "4", settings={"objective.beta": 0.5, "optim.lr": 0.01})
     make_run(tmp_path / "5", settings={"objective.beta": 0.5, "optim.lr": 0.02})
     assert {group.objective for group in compare(tmp_path).groups} == {"dpo beta=0.1", "dpo beta=0.5"}
