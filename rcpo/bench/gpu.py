@@ -7,6 +7,7 @@ others go on. Speed is given as a share of a matrix product measured on the same
 """
 
 import dataclasses
+import importlib.util
 import shlex
 import tempfile
 import time
@@ -32,6 +33,8 @@ VARIED = ("--lengths", "prompt=130,response=260,spread=60", "train.max_length=20
 """As spread as UltraFeedback's."""
 ALL = ("--calibrations", "off,on,exact")
 QUICK = ("--steps", "4", "--repeats", "2")
+ONCE = ("--steps", "4", "--repeats", "1", "--no-shares")
+"""Where contenders are far apart, or the first section has told where time goes."""
 
 
 class Section(NamedTuple):
@@ -40,6 +43,8 @@ class Section(NamedTuple):
     """Of `rcpo bench`."""
     profiled: bool = False
     """Whether a step of the first contender is profiled, its trace beside the page."""
+    needs: tuple[str, str] | None = None
+    """A module that is optional, and the extra of rcpo that brings it."""
 
 
 SECTIONS = (
@@ -51,15 +56,15 @@ SECTIONS = (
     Section(
         "1B, 512 + 512 tokens: a step of exact",
         (
-            "--shape", ONE_B, *FIXED, "--steps", "1", "--repeats", "1", *BF16, "train.pairs_per_device=4",
-            "--calibrations", "exact",
+            "--shape", ONE_B, *FIXED, "--steps", "1", "--repeats", "1", "--no-shares", *BF16,
+            "train.pairs_per_device=4", "--calibrations", "exact",
         ),
         profiled=True,
     ),
     Section(
         "1B, 512 + 512 tokens: micro-batches and recomputation",
         (
-            "--shape", ONE_B, *FIXED, *QUICK, *BF16, "train.pairs_per_device=4", "--calibrations", "off",
+            "--shape", ONE_B, *FIXED, *ONCE, *BF16, "train.pairs_per_device=4", "--calibrations", "off",
             "--variant", "train.pairs_per_device=1", "--variant", "train.pairs_per_device=8",
             "--variant", "train.pairs_per_device=8 model.gradient_checkpointing=true",
         ),
@@ -67,44 +72,63 @@ SECTIONS = (
     Section(
         "1B, 512 + 512 tokens: plain loops with fp32 weights under autocast",
         (
-            "--shape", ONE_B, *FIXED, *QUICK, *BF16, "train.pairs_per_device=2", "--calibrations", "off",
+            "--shape", ONE_B, *FIXED, *ONCE, *BF16, "train.pairs_per_device=2", "--calibrations", "off",
             "--baseline", "plain,response",
         ),
     ),
     Section(
         "1B, 512 + 512 tokens: TRL",
         (
-            "--shape", ONE_B, *FIXED, *QUICK, *BF16, "train.pairs_per_device=2", "--calibrations", "off",
+            "--shape", ONE_B, *FIXED, *ONCE, *BF16, "train.pairs_per_device=2", "--calibrations", "off",
             "--baseline", "trl",
         ),
+        needs=("trl", "bench"),
     ),
     Section(
         "1B, lengths as of UltraFeedback: shared prompts",
         (
-            "--shape", ONE_B, *VARIED, *QUICK, *BF16, "train.pairs_per_device=4", *ALL,
+            "--shape", ONE_B, *VARIED, *ONCE, *BF16, "train.pairs_per_device=4", *ALL,
             "--variant", "train.share_prefix=true",
+            "--variant", "train.share_prefix=true model.attention=flex_attention",
         ),
     ),
     Section(
         "1B, lengths as of UltraFeedback: packing",
         (
-            "--shape", ONE_B, *VARIED, *QUICK, *BF16, "train.pairs_per_device=4", "--calibrations", "off",
-            "--variant", "train.packing=true model.attention=flash_attention_2",
+            "--shape", ONE_B, *VARIED, *ONCE, *BF16, "train.pairs_per_device=4", "--calibrations", "off",
+            "--variant", "train.packing=true model.attention=varlen",
         ),
     ),
     Section(
         "9B, LoRA",
         (
-            "--shape", NINE_B, *FIXED, "--steps", "2", "--repeats", "1", *BF16, "train.pairs_per_device=2",
-            "model.lora.rank=16", "model.gradient_checkpointing=true", "--calibrations", "off,on",
+            "--shape", NINE_B, *FIXED, "--steps", "2", "--repeats", "1", "--no-shares", *BF16,
+            "train.pairs_per_device=2", "model.lora.rank=16", "model.gradient_checkpointing=true",
+            "--calibrations", "off,on",
         ),
     ),
     Section(
         "9B, QLoRA",
         (
-            "--shape", NINE_B, *FIXED, "--steps", "2", "--repeats", "1", *BF16, "train.pairs_per_device=2",
-            "model.lora.rank=16", "model.lora.save=adapter", "model.quantization=4bit",
-            "model.gradient_checkpointing=true", "--calibrations", "off",
+            "--shape", NINE_B, *FIXED, "--steps", "2", "--repeats", "1", "--no-shares", *BF16,
+            "train.pairs_per_device=2", "model.lora.rank=16", "model.lora.save=adapter",
+            "model.quantization=4bit", "model.gradient_checkpointing=true", "--calibrations", "off",
+        ),
+        needs=("bitsandbytes", "quantization"),
+    ),
+    Section(
+        "1B, 512 + 512 tokens: layers of Liger",
+        (
+            "--shape", ONE_B, *FIXED, *ONCE, *BF16, "train.pairs_per_device=4", "--calibrations", "off",
+            "--variant", "model.kernels=liger",
+        ),
+        needs=("liger_kernel", "liger"),
+    ),
+    Section(
+        "1B, 512 + 512 tokens: compiled layers",
+        (
+            "--shape", ONE_B, *FIXED, *ONCE, *BF16, "train.pairs_per_device=4", "--calibrations", "off",
+            "--variant", "model.compile=true",
         ),
     ),
 )  # fmt: skip
@@ -115,9 +139,12 @@ TINY = {
     NINE_B: "hidden=64,intermediate=64,layers=2,heads=2,vocabulary=512",
     FIXED[1]: "prompt=12,response=8", VARIED[1]: "prompt=5,response=10,spread=60",
     "train.max_length=2048": "train.max_length=128", "train.pairs_per_step=32": "train.pairs_per_step=8",
-    "train.packing=true model.attention=flash_attention_2": "train.packing=true model.attention=sdpa",
+    "train.share_prefix=true model.attention=flex_attention":
+        "train.share_prefix=true model.attention=eager",
+    "train.packing=true model.attention=varlen": "train.packing=true model.attention=sdpa",
+    "model.kernels=liger": "model.attention=sdpa", "model.compile=true": "model.attention=sdpa",
 }  # fmt: skip
-"""What a rehearsal has in place of words."""
+"""What a rehearsal has in place of words: no size and no kernel that a CPU lacks."""
 
 
 def rehearsed(section: Section) -> Section:
@@ -125,7 +152,9 @@ def rehearsed(section: Section) -> Section:
     words = [TINY.get(word, word) for word in section.words]
     for flag in ("--steps", "--repeats"):
         words[words.index(flag) + 1] = "1"
-    return section._replace(title=f"{section.title} (rehearsed with a tiny model)", words=tuple(words))
+    title = f"{section.title} (rehearsed with a tiny model)"
+    needs = None if section.needs is not None and section.needs[0] == "liger_kernel" else section.needs
+    return section._replace(title=title, words=tuple(words), needs=needs)
 
 
 def run_sections(planned: Iterable[tuple[Section, Options]], file: Path, seconds: float, say: Say) -> bool:
@@ -143,6 +172,9 @@ def run_sections(planned: Iterable[tuple[Section, Options]], file: Path, seconds
         part = [f"## {section.title}", f"```sh\n{command}\n```"]
         if time.monotonic() - started > seconds:
             part.append(f"Not run: {seconds / 60:.0f} minutes were over.")
+        elif section.needs is not None and importlib.util.find_spec(section.needs[0]) is None:
+            name, extra = section.needs
+            part.append(f"Not run: {name} is not installed; type pip install 'rcpo[{extra}]'.")
         else:
             say(f"{section.title}: {command}")
             try:
@@ -186,9 +218,20 @@ def _head(attained: float) -> str:
         f"# Measured on {facts['gpu'] or facts['processor']}\n\n"
         f"{facts['date']}; {facts['processor']}, {facts['cores']} cores, {facts['memory_gb']} GB; "
         f"{versions}; commit {facts['git_commit']}.\n\n"
-        f"A bf16 matrix product attains {attained:.3g} TFLOP/s here. MFU of product: TFLOP/s that the work "
-        "asks for over that."
+        f"A bf16 matrix product attains {attained:.3g} TFLOP/s here.\n\n{COLUMNS}"
     )
+
+
+COLUMNS = """\
+- **computed**: tokens that went through the model over tokens of the data; above 1 is padding, below 1
+  shared prompts.
+- **peak GB**: the most that torch held on the GPU; on a CPU the most of the whole process.
+- **MFU**, or **TFLOP/s**: of what the work asks for, recomputation not counted. MFU is over the GPU's data
+  sheet where that is known; *MFU of product* is over the matrix product above.
+- **speed over**: pairs a second over the first line's, with its range where there was more than one round.
+- **by CPU time**: the same ratio by the processor's time. It counts where cores are shared; on a GPU it tells
+  what the host does.
+- **share of time**: an extra pass with a timer around each part."""
 
 
 def _table(outcome: Outcome) -> str:

@@ -58,6 +58,8 @@ class Options:
     shape: dict[str, int] | None
     lengths: dict[str, int] | None
     trace: str | None = None
+    shares: bool = True
+    """Whether an extra block of each of rcpo's contenders tells where time goes."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def run_bench(options: Options, folder: Path, say: Say) -> Outcome:
             result = bench.run(contender, "time", f"round {repeat + 1} of {options.repeats}")
             outcome.blocks.setdefault(contender.name, []).append(result)
     for contender in outcome.contenders:
-        if contender.program == "rcpo":
+        if options.shares and contender.program == "rcpo":
             outcome.shares[contender.name] = bench.run(contender, "shares")["shares"]
     if options.trace is not None:
         outcome.profile = bench.run(outcome.contenders[0], "profile")["profile"]

@@ -129,7 +129,9 @@ def _work(outcome: Outcome) -> dict[str, Any]:
 def tables(outcome: Outcome, console: Console) -> Group:
     """What a person reads."""
     style = box.SIMPLE_HEAD if console.is_terminal else box.MARKDOWN
-    parts: list[Any] = [_speed_table(outcome, style), _share_table(outcome, style)]
+    parts: list[Any] = [_speed_table(outcome, style)]
+    if outcome.shares:
+        parts.append(_share_table(outcome, style))
     if outcome.profile:
         parts.append(_profile_table(outcome.profile["items"], style))
     return Group(*parts)
@@ -153,10 +155,17 @@ def _speed_table(outcome: Outcome, style: box.Box) -> Table:
             f"{speed.computed:.2f}",
             f"{speed.peak_gb:.2f}",
             f"{speed.tflops:.3g}" if speed.mfu is None else f"{100 * speed.mfu:.1f} %",
-            f"{speed.ratio:.3f} ({speed.ratio_low:.3f} to {speed.ratio_high:.3f})",
+            _with_range(speed),
             f"{speed.cpu_ratio:.3f}",
         )
     return table
+
+
+def _with_range(speed: Speed) -> str:
+    """The ratio, and its range where there was one."""
+    if speed.ratio_low == speed.ratio_high:
+        return f"{speed.ratio:.3f}"
+    return f"{speed.ratio:.3f} ({speed.ratio_low:.3f} to {speed.ratio_high:.3f})"
 
 
 def _share_table(outcome: Outcome, style: box.Box) -> Table:

@@ -94,8 +94,8 @@ def _add_outputs(parser: Flags) -> None:
         "--gpu",
         metavar="FILE.md",
         help="what one GPU does, written as Markdown: a 1B model in bf16 at fixed and at varied lengths, "
-        "calibrations, micro-batches, layouts, baselines, adapters on 9B, two steps under the profiler, with "
-        "their traces; other flags but --minutes and --rehearse have no effect",
+        "calibrations, micro-batches, layouts, kernels, baselines, adapters on 9B, two steps under the "
+        "profiler, with their traces; other flags but --minutes and --rehearse have no effect",
     )
     add(
         "--rehearse",
@@ -108,6 +108,11 @@ def _add_outputs(parser: Flags) -> None:
         default=30,
         metavar="N",
         help="with --gpu: no section begins after so long (default: 30)",
+    )
+    add(
+        "--no-shares",
+        action="store_true",
+        help="leave out the extra block of each contender that tells where time goes",
     )
     add(
         "--head-curve",
@@ -194,6 +199,7 @@ def options_of(flags: argparse.Namespace) -> "Options":
         shape=flags.shape,
         lengths=flags.lengths,
         trace=None if flags.profile is None else str(Path(flags.profile).absolute()),
+        shares=not flags.no_shares,
     )
 
 

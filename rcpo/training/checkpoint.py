@@ -201,16 +201,17 @@ def refuse_unloadable(path: Path, num_ranks: int, stage: int, optimizer: str) ->
     """Raise UserError where a checkpoint cannot be loaded by `num_ranks` ranks at ZeRO `stage`.
 
     DeepSpeed's universal format spreads stages 1 and 2 over any number of ranks and onto each other, and 3
-    over any number; stage 0 is whole on every rank.
+    over any number; stage 0 is whole on every rank. Of optimizers it knows AdamW's state alone.
     """
     state = json.loads((path / "state.json").read_text())
     before = state["stage"]
     if (state["world_size"], before) == (num_ranks, stage):
         return
-    if optimizer == "adamw_8bit" and stage > 0:
+    if optimizer != "adamw" and max(stage, before) > 0:
         raise UserError(
-            f"{path}: was written by {state['world_size']} ranks at ZeRO {before}, and 8-bit moments stay as "
-            f"they were shared out; resume on {state['world_size']} ranks with deepspeed.stage={before}"
+            f"{path}: was written by {state['world_size']} ranks at ZeRO {before} with optim={optimizer}, "
+            f"and DeepSpeed shares out AdamW's state alone anew; resume on {state['world_size']} ranks with "
+            f"deepspeed.stage={before}"
         )
     if not any(before in kind and stage in kind for kind in ((0,), (1, 2), (3,))):
         raise UserError(

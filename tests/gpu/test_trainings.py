@@ -4,6 +4,7 @@ other, and against themselves when they are stopped."""
 import itertools
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from helpers import device_runs
 from helpers.cases import Case, Layout
-from helpers.device_runs import ON_GPU, made, rcpo, trained, watched
+from helpers.device_runs import ON_GPU, made, rcpo, started, trained, watched
 from helpers.same_run import assert_equal_rows, assert_equals_plain, final_weights, metrics, plain_run
 from helpers.tools import is_here
 from rcpo.common.errors import NonFiniteError, StoppedError
@@ -27,7 +28,11 @@ WIDE = {
     "vocab_size": 32003, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4,
     "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 64,
 }  # fmt: skip
-needs_a_gpu = pytest.mark.skipif(not ON_GPU, reason="looks at what CUDA alone says")
+
+
+def on_gpus_alone(reason: str) -> pytest.MarkDecorator:
+    """Left out of a rehearsal, and what does the like on a CPU."""
+    return pytest.mark.skipif(not ON_GPU, reason=reason)
 
 
 @pytest.mark.parametrize(("case", "stage"), [*itertools.product([SIMPO], (0, 1, 2, 3)), (DPO, 2)], ids=str)
@@ -64,15 +69,27 @@ def test_a_resumed_run_is_the_one_that_never_stopped(inputs: Path, tmp_path: Pat
     _, through = made(inputs, tmp_path / "through", SIMPO, Layout(1, 4), *words)
     trained(through)
     _, stopped = made(inputs, tmp_path / "stopped", SIMPO, Layout(1, 4), *words)
-    with device_runs.started(stopped, num_rows=2) as process:
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(device_runs.SECONDS) == StoppedError.exit_code
+    with started(stopped, num_rows=2) as process:
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait() == StoppedError.exit_code
     trained(stopped)
     assert_equal_rows(metrics(through), metrics(stopped))
     for name, weight in final_weights(through).items():
         torch.testing.assert_close(
             final_weights(stopped)[name], weight, atol=1e-6 if ON_GPU else 0.0, rtol=0, msg=name
         )
+
+
+def test_the_same_run_twice(inputs: Path, tmp_path: Path) -> None:
+    """With train.deterministic, in bf16 and measured: every number of every row and the weights, bit for
+    bit."""
+    words = ("train.deterministic=true", "model.dtype=bfloat16", "model.attention=sdpa")
+    runs = [trained(made(inputs, tmp_path / name, SIMPO, Layout(1, 4), *words)[1]) for name in ("a", "b")]
+    first, second = map(metrics, runs)
+    assert first == second
+    assert len(first) == 6
+    for name, weight in final_weights(runs[0]).items():
+        assert torch.equal(final_weights(runs[1])[name], weight), name
 
 
 @pytest.mark.parametrize("layout", ["train.share_prefix=true", "train.packing=true"])
@@ -83,7 +100,7 @@ def test_joint_layouts_train_the_same(inputs: Path, tmp_path: Path, layout: str)
     assert_equal_rows(metrics(trained(padded)), metrics(trained(joined)))
 
 
-@needs_a_gpu
+@on_gpus_alone("CUDA says where the host waits; trainings/test_waits.py counts reads")
 def test_a_step_waits_once(inputs: Path, tmp_path: Path) -> None:
     """Whatever is measured, the host waits for the device at the one reduction of a step; the first step
     makes the optimizer's moments."""
@@ -93,7 +110,7 @@ def test_a_step_waits_once(inputs: Path, tmp_path: Path) -> None:
     assert [len(each) for each in waits[1:]] == [1] * 5, waits
 
 
-@needs_a_gpu
+@on_gpus_alone("CUDA's allocator counts; trainings/test_rehearsal_peak.py counts torch's")
 def test_the_rehearsal_takes_what_three_steps_take(inputs: Path, tmp_path: Path) -> None:
     """Peak memory to 5 %, of a model with 45 million parameters."""
     wide = tmp_path / "wide"
@@ -105,7 +122,7 @@ def test_the_rehearsal_takes_what_three_steps_take(inputs: Path, tmp_path: Path)
     assert 0.95 * seen.steps_bytes < seen.rehearsal_bytes < 1.05 * seen.steps_bytes
 
 
-@needs_a_gpu
+@on_gpus_alone("a GPU's memory can be cut so; trainings/test_setbacks.py cuts the process's")
 def test_what_does_not_fit_is_one_line(tmp_path: Path) -> None:
     """With 1 % of the GPU's memory for PyTorch, the model that ships still loads; a batch of long pairs does
     not fit, and the line says what to type."""

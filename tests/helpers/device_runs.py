@@ -1,7 +1,8 @@
 """Trainings on the device of `pytest -m gpu`: each rank a process of its own, as `rcpo` starts it, and one
 that is watched from inside.
 
-`RCPO_GPU_TESTS_ON=cpu` puts all of them on the CPU: a rehearsal of the tests where no GPU is.
+`RCPO_GPU_TESTS_ON=cpu` puts all of them on the CPU, as children of the fork server: a rehearsal of the tests
+where no GPU is. CUDA does not outlive a fork, so on a GPU every process is a real start.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from helpers import ROOT
+from helpers import ROOT, forked
 from helpers.cases import Case, Layout, make_config, make_run
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.runs.folder import RunFolder
@@ -37,6 +38,8 @@ def device_name() -> str:
 
 def rcpo(*words: str, seconds: float = SECONDS) -> subprocess.CompletedProcess[str]:
     """`rcpo WORDS` in a process of its own."""
+    if not ON_GPU:
+        return forked.rcpo(*words, cwd=Path.cwd(), env=environment(), seconds=seconds)
     return subprocess.run(
         [sys.executable, "-m", "rcpo.cli", *words],
         env=environment(), capture_output=True, text=True, timeout=seconds, check=False,
@@ -64,36 +67,69 @@ def made(
     return config, make_run(config)
 
 
+class Started:
+    """A training that runs: a real process, or a child of the fork server."""
+
+    def __init__(self, run: RunFolder) -> None:
+        words = ["resume", str(run.path)]
+        self._said = run.path.with_name(f"{run.path.name}.started.log")
+        self._child: subprocess.Popen[bytes] | forked.Child
+        if ON_GPU:
+            with self._said.open("ab") as log:
+                self._child = subprocess.Popen(
+                    [sys.executable, "-m", "rcpo.cli", *words], env=environment(), stdout=log, stderr=log
+                )
+            self.pid = self._child.pid
+        else:
+            self._child = forked.start_rcpo(
+                *words, cwd=Path.cwd(), env=environment(), output=self._said, errors=self._said
+            )
+            self.pid = self._child.started()
+
+    def poll(self) -> int | None:
+        """Its exit code, or None while it runs."""
+        return self._child.poll()
+
+    def wait(self) -> int:
+        return self._child.wait(SECONDS)
+
+    def kill(self) -> None:
+        """End what is left of it."""
+        self._child.kill()
+        self._child.wait(SECONDS)
+
+    def said(self) -> str:
+        return self._said.read_text(errors="replace")
+
+    def ranks(self) -> list[int]:
+        """Process ids of the ranks that it has started, the first rank first. A process's environment is
+        that of its start; forked ranks come in the order of their making."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        if not ON_GPU:
+            return list(map(int, children))
+        found = {}
+        for child in map(int, children):
+            environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+            number = next((each[5:] for each in environment if each.startswith(b"RANK=")), None)
+            if number is not None:
+                found[int(number)] = child
+        return [found[number] for number in sorted(found)]
+
+
 @contextlib.contextmanager
-def started(run: RunFolder, num_rows: int) -> Iterator[subprocess.Popen[bytes]]:
+def started(run: RunFolder, num_rows: int) -> Iterator[Started]:
     """The process that trains a run folder, once it has written so many rows; nothing of it is left
     afterwards."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "rcpo.cli", "resume", str(run.path)],
-        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    process = Started(run)
     deadline = time.monotonic() + SECONDS
     try:
         while not (run.metrics.exists() and len(run.rows(run.metrics)) >= num_rows):
-            assert process.poll() is None, process.stdout and process.stdout.read()
+            assert process.poll() is None, process.said()
             assert time.monotonic() < deadline
             time.sleep(0.02)
         yield process
     finally:
         process.kill()
-        process.communicate()
-
-
-def ranks_of(process: subprocess.Popen[bytes]) -> list[int]:
-    """Process ids of the ranks that a process has started, the first rank first."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    found = {}
-    for child in map(int, children):
-        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-        number = next((each[5:] for each in environment if each.startswith(b"RANK=")), None)
-        if number is not None:
-            found[int(number)] = child
-    return [found[number] for number in sorted(found)]
 
 
 @dataclass

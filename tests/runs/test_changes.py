@@ -128,3 +128,20 @@ def test_what_the_newest_checkpoint_cannot_do_is_refused_before_anything_is_writ
         changed_config(run, [allowed], None)
     assert said in str(caught.value)
     assert run.config.read_bytes() == before
+
+
+def test_only_adamw_goes_on_with_other_ranks(tmp_path: Path) -> None:
+    """DeepSpeed's converter looks for AdamW's moments."""
+    write_inputs(tmp_path)
+    case = Case("dpo", "on", "llama-tied", "sgd")
+    run = make_run(make_config(tmp_path, tmp_path / "run", case, Layout(2, 4, 2)))
+    newest = run.checkpoints / "step-000004"
+    newest.mkdir()
+    (newest / "state.json").write_text(json.dumps({"world_size": 2, "stage": 2}))
+    (newest / "manifest.json").write_text("{}")
+    with pytest.raises(UserError) as caught:
+        changed_config(run, ["launch.processes=1"], None)
+    assert str(caught.value).endswith(
+        "was written by 2 ranks at ZeRO 2 with optim=sgd, and DeepSpeed shares out AdamW's state alone anew; "
+        "resume on 2 ranks with deepspeed.stage=2"
+    )

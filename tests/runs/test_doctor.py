@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from helpers import ROOT
 from rcpo import cli
 from rcpo.launch import doctor
 from rcpo.launch.doctor import Finding, examine
@@ -33,6 +34,13 @@ def command(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str]:
         cli.main(["doctor", *words])
     assert isinstance(stop.value.code, int)
     return stop.value.code, capsys.readouterr().out
+
+
+def test_readme_says_which_gpus_passed() -> None:
+    """Each by its name, or that all ran on CPUs."""
+    readme = (ROOT / "README.md").read_text()
+    assert all(name in readme for name in doctor.PASSED_ON)
+    assert ("All ran on CPUs" in readme) == (not doctor.PASSED_ON)
 
 
 def found(what: str) -> Finding:
