@@ -19,8 +19,8 @@ submitted again.
 
 A config that has changed since is refused. --allow-change names a key that may: train.steps,
 train.epochs, train.save_every, train.keep_last, train.eval_every, train.log_every,
-train.on_save_error, train.on_nonfinite, train.max_nonfinite_steps and tracking.* leave every step
-as it is; launch.*, deepspeed.stage, train.pairs_per_device, train.device and
+train.on_save_error, train.on_nonfinite, train.max_nonfinite_steps, train.stop_when, train.keep_best
+and tracking.* leave every step as it is; launch.*, deepspeed.stage, train.pairs_per_device, train.device and
 model.gradient_checkpointing spread the same work otherwise, which changes rounding."""
     parser.epilog = """\
 examples:
@@ -80,9 +80,11 @@ def _resume_run(path: str, allowed: list[str], step: str | None = None) -> int:
 
     folder, _ = open_run(path)
     if folder.read_run().get("status") == "done" and not allowed and step is None:
+        reason = folder.read_run().get("exit_reason")
+        more, why = ("train.steps=N", "") if reason is None else ("train.stop_when=null", f", {reason}")
         print(
-            f"{folder.path} is done; its model is {folder.final}; to train longer, type "
-            f"rcpo resume {path} --allow-change train.steps=N"
+            f"{folder.path} is done{why}; its model is {folder.final}; to train longer, type "
+            f"rcpo resume {path} --allow-change {more}"
         )
         return 0
     from rcpo.launch.start import resume

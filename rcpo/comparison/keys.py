@@ -17,12 +17,18 @@ IGNORED = (
     "train.max_nonfinite_steps",
     "train.log_every",
     "train.eval_every",
+    "train.keep_best",
     "model.allow_pickle",
     "model.trust_remote_code",
     "model.lora.save",
 )
 """Settings that change neither training nor its speed: runs that differ in them are one group."""
-ABSENT = (("objective.module", None), ("objective.log_probs", "sum"), ("train.deterministic", False))
+ABSENT = (
+    ("objective.module", None),
+    ("objective.log_probs", "sum"),
+    ("train.deterministic", False),
+    ("train.stop_when", None),
+)
 """Settings that runs of before the key was there do not have, and that mean the same."""
 SPEED_ALONE = (
     "launch.*",

@@ -9,6 +9,7 @@ import dataclasses
 
 from rcpo.common.errors import UserError, shortened
 from rcpo.config.calibration import CalibrationConfig
+from rcpo.config.conditions import check_conditions
 from rcpo.config.schema import Config, DataConfig, FilterConfig, LoraConfig, TrackingConfig
 from rcpo.objectives import composition_of, objective_of
 
@@ -45,6 +46,8 @@ def check_combinations(config: Config) -> None:
             "or calibration.scope=full"
         )
     _check_optimizer(config)
+    check_conditions(config)
+    _check_answers(config)
 
 
 def _check_optimizer(config: Config) -> None:
@@ -116,6 +119,16 @@ def _check_model(config: Config) -> None:
         raise UserError("deepspeed.stage=3: does not shard 4-bit weights here; type deepspeed.stage=2")
 
 
+def _check_answers(config: Config) -> None:
+    """Answers are written with a cache of keys, which rcpo's own masks know nothing of."""
+    attention, num_answers = config.model.attention, config.metrics.answers
+    if num_answers and attention in ("varlen", "flex_attention"):
+        raise UserError(
+            f"metrics.answers={num_answers}: model.attention={attention} cannot write answers token by "
+            "token; type metrics.answers=0, or model.attention=sdpa"
+        )
+
+
 def _check_tracking(tracking: TrackingConfig) -> None:
     """W&B's own rules for names (wandb 0.31), told before the run rather than in its middle."""
     for key, limit in (("project", 128), ("entity", 128), ("group", 128)):
@@ -130,8 +143,8 @@ def _check_tracking(tracking: TrackingConfig) -> None:
             f"tracking.project={tracking.project}: must not hold {found}, which W&B does not take; "
             "type tracking.project=NAME"
         )
-    if tracking.log_model and (tracking.name == "none" or tracking.mode == "disabled"):
-        off = "tracking=none" if tracking.name == "none" else "tracking.mode=disabled"
+    if tracking.log_model and (tracking.name != "wandb" or tracking.mode == "disabled"):
+        off = f"tracking={tracking.name}" if tracking.name != "wandb" else "tracking.mode=disabled"
         raise UserError(
             f"tracking.log_model=true: sends nothing with {off}; type tracking=wandb tracking.mode=auto as "
             "well, or tracking.log_model=false"

@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 
 from rcpo.common.conf import IN_CONF, defaults_in
 from rcpo.config.calibration import CalibrationConfig
+from rcpo.config.tracking import MetricsConfig, TrackingConfig
 from rcpo.config.types import STRICT, NonNegative, Paths, Positive, Seed, Stage, Text
 
 Attention = Literal[
@@ -287,21 +288,6 @@ class DeepSpeedConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
-@defaults_in("tracking/wandb")
-class TrackingConfig:
-    name: Literal["wandb", "none"]
-    mode: Literal["auto", "online", "offline", "disabled"] = IN_CONF
-    """auto: online where an API key is configured, else offline."""
-    project: Text = IN_CONF
-    entity: Text | None = IN_CONF
-    group: Text | None = IN_CONF
-    tags: list[Text] = IN_CONF
-    """Beside the four that every run gets: objective, calibration, model, data."""
-    log_model: bool = IN_CONF
-    """Send final/ as an artifact at the end of the run."""
-
-
-@dataclass(frozen=True, config=STRICT)
 @defaults_in("config train")
 class TrainConfig:
     steps: Annotated[int, Field(gt=0, le=10**9)] | None = IN_CONF
@@ -321,6 +307,12 @@ class TrainConfig:
     eval_every: NonNegative | None = IN_CONF
     """Optimizer steps between evaluations; 0: only at the start and the end; null: 25 for builtin:tiny, else
     100."""
+    stop_when: Text | None = IN_CONF
+    """End the run, as done, after the first evaluation of which this holds: KEY <, <=, > or >= NUMBER,
+    several joined by `and` or `or`, of the keys of eval.jsonl with eval/ before them."""
+    keep_best: Text | None = IN_CONF
+    """Keep the weights of the evaluation with the largest KEY in RUN/best, as a model folder; min:KEY: the
+    smallest, as of the shares chosen_down and both_down by themselves. The start does not count."""
     share_prefix: bool = IN_CONF
     """Compute the prompt of a pair once for both responses: less work where prompts are long, the same
     gradient to rounding. Steps that `exact` measures do without."""
@@ -346,17 +338,6 @@ class TrainConfig:
     deterministic: bool = IN_CONF
     """Algorithms of torch, cuBLAS and flash attention that give the same bits twice, on GPUs too; slower. A
     kernel without one is an error."""
-
-
-@dataclass(frozen=True, config=STRICT)
-@defaults_in("config metrics")
-class MetricsConfig:
-    geometry_every: NonNegative = IN_CONF
-    """Measure scores and band (calibration.scope, calibration.estimator) every k steps even where calibration
-    does not ask for it; 0: do not."""
-    population: bool = IN_CONF
-    """Also estimate cosine, centre and slack of the population, with intervals, from products between all
-    pairs of measurements so far: 2 P/N more fp32 numbers per rank."""
 
 
 @dataclass(frozen=True, config=STRICT)

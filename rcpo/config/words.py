@@ -18,6 +18,8 @@ OPEN = ("deepspeed.extra", "data.columns", "data.mix", "model.chat_template_kwar
 """Keys whose own keys are not known beforehand, and so need no + on the command line."""
 SLICED = ("data.path", "data.eval_path", "data.split", "data.eval_split")
 """Keys whose values may hold brackets that are no list: 'train[:10%]', 'part-[0-9].jsonl'."""
+COMPARED = ("train.stop_when",)
+"""Keys whose values hold signs that Hydra reads in quotes alone."""
 MULTIRUN = ("-m", "--multirun")
 PLACED = ("name", "run_dir")
 """Keys that every cell of a sweep gets from its place."""
@@ -28,7 +30,8 @@ def hydra_words(argv: Sequence[str], folders: Sequence[Path]) -> list[str]:
 
     calibration=true and =false mean on and off, which is what YAML 1.1 makes of them elsewhere.
     objective=NAME of an objective that has no file in `folders` (`own_objective`) chooses no option and sets
-    objective.name; its parameters, which no file lists, need no +. A slice needs no quotes of its own.
+    objective.name; its parameters, which no file lists, need no +. A slice and a condition
+    need no quotes of their own.
     """
     own = own_objective(argv, folders)
     words = [] if own is None else ["~objective", f"++objective.name={own}"]
@@ -42,11 +45,18 @@ def hydra_words(argv: Sequence[str], folders: Sequence[Path]) -> list[str]:
             own is not None and key.startswith("objective.")
         ):
             words.append(f"++{word}")
-        elif key.lstrip("+") in SLICED and re.match(r"""[^\['"]+\[""", value):
+        elif _lacks_quotes(key.lstrip("+"), value):
             words.append(f'{key}="{value}"')
         else:
             words.append(word)
     return words
+
+
+def _lacks_quotes(key: str, value: str) -> bool:
+    """Whether the value is one that Hydra reads in quotes alone, and has none."""
+    if key in SLICED:
+        return re.match(r"""[^\['"]+\[""", value) is not None
+    return key in COMPARED and re.match(r"""[^'"]*[<>=]""", value) is not None
 
 
 def own_objective(argv: Sequence[str], folders: Sequence[Path]) -> str | None:

@@ -181,6 +181,15 @@ class Engine:
         z: Tensor = self._deepspeed(batch)
         return z
 
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[PreTrainedModel]:
+        """While open, the policy is in evaluation mode; gives its model."""
+        self._deepspeed.eval()
+        try:
+            yield self.policy.model
+        finally:
+            self._deepspeed.train()
+
     def backward(self, loss: Tensor, is_last: bool = True) -> None:
         """Accumulate a gradient: the mean over micro-batches and ranks is what steps. Collective.
 

@@ -5,10 +5,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from rcpo.config.conditions import check_conditions
 from rcpo.config.names import TINY, absolute, absolute_run_dir, all_absolute, check_name
 from rcpo.config.schema import Config
 from rcpo.config.validate import section_of
 from rcpo.models.places import check_config_file, refuse_no_place
+from rcpo.monitor.other_trackers import refuse_missing_tracker
 from rcpo.records.places import files_of, held_out_place, refuse_absent, training_place
 from rcpo.runs.folder import RunFolder
 
@@ -16,6 +18,8 @@ from rcpo.runs.folder import RunFolder
 def look(tree: dict[str, Any], overwrite: bool) -> None:
     """Raises UserError for the first fault of a composed tree that a look at it can tell."""
     config = section_of(Config, tree)
+    check_conditions(config)
+    refuse_missing_tracker(config.tracking.name)
     if config.name is not None:
         check_name(config.name)
     given = config.run_dir or (None if config.name is None else f"runs/{config.name}")

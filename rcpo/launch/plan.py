@@ -139,7 +139,11 @@ def _lines(config: ResolvedConfig, inputs: Inputs, origins: Origins) -> Iterator
     rows = 2 * train.pairs_per_device
     budget = memory_budget(config, model, rows, max(inputs.train.widths()), reference=live)
     yield Line("memory of a rank", f"about {in_bytes(sum(budget.values()))}", in_words(budget))
-    yield Line("tracking", wandb_mode(config.tracking), of("tracking.mode", ""))
+    name = config.tracking.name
+    if name == "wandb":
+        yield Line("tracking", wandb_mode(config.tracking), of("tracking.mode", ""))
+    else:
+        yield Line("tracking", name, of("tracking", ""))
 
 
 def _held_out(config: ResolvedConfig) -> str:

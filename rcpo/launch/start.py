@@ -22,6 +22,7 @@ from rcpo.launch.processes import run_ranks
 from rcpo.launch.stage import with_stage
 from rcpo.launch.worker import run_worker, train_raising
 from rcpo.models.hub import at_commit
+from rcpo.monitor.other_trackers import refuse_missing_tracker
 from rcpo.ranks.distributed import initialize, rank, spoken_for, world_size
 from rcpo.ranks.environment import joined_world_size
 from rcpo.records.held_out_split import with_held_out_split
@@ -79,6 +80,7 @@ def _make_run(prepare: Callable[[], ResolvedConfig | None], overwrite: bool = Fa
     config = prepare()
     if config is None:
         return None
+    refuse_missing_tracker(config.tracking.name)
     run = RunFolder(config.run_dir)
     if overwrite:
         refuse_irreplaceable(config)
@@ -106,6 +108,7 @@ def _reopen(path: str, allowed: Sequence[str]) -> Prepared:
     run, _ = open_run(path)
     changed = changed_config(run, allowed, joined_world_size())
     config = changed.config
+    refuse_missing_tracker(config.tracking.name)
     for rows in (run.metrics, run.eval):
         run.rows(rows)
     if run.read_run().get("status") == "pending":

@@ -142,7 +142,7 @@ def _outcome_recorded(run: "RunFolder", rank: int) -> Iterator[None]:
 
     try:
         yield
-        record("done", None)
+        record("done", run.read_run().get("summary", {}).get("stopped_early") if rank == 0 else None)
     except UserError as error:
         _tell_fault(str(error), error.exit_code)
         record(error.status, str(error))

@@ -124,7 +124,7 @@ def add_adapters(model: PreTrainedModel, config: ModelConfig, place: str) -> Non
         if lora.save == "adapter":
             below = {name: _matrices(layer, BELOW) for name, layer in lora_layers(model)}
         if lora.on_adapter == "merge":
-            _refuse_shared(model, "type model.lora.on_adapter=stack")
+            refuse_shared(model, "type model.lora.on_adapter=stack")
             _merge_below(model)
     new = peft.LoraConfig(
         task_type="CAUSAL_LM",
@@ -138,7 +138,7 @@ def add_adapters(model: PreTrainedModel, config: ModelConfig, place: str) -> Non
         torch.manual_seed(torch.initial_seed())
         _inject_new(new, model, expected)
     if lora.save == "merged":
-        _refuse_shared(model, "type model.lora.save=adapter")
+        refuse_shared(model, "type model.lora.save=adapter")
     for _, layer in lora_layers(model):
         layer.set_adapter([BELOW, NEW])
     for name, parameter in model.named_parameters():
@@ -382,7 +382,7 @@ def _inject_new(config: Any, model: PreTrainedModel, expected: set[str]) -> None
         )
 
 
-def _refuse_shared(model: PreTrainedModel, advice: str) -> None:
+def refuse_shared(model: PreTrainedModel, advice: str) -> None:
     """Raise UserError where two adapted layers have one weight: no weight is the sum with both adapters."""
     first: dict[int, str] = {}
     for name, layer in lora_layers(model):

@@ -13,8 +13,9 @@ from rcpo.monitor.summary import TABLE_HEADER, _nats, noise_text, sentence, tabl
 from rcpo.objectives import Objective
 
 
-def model_card(config: ResolvedConfig, summary: dict[str, Any]) -> str:
-    """README.md of final/: YAML front matter, objective, calibration, displacement, how to load."""
+def model_card(config: ResolvedConfig, summary: dict[str, Any], place: str, for_4: bool = False) -> str:
+    """README.md of a model folder that is loaded from `place`: YAML front matter, objective, calibration,
+    displacement, how to load; `for_4`: by transformers 4."""
     objective = config.objective_function
     composed = config.composition.describe()
     settings = ", ".join(f"{key} = {value}" for key, value in objective.params().items()) or "no parameters"
@@ -24,7 +25,7 @@ def model_card(config: ResolvedConfig, summary: dict[str, Any]) -> str:
 
 {model_label(config)} after {summary["steps"]} optimizer steps of preference optimisation on
 {data_label(config)} with [rcpo](https://arxiv.org/abs/2604.18239) {rcpo.__version__},
-{config.train.pairs_per_step} pairs a step.{_adapter_text(config)}
+{config.train.pairs_per_step} pairs a step.{_adapter_text(config)}{_best_text(summary)}
 
 ## Objective
 
@@ -53,10 +54,10 @@ half.{noise_text(summary)}
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained("PATH")
-    model = AutoModelForCausalLM.from_pretrained("PATH")
+    tokenizer = AutoTokenizer.from_pretrained("{place}")
+    model = AutoModelForCausalLM.from_pretrained("{place}")
 
-{_needs_text(config)}
+{_needs_text(config, place, for_4)}
 """
 
 
@@ -68,14 +69,24 @@ def _adapter_text(config: ResolvedConfig) -> str:
     return f" Trained as a low-rank adapter of rank {lora.rank}, {saved}."
 
 
-def _needs_text(config: ResolvedConfig) -> str:
+def _best_text(summary: dict[str, Any]) -> str:
+    """Of RUN/best, whose last evaluation is the best one."""
+    if "best_step" not in summary or summary["best_step"] != summary["end_step"]:
+        return ""
+    key, value, step = (summary[f"best_{name}"] for name in ("key", "value", "step"))
+    return f"\n\nThese are the weights with the best {key}: {value:.4g} at step {step}."
+
+
+def _needs_text(config: ResolvedConfig, place: str, for_4: bool) -> str:
     lora = config.model.lora
     if lora.rank is not None and lora.save == "adapter":
-        words = "model.path=BASE model.lora.adapter=PATH model.lora.on_adapter=merge"
+        words = f"model.path=BASE model.lora.adapter={place} model.lora.on_adapter=merge"
         return (
             "This needs transformers, peft, and the base model at the place that adapter_config.json names.\n"
             f"rcpo goes on from here with {words} model.lora.rank={lora.rank}."
         )
+    if for_4:
+        return "Config and tokenizer are for transformers 4."
     return (
         "This needs transformers 5. For transformers 4, `rcpo export RUN OUT --transformers4` writes one\n"
         "folder: 4 does not find the settings of rotary positions in this one and goes on with defaults."

@@ -1,16 +1,21 @@
-"""Where a run's numbers go while it runs: metrics.jsonl and eval.jsonl always, the console, and W&B.
+"""Where a run's numbers go while it runs: metrics.jsonl and eval.jsonl always, the console, and W&B,
+TensorBoard or Trackio.
 
 Owns which sinks a run has, and the files. Does not own what rows hold (`rcpo.method.metrics`), how they are
-shown (`rcpo.common.console`) or sent (`rcpo.monitor.tracking`). Built and called by `rcpo.training.loop` on
+shown (`rcpo.common.console`) or sent (`rcpo.monitor.tracking`,
+`rcpo.monitor.other_trackers`). Built and called by `rcpo.training.loop` on
 rank 0 alone. The files are the truth: a console that has gone away or a W&B that fails never stops training.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from rcpo.common.console import RunConsole
 from rcpo.config.resolved import ResolvedConfig
+from rcpo.monitor.other_trackers import TensorBoardSink, TrackioSink
 from rcpo.monitor.step_line import ConsoleSink
 from rcpo.monitor.tracking import WandbSink, wandb_mode
+from rcpo.runs.answers import Answer
 from rcpo.runs.folder import RunFolder
 from rcpo.runs.rows import encode_row
 
@@ -24,6 +29,12 @@ class Sink(Protocol):
     def log_eval(self, row: dict[str, float]) -> None:
         """One evaluation on the held-out pairs: `step` and `displacement/*`, `logps/*` without a prefix."""
 
+    def log_answers(self, answers: Sequence[Answer]) -> None:
+        """Answers of one evaluation, or of the start, beside those of the start."""
+
+    def alert(self, step: int, line: str) -> None:
+        """What a user should hear of wherever he looks, once in a run."""
+
     def close(self, summary: dict[str, Any], exit_code: int) -> None:
         """The last call; `summary` is `rcpo.monitor.summary.summarize`'s, empty when the run did not get that
         far."""
@@ -35,6 +46,10 @@ def build_sinks(config: ResolvedConfig, run: RunFolder, num_steps: int, start_st
     mode = wandb_mode(config.tracking)
     if mode != "disabled":
         sinks.append(WandbSink(config, run, mode))
+    if config.tracking.name == "tensorboard":
+        sinks.append(TensorBoardSink(config, run, start_step))
+    if config.tracking.name == "trackio":
+        sinks.append(TrackioSink(config, start_step))
     return [*sinks, ConsoleSink(RunConsole(), num_steps, start_step, config.train.log_every)]
 
 
@@ -53,6 +68,12 @@ class JsonlSink:
     def log_eval(self, row: dict[str, float]) -> None:
         self._eval.write(encode_row(row) + "\n")
         self._eval.flush()
+
+    def log_answers(self, answers: Sequence[Answer]) -> None:
+        """RUN/answers.jsonl has them."""
+
+    def alert(self, step: int, line: str) -> None:
+        """run.json has it."""
 
     def close(self, summary: dict[str, Any], exit_code: int) -> None:
         self._metrics.close()

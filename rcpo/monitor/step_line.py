@@ -9,6 +9,7 @@ import math
 import sys
 import time
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -18,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rcpo.common.console import KEPT_NATS, above_noise, duration, nats, number, percent
+from rcpo.runs.answers import Answer
 
 RECENT_STEPS = 10
 """Loss, displacement and speed are means over this many steps: one batch of pairs is noisy."""
@@ -136,6 +138,12 @@ class ConsoleSink:
 
     def log_eval(self, row: dict[str, float]) -> None:
         self._print(evaluation_line(row))
+
+    def log_answers(self, answers: Sequence[Answer]) -> None:
+        """The log has them: an answer may be long."""
+
+    def alert(self, step: int, line: str) -> None:
+        """A warning says it."""
 
     def close(self, summary: dict[str, Any], exit_code: int) -> None:
         if self._live is not None:

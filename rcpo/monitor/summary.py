@@ -165,6 +165,8 @@ def print_report(console: Console, run: RunFolder, config: ResolvedConfig, summa
         soft_wrap=plain,
     )
     console.print()
+    if "stopped_early" in summary:
+        console.print(Text(_capital(summary["stopped_early"]) + "."), soft_wrap=True)
     for label, value in places(run).items():
         console.print(Text.assemble((f"{label:<11}", "dim"), value), soft_wrap=True)
 
@@ -172,6 +174,10 @@ def print_report(console: Console, run: RunFolder, config: ResolvedConfig, summa
 def places(run: RunFolder) -> dict[str, str]:
     """Where a finished run's things are, by label."""
     found = {"run folder": str(run.path), "model": str(run.final), "plot": str(run.plot)}
+    if run.best.is_dir():
+        found["best model"] = str(run.best)
+    if (events := run.path / "tensorboard").is_dir():
+        found["events"] = f"tensorboard --logdir {events}"
     offline = sorted(run.path.glob("wandb/offline-run-*"))
     url = run.read_run().get("wandb_url")
     if url is not None:
@@ -179,6 +185,10 @@ def places(run: RunFolder) -> dict[str, str]:
     elif offline:
         found["W&B"] = f"offline; wandb sync {offline[-1]}"
     return found
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def title(config: ResolvedConfig) -> str:

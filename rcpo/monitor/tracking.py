@@ -10,12 +10,14 @@ import contextlib
 import logging
 import netrc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from urllib.parse import urlsplit
 
-from rcpo.monitor.wandb_media import log_model, log_pairs
+from rcpo.monitor.other_trackers import ALERT
+from rcpo.monitor.wandb_media import log_answers, log_model, log_pairs
+from rcpo.runs.answers import Answer
 from rcpo.runs.folder import RunFolder
 from rcpo.runs.frozen import config_tree
 
@@ -43,7 +45,7 @@ def wandb_mode(tracking: "TrackingConfig") -> WandbMode:
 
     Online without a key becomes offline with a warning: W&B would ask for a key in the middle of the run.
     """
-    if tracking.name == "none":
+    if tracking.name != "wandb":
         return "disabled"
     asked = tracking.mode if tracking.mode != "auto" else os.environ.get("WANDB_MODE", "")
     match asked:
@@ -101,6 +103,7 @@ class WandbSink:
     def __init__(self, config: "ResolvedConfig", run: RunFolder, mode: WandbMode) -> None:
         self._folder = run
         self._log_model = config.tracking.log_model
+        self._name = config.name
         self._run = _start(config, run, mode)
 
     def log_step(self, row: dict[str, float]) -> None:
@@ -109,6 +112,12 @@ class WandbSink:
     def log_eval(self, row: dict[str, float]) -> None:
         named = {key if key == "step" else f"eval/{key}": value for key, value in row.items()}
         self._attempt(lambda wandb_run: wandb_run.log(named, step=int(row["step"])))
+
+    def log_answers(self, answers: Sequence[Answer]) -> None:
+        self._attempt(lambda wandb_run: log_answers(wandb_run, self._folder, answers))
+
+    def alert(self, step: int, line: str) -> None:
+        self._attempt(lambda wandb_run: wandb_run.alert(ALERT, f"{self._name}: {line}", level="WARN"))
 
     def close(self, summary: dict[str, Any], exit_code: int) -> None:
         values = {f"summary/{key}": value for key, value in summary.items() if value is not None}

@@ -6,11 +6,12 @@ something."""
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rcpo.runs.answers import Answer
     from rcpo.runs.folder import RunFolder
 
 PAIRS = "pairs/held_out"
@@ -20,6 +21,9 @@ PAIRS_PLOT = "pairs/displacement"
 PAIRS_COLUMNS = ("pair", "chosen_change", "rejected_change", "chosen_start", "rejected_start")
 """Number of the pair; change of z_w and of z_l between the first and the last evaluation, and where they
 began, in nats."""
+ANSWERS = "answers"
+"""The table of answers: one row an answer, at each evaluation."""
+ANSWERS_COLUMNS = ("step", "pair", "prompt", "initial", "now")
 MAX_PAIRS = 10_000
 """W&B shows no more rows of a table; the first so many pairs are sent."""
 
@@ -40,6 +44,15 @@ def log_pairs(wandb_run: Any, run: "RunFolder", summary: dict[str, Any]) -> None
         title = "Held-out pairs: change of log-probability, nats"
         plot = wandb.plot.scatter(table, "rejected_change", "chosen_change", title=title)
         wandb_run.log({PAIRS: table, PAIRS_PLOT: plot}, step=end_step)
+
+
+def log_answers(wandb_run: Any, run: "RunFolder", answers: Sequence["Answer"]) -> None:
+    """Send the answers of one evaluation as a table, at its step."""
+    import wandb
+
+    with staged_in(run.path / "wandb"):
+        table = wandb.Table(columns=list(ANSWERS_COLUMNS), data=[list(answer) for answer in answers])
+        wandb_run.log({ANSWERS: table}, step=answers[0].step)
 
 
 def log_model(wandb_run: Any, run: "RunFolder", summary: dict[str, Any]) -> None:

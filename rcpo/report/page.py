@@ -18,6 +18,7 @@ from rcpo.comparison.keys import SPEED_ALONE, matches
 from rcpo.comparison.summary import headline, sentences
 from rcpo.comparison.table import GroupLine, notes
 from rcpo.comparison.view import Shown, View, make_view
+from rcpo.report.answers import answers_of
 from rcpo.report.fallen import ChesChoice, Fallen, FallenPair, find_fallen
 from rcpo.report.figures import Figure, heat_map, objective_figures
 
@@ -64,7 +65,7 @@ def make_page(
         section |= {"fallen": fallen.get(label), "is_open": label == worst}
         if label in fallen:
             section |= {"about": ABOUT_FALLEN + _about_ches(fallen[label]), "table": _fallen(fallen[label])}
-        sections.append(section)
+        sections.append(section | {"answers": answers_of(groups)})
     # In JSON inside of HTML the one dangerous character is "<", which ends a script.
     specs = json.dumps([figure.spec() for figure in figures], allow_nan=False).replace("<", "\\u003c")
     return render(

@@ -2,7 +2,7 @@
 needs torch imports it inside, so that looking at a run does not.
 
 config.yaml  run.json  metrics.jsonl  eval.jsonl  reference.safetensors  eval/  logs/  checkpoints/  final/
-wandb/  objective_module.py"""
+best/  answers.jsonl  wandb/  tensorboard/  objective_module.py"""
 
 import json
 import os
@@ -38,11 +38,19 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.eval = self.path / "eval.jsonl"
         self.reference = self.path / "reference.safetensors"
+        self.answers = self.path / "answers.jsonl"
         self.pair_results = self.path / "eval"
         self.logs = self.path / "logs"
         self.checkpoints = self.path / "checkpoints"
         self.final = self.path / "final"
+        self.best = self.path / "best"
         self.plot = self.path / "displacement.png"
+
+    def shown(self, path: Path) -> str:
+        """A path in the run as it is typed where the run was started; elsewhere from the run's name on, since
+        a model card is read on other machines."""
+        path, here = path.absolute(), Path.cwd()
+        return str(path.relative_to(here if path.is_relative_to(here) else self.path.absolute().parent))
 
     def refuse_existing(self) -> None:
         """Raise UserError when there is something at the path: a run never overwrites another."""

@@ -102,7 +102,7 @@ def status_of(run: RunFolder, cell: Cell, queue: Mapping[str, QueueEntry] | None
         chosen=evaluations[-1].get("displacement/chosen") if evaluations else None,
         eta_seconds=eta,
         node=node,
-        reason=None if state in (State.RUNNING, State.DONE, State.PENDING) else known.get("exit_reason"),
+        reason=None if state in (State.RUNNING, State.PENDING) else known.get("exit_reason"),
         queued=entry is not None,
     )
 

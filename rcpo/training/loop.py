@@ -33,9 +33,12 @@ from rcpo.ranks.distributed import done_by_rank_zero, from_rank_zero, rank, worl
 from rcpo.ranks.transfer import to_device
 from rcpo.reference.maker import ReferenceMaker
 from rcpo.reference.visits import Visit
+from rcpo.runs.answers import rewind_answers
 from rcpo.runs.folder import RunFolder
+from rcpo.training.after_evaluation import after_evaluation, end_of_summary, reason_to_end
 from rcpo.training.aggregate import aggregate_of
 from rcpo.training.agreement import check_agreement
+from rcpo.training.answers import note_answers
 from rcpo.training.checkpoint import checkpoint_to_resume, load_checkpoint
 from rcpo.training.measurement import Measurement
 from rcpo.training.measurements import Measurements, kind_at
@@ -108,8 +111,9 @@ def train(
     with stopping.deferred(), _closed_on_failure(sinks):
         if checkpoint is None:
             _note_evaluation(training, SideLogProbs(start.z_w, start.z_l))
-        _train_steps(training, watch or StepWatch())
-        return _finish(training)
+            note_answers(training)
+        reason = _train_steps(training, watch or StepWatch())
+        return _finish(training, reason)
 
 
 def _too_large(config: ResolvedConfig) -> str:
@@ -122,13 +126,14 @@ def _too_large(config: ResolvedConfig) -> str:
     )
 
 
-def _train_steps(training: Training, watch: StepWatch) -> None:
-    """Optimizer steps up to the run's end, with their rows, evaluations and checkpoints. Collective."""
+def _train_steps(training: Training, watch: StepWatch) -> str | None:
+    """Optimizer steps up to the run's end, with their rows, evaluations and checkpoints; why it ended early,
+    if it did. Collective."""
     config, state, engine = training.config, training.state, training.engine
     time_left = stopping.of_this_job()
-    if _lacks_evaluation(training):  # a stop before it did not wait for it
-        _evaluate(training)
-    while state.step < training.num_steps:
+    # A stop before the evaluation did not wait for it.
+    reason = _evaluate(training) if _lacks_evaluation(training) else reason_to_end(training)
+    while state.step < training.num_steps and reason is None:
         started = time.perf_counter()
         measurement = training.measurements.at(state.step, state.calibrator)
         micro_batches = _micro_batches(training, measurement)
@@ -165,16 +170,19 @@ def _train_steps(training: Training, watch: StepWatch) -> None:
         if trained.stop and not is_end:
             stop_with_checkpoint(training, time_left.is_up())
         if is_end or _due(state.step, config.train.eval_every):
-            _evaluate(training)
-        if _due(state.step, config.train.save_every):
+            reason = _evaluate(training)
+        if reason is not None or _due(state.step, config.train.save_every):
             save_or_go_on(training, time_left)
+    return reason
 
 
-def _evaluate(training: Training) -> None:
-    """Displacement of the held-out pairs, to every sink. Collective."""
+def _evaluate(training: Training) -> str | None:
+    """Displacement of the held-out pairs, to every sink; why the run ends with it, if it does. Collective."""
     pairs, pad_id = training.inputs.held_out, training.inputs.pad_id
     result = evaluate_logprobs(training.engine, pairs, pad_id, eval_batch(training.config))
     _note_evaluation(training, result)
+    note_answers(training)
+    return after_evaluation(training)
 
 
 def _lacks_evaluation(training: Training) -> bool:
@@ -283,7 +291,9 @@ def _start_sinks(config: ResolvedConfig, run: RunFolder, num_steps: int, start_s
     again."""
     if rank() != 0:
         return []
-    run.rewind(start_step if start_step > 0 else -1)
+    kept = start_step if start_step > 0 else -1
+    run.rewind(kept)
+    rewind_answers(run, kept)
     return build_sinks(config, run, num_steps, start_step)
 
 
@@ -300,19 +310,22 @@ def _note_evaluation(training: Training, result: SideLogProbs) -> None:
         sink.log_eval({"step": step} | row)
 
 
-def _finish(training: Training) -> dict[str, Any]:
-    """Write final/, the plot and the summary. The other ranks stay until rank 0 is through: a launcher may
-    end what is left a while after the first rank has gone. Collective."""
+def _finish(training: Training, reason: str | None) -> dict[str, Any]:
+    """Write final/, the plot and the summary; `reason`: why the run ends early, if it does. The other ranks
+    stay until rank 0 is through: a launcher may end what is left a while after the first rank has gone.
+    Collective."""
     weights = training.engine.whole_weights()
-    return done_by_rank_zero(lambda: _write_end(training, weights or {}))
+    return done_by_rank_zero(lambda: _write_end(training, weights or {}, reason))
 
 
-def _write_end(training: Training, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
+def _write_end(training: Training, weights: dict[str, torch.Tensor], reason: str | None) -> dict[str, Any]:
     run = training.run
-    summary = summarize(run.rows(run.metrics), run.rows(run.eval))
+    summary = summarize(run.rows(run.metrics), run.rows(run.eval)) | end_of_summary(training, reason)
     with replacing(run.final) as beside:
         save_model(training.engine.policy.model, weights, training.inputs.tokenizer, beside)
-        (beside / "README.md").write_text(model_card(training.config, summary), encoding="utf-8")
+        (beside / "README.md").write_text(
+            model_card(training.config, summary, run.shown(run.final)), encoding="utf-8"
+        )
     plot_run(run, run.plot)
     for sink in training.sinks:
         sink.close(summary, 0)

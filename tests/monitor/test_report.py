@@ -203,7 +203,9 @@ def front_matter(card: str) -> Row:
 def test_the_model_card_says_objective_calibration_and_displacement() -> None:
     steps = [{"step": 20, "calibration/alpha": 1.25, "band/inside": 1.0}]
     card = model_card(
-        config_of("objective=simpo", "calibration=on"), summary_of(0, -0.5, 0.3, step_rows=steps)
+        config_of("objective=simpo", "calibration=on"),
+        summary_of(0, -0.5, 0.3, step_rows=steps),
+        "runs/x/final",
     )
     assert front_matter(card) == {
         "library_name": "transformers",
@@ -223,23 +225,26 @@ def test_the_model_card_says_objective_calibration_and_displacement() -> None:
         "| step 20 | +0.30 nats | -2.00 nats | 0.75 | 25% |",
         "The chosen responses became more likely: +0.30 nats",
         "The lowest chosen value was -0.50 nats, at step 10.",
+        'AutoModelForCausalLM.from_pretrained("runs/x/final")',
     ):
         assert part in card
 
 
 def test_the_model_card_says_what_can_load_the_folder() -> None:
     """A whole model, and an adapter with the words that go on from it."""
-    whole = model_card(config_of("model.lora.rank=4"), summary_of(0, 1))
+    whole = model_card(config_of("model.lora.rank=4"), summary_of(0, 1), "runs/x/final")
     assert "This needs transformers 5. For transformers 4, `rcpo export RUN OUT --transformers4`" in whole
-    adapter = model_card(config_of("model.lora.rank=4", "model.lora.save=adapter"), summary_of(0, 1))
+    adapter = model_card(
+        config_of("model.lora.rank=4", "model.lora.save=adapter"), summary_of(0, 1), "runs/x/final"
+    )
     assert "This needs transformers, peft, and the base model" in adapter
-    words = "model.path=BASE model.lora.adapter=PATH model.lora.on_adapter=merge model.lora.rank=4."
+    words = "model.path=BASE model.lora.adapter=runs/x/final model.lora.on_adapter=merge model.lora.rank=4."
     assert words in adapter
 
 
 def test_the_model_card_of_a_run_without_numbers_can_be_written() -> None:
     card = model_card(
-        config_of("calibration=on"), summarize([{"step": 1, "calibration/alpha": math.nan}], [])
+        config_of("calibration=on"), summarize([{"step": 1, "calibration/alpha": math.nan}], []), "final"
     )
     assert "The last step's alpha was not finite" in card
     front_matter(card)
@@ -252,11 +257,11 @@ def test_the_model_card_names_hub_ids_and_no_path_of_this_machine(
     (tmp_path / "owner" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     data = ("data=file", "data.path=someone/pairs")
-    card = model_card(config_of("model.path=someone/model-1.5B", *data), summary_of(0, 1))
+    card = model_card(config_of("model.path=someone/model-1.5B", *data), summary_of(0, 1), "runs/x/final")
     assert front_matter(card)["base_model"] == "someone/model-1.5B"
     assert front_matter(card)["datasets"] == ["someone/pairs"]
     for path in ("owner/model", str(tmp_path / "owner" / "model"), "./owner/model"):
-        card = model_card(config_of(f"model.path={path}"), summary_of(0, 1))
+        card = model_card(config_of(f"model.path={path}"), summary_of(0, 1), "runs/x/final")
         assert "base_model" not in front_matter(card)
         assert str(tmp_path) not in card
     assert not is_hub_id("builtin:tiny")
