@@ -22,7 +22,23 @@ IGNORED = (
     "model.lora.save",
 )
 """Settings that change neither training nor its speed: runs that differ in them are one group."""
-ABSENT = (("objective.module", None), ("objective.log_probs", "sum"), ("train.deterministic", False))
+ABSENT = (
+    ("objective.module", None),
+    ("objective.log_probs", "sum"),
+    ("objective.reference_free", False),
+    ("objective.label_smoothing", 0.0),
+    ("objective.divergence", "reverse_kl"),
+    ("objective.divergence_alpha", 0.5),
+    ("objective.sft_mean", None),
+    ("objective.chosen_weight", 1.0),
+    ("objective.rejected_weight", 1.0),
+    ("objective.shift", "running_mean"),
+    ("optim.warmup_ratio", None),
+    ("optim.decay_ratio", 0.1),
+    ("optim.floor", 0.0),
+    ("optim.smoothing", 0.99),
+    ("train.deterministic", False),
+)
 """Settings that runs of before the key was there do not have, and that mean the same."""
 SPEED_ALONE = (
     "launch.*",
