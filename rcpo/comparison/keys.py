@@ -26,6 +26,18 @@ IGNORED = (
 ABSENT = (
     ("objective.module", None),
     ("objective.log_probs", "sum"),
+    ("objective.reference_free", False),
+    ("objective.label_smoothing", 0.0),
+    ("objective.divergence", "reverse_kl"),
+    ("objective.divergence_alpha", 0.5),
+    ("objective.sft_mean", None),
+    ("objective.chosen_weight", 1.0),
+    ("objective.rejected_weight", 1.0),
+    ("objective.shift", "running_mean"),
+    ("optim.warmup_ratio", None),
+    ("optim.decay_ratio", 0.1),
+    ("optim.floor", 0.0),
+    ("optim.smoothing", 0.99),
     ("train.deterministic", False),
     ("train.stop_when", None),
 )

@@ -10,7 +10,7 @@ import dataclasses
 from rcpo.common.errors import UserError, shortened
 from rcpo.config.calibration import CalibrationConfig
 from rcpo.config.conditions import check_conditions
-from rcpo.config.schema import Config, DataConfig, FilterConfig, LoraConfig, TrackingConfig
+from rcpo.config.schema import Config, DataConfig, FilterConfig, LoraConfig, OptimConfig, TrackingConfig
 from rcpo.objectives import composition_of, objective_of
 
 
@@ -62,6 +62,21 @@ def _check_optimizer(config: Config) -> None:
         )
     if optim.name == "sgd" and optim.lr is None:
         raise UserError("optim.lr: has no value and optim=sgd needs one; type optim.lr=0.01")
+    if optim.warmup_ratio is not None and optim.warmup_steps > 0:
+        raise UserError(
+            f"optim.warmup_ratio={optim.warmup_ratio}: says the same as "
+            f"optim.warmup_steps={optim.warmup_steps}; type optim.warmup_steps=0 or optim.warmup_ratio=null"
+        )
+    if optim.floor > 0 and optim.schedule not in ("cosine", "wsd"):
+        raise UserError(
+            f"optim.floor={optim.floor}: has no effect with optim.schedule={optim.schedule}; type "
+            "optim.schedule=cosine or optim.schedule=wsd, or optim.floor=0"
+        )
+    if optim.decay_ratio != OptimConfig(name="adamw").decay_ratio and optim.schedule != "wsd":
+        raise UserError(
+            f"optim.decay_ratio={optim.decay_ratio}: has no effect with optim.schedule={optim.schedule}; "
+            "type optim.schedule=wsd"
+        )
 
 
 def _check_model(config: Config) -> None:

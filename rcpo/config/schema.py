@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 
 from rcpo.common.conf import IN_CONF, defaults_in
 from rcpo.config.calibration import CalibrationConfig
+from rcpo.config.optim import OptimConfig
 from rcpo.config.tracking import MetricsConfig, TrackingConfig
 from rcpo.config.types import STRICT, NonNegative, Paths, Positive, Seed, Stage, Text
 
@@ -246,33 +247,6 @@ class ReferenceConfig:
     pairs_per_device: Positive | None = IN_CONF
     """Pairs of one forward pass of the reference on a rank, to rounding without effect; null: four
     micro-batches where cached, one where live, which takes at most one."""
-
-
-@dataclass(frozen=True, config=STRICT)
-@defaults_in("optim/adamw", "optim/sgd", "optim/adamw_8bit")
-class OptimConfig:
-    name: Literal["adamw", "sgd", "adamw_8bit"]
-    lr: Annotated[float, Field(gt=0)] | None = IN_CONF
-    """Peak learning rate; null: 3e-4 for builtin:tiny, else 1e-6; ten times that with model.lora."""
-    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = IN_CONF
-    """AdamW's two decay rates."""
-    eps: Annotated[float, Field(gt=0)] = IN_CONF
-    """AdamW's term in the denominator."""
-    paged: bool = IN_CONF
-    """Let the driver move adamw_8bit's moments to host memory while a GPU is full; one wait more a step."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = IN_CONF
-    """SGD's momentum."""
-    weight_decay: Annotated[float, Field(ge=0)] = IN_CONF
-    """Decoupled for AdamW, plain L2 for sgd."""
-    schedule: Literal["constant", "linear", "cosine"] = IN_CONF
-    """Learning rate after the warm-up; linear and cosine end at 0 at the last step."""
-    warmup_steps: NonNegative = IN_CONF
-    """Optimizer steps of linear warm-up from 0."""
-
-    @property
-    def first_decay(self) -> float:
-        """Decay per step of what the optimizer remembers of gradients."""
-        return self.momentum if self.name == "sgd" else self.betas[0]
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -15,7 +15,7 @@ import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_optimizer_state
 from torch import Tensor
-from transformers import PreTrainedModel, get_scheduler
+from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from rcpo.common.errors import UserError
@@ -26,6 +26,7 @@ from rcpo.engine.engine_files import ENGINE_TAG, Writer, convert_to_universal
 from rcpo.engine.gradient_norm import group_norms, known, whole_norm
 from rcpo.engine.memory import BUCKET
 from rcpo.engine.optimizer import build_optimizer, can_be_fused, held_still, make_moments
+from rcpo.engine.schedule import build_schedule
 from rcpo.engine.speedups import speed_up
 from rcpo.models.adapters import exported_tensors
 from rcpo.models.attention import refuse_joint_layout
@@ -117,8 +118,7 @@ class Engine:
         settings["zero_optimization"].setdefault("reduce_bucket_size", min(BUCKET, trained))
         optimizer = build_optimizer(config.optim, self.trainable_parameters(), can_be_fused(config))
         self._optimizer = optimizer
-        schedule = "constant_with_warmup" if config.optim.schedule == "constant" else config.optim.schedule
-        scheduler = get_scheduler(schedule, optimizer, config.optim.warmup_steps, num_steps)
+        scheduler = build_schedule(config.optim, optimizer, num_steps)
         # Printed timings; and at stage 0 in bf16 DeepSpeed steps on gradients of zero.
         with contextlib.redirect_stdout(io.StringIO()), held_still(optimizer):
             self._deepspeed, *_ = deepspeed.initialize(

@@ -128,7 +128,9 @@ def _optimizer_bytes(config: ResolvedConfig, model: PreTrainedModel, size: int, 
     if config.deepspeed.offload == "optimizer":
         return 0
     moments = {"adamw": 2 * FP32, "adamw_8bit": 0 if config.optim.paged else 2}
-    of_number = moments.get(config.optim.name, FP32 * (config.optim.momentum > 0))
+    of_momentum = FP32 * (config.optim.momentum > 0)
+    moments["rmsprop"] = FP32 + of_momentum
+    of_number = moments.get(config.optim.name, of_momentum)
     of_number += FP32 * (stage > 0 or size < FP32)
     return _trained(model) * of_number // (config.world_size() if stage >= 1 else 1)
 

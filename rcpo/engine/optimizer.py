@@ -1,4 +1,5 @@
-"""The optimizer that DeepSpeed steps: torch's AdamW or SGD, or bitsandbytes' AdamW with moments in 8 bits.
+"""The optimizer that DeepSpeed steps: torch's AdamW, SGD or RMSprop, or bitsandbytes' AdamW with moments in 8
+bits.
 
 Does not know DeepSpeed: `rcpo.engine.engine` hands the optimizer over."""
 
@@ -36,6 +37,11 @@ def build_optimizer(
         return torch.optim.SGD(
             parameters, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
         )
+    if config.name == "rmsprop":
+        return torch.optim.RMSprop(
+            parameters, lr=config.lr, alpha=config.smoothing, eps=config.eps, momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )  # fmt: skip
     beta1, beta2 = config.betas
     if config.name == "adamw_8bit":
         from bitsandbytes.optim import AdamW8bit  # seconds, and mostly not needed

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from rcpo.common.conf import conf_dir, option_tree
+from rcpo.common.console import percent
 from rcpo.common.errors import UserError
 from rcpo.config.compose import Composition, config_dirs, look_at
 from rcpo.config.meanings import leaves, option_file, shown
@@ -116,7 +117,10 @@ def _lines(config: ResolvedConfig, inputs: Inputs, origins: Origins) -> Iterator
     device = _auto(of("train.device", ""), "a GPU where there is one")
     yield Line("train.device", f"{train.device}, ranks: {ranks}", device)
     yield Line("model.dtype", config.model.dtype, _auto(of("model.dtype", ""), "bfloat16 on GPUs alone"))
-    yield Line("optim", optim.name, f"schedule {optim.schedule}, warm-up of {optim.warmup_steps} steps")
+    warmup = f"{optim.warmup_steps} steps"
+    if optim.warmup_ratio is not None:
+        warmup = f"{percent(optim.warmup_ratio)} of the steps"
+    yield Line("optim", optim.name, f"schedule {optim.schedule}, warm-up of {warmup}")
     kind = f"{'builtin:tiny' if tiny else 'a model of yours'}{', with an adapter' if adapter else ''}"
     yield Line("optim.lr", f"{optim.lr:g}", of("optim.lr", f"for {kind}"))
     steps = inputs.num_steps(config)

@@ -10,6 +10,7 @@ values.
     registry.py        @objective (register, to users), load_objective
     own.py             objective.module: objectives from users' own files; trial.py tries them out
     parameters.py      kinds and ranges of parameters
+    reading.py         switches that formulas share: label smoothing, divergences, means of likelihood terms
     numerics.py        exp and sigmoid that stay finite
     pairwise.py        functions of the margin r_w - r_l
     reference_free.py  functions of z alone

@@ -32,7 +32,7 @@ def cal_dpo(pair: PairLogProbs, config: CalDPOConfig) -> Tensor:
     """
     target = 1 / (2 * config.beta)
     squares = (pair.r_w - target) ** 2 + (pair.r_l + target) ** 2
-    return -F.logsigmoid(pair.margin()) + squares / 2
+    return pair.sigmoid_loss(pair.r_w - pair.r_l) + squares / 2
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def dpop(pair: PairLogProbs, config: DPOPConfig) -> Tensor:
 
     Pal et al. 2024 (arXiv 2402.13228).
     """
-    return -F.logsigmoid(config.beta * (pair.margin() - config.lambda_ * F.relu(-pair.r_w)))
+    return pair.sigmoid_loss(config.beta * (pair.margin() - config.lambda_ * F.relu(-pair.r_w)))
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def rpo(pair: PairLogProbs, config: RPOConfig) -> Tensor:
 
     Iterative reasoning preference optimisation, Pang et al. 2024 (arXiv 2404.19733).
     """
-    return -pair.z_w / pair.len_w - config.a * F.logsigmoid(config.beta * pair.margin())
+    return pair.likelihood_loss() + config.a * pair.sigmoid_loss(config.beta * pair.margin())
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class DPOShiftConfig:
 @objective("dpo_shift", DPOShiftConfig, needs_reference=True)
 def dpo_shift(pair: PairLogProbs, config: DPOShiftConfig) -> Tensor:
     """-log sigmoid(beta (r_w - f r_l)), per pair (B,): d_l = f d_w. Yang et al. 2025 (arXiv 2502.07599)."""
-    return -F.logsigmoid(config.beta * (pair.r_w - config.f * pair.r_l))
+    return pair.sigmoid_loss(config.beta * (pair.r_w - config.f * pair.r_l))
 
 
 TOTAL_LENGTH = BatchStatistic(
@@ -130,4 +130,4 @@ def acpo(pair: PairLogProbs, config: ACPOConfig) -> Tensor:
     tiny = torch.finfo(beta_r_l.dtype).tiny
     scale = ((tau - beta_r_w) / (-beta_r_l).clamp(min=tiny)).clamp(0, 1)
     scale = torch.where(beta_r_l >= 0, torch.ones_like(scale), scale).detach()
-    return -F.logsigmoid(beta_r_w - scale * beta_r_l)
+    return pair.sigmoid_loss(beta_r_w - scale * beta_r_l)

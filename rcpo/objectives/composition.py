@@ -1,9 +1,11 @@
-"""What every objective accepts beside its own parameters: sums or means of log-probs, weights of pairs, what
-takes the mean's place, and the module that registers an objective of a user's own.
+"""What every objective accepts beside its own parameters: sums or means of log-probs, how its formula is
+read, weights of pairs, what takes the mean's place, and the module that registers an objective of a user's
+own.
 
 Owns these keys of the `objective` section, their rules, and the one way from that section to an `Objective`.
 Their defaults stand in conf/every_objective.yaml. Does not own what they mean:
-`rcpo.objectives.loss` averages log-probs, `rcpo.records.weights` reads the weights, `rcpo.training.step`
+`rcpo.objectives.loss` averages log-probs, `rcpo.objectives.reading` has the switches of formulas,
+`rcpo.records.weights` reads the weights, `rcpo.training.step`
 multiplies by them, `rcpo.training.aggregate` aggregates."""
 
 import dataclasses
@@ -15,8 +17,16 @@ from rcpo.common.conf import IN_CONF, conf_dir, defaults_in, option_tree
 from rcpo.common.errors import UserError
 from rcpo.objectives.loss import Objective
 from rcpo.objectives.own import import_own
-from rcpo.objectives.parameters import ParameterError, check_kind, require_not_negative, require_positive
+from rcpo.objectives.parameters import (
+    ParameterError,
+    check_kind,
+    require,
+    require_not_negative,
+    require_positive,
+)
+from rcpo.objectives.reading import AS_WRITTEN, DIVERGENCES, SFT_MEANS, Reading
 from rcpo.objectives.registry import TOP, load_at, one_line
+from rcpo.objectives.trial import losses_of_trial
 
 SAMPLE_WEIGHTS = (None, "weight", "dora")
 AGGREGATES = ("mean", "kl_dro")
@@ -44,6 +54,19 @@ class Composition:
     """sum: z and ref as the objective's formula has them, summed over tokens. mean: both divided by the
     response's length before the loss sees them, which then finds |y| = 1: what divides by |y| divides once,
     and a loss about lengths (r_dpo) keeps them."""
+    reference_free: bool = IN_CONF
+    """true: the loss reads ref_w = ref_l = 0, and no reference is computed for it."""
+    label_smoothing: float = IN_CONF
+    """s in [0, 0.5): -(1-s) log sigmoid(x) - s log sigmoid(-x) in the place of each -log sigmoid(x) of the
+    formula."""
+    divergence: str = IN_CONF
+    """f of the f-divergence that holds the policy to the reference: r_w, r_l of the formula's margin become
+    f'(e^r) (`rcpo.objectives.reading`)."""
+    divergence_alpha: float = IN_CONF
+    """The alpha of divergence=alpha, not 1, where it is reverse_kl."""
+    sft_mean: str | None = IN_CONF
+    """What a likelihood term is: pairs: -z_w/|y_w|. tokens: -z_w over the global batch's mean of |y_w|, whose
+    mean over pairs is that over tokens. sum: -z_w. null: as the formula has it."""
     sample_weight: str | None = IN_CONF
     """null: every pair counts alike. weight: by the column `weight`. dora: by 1/(a + a_i (1-p)/p) of the
     column `probability` (`rcpo.records.weights`)."""
@@ -68,6 +91,13 @@ class Composition:
             raise ParameterError("sample_weight", self.sample_weight, "null, weight or dora", "weight")
         if self.aggregate not in AGGREGATES:
             raise ParameterError("aggregate", self.aggregate, "mean or kl_dro", "mean")
+        if self.divergence not in DIVERGENCES:
+            raise ParameterError("divergence", self.divergence, "reverse_kl, forward_kl, js or alpha", "js")
+        if self.sft_mean not in SFT_MEANS:
+            raise ParameterError("sft_mean", self.sft_mean, "null, pairs, tokens or sum", "tokens")
+        smoothing = self.label_smoothing
+        require(self, "label_smoothing", 0 <= smoothing < 0.5, "at least 0 and less than 0.5")
+        require(self, "divergence_alpha", self.divergence_alpha != 1, "other than 1, where it is reverse_kl")
         require_positive(self, "dora_a", "dro_lambda")
         require_not_negative(self, "dora_a_i")
         defaults = composition_defaults()
@@ -75,6 +105,7 @@ class Composition:
             ("dora_a", "sample_weight", "dora"),
             ("dora_a_i", "sample_weight", "dora"),
             ("dro_lambda", "aggregate", "kl_dro"),
+            ("divergence_alpha", "divergence", "alpha"),
         ):
             if getattr(self, key) != defaults[key] and getattr(self, switch) != option:
                 raise UserError(
@@ -87,6 +118,15 @@ class Composition:
         parts = []
         if self.log_probs == "mean":
             parts.append("log-probabilities averaged over each response's tokens")
+        if self.reference_free:
+            parts.append("without a reference: its log-probabilities are read as 0")
+        if self.label_smoothing:
+            parts.append(f"labels smoothed by {self.label_smoothing}")
+        if self.divergence != "reverse_kl":
+            alpha = f" {self.divergence_alpha}" if self.divergence == "alpha" else ""
+            parts.append(f"log-ratios as the divergence {self.divergence}{alpha} has them")
+        if self.sft_mean is not None:
+            parts.append(f"likelihood terms {OF_SFT_MEAN[self.sft_mean]}")
         if self.sample_weight == "weight":
             parts.append("each pair's loss times its weight in the data")
         if self.sample_weight == "dora":
@@ -96,13 +136,21 @@ class Composition:
         return "; ".join(parts)
 
 
+OF_SFT_MEAN = {
+    "pairs": "averaged over each response's tokens",
+    "tokens": "averaged over the tokens of the batch's chosen responses",
+    "sum": "summed over tokens",
+}
+"""Of a likelihood term, for people."""
+
+
 def composition_of(section: Mapping[str, Any]) -> Composition:
     """The composition in an `objective` section. Raises UserError with one line."""
     defaults = composition_defaults()
     params = {key: value for key, value in section.items() if key in defaults}
     try:
         for key, value in params.items():
-            if isinstance(defaults[key], float):
+            if isinstance(defaults[key], float | bool):
                 check_kind(key, value, defaults[key])
         return Composition(**params)
     except ParameterError as error:
@@ -118,4 +166,54 @@ def objective_of(section: Mapping[str, Any], fresh: bool = False) -> Objective:
     shared = composition_defaults()
     params = {str(key): value for key, value in section.items() if key not in shared}
     loaded = load_at(TOP, str(params.pop("name", None)), params, also=tuple(shared))
-    return dataclasses.replace(loaded, averages=composition_of(section).log_probs == "mean")
+    composition = composition_of(section)
+    reading = Reading(
+        composition.reference_free,
+        composition.label_smoothing,
+        composition.divergence,
+        composition.divergence_alpha if composition.divergence == "alpha" else 0.0,
+        composition.sft_mean,
+    )
+    _check_reading(loaded, reading)
+    return dataclasses.replace(
+        loaded,
+        averages=composition.log_probs == "mean",
+        reading=reading,
+        needs_reference=loaded.needs_reference and not reading.reference_free,
+    )
+
+
+SWITCHES = {
+    "reference_free": (Reading(reference_free=True), "reads no reference"),
+    "label_smoothing": (Reading(label_smoothing=0.25), "has no sigmoid of its own to smooth"),
+    "divergence": (Reading(divergence="js"), "is no function of the margin r_w - r_l"),
+    "sft_mean": (Reading(sft_mean="sum"), "has no likelihood term"),
+}
+"""A key of a reading, a reading with it, and why a formula is not changed by that."""
+
+
+def _check_reading(objective: Objective, reading: Reading) -> None:
+    """Raise UserError where a switch cannot change this loss, tried out on three pairs."""
+    for key, (tried, reason) in SWITCHES.items():
+        value = getattr(reading, key)
+        neutral = getattr(AS_WRITTEN, key)
+        if value == neutral:
+            continue
+        shown, right = (str("null" if each is None else each).lower() for each in (value, neutral))
+        if key == "reference_free" and objective.weighs_tokens:
+            raise UserError(
+                f"{TOP}.{key}=true: objective={objective.name} weighs tokens by log-ratios to the reference; "
+                f"type {TOP}.{key}=false"
+            )
+        readings = (tried, Reading(sft_mean="pairs") if key == "sft_mean" else AS_WRITTEN)
+        of_both = [losses_of_trial(dataclasses.replace(objective, reading=each)) for each in readings]
+        if of_both[0].equal(of_both[1]):
+            raise UserError(
+                f"{TOP}.{key}={shown}: has no effect, objective={objective.name} {reason}; type "
+                f"{TOP}.{key}={right}"
+            )
+    if reading.reference_free and reading.divergence != "reverse_kl":
+        raise UserError(
+            f"{TOP}.divergence={reading.divergence}: is a divergence from the reference, and "
+            f"{TOP}.reference_free=true takes it away; type {TOP}.divergence=reverse_kl"
+        )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rcpo.objectives.parameters import config_key
+from rcpo.objectives.reading import AS_WRITTEN, Reading
 
 
 class PairLogProbs(NamedTuple):
@@ -35,6 +36,11 @@ class PairLogProbs(NamedTuple):
     """The objective's batch statistics (`BatchStatistic`); () stands for their values at the start."""
     tokens: tuple[Tensor, Tensor] | None = None
     """The responses' tokens where z is averaged, and len_w, len_l are 1; None: len_w, len_l."""
+    reading: Reading = AS_WRITTEN
+    """Switches that formulas share."""
+    mean_tokens: float | None = None
+    """Mean of the chosen responses' tokens over the global batch, where a likelihood term is a mean over its
+    tokens; None: of these pairs."""
 
     @property
     def r_w(self) -> Tensor:
@@ -46,9 +52,39 @@ class PairLogProbs(NamedTuple):
         """z_l - ref_l, (B,)."""
         return self.z_l - self.ref_l
 
+    @property
+    def u_w(self) -> Tensor:
+        """What stands for r_w under the reading's divergence: r_w itself for the reverse KL, (B,)."""
+        return self.reading.of_ratio(self.r_w)
+
+    @property
+    def u_l(self) -> Tensor:
+        """Likewise for r_l, (B,)."""
+        return self.reading.of_ratio(self.r_l)
+
     def margin(self) -> Tensor:
-        """mt = r_w - r_l, the implicit reward margin divided by beta, (B,)."""
-        return self.r_w - self.r_l
+        """mt = r_w - r_l, the implicit reward margin divided by beta, (B,); under another divergence than the
+        reverse KL u_w - u_l."""
+        return self.u_w - self.u_l
+
+    def sigmoid_loss(self, logit: Tensor) -> Tensor:
+        """-log sigmoid(logit), (B,), with the reading's label smoothing."""
+        return self.reading.sigmoid_loss(logit)
+
+    def likelihood_loss(self, weight: float = 1.0, mean: str = "pairs") -> Tensor:
+        """-weight z_w of the chosen responses, (B,). pairs: over |y_w|. sum: summed. tokens: over the global
+        batch's mean of |y_w|, so that its mean over pairs is that over the batch's tokens. The reading's
+        sft_mean wins over `mean`, which is what the formula has."""
+        wanted = self.reading.sft_mean
+        if (wanted or mean) == "pairs":
+            return -(weight * self.z_w) / self.len_w
+        if wanted is None:
+            return -(weight * self.z_w)
+        tokens = self.len_w if self.tokens is None else self.tokens[0]
+        total = -(weight * self.z_w) if self.tokens is None else -(weight * self.z_w) * tokens
+        if wanted == "sum":
+            return total
+        return total / (tokens.mean() if self.mean_tokens is None else self.mean_tokens)
 
     def extra_tokens(self) -> Tensor:
         """Tokens of the chosen response less those of the rejected one, (B,), whatever z is: for a loss that
@@ -118,10 +154,18 @@ class Objective:
     averages: bool = False
     """Whether the loss reads log-probs averaged over tokens, whatever its formula says of z
     (objective.log_probs=mean)."""
+    reading: Reading = AS_WRITTEN
+    """Switches that formulas share, as this one is read."""
 
     def view(self, pair: PairLogProbs) -> PairLogProbs:
-        """The pair as the loss reads it, which incentives are derivatives by: as it is, or averaged."""
-        return pair.averaged() if self.averages else pair
+        """The pair as the loss reads it, which incentives are derivatives by: as it is, or averaged, with the
+        objective's reading. A term of a mix keeps the reading of the whole."""
+        if self.averages:
+            pair = pair.averaged()
+        if self.reading == AS_WRITTEN:
+            return pair
+        ref_w, ref_l = self.reading.references(pair.ref_w, pair.ref_l)
+        return pair._replace(ref_w=ref_w, ref_l=ref_l, reading=self.reading)
 
     def __call__(self, pair: PairLogProbs) -> Tensor:
         pair = self.view(pair)
@@ -137,6 +181,11 @@ class Objective:
     def needs_mismatched(self) -> bool:
         """Whether a step must score mismatched pairs before it begins."""
         return any(statistic.of_mismatched for statistic in self.statistics)
+
+    @property
+    def needs_mean_tokens(self) -> bool:
+        """Whether a step must know the mean of the global batch's |y_w| before it begins."""
+        return self.reading.sft_mean == "tokens"
 
     @property
     def num_statistics(self) -> int:

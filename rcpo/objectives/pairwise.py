@@ -18,7 +18,7 @@ from rcpo.objectives.registry import objective
 
 def normalized_margin(pair: PairLogProbs) -> Tensor:
     """r_w/|y_w| - r_l/|y_l|, (B,)."""
-    return pair.r_w / pair.len_w - pair.r_l / pair.len_l
+    return pair.u_w / pair.len_w - pair.u_l / pair.len_l
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class DPOConfig:
 def dpo(pair: PairLogProbs, config: DPOConfig) -> Tensor:
     """-log sigmoid(beta * (r_w - r_l)), per pair (B,), log-probs summed. Rafailov et al. 2023 (arXiv
     2305.18290)."""
-    return -F.logsigmoid(config.beta * pair.margin())
+    return pair.sigmoid_loss(config.beta * pair.margin())
 
 
 @objective("ti_dpo", DPOConfig, needs_reference=True, weighs_tokens=True)
@@ -66,7 +66,7 @@ def dpo_norm(pair: PairLogProbs, config: NormalizedDPOConfig) -> Tensor:
     Not DPO at another beta: the two sides' incentives differ by |y_l|/|y_w|. Lambert et al. 2024 (arXiv
     2411.15124).
     """
-    return -F.logsigmoid(config.beta * normalized_margin(pair))
+    return pair.sigmoid_loss(config.beta * normalized_margin(pair))
 
 
 @dataclass(frozen=True)
@@ -205,4 +205,4 @@ def r_dpo(pair: PairLogProbs, config: LengthRegularizedDPOConfig) -> Tensor:
 
     Park et al. 2024 (arXiv 2403.19159).
     """
-    return -F.logsigmoid(config.beta * pair.margin() + config.a * pair.extra_tokens())
+    return pair.sigmoid_loss(config.beta * pair.margin() + config.a * pair.extra_tokens())

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rcpo.objectives.loss import BatchStatistic, PairLogProbs
 from rcpo.objectives.numerics import sigmoid
-from rcpo.objectives.parameters import require, require_positive
+from rcpo.objectives.parameters import require, require_not_negative, require_positive
 from rcpo.objectives.registry import objective
 
 
@@ -38,9 +38,14 @@ class KTOConfig:
     """What the reference point z0 is the mean of. mean: r of both sides, of the step before, at no cost.
     mismatched: as published, r of each prompt with the responses of another pair of the step's batch, which
     takes a forward pass of policy and reference."""
+    chosen_weight: float
+    """What multiplies the chosen side's loss, >= 0; the paper's lambda_D, 1."""
+    rejected_weight: float
+    """What multiplies the rejected side's loss, >= 0; the paper's lambda_U, 1."""
 
     def __post_init__(self) -> None:
         require_positive(self, "beta")
+        require_not_negative(self, "chosen_weight", "rejected_weight")
         require(self, "kl", self.kl in KTO_REFERENCE_POINTS, "mean or mismatched")
 
 
@@ -63,20 +68,33 @@ def _reference_point(config: KTOConfig) -> tuple[BatchStatistic, ...]:
 
 @objective("kto", KTOConfig, needs_reference=True, statistics=_reference_point)
 def kto(pair: PairLogProbs, config: KTOConfig) -> Tensor:
-    """(1 - sigmoid(beta (r_w - z0))) + (1 - sigmoid(beta (z0 - r_l))), per pair (B,): KTO on pairs.
+    """a_w (1 - sigmoid(beta (r_w - z0))) + a_l (1 - sigmoid(beta (z0 - r_l))), per pair (B,): KTO on pairs.
 
-    z0 is a number of the global batch, without a gradient. kl=mismatched is the paper's estimate of
-    KL(policy, reference): max(0, mean of r over x_i with both responses of pair i+1, cyclic), under the
-    step's own weights. kl=mean is a variant that costs nothing: max(0, mean of r over both sides) of the step
-    before. The paper's weights of the two sides are 1 here. Ethayarajh et al. 2024 (arXiv 2402.01306).
+    a_w and a_l are chosen_weight and rejected_weight. z0 is a number of the global batch, without a gradient.
+    kl=mismatched is the paper's estimate of KL(policy, reference): max(0, mean of r over x_i with both
+    responses of pair i+1, cyclic), under the step's own weights. kl=mean is a variant that costs nothing:
+    max(0, mean of r over both sides) of the step before. Ethayarajh et al. 2024 (arXiv 2402.01306).
     """
     (z0,) = pair.state
-    return sigmoid(-config.beta * (pair.r_w - z0)) + sigmoid(-config.beta * (z0 - pair.r_l))
+    of_chosen = config.chosen_weight * sigmoid(-config.beta * (pair.r_w - z0))
+    return of_chosen + config.rejected_weight * sigmoid(-config.beta * (z0 - pair.r_l))
 
 
 def _running_mean(state: tuple[float, ...], mean: float) -> tuple[float, ...]:
     average, count = state
     return average + (mean - average) / (count + 1), count + 1
+
+
+@dataclass(frozen=True)
+class BCOConfig:
+    beta: float
+    """Strength of the pull to the reference, > 0."""
+    shift: str
+    """running_mean: d is the mean of beta r over both sides of all steps so far. none: d is 0."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "beta")
+        require(self, "shift", self.shift in ("running_mean", "none"), "running_mean or none")
 
 
 BCO_SHIFT = BatchStatistic(
@@ -87,16 +105,22 @@ BCO_SHIFT = BatchStatistic(
 """(running mean of r over both sides in nats, optimizer steps in it); d = beta times the first."""
 
 
-@objective("bco", PointwiseConfig, needs_reference=True, statistics=(BCO_SHIFT,))
-def bco(pair: PairLogProbs, config: PointwiseConfig) -> Tensor:
+def _shift_of(config: BCOConfig) -> tuple[BatchStatistic, ...]:
+    return (BCO_SHIFT,) if config.shift == "running_mean" else ()
+
+
+@objective("bco", BCOConfig, needs_reference=True, statistics=_shift_of)
+def bco(pair: PairLogProbs, config: BCOConfig) -> Tensor:
     """-log sigmoid(beta r_w - d) - log sigmoid(-(beta r_l - d)), per pair (B,), d = running mean of both beta
     r.
 
-    d weighs the global batches of all optimizer steps so far alike, and is 0 at the first. Jung et al. 2024
+    d weighs the global batches of all optimizer steps so far alike, and is 0 at the first; with shift=none it
+    is 0 throughout. Jung et al. 2024
     (arXiv 2404.04656); without the paper's density-ratio weights, which need unpaired data.
     """
-    shift = config.beta * pair.state[0]
-    return -F.logsigmoid(config.beta * pair.r_w - shift) - F.logsigmoid(-(config.beta * pair.r_l - shift))
+    shift = config.beta * pair.state[0] if pair.state else 0.0
+    of_chosen = pair.sigmoid_loss(config.beta * pair.r_w - shift)
+    return of_chosen + pair.sigmoid_loss(-(config.beta * pair.r_l - shift))
 
 
 @objective("apo_zero", PointwiseConfig, needs_reference=True)
@@ -115,7 +139,7 @@ def apo_down(pair: PairLogProbs, config: PointwiseConfig) -> Tensor:
     For models that are better than the chosen responses already; d_w is below zero once mt is large.
     D'Oosterlinck et al. 2024 (arXiv 2408.06266).
     """
-    return sigmoid(config.beta * pair.r_w) + sigmoid(-config.beta * pair.margin())
+    return sigmoid(config.beta * pair.r_w) + sigmoid(-config.beta * (pair.r_w - pair.r_l))
 
 
 @dataclass(frozen=True)

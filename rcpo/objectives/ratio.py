@@ -28,7 +28,7 @@ def dil_bce(pair: PairLogProbs, config: DensityRatioConfig) -> Tensor:
 
     Direct imitation learning, Xiao et al. 2025 (arXiv 2503.05079), as tabulated in arXiv 2604.18239.
     """
-    return -F.logsigmoid(pair.r_w) - F.logsigmoid(-pair.r_l)
+    return pair.sigmoid_loss(pair.r_w) + pair.sigmoid_loss(-pair.r_l)
 
 
 @objective("dil_lsif", DensityRatioConfig, needs_reference=True)
@@ -93,4 +93,4 @@ def bdpo(pair: PairLogProbs, config: BoundedDPOConfig) -> Tensor:
     mixture = torch.logaddexp(
         pair.r_l + math.log(config.lam), torch.full_like(pair.r_l, math.log1p(-config.lam))
     )
-    return -F.logsigmoid(config.beta * (pair.r_w - mixture))
+    return pair.sigmoid_loss(config.beta * (pair.r_w - mixture))

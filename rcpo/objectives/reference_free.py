@@ -24,7 +24,7 @@ class SFTConfig:
 @objective("sft", SFTConfig, needs_reference=False)
 def sft(pair: PairLogProbs, config: SFTConfig) -> Tensor:
     """-z_w / |y_w|, per pair (B,): maximum likelihood of the chosen response, a mean over its tokens."""
-    return -pair.z_w / pair.len_w
+    return pair.likelihood_loss()
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def simpo(pair: PairLogProbs, config: SimPOConfig) -> Tensor:
     """-log sigmoid(beta * (z_w/|y_w| - z_l/|y_l|) - gamma), per pair (B,). Meng et al. 2024 (arXiv
     2405.14734)."""
     margin = pair.z_w / pair.len_w - pair.z_l / pair.len_l
-    return -F.logsigmoid(config.beta * margin - config.gamma)
+    return pair.sigmoid_loss(config.beta * margin - config.gamma)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def alpha_po(pair: PairLogProbs, config: AlphaPOConfig) -> Tensor:
     """
     u_w = -expm1_linear(-config.a * pair.z_w / pair.len_w) / config.a
     u_l = -expm1_linear(-config.a * pair.z_l / pair.len_l) / config.a
-    return -F.logsigmoid(config.beta * (u_w - u_l) - config.gamma)
+    return pair.sigmoid_loss(config.beta * (u_w - u_l) - config.gamma)
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,8 @@ def cpo(pair: PairLogProbs, config: CPOConfig) -> Tensor:
     The paper writes the likelihood term as a sum over tokens; here it is the mean, as cross-entropy in its
     code.
     """
-    return -F.logsigmoid(config.beta * (pair.z_w - pair.z_l)) - config.lambda_ * pair.z_w / pair.len_w
+    margin = pair.z_w - pair.z_l
+    return pair.sigmoid_loss(config.beta * margin) + pair.likelihood_loss(config.lambda_)
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ def slic(pair: PairLogProbs, config: SLiCConfig) -> Tensor:
     The paper's regulariser is the likelihood of the SFT target; here, as in the tables of later papers, y_w
     is that.
     """
-    return F.relu(config.delta - (pair.z_w - pair.z_l)) - config.lambda_ * pair.z_w
+    ranking = F.relu(config.delta - (pair.z_w - pair.z_l))
+    return ranking + pair.likelihood_loss(config.lambda_, mean="sum")
 
 
 LOG_ODDS_LIMIT = -1e-5
@@ -149,4 +151,5 @@ def orpo(pair: PairLogProbs, config: ORPOConfig) -> Tensor:
     logodds(a) = a - log(1 - e^a), linear for a > -1e-5. Hong et al. 2024 (arXiv 2403.07691).
     """
     mean_w, mean_l = pair.z_w / pair.len_w, pair.z_l / pair.len_l
-    return -mean_w - config.lambda_ * F.logsigmoid(log_odds(mean_w) - log_odds(mean_l))
+    odds_loss = pair.sigmoid_loss(log_odds(mean_w) - log_odds(mean_l))
+    return pair.likelihood_loss() + config.lambda_ * odds_loss

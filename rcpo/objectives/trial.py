@@ -49,6 +49,11 @@ def try_out(objective: Objective) -> None:
         raise _fault(objective, "it reads ref_w or ref_l; register it with needs_reference=True")
 
 
+def losses_of_trial(objective: Objective) -> Tensor:
+    """The losses of the three pairs, at the start of a run."""
+    return objective(PAIRS)
+
+
 def _alone(idx: int) -> PairLogProbs:
     one = slice(idx, idx + 1)
     z_w, z_l, ref_w, ref_l, len_w, len_l = PAIRS[:6]

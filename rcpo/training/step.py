@@ -1,6 +1,7 @@
 """One optimizer step of the method: the file to read first.
 
     mismatched  prompts with other pairs' responses          objectives that need them: numbers of this batch
+    mean_tokens of the global batch's chosen responses       likelihood terms that are means over its tokens
     z           = log pi(y|x) of both sides                  models.policy, attached to the graph
     loss        = weight * objective(z, ref, |y|)            objectives, on detached leaves
     d_w, d_l    = -dL/dz_w, +dL/dz_l                         method.incentives, by autograd
@@ -52,6 +53,8 @@ class MicroBatch(NamedTuple):
     """What multiplies a pair's loss; 1 where a run has no sample weights."""
     tilt: Tilt | None = None
     """What the aggregate makes of the losses; None: their mean."""
+    mean_tokens: float | None = None
+    """Mean |y_w| of the global batch, where the objective asks for it."""
 
 
 class Priced(NamedTuple):
@@ -121,7 +124,7 @@ def train_step(
     state.calibrator.begin()
     measurement.begin()
     seeing = with_mismatched(method, state, mismatched)
-    micro_batches = tilted(method, seeing, micro_batches)
+    micro_batches = tilted(method, seeing, with_mean_tokens(method, micro_batches))
     sums = forward_and_back(method, seeing, micro_batches, measurement)
 
     of_rank = state.calibrator.of_rank(world_size())
@@ -189,12 +192,25 @@ def with_mismatched(method: Method, state: TrainState, mismatched: Sequence[Micr
     return replace(state, objective_state=numbers)
 
 
+def with_mean_tokens(method: Method, micro_batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
+    """The micro-batches with the mean |y_w| of the global batch, where the objective needs it: one reduction,
+    of lengths, that waits for the device. Collective then."""
+    if not method.objective.needs_mean_tokens:
+        return micro_batches
+    lengths = torch.cat([each.batch.lengths.chunk(2)[0] for each in micro_batches])
+    mean = float(sum_over_ranks(lengths.double().sum())) / method.pairs_per_step
+    return [each._replace(mean_tokens=mean) for each in micro_batches]
+
+
 def pairs_of(
     micro_batch: MicroBatch, z_w: Tensor, z_l: Tensor, objective_state: tuple[float, ...]
 ) -> PairLogProbs:
     """What an objective sees of a micro-batch at z_w, z_l (B,) fp32."""
     len_w, len_l = micro_batch.batch.lengths.to(z_w.dtype).chunk(2)
-    return PairLogProbs(z_w, z_l, micro_batch.ref_w, micro_batch.ref_l, len_w, len_l, objective_state)
+    return PairLogProbs(
+        z_w, z_l, micro_batch.ref_w, micro_batch.ref_l, len_w, len_l, objective_state,
+        mean_tokens=micro_batch.mean_tokens,
+    )  # fmt: skip
 
 
 def price(

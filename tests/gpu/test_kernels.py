@@ -18,9 +18,9 @@ from rcpo.common.errors import UserError
 from rcpo.config.schema import ModelConfig
 from rcpo.data.batch import PairBatch, collate
 from rcpo.data.joint import collate_joint
+from rcpo.engine.speedups import check_speedups, speed_up
 from rcpo.models.attention import check_attention, refuse_joint_layout, transformers_name
 from rcpo.models.policy import Policy
-from rcpo.models.speedups import check_speedups, speed_up
 
 pytestmark = pytest.mark.gpu
 SHAPE = SMALL | {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "initializer_range": 0.1}

@@ -18,6 +18,7 @@ from rcpo.config.resolved import ResolvedConfig
 from rcpo.config.validate import validate
 from rcpo.config.words import grid_line, hydra_words
 from rcpo.objectives import PairLogProbs, load_objective, objective_names, objective_of
+from rcpo.objectives.composition import composition_defaults
 from rcpo.objectives.own import import_own
 from rcpo.objectives.registry import OWN
 from rcpo.runs.folder import RunFolder
@@ -95,8 +96,7 @@ def test_words_choose_it_as_one_of_rcpos_own(here: Path, words: list[str]) -> No
     section = config_of("objective.module=my_losses.py", *words).objective
     own = {key: section[key] for key in ("name", "k", "kind", "module")}
     assert own == {"name": "my_loss", "k": 0.3, "kind": "plain", "module": str(here / "my_losses.py")}
-    shared = {"log_probs", "sample_weight", "dora_a", "dora_a_i", "aggregate", "dro_lambda"}
-    assert set(section) - set(own) == shared
+    assert set(section) - set(own) == set(composition_defaults()) - {"module"}
     loss = config_of("objective.module=my_losses.py", *words).objective_function(ONE)
     assert loss.item() == pytest.approx(load_objective("dpo", beta=0.3)(ONE).item())
 

@@ -19,6 +19,7 @@ from helpers.same_run import final_weights, metrics
 from rcpo.common.errors import UserError
 from rcpo.engine.engine import deepspeed_config
 from rcpo.engine.optimizer import build_optimizer, can_be_fused
+from rcpo.engine.schedule import build_schedule
 from rcpo.runs.folder import RunFolder
 from rcpo.training.checkpoint import refuse_unloadable
 
@@ -77,12 +78,80 @@ def test_gradients_travel_beside_the_backward_pass_at_stage_2_on_gpus() -> None:
             "deepspeed.offload=optimizer: leaves no moments on the GPU to hold in 8 bits; type optim=adamw, "
             "or deepspeed.offload=none optim.paged=true",
         ),
+        (
+            {"optim": {"warmup_steps": 3, "warmup_ratio": 0.1}},
+            "optim.warmup_ratio=0.1: says the same as optim.warmup_steps=3; type optim.warmup_steps=0 or "
+            "optim.warmup_ratio=null",
+        ),
+        (
+            {"optim": {"schedule": "linear", "floor": 0.1}},
+            "optim.floor=0.1: has no effect with optim.schedule=linear; type optim.schedule=cosine or "
+            "optim.schedule=wsd, or optim.floor=0",
+        ),
+        (
+            {"optim": {"schedule": "cosine", "decay_ratio": 0.2}},
+            "optim.decay_ratio=0.2: has no effect with optim.schedule=cosine; type optim.schedule=wsd",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_one_line(groups: dict[str, Any], line: str) -> None:
     with pytest.raises(UserError) as caught:
         config_of(**groups)
     assert str(caught.value) == line
+
+
+def test_rmsprop_by_hand() -> None:
+    """v <- 0.9 v + 0.1 g^2, buffer <- 0.5 buffer + g / (sqrt v + 0.01), w <- w - 0.1 buffer, g with 0.2 w of
+    weight decay in it; w = 1, its own gradients 1 and -2."""
+    keys = {"name": "rmsprop", "lr": 0.1, "smoothing": 0.9, "eps": 0.01, "momentum": 0.5, "weight_decay": 0.2}
+    config = config_of(optim=keys).optim
+    assert config.first_decay == 0.5
+    parameter = torch.nn.Parameter(torch.ones(1))
+    optimizer = build_optimizer(config, [parameter])
+    w, v, buffer = 1.0, 0.0, 0.0
+    for own in (1.0, -2.0):
+        parameter.grad = torch.tensor([own])
+        optimizer.step()
+        g = own + 0.2 * w
+        v = 0.9 * v + 0.1 * g**2
+        buffer = 0.5 * buffer + g / (v**0.5 + 0.01)
+        w -= 0.1 * buffer
+        assert parameter.item() == pytest.approx(w, rel=1e-5)
+
+
+def rates(num_steps: int, **keys: Any) -> list[float]:
+    """Of each step, as shares of the peak, and of one after the last."""
+    config = config_of(optim={"lr": 2.0, **keys}).optim
+    optimizer = build_optimizer(config, [torch.nn.Parameter(torch.ones(1))])
+    schedule, made = build_schedule(config, optimizer, num_steps), []
+    for _ in range(num_steps + 1):
+        made.append(schedule.get_last_lr()[0] / 2)
+        optimizer.step()
+        schedule.step()
+    return made
+
+
+def test_schedules_by_hand() -> None:
+    """Cosine: floor + (1 - floor)(1 + cos(pi t/n))/2. wsd of 10 steps: 0.15 of them is 2 of warm-up, 0.35 is
+    4 of decay. A share of no steps is none."""
+    assert rates(4, warmup_ratio=0.5) == [0, 0.5, 1, 1, 1]
+    assert rates(4, schedule="linear", warmup_ratio=0.3) == [0, 0.5, 1, 0.5, 0]
+    assert rates(4, schedule="cosine") == pytest.approx([1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5, 0])
+    assert rates(2, schedule="cosine", floor=0.2) == pytest.approx([1, 0.6, 0.2])
+    wsd = rates(10, schedule="wsd", warmup_ratio=0.15, decay_ratio=0.35, floor=0.1)
+    down = [0.1 + 0.9 * (0.5 + 0.5**1.5), 0.55, 0.1 + 0.9 * (0.5 - 0.5**1.5), 0.1]
+    assert wsd == pytest.approx([0.1, 0.55, 1, 1, 1, 1, 1, *down])
+    assert rates(10, schedule="wsd", warmup_steps=2, decay_ratio=0.4, floor=0.1) == wsd
+    assert rates(3, warmup_ratio=0.0) == rates(3) == [1, 1, 1, 1]
+
+
+def test_a_decay_longer_than_the_run_is_one_line() -> None:
+    with pytest.raises(UserError) as caught:
+        rates(10, schedule="wsd", warmup_steps=8, decay_ratio=0.5)
+    assert str(caught.value) == (
+        "optim.decay_ratio=0.5: 5 steps of decay after 8 of warm-up are more than the run's 10; type "
+        "optim.decay_ratio=0.2"
+    )
 
 
 @pytest.mark.parametrize("is_here", [False, True])

@@ -1,0 +1,163 @@
+"""TRL's own trainers on a tiny model: loss and gradient of one batch, and the pairs of that batch.
+
+TRL tokenises and collates its own data sets of words; what it made of them is read back as pairs, so that
+both see the same token ids. Imports TRL, which is an optional package.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from helpers.tiny_models import make_llama
+from helpers.tiny_tokenizers import make_words
+from rcpo.data.tokenize import TokenizedPair, TokenizedSide
+
+TEXTS = (
+    ("a b c", " d e f g", " h i"),
+    ("b", " c", " a f e d c"),
+    ("e f", " g h i", " j k l"),
+    ("k l m n", " o p", " q r s t u"),
+    ("v w", " x y z a b c", " d"),
+    ("q a", " c c", " e g h"),
+)
+"""Prompt, chosen and rejected response; lengths that differ within and between pairs."""
+
+
+class Peer(NamedTuple):
+    """One batch as a trainer of TRL sees it."""
+
+    pairs: list[TokenizedPair]
+    loss: float
+    gradient: dict[str, Tensor]
+    """By parameter, of the loss."""
+
+
+def policy_and_reference() -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Two models that are neither equal nor far apart."""
+    policy, reference = make_llama(), make_llama()
+    other = make_llama(seed=1).state_dict()
+    with torch.no_grad():
+        for name, weight in policy.named_parameters():
+            weight.lerp_(other[name], 0.2)
+    return policy, reference
+
+
+def peer(trainer: str, keys: dict[str, Any], folder: Path) -> Peer:
+    """`keys` are of the trainer's own config class."""
+    policy, reference = policy_and_reference()
+    made = MAKERS[trainer](policy, reference, keys, folder)
+    batch = made.data_collator([made.train_dataset[row] for row in range(len(made.train_dataset))])
+    policy.train()
+    loss = made.compute_loss(policy, batch)
+    loss.backward()
+    gradient = {name: weight.grad for name, weight in policy.named_parameters() if weight.grad is not None}
+    return Peer(READERS[trainer](batch), float(loss.detach()), gradient)
+
+
+def _arguments(folder: Path, rows: int, keys: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder), "per_device_train_batch_size": rows, "max_steps": 1, "use_cpu": True,
+        "bf16": False, "gradient_checkpointing": False, "report_to": [], "save_strategy": "no",
+        "disable_tqdm": True, "dataloader_pin_memory": False, "seed": 0, **keys,
+    }  # fmt: skip
+
+
+def _tokenizer() -> Any:
+    tokenizer = make_words()
+    tokenizer.pad_token = "[?]"
+    return tokenizer
+
+
+def _paired() -> Dataset:
+    return Dataset.from_list(
+        [{"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in TEXTS]
+    )
+
+
+def _dpo(policy: PreTrainedModel, reference: PreTrainedModel, keys: dict[str, Any], folder: Path) -> Any:
+    from trl import DPOConfig, DPOTrainer
+
+    return DPOTrainer(
+        model=policy, ref_model=reference, args=DPOConfig(**_arguments(folder, len(TEXTS), keys)),
+        train_dataset=_paired(), processing_class=_tokenizer(),
+    )  # fmt: skip
+
+
+def _cpo(policy: PreTrainedModel, reference: PreTrainedModel, keys: dict[str, Any], folder: Path) -> Any:
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    return CPOTrainer(
+        model=policy, args=CPOConfig(**_arguments(folder, len(TEXTS), keys)),
+        train_dataset=_paired(), processing_class=_tokenizer(),
+    )  # fmt: skip
+
+
+def _orpo(policy: PreTrainedModel, reference: PreTrainedModel, keys: dict[str, Any], folder: Path) -> Any:
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    return ORPOTrainer(
+        model=policy, args=ORPOConfig(**_arguments(folder, len(TEXTS), keys)),
+        train_dataset=_paired(), processing_class=_tokenizer(),
+    )  # fmt: skip
+
+
+def _kto(policy: PreTrainedModel, reference: PreTrainedModel, keys: dict[str, Any], folder: Path) -> Any:
+    """TRL takes a row's mismatched response from the row before it. In this order, chosen responses from the
+    last pair to the first and then the rejected ones likewise, those are the responses of the pair after."""
+    from trl import KTOConfig, KTOTrainer
+
+    rows = [{"prompt": text[0], "completion": text[1], "label": True} for text in reversed(TEXTS)]
+    rows += [{"prompt": text[0], "completion": text[2], "label": False} for text in reversed(TEXTS)]
+    return KTOTrainer(
+        model=policy, ref_model=reference,
+        args=KTOConfig(
+            **_arguments(folder, len(rows), {"train_sampling_strategy": "sequential", **keys})
+        ),
+        train_dataset=Dataset.from_list(rows), processing_class=_tokenizer(),
+    )  # fmt: skip
+
+
+MAKERS = {"DPOTrainer": _dpo, "CPOTrainer": _cpo, "ORPOTrainer": _orpo, "KTOTrainer": _kto}
+
+
+def _sides(ids: Tensor, is_response: Tensor) -> list[TokenizedSide]:
+    """Rows padded on the right, from what of them is response."""
+    sides = []
+    for row, mask in zip(ids.tolist(), is_response.tolist(), strict=True):
+        first = mask.index(True)
+        sides.append(TokenizedSide(row[: first + sum(mask)], first))
+    return sides
+
+
+def _pairs(chosen: list[TokenizedSide], rejected: list[TokenizedSide]) -> list[TokenizedPair]:
+    return [TokenizedPair(*sides, row=row) for row, sides in enumerate(zip(chosen, rejected, strict=True))]
+
+
+def _of_masks(batch: dict[str, Tensor]) -> list[TokenizedPair]:
+    sides = _sides(batch["input_ids"], batch["completion_mask"].bool())
+    return _pairs(sides[: len(sides) // 2], sides[len(sides) // 2 :])
+
+
+def _of_labels(batch: dict[str, Tensor]) -> list[TokenizedPair]:
+    chosen, rejected = (
+        _sides(batch[f"{side}_input_ids"], batch[f"{side}_labels"] != -100) for side in ("chosen", "rejected")
+    )
+    return _pairs(chosen, rejected)
+
+
+def _of_kto(batch: dict[str, Tensor]) -> list[TokenizedPair]:
+    """Back in the order of the texts."""
+    backwards = _of_masks(batch)
+    return [TokenizedPair(pair.chosen, pair.rejected, row=row) for row, pair in enumerate(backwards[::-1])]
+
+
+READERS = {
+    "DPOTrainer": _of_masks,
+    "CPOTrainer": _of_labels,
+    "ORPOTrainer": _of_labels,
+    "KTOTrainer": _of_kto,
+}

@@ -1,0 +1,70 @@
+"""The table of TRL's losses in rcpo/objectives/README.md, loss by loss against TRL's own trainers: their loss
+of a batch and its gradient, and those of rcpo's step on the same token ids, in micro-batches of its own."""
+
+import ast
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.cases import Case, Layout, make_config
+from helpers.small_engine import SmallEngine, train_small
+from rcpo.common.conf import conf_dir
+
+ROOT = Path(__file__).parents[2]
+LEARNING_RATE = 100.0
+"""So large that the gradient can be read off the weights."""
+
+
+def table() -> list[tuple[str, str, str]]:
+    """(trainer, its keys, rcpo's words) of each line of the table."""
+    text = (ROOT / "rcpo" / "objectives" / "README.md").read_text(encoding="utf-8")
+    section = text.split("## From TRL", 1)[1].split("\n## ", 1)[0]
+    lines = re.findall(r"^\| (\w+Trainer) \| `([^`]*)` \| `([^`]*)` \|", section, re.MULTILINE)
+    return lines
+
+
+def keys_of(text: str) -> dict[str, Any]:
+    """Keyword arguments in Python's words."""
+    call = ast.parse(f"f({text})", mode="eval").body
+    assert isinstance(call, ast.Call)
+    return {str(each.arg): ast.literal_eval(each.value) for each in call.keywords}
+
+
+def test_the_table_is_there() -> None:
+    """Every loss of TRL's pairwise trainers has a line."""
+    assert conf_dir().is_dir()
+    assert len(table()) >= 20
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("trl") is None, reason="TRL is not installed: pip install .[bench]"
+)
+@pytest.mark.parametrize("line", table(), ids=lambda line: f"{line[0]}-{line[1]}")
+def test_a_line_is_true(line: tuple[str, str, str], tmp_path: Path) -> None:
+    """Loss to 1e-5 of its size, gradient to 1e-5 of its norm."""
+    from helpers.trl_peer import peer, policy_and_reference
+
+    trainer, keys, words = line
+    found = peer(trainer, keys_of(keys), tmp_path)
+    policy, reference = policy_and_reference()
+    before = {name: weight.detach().clone() for name, weight in policy.named_parameters()}
+    config = make_config(
+        tmp_path, tmp_path / "run", Case("dpo", "off", "llama", "sgd"), Layout(1, 2), *shlex.split(words),
+        f"optim.lr={LEARNING_RATE}", "train.grad_clip=0",
+    )  # fmt: skip
+    frozen = SmallEngine(reference, config, 1)
+    (row,) = train_small(policy, found.pairs, config, 1, (2, 2, 2), frozen)
+    assert row["train/loss"] == pytest.approx(found.loss, rel=1e-5)
+    difference = squared = 0.0
+    for name, weight in policy.named_parameters():
+        ours = (before[name] - weight.detach()) / LEARNING_RATE
+        theirs = found.gradient.get(name, torch.zeros_like(ours))
+        difference += float((ours - theirs).square().sum())
+        squared += float(theirs.square().sum())
+    print(f"{abs(row['train/loss'] / found.loss - 1):.1e} {(difference / squared) ** 0.5:.1e}")
+    assert difference <= (1e-5) ** 2 * squared
