@@ -15,6 +15,8 @@ from rcpo.common.errors import UserError
 from rcpo.config.names import last_part
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.config.schema import LoraConfig, ModelConfig
+from rcpo.evaluation.prompts import Asking
+from rcpo.evaluation.results import INITIAL
 from rcpo.models.adapter_files import CONFIG_FILE
 from rcpo.models.adapters import merge_adapter
 from rcpo.models.load import load_frozen_model, load_tokenizer, model_place
@@ -66,7 +68,7 @@ class Subject:
         files = [
             file for folder in folders if folder.is_dir() for file in sorted(folder.glob("*.safetensors"))
         ]
-        facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        facts = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
         return {
             "model": self.model.path,
             "revision": self.model.revision,
@@ -94,11 +96,20 @@ def find_subject(word: str, step: str | None = None, chat_template: str | None =
     return subject
 
 
+class Loaded:
+    """A subject's model, and its tokenizer with what prompts are made of."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject, self.tokenizer = subject, subject.tokenizer()
+        self.asking = Asking(self.tokenizer, subject.model.chat_template_kwargs, None, subject.system)
+        self.model = subject.load()
+
+
 def initial_of(subject: Subject) -> Subject:
     """The model that the run of `subject` started from."""
     assert subject.config is not None
     model = subject.config.model
-    return dataclasses.replace(subject, model=_plain(model), adapter=model.lora.adapter, when="step-000000")
+    return dataclasses.replace(subject, model=_plain(model), adapter=model.lora.adapter, when=INITIAL)
 
 
 def _of_run(word: str, step: str | None) -> Subject:

@@ -50,6 +50,7 @@ OFFERED = {
     "rcpo generate mine prom": "prompts=",
     "rcpo generate mine format=a": "alpaca_eval arena_hard",
     "rcpo generate prompts=pa": "pairs.jsonl ",
+    "rcpo evaluate mine initial=": "yes no",
     "rcpo dashboard a/b --u": "--update ",
     "rcpo watch --o": "--once ",
     "rcpo sweep pai": "pairs.jsonl ",
