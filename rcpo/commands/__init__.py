@@ -11,6 +11,8 @@ COMMANDS = {
     "export": "write a Hugging Face model folder from a checkpoint",
     "data": "what will be trained on: rows, lengths, pairs as the model sees them",
     "score": "what a model says of preference pairs before training",
+    "generate": "a model's answers to prompts, as AlpacaEval, MT-Bench and Arena-Hard read them",
+    "evaluate": "scores of runs and models on tasks: word problems, lm-eval's, your own",
     "compare": "runs side by side: a table, an HTML report, figures",
     "dashboard": "pages in W&B: a workspace, and a report with the table",
     "watch": "what runs are doing now, live",

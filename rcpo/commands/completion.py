@@ -67,6 +67,8 @@ class Values(BaseCompleter):
 
     def __call__(self, *, prefix: str, action: argparse.Action, **kwargs: Any) -> Iterable[str]:
         metavar = str(action.metavar)
+        if settings := getattr(action, "settings", ()):
+            return _setting_words(prefix, {setting.name: setting.offered for setting in settings})
         match metavar:
             case "KEY=VALUE":
                 return _config_words(prefix)
@@ -78,6 +80,15 @@ class Values(BaseCompleter):
             case "FILE" | "PATH":
                 return FilesCompleter()(prefix)
         return metavar.split("|") if metavar.islower() else []
+
+
+def _setting_words(begun: str, settings: dict[str, tuple[str, ...]]) -> list[str]:
+    """Names of settings and folders, or the values of the setting that is begun."""
+    name, equals, value = begun.partition("=")
+    if not equals:
+        return [*(f"{each}=" for each in settings if each.startswith(begun)), *FilesCompleter()(begun)]
+    offered = settings.get(name) or tuple(FilesCompleter()(value))
+    return [f"{name}={each}" for each in offered if each.startswith(value)]
 
 
 def _words_before() -> list[str]:

@@ -54,16 +54,23 @@ def fitted(
 
 @contextlib.contextmanager
 def passes_shown(console: Console, what: str, num_pairs: int) -> Iterator[Callable[[int], None]]:
-    """On a terminal a bar over `num_pairs` pairs while it is open, elsewhere one line; gives the function to
-    call with how many more pairs are done."""
+    """`work_shown` of "passes of N pairs", say."""
+    with work_shown(console, f"{what} of", num_pairs, "pairs") as advance:
+        yield advance
+
+
+@contextlib.contextmanager
+def work_shown(console: Console, what: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    """On a terminal a bar over `total` units while it is open, elsewhere one line; gives the function to call
+    with how many more are done."""
     if not console.is_interactive:
-        console.print(f"{what} of {num_pairs} pairs", soft_wrap=True)
+        console.print(f"{what} {total} {unit}", soft_wrap=True)
         yield lambda num_done: None
         return
     from rich.progress import Progress
 
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task(what, total=num_pairs)
+        task = progress.add_task(what, total=total)
         yield lambda num_done: progress.advance(task, num_done)
 
 

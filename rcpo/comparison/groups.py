@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from rcpo.common.errors import UserError
+from rcpo.comparison.downstream import PREFIX, differences_by_question
 from rcpo.comparison.keys import ABSENT, IGNORED, SPEED_ALONE, matches
 from rcpo.comparison.labels import name_groups
 from rcpo.comparison.load import ComparedRun, one_line
@@ -59,7 +60,7 @@ class Group:
     baseline: "Group | None" = None
     """The calibration=off group of the same objective and training, where there is one."""
     differences: dict[str, Difference] = field(default_factory=dict)
-    """Against the baseline, by name of `PER_PAIR`."""
+    """Against the baseline, by name of `PER_PAIR`, and by downstream/TASK."""
     p_holm: float = float("nan")
     """p of the chosen difference, adjusted for all groups that have a baseline."""
     note: str = ""
@@ -289,7 +290,24 @@ def _differences(group: Group, baseline: Group) -> tuple[dict[str, Difference], 
     if not both:
         return {}, "no per-pair results"
     values = {name: np.stack([a.values(name) - b.values(name) for a, b in both]) for name in PER_PAIR}
+    values |= _by_question(group, baseline)
     return {name: paired_difference(delta) for name, delta in values.items()}, ""
+
+
+def _by_question(group: Group, baseline: Group) -> dict[str, np.ndarray]:
+    """Of each task that both have answered, over the seeds that both have."""
+    off = {run.seed: run.downstream for run in baseline.runs}
+    found = {}
+    for task in group.runs[0].downstream:
+        both = [
+            (run.downstream[task], off[run.seed][task])
+            for run in group.runs
+            if task in run.downstream and task in off.get(run.seed, {})
+        ]
+        delta = differences_by_question(both) if both else None
+        if delta is not None:
+            found[f"{PREFIX}{task}"] = delta
+    return found
 
 
 def _mark_other_data(groups: list[Group]) -> None:

@@ -6,7 +6,7 @@ hide the others.
 
 import json
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 
 from rcpo.common.errors import UserError
 from rcpo.common.locks import is_held, read_holder, run_lock
+from rcpo.comparison.downstream import Downstream, read_downstream
 from rcpo.comparison.metrics_cache import Columns, read_columns, read_metrics
 
 BAND = ("position", "center", "lower", "upper", "inside")
@@ -74,6 +75,8 @@ class ComparedRun:
     pairs: Pairs | None
     held_out: str | None = None
     """Digest of the held-out pairs (`rcpo.training.identity`); None where the run has none."""
+    downstream: dict[str, Downstream] = field(default_factory=dict)
+    """By task, where `rcpo evaluate` has been there."""
 
     @property
     def objective(self) -> str:
@@ -101,6 +104,7 @@ def load_run(path: Path) -> ComparedRun:
     """Everything of a run that comparisons use."""
     settings: dict[str, Any] = {}
     status, curves, evals, pairs, held_out = "unknown", Columns(), Columns(), None, None
+    downstream: dict[str, Downstream] = {}
     try:
         settings = read_settings(path / "config.yaml")
         status, problem = read_status(path / "run.json")
@@ -109,9 +113,10 @@ def load_run(path: Path) -> ComparedRun:
         evals = read_columns(path / "eval.jsonl")
         pairs = _read_pairs(path / "eval", evals)
         problem = problem or problem_of_evals(evals, pairs)
+        downstream = read_downstream(path)
     except UserError as error:
         problem = str(error)
-    return ComparedRun(path, settings, status, problem, curves, evals, pairs, held_out)
+    return ComparedRun(path, settings, status, problem, curves, evals, pairs, held_out, downstream)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

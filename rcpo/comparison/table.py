@@ -13,6 +13,7 @@ import numpy as np
 
 from rcpo.common.console import NOISE_MARK, above_noise, nats, number, percent
 from rcpo.common.errors import UserError
+from rcpo.comparison.downstream import PREFIX
 from rcpo.comparison.groups import OTHER_KIND, PER_PAIR, Comparison, Group, LeftOut
 from rcpo.comparison.load import ComparedRun
 from rcpo.comparison.statistics import mean_and_error
@@ -72,6 +73,21 @@ COLUMNS = (
     Column("pairs_per_second", "pairs/s", _speed, number, 6),
     Column("memory_gb", "GB", _memory, number, 8),
 )
+
+
+def columns_of(comparison: Comparison) -> list[Column]:
+    """`COLUMNS`, and one for every task that a run has been evaluated on."""
+    tasks = dict.fromkeys(
+        task for group in comparison.groups for run in group.runs for task in run.downstream
+    )
+
+    def score(task: str) -> Callable[[ComparedRun, Group], float]:
+        return lambda run, group: run.downstream[task].value if task in run.downstream else math.nan
+
+    more = [Column(f"{PREFIX}{task}", task, score(task), "{:.3f}".format, 1) for task in tasks]
+    return [*COLUMNS, *more]
+
+
 SMALLEST_NATS = 0.005
 """A mean difference smaller than this is none, whatever its p: it would be written as 0.00."""
 MAX_PATHS = 5
@@ -106,7 +122,7 @@ class GroupLine:
         }  # fmt: skip
         for name, (mean, error) in self.means.items():
             row |= {name: mean, f"{name}_se": error}
-        for name in PER_PAIR:
+        for name in (*PER_PAIR, *(name for name in self.means if name.startswith(PREFIX))):
             found = group.differences.get(name)
             row |= {
                 f"vs_off_{name}{suffix}": None if found is None else getattr(found, key)
@@ -131,17 +147,17 @@ class GroupLine:
 def make_lines(comparison: Comparison, sort: str | None = None) -> list[GroupLine]:
     """One line a group; sorted by a column, falling where `sort` begins with "-", groups without a value
     last."""
-    lines = []
+    lines, columns = [], columns_of(comparison)
     for group in comparison.groups:
         means = {}
-        for column in COLUMNS:
+        for column in columns:
             values = [value for run in group.runs if not math.isnan(value := column.value(run, group))]
             means[column.name] = mean_and_error(values) if values else (math.nan, math.nan)
         lines.append(GroupLine(group, means, _noise_floor(group)))
     if sort is None:
         return lines
     name, falling = sort.removeprefix("-"), sort.startswith("-")
-    names = ["objective", "calibration", *(column.name for column in COLUMNS), "vs_off"]
+    names = ["objective", "calibration", *(column.name for column in columns), "vs_off"]
     if name not in names:
         raise UserError(f"--sort {sort}: no such column; choose one of {', '.join(names)}, or -NAME to fall")
     if name in ("objective", "calibration"):
@@ -173,8 +189,11 @@ def number_text(line: GroupLine, column: Column, pm: str) -> str:
     text = "-" if math.isnan(mean) else column.text(mean)
     if line.noise_floor is not None and column.name in OF_FLOOR and not math.isnan(mean):
         text = above_noise(mean, OF_FLOOR[column.name] * line.noise_floor)
-    with_error = not math.isnan(error) and column.name in ("chosen", "rejected", "margin", "worst")
-    return f"{text} {pm} {error:.2f}" if with_error else text
+    if math.isnan(error):
+        return text
+    if column.name.startswith(PREFIX):
+        return f"{text} {pm} {error:.3f}"
+    return f"{text} {pm} {error:.2f}" if column.name in OF_FLOOR else text
 
 
 def is_difference(line: GroupLine) -> bool:
@@ -190,6 +209,15 @@ def difference_text(line: GroupLine) -> str:
     if found is None:
         return "" if group.baseline is None or not group.note else group.note
     return f"{nats(found.mean)} [{nats(found.low)}, {nats(found.high)}]"
+
+
+def downstream_difference_text(line: GroupLine, name: str) -> str:
+    """The difference of a task's score to off with its interval; in brackets where one seed gave it."""
+    found = line.group.differences.get(name)
+    if found is None:
+        return ""
+    text = f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+    return f"({text})" if found.num_seeds == 1 else text
 
 
 def difference_p_text(line: GroupLine) -> str:
@@ -221,11 +249,26 @@ def left_out_lines(left_out: Sequence[LeftOut]) -> list[str]:
     return lines
 
 
+def _downstream_notes(comparison: Comparison) -> list[str]:
+    """What each task's number is, and what the models that the runs started from have."""
+    found: dict[str, list[float]] = {}
+    for run in (run for group in comparison.groups for run in group.runs):
+        for task, item in run.downstream.items():
+            known = found.setdefault(f"{PREFIX}{task}: {item.metric} at the end", [])
+            if item.initial is not None and item.initial not in known:
+                known.append(item.initial)
+    return [
+        said + (f"; before training {', '.join(f'{value:.3f}' for value in known)}." if known else ".")
+        for said, known in found.items()
+    ]
+
+
 def notes(comparison: Comparison, pm: str) -> list[str]:
     """What the numbers are, then every run that is left out, then every group that is of another kind."""
     lines = [note.format(pm=pm, num=comparison.num_comparisons) for note in NOTES[:2]]
     if comparison.num_comparisons:
         lines.append(NOTES[2].format(num=comparison.num_comparisons))
+    lines += _downstream_notes(comparison)
     floors = [floor for group in comparison.groups if (floor := _noise_floor(group)) is not None]
     if floors:
         lines.append(

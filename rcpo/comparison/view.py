@@ -10,16 +10,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from rcpo.common.errors import UserError
+from rcpo.comparison.downstream import PREFIX
 from rcpo.comparison.groups import Comparison, Group
 from rcpo.comparison.joined import Joined
 from rcpo.comparison.labels import NONE
 from rcpo.comparison.load import one_line
 from rcpo.comparison.table import (
-    COLUMNS,
     Column,
     GroupLine,
+    columns_of,
     difference_p_text,
     difference_text,
+    downstream_difference_text,
     number_text,
 )
 
@@ -99,7 +101,14 @@ def make_view(
     for line in lines:
         kinds.setdefault(line.group.kind, []).append(line)
     more = [] if joined is None else [_joined_column(name, joined) for name in joined.names]
-    numbers = [_number(column) for column in COLUMNS]
+    every = columns_of(comparison)
+    numbers = [_number(column) for column in every]
+    downstream = [column.name for column in every if column.name.startswith(PREFIX)]
+    more += [
+        _downstream_difference(name)
+        for name in downstream
+        if any(name in line.group.differences for line in lines)
+    ]
     told = [column for column in TOLD if column.name != "settings" or any(line.group.shown for line in lines)]
     columns = [*told, *numbers, *DIFFERENCE, *more]
     if names is None:
@@ -110,8 +119,20 @@ def make_view(
 
 def _number(column: Column) -> Shown:
     return Shown(
-        column.name, column.head, lambda line, pm: number_text(line, column, pm), RANKS[column.name],
+        column.name, column.head, lambda line, pm: number_text(line, column, pm), RANKS.get(column.name, 2.1),
         value=lambda line: line.means[column.name][0],
+    )  # fmt: skip
+
+
+def _downstream_difference(name: str) -> Shown:
+    def mean(line: GroupLine) -> float | None:
+        found = line.group.differences.get(name)
+        return None if found is None else found.mean
+
+    task = name.removeprefix(PREFIX)
+    return Shown(
+        f"vs_off_{name}", f"{task} vs off", lambda line, pm: downstream_difference_text(line, name), 3.2,
+        value=mean,
     )  # fmt: skip
 
 

@@ -16,8 +16,13 @@ TINY = "builtin:tiny"
 
 
 def model_label(config: Config) -> str:
-    """Short name of the model for names and tags: the last part of its path."""
-    return config.model.path.rstrip("/").rsplit("/", 1)[-1].rsplit(":", 1)[-1]
+    """Short name of the model for names and tags."""
+    return last_part(config.model.path)
+
+
+def last_part(path: str) -> str:
+    """Of a folder's path, a hub id or builtin:NAME."""
+    return path.rstrip("/").rsplit("/", 1)[-1].rsplit(":", 1)[-1]
 
 
 def data_label(config: Config) -> str:

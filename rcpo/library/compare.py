@@ -38,7 +38,7 @@ class Comparison:
         import pandas as pd
 
         from rcpo.comparison.labels import NONE
-        from rcpo.comparison.table import COLUMNS
+        from rcpo.comparison.table import columns_of
 
         groups, usual = self._compared.groups, self._compared.usual
         keys = dict.fromkeys([*usual, *(key for group in groups for key in group.shown)])
@@ -51,7 +51,7 @@ class Comparison:
                 **({"data": line.group.kind} if num_kinds > 1 else {}),
                 **{key: line.group.shown.get(key, usual.get(key, NONE)) for key in keys},
                 "n": len(line.group.runs),
-                **{column.name: line.means[column.name][0] for column in COLUMNS},
+                **{column.name: line.means[column.name][0] for column in columns_of(self._compared)},
                 "vs_off": line.group.differences["chosen"].mean if line.group.differences else math.nan,
                 "p": line.group.p_holm,
             }

@@ -146,6 +146,13 @@ def add_adapters(model: PreTrainedModel, config: ModelConfig, place: str) -> Non
     model.rcpo_adapters = Adapters(lora, below)
 
 
+def merge_adapter(model: PreTrainedModel, folder: str, model_path: str, place: str) -> None:
+    """Add the adapter in `folder`, a run's say, to the weights of its base model, which was loaded from
+    `place` for `model_path`. Raises UserError where it does not fit."""
+    _load_below(model, LoraConfig(adapter=folder), model_path, place)
+    _merge_below(model)
+
+
 def lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
     """(module name, peft's layer) of every adapted layer."""
     from peft.tuners.lora import LoraLayer

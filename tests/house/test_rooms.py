@@ -24,6 +24,7 @@ ORDER: list[set[str]] = [
     {"reference"},
     {"monitor"},
     {"training"},
+    {"evaluation"},
     {"bench", "sweep", "quality"},
     {"comparison"},
     {"report"},

@@ -1,0 +1,154 @@
+"""Tasks of lm-eval (the extra [evaluate]), used as a library: its own, and YAML files in a folder of the
+user's.
+
+Owns which tasks there are, and what of lm-eval's answer is kept. lm-eval asks the model; rcpo has loaded it,
+so that adapters and checkpoints are what `rcpo.evaluation.subject` says."""
+
+import contextlib
+import difflib
+import hashlib
+import importlib.util
+import io
+import json
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rcpo.common.errors import UserError
+from rcpo.evaluation.decoding import see_masks
+from rcpo.evaluation.results import Score, score_of
+from rcpo.evaluation.subject import Loaded
+
+MOST_NAMED = 5
+"""Names of tasks that an error lists."""
+
+
+class Harness:
+    """lm-eval with some of its tasks, loaded with their data: what is wrong with one is said before a model
+    is loaded."""
+
+    def __init__(self, names: Sequence[str], folder: Path | None, limit: int | None, is_chat: bool) -> None:
+        """Raises UserError where lm-eval is not here, and for a task that there is not or that cannot be
+        loaded."""
+        if importlib.util.find_spec("lm_eval") is None:
+            raise UserError(
+                f"tasks={names[0]}: needs lm-eval; type pip install 'rcpo[evaluate]', or tasks=arithmetic"
+            )
+        if folder is not None and not any(folder.glob("**/*.yaml")):
+            raise UserError(f"tasks_dir={folder}: holds no .yaml file; give a folder of lm-eval's task files")
+        self._limit, self._is_chat = limit, is_chat
+        with _quiet():
+            self._manager = _manager(names, folder)
+            self._loaded = {name: self._load(name) for name in names}
+
+    def _load(self, name: str) -> Any:
+        known = self._manager.task_index
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=MOST_NAMED)
+            hint = f"did you mean {', '.join(close)}?" if close else "`lm-eval ls tasks` lists lm-eval's"
+            raise UserError(
+                f"tasks={name}: no such task; {hint} arithmetic is rcpo's own; choose one of them"
+            )
+        try:
+            return self._manager.load([name])
+        # A task file, its data and the hub raise whatever they like.
+        except Exception as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            raise UserError(
+                f"tasks={name}: cannot be loaded ({(lines or [type(error).__name__])[0][:200]}); give a task "
+                "whose data are on this machine, or mend its file"
+            ) from None
+
+    def digest(self, name: str) -> str:
+        """Of what is asked: the task's settings, its version and how many questions it has."""
+        parts = [
+            [task.task_name, task.VERSION, len(task.eval_docs), task.config.to_dict()]
+            for task in self._loaded[name]["tasks"].values()
+        ]
+        text = json.dumps([parts, self._limit, self._is_chat], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def ask(self, name: str, loaded: Loaded, batch: int) -> tuple[dict[str, Score], list[dict[str, Any]]]:
+        """Scores with lm-eval's standard errors, and a row a question."""
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        see_masks(loaded.model)
+        with _quiet():
+            model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch)
+            found = simple_evaluate(
+                model,
+                tasks=[name],
+                task_manager=self._manager,
+                limit=self._limit,
+                apply_chat_template=self._is_chat,
+            )
+        rows, metrics = found["samples"], _scores(found["results"].get(name, {}))
+        main = next(iter(metrics), None) or _first_metric(rows)
+        questions = [_question(task, row, main) for task, own in rows.items() for row in own]
+        if not metrics:  # a tag, or a group without a mean of its own
+            metrics = {str(main): score_of([float(row["value"]) for row in questions])}
+        return metrics, questions
+
+
+def _manager(names: Sequence[str], folder: Path | None) -> Any:
+    """lm-eval's own tasks are read, which takes seconds, where a name is not in `folder`."""
+    from lm_eval.tasks import TaskManager
+
+    if folder is not None:
+        own = TaskManager(include_path=str(folder.absolute()), include_defaults=False)
+        if set(names) <= set(own.task_index):
+            return own
+    return TaskManager(include_path=None if folder is None else str(folder.absolute()))
+
+
+def _scores(results: dict[str, Any]) -> dict[str, Score]:
+    """lm-eval's keys are METRIC,FILTER and METRIC_stderr,FILTER; the first filter of a metric is kept."""
+    found: dict[str, Score] = {}
+    for key, value in results.items():
+        metric, comma, kind = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float) or metric in found:
+            continue
+        error = _number(results.get(f"{metric}_stderr,{kind}"))
+        found[metric] = Score(float(value), None if math.isnan(error) else error)
+    return found
+
+
+def _question(task: str, row: dict[str, Any], metric: str | None) -> dict[str, Any]:
+    """One of lm-eval's rows as rcpo keeps it."""
+    return {
+        "id": f"{task}/{row['doc_id']}",
+        "value": _number(row.get(str(metric))),
+        "answer": _text(row["filtered_resps"]),
+        "expected": _text(row.get("target")),
+        "doc": _text(row["doc"]),
+    }
+
+
+def _number(value: object) -> float:
+    """nan where a metric is no number of a question alone."""
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _first_metric(rows: dict[str, list[dict[str, Any]]]) -> str | None:
+    return next((row["metrics"][0] for own in rows.values() for row in own if row.get("metrics")), None)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval's lines are not rcpo's: warnings about a model that is loaded already, and a dump of
+    settings."""
+    logger = logging.getLogger("lm_eval")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(before)

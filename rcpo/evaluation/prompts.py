@@ -1,0 +1,207 @@
+"""Prompts to be answered: files of them in the forms that people have, and a prompt as the model sees it.
+
+Forms of a row, each with the keys by which it is known:
+
+    {"instruction": text}                       AlpacaEval
+    {"question_id": n, "turns": [text, text]}   MT-Bench, asked one after the other
+    {"question_id": id, "turns": [{"content": text}]}   Arena-Hard 0.1
+    {"uid": id, "prompt": text}                 Arena-Hard 2.0
+    {"prompt": text or messages}, {"messages": messages}, or text alone
+
+Does not write answers (`rcpo.evaluation.forms`). `rcpo.data.tokenize` says what training sees; the two agree
+on what a prompt is."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from rcpo.common.errors import UserError, shortened
+from rcpo.data.generation import generation_of, special_ids, tokens_in_front
+from rcpo.data.template import Template, apply, look_at_template, taken_apart
+from rcpo.records.messages import ROLES, BadMessageError, Messages, parsed, turns, without_system
+from rcpo.records.record import BadRowError
+
+FORMS = "instruction, prompt, messages, or turns"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is asked."""
+
+    opening: str | Messages
+    """Text, or a conversation that ends with a user's turn."""
+    later: tuple[str, ...] = ()
+    """User turns that are asked once the one before is answered."""
+    row: dict[str, Any] = field(default_factory=dict)
+    """As it was given."""
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """The prompts of a .json or .jsonl file. Raises UserError that names the row where one cannot be read."""
+    prompts = []
+    for number, row in enumerate(_rows(path)):
+        try:
+            prompts.append(_prompt(row))
+        except (BadRowError, BadMessageError) as error:
+            raise UserError(
+                f"prompts={path}: row {number} (counted from 0) {error}; give it {FORMS}"
+            ) from None
+    if not prompts:
+        raise UserError(f"prompts={path}: has no rows; give a file with {FORMS} in every row")
+    return prompts
+
+
+def _rows(path: Path) -> list[Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        said = getattr(error, "strerror", None) or "is not UTF-8 text"
+        raise UserError(f"prompts={path}: {said}; give a .json or .jsonl file") from None
+    if path.suffix == ".json":
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"prompts={path}: is not JSON ({shortened(str(error))}); mend it") from None
+        if not isinstance(found, list):
+            raise UserError(f"prompts={path}: must be a list of rows; save one row a line as .jsonl")
+        return found
+    rows = []
+    for number, line in enumerate(text.splitlines()):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except (ValueError, RecursionError):
+            raise UserError(f"prompts={path}: line {number + 1} is not JSON; mend it") from None
+    return rows
+
+
+def _prompt(row: Any) -> Prompt:
+    """Raises BadRowError or BadMessageError."""
+    if isinstance(row, str):
+        return Prompt(_text(row), row={"prompt": row})
+    if not isinstance(row, dict):
+        raise BadRowError("is neither text nor an object")
+    if isinstance(row.get("turns"), list):
+        first, *later = [
+            turn.get("content") if isinstance(turn, dict) else turn for turn in row["turns"]
+        ] or [None]
+        return Prompt(_text(first), tuple(map(_text, later)), row)
+    for key in ("instruction", "prompt", "messages", "conversations"):
+        if row.get(key) is not None:
+            break
+    else:
+        raise BadRowError(f"has none of {FORMS}")
+    value = row[key]
+    if isinstance(value, str):
+        return Prompt(_text(value), row=row)
+    return Prompt(_conversation(value), row=row)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise BadRowError("has a prompt without text")
+    return value
+
+
+def _conversation(value: Any) -> Messages:
+    """Up to the last turn that is to be answered: an answer at the end of a conversation is left out."""
+    value = parsed(value)
+    if not isinstance(value, list) or not all(isinstance(turn, dict) and "role" in turn for turn in value):
+        raise BadRowError("has a prompt that is neither text nor messages with role and content")
+    found = turns(value)
+    if found and found[-1]["role"] == "assistant":
+        found.pop()
+    if not found or any(turn["role"] not in ROLES for turn in found):
+        raise BadRowError("has messages of unknown roles, or none that asks for an answer")
+    return found
+
+
+class Asking:
+    """Prompts as a model sees them: with its chat template, as in training, and where its answers stop."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template_kwargs: dict[str, Any],
+        system: str | None = None,
+        keeps_system: str = "keep",
+        is_chat: bool | None = None,
+    ) -> None:
+        """`system` is a system turn for prompts that have none; `keeps_system` is data.system; text becomes a
+        user's turn where `is_chat`, by default where the tokenizer has a chat template."""
+        self.tokenizer, self._kwargs = tokenizer, template_kwargs
+        self._system, self._keeps_system = system, keeps_system
+        has_template = tokenizer.chat_template is not None
+        self._is_chat = has_template if is_chat is None else is_chat
+        self._template: Template | None = (
+            look_at_template(tokenizer, template_kwargs) if has_template else None
+        )
+        pad = tokenizer.pad_token_id
+        self.pad_id = 0 if pad is None else int(pad)
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end an answer: those that end generation, and the one that training ended answers
+        with."""
+        found = {*generation_of(self.tokenizer).end_ids, self.tokenizer.eos_token_id} - {None}
+        if self._template is not None and self._template.is_closed:
+            found |= set(self._ids(self._template.closing)[-1:]) & special_ids(self.tokenizer)
+        return sorted(int(idx) for idx in found if idx is not None)
+
+    def conversation(self, prompt: Prompt) -> str | Messages:
+        """What is asked first: text as it is, or messages with the system turn."""
+        opening = prompt.opening
+        if isinstance(opening, str):
+            if not self._is_chat:
+                return opening
+            opening = [{"role": "user", "content": opening}]
+        if self._system is not None and opening[0]["role"] != "system":
+            opening = [{"role": "system", "content": self._system}, *opening]
+        return without_system(opening, self._keeps_system)
+
+    def ids(self, asked: str | Messages) -> list[int]:
+        """Tokens of a text, or of a conversation with its generation prompt. Raises BadRowError where the
+        template refuses it, UserError where there is none."""
+        tokenizer = self.tokenizer
+        if isinstance(asked, str):
+            ids, front = self._ids(asked), tokens_in_front(tokenizer)
+            ids = ids if ids[: len(front)] == front else [*front, *ids]
+        else:
+            if self._template is None:
+                raise UserError(
+                    "chat_template=null: the prompts are messages and the tokenizer has no chat template; "
+                    "type chat_template=plain"
+                )
+            if self._template.takes_apart:
+                asked = [taken_apart(turn) for turn in asked]
+            ids = self._ids(apply(tokenizer, asked, True, self._kwargs))
+        while tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
+            ids = ids[1:]
+        if not ids:
+            raise BadRowError("is no token of the model's")
+        return ids
+
+    def text(self, ids: Iterable[int]) -> str:
+        """An answer's words."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+    def _ids(self, text: str) -> list[int]:
+        found: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return found
+
+
+def answered(asked: str | Messages, answer: str, question: str) -> str | Messages:
+    """The conversation with an answer and the user's next turn."""
+    if isinstance(asked, str):
+        return f"{asked}{answer}\n\n{question}"
+    return [*asked, {"role": "assistant", "content": answer}, {"role": "user", "content": question}]
+
+
+def with_rows(prompts: Sequence[str | Messages]) -> list[Prompt]:
+    """Prompts that come from no file."""
+    return [Prompt(opening, row={"prompt": opening}) for opening in prompts]

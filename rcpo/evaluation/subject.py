@@ -1,0 +1,179 @@
+"""What is evaluated: the model of a run at its end or at a checkpoint, or any model; an adapter with its
+base.
+
+Owns which weights, tokenizer and chat settings a word stands for. Loads no weights before `load`."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rcpo.common.errors import UserError
+from rcpo.config.names import last_part
+from rcpo.config.resolved import ResolvedConfig
+from rcpo.config.schema import LoraConfig, ModelConfig
+from rcpo.evaluation.prompts import Asking
+from rcpo.evaluation.results import INITIAL
+from rcpo.models.adapter_files import CONFIG_FILE
+from rcpo.models.adapters import merge_adapter
+from rcpo.models.load import load_frozen_model, load_tokenizer, model_place
+from rcpo.runs.folder import RunFolder
+from rcpo.runs.frozen import open_run
+from rcpo.training.checkpoint import check_manifest, checkpoint_path, complete_checkpoints, step_of
+
+FINAL = "final"
+"""The name of a run's model at its end, in results."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to evaluate; its weights are not loaded yet."""
+
+    name: str
+    """Of the run, or of the model."""
+    model: ModelConfig
+    adapter: str | None = None
+    """Folder of an adapter that goes into `model`."""
+    run: RunFolder | None = None
+    config: ResolvedConfig | None = None
+    """Of the run."""
+    when: str = FINAL
+    """Which of the run's models: `FINAL`, or step-N."""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    @property
+    def system(self) -> str:
+        """What training does with system turns: keep, merge or drop."""
+        return "keep" if self.config is None else self.config.data.system
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.model)
+
+    def load(self) -> PreTrainedModel:
+        """The model, for evaluation alone."""
+        model = load_frozen_model(_with_dtype(self.model, self.device))
+        if self.adapter is not None:
+            merge_adapter(model, self.adapter, self.model.path, model_place(self.model.path))
+        return model.to(self.device).eval()
+
+    def identity(self) -> dict[str, object]:
+        """Equal where the weights are the same files, as far as names, sizes and times tell."""
+        folders = [Path(self.model.path), *([Path(self.adapter)] if self.adapter else [])]
+        files = [
+            file for folder in folders if folder.is_dir() for file in sorted(folder.glob("*.safetensors"))
+        ]
+        facts = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+        return {
+            "model": self.model.path,
+            "revision": self.model.revision,
+            "adapter": self.adapter,
+            "files": facts,
+        }
+
+
+def find_subject(word: str, step: str | None = None, chat_template: str | None = None) -> Subject:
+    """What `word` stands for: a run folder (its model at the end, or at `step`; 0 is the model that it
+    started from), a model folder, an adapter's folder, a hub id or builtin:tiny. Raises UserError where there
+    is no such model; `chat_template` is as in model.chat_template."""
+    if (Path(word) / "config.yaml").is_file():
+        subject = _of_run(word, step)
+    elif step is not None:
+        raise UserError(
+            f"step={step}: {word} is no run folder, and only runs have checkpoints; leave step out"
+        )
+    else:
+        subject = _of_model(word)
+    if chat_template is not None:
+        subject = dataclasses.replace(
+            subject, model=dataclasses.replace(subject.model, chat_template=chat_template)
+        )
+    return subject
+
+
+class Loaded:
+    """A subject's model, and its tokenizer with what prompts are made of."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject, self.tokenizer = subject, subject.tokenizer()
+        self.asking = Asking(self.tokenizer, subject.model.chat_template_kwargs, None, subject.system)
+        self.model = subject.load()
+
+
+def initial_of(subject: Subject) -> Subject:
+    """The model that the run of `subject` started from."""
+    assert subject.config is not None
+    model = subject.config.model
+    return dataclasses.replace(subject, model=_plain(model), adapter=model.lora.adapter, when=INITIAL)
+
+
+def _of_run(word: str, step: str | None) -> Subject:
+    run, config = open_run(word)
+    subject = Subject(config.name, _plain(config.model), run=run, config=config)
+    if step is None:
+        if not run.final.is_dir():
+            raise UserError(f"{word}: has no final/ yet; {_checkpoints(run)}")
+        return _with_weights(subject, run.final)
+    if not step.isdecimal():
+        raise UserError(f"step={step}: must be a whole number; {_checkpoints(run)}")
+    if int(step) == 0:
+        return initial_of(subject)
+    place = checkpoint_path(run, int(step))
+    if not (place / "manifest.json").is_file():
+        raise UserError(f"step={step}: {word} has no checkpoint of that step; {_checkpoints(run)}")
+    check_manifest(place)
+    return _with_weights(dataclasses.replace(subject, when=place.name), place / "model")
+
+
+def _checkpoints(run: RunFolder) -> str:
+    steps = sorted({step_of(path) for path in complete_checkpoints(run)})
+    if not steps:
+        return f"type step=0 for the model that it started from, or `rcpo resume {run.path}`"
+    return f"type step=N, one of 0, {', '.join(map(str, steps))}"
+
+
+def _with_weights(subject: Subject, folder: Path) -> Subject:
+    """The subject with the weights in `folder`: a whole model's, or an adapter's beside the run's base."""
+    if is_adapter(folder):
+        return dataclasses.replace(subject, adapter=str(folder))
+    # The folder's tokenizer has the run's chat template.
+    model = dataclasses.replace(subject.model, path=str(folder), revision=None, chat_template=None)
+    return dataclasses.replace(subject, model=model, adapter=None)
+
+
+def _plain(model: ModelConfig) -> ModelConfig:
+    """The model without what training adds."""
+    return dataclasses.replace(
+        model, lora=LoraConfig(rank=None), quantization=None, gradient_checkpointing=False, kernels=None,
+        compile=False, attention=None,
+    )  # fmt: skip
+
+
+def _of_model(word: str) -> Subject:
+    if not is_adapter(Path(word)):
+        model = ModelConfig(path=word)
+        model_place(word)
+        return Subject(last_part(word), model)
+    try:
+        base = json.loads((Path(word) / CONFIG_FILE).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        base = None
+    if not isinstance(base, str):
+        raise UserError(f"{word}: its {CONFIG_FILE} does not name a base model; give the run folder")
+    return Subject(last_part(word), ModelConfig(path=base), adapter=word)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder has an adapter and no whole model."""
+    return (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file()
+
+
+def _with_dtype(model: ModelConfig, device: torch.device) -> ModelConfig:
+    if model.dtype != "auto":
+        return model
+    return dataclasses.replace(model, dtype="bfloat16" if device.type == "cuda" else "float32")

@@ -1,0 +1,81 @@
+"""Tasks by name, for one model after another: what is known already is not evaluated again.
+
+`arithmetic` is rcpo's own; every other name is lm-eval's, or of a folder of the user's. Called by
+`rcpo.commands.evaluate`."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rcpo.evaluation import arithmetic
+from rcpo.evaluation.harness import Harness
+from rcpo.evaluation.results import INITIAL, Results, TaskResult
+from rcpo.evaluation.subject import Loaded, Subject, initial_of
+
+OWN = ("arithmetic",)
+"""Tasks that need no package and no network."""
+
+
+class Evaluation:
+    """One `rcpo evaluate`: tasks and settings, and what was found of models that several runs share."""
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        batch: int,
+        tasks_dir: Path | None = None,
+        limit: int | None = None,
+        is_chat: bool = False,
+    ) -> None:
+        """Raises UserError for a task that there is not."""
+        self.tasks, self._batch = list(tasks), batch
+        self._known: dict[str, tuple[TaskResult, list[dict[str, Any]]]] = {}
+        self._harness: Harness | None = None
+        if theirs := [task for task in tasks if task not in OWN]:
+            self._harness = Harness(theirs, tasks_dir, limit, is_chat)
+
+    def of(self, subject: Subject, again: bool, say: Callable[[str], None]) -> dict[str, TaskResult]:
+        """Results of all tasks, the run's own first; written into the run's folder task by task."""
+        results = None if subject.run is None else Results(subject.run.path)
+        before = {} if results is None or again else results.of(subject.when)
+        found, loaded = {}, None
+        for task in self.tasks:
+            made_with = self._made_with(subject, task)
+            result = before.get(task)
+            if result is None or result.made_with != made_with:
+                key = repr(sorted(made_with.items()))
+                if key not in self._known:
+                    say(f"{subject.name} {subject.when}: {task}")
+                    loaded = loaded or Loaded(subject)
+                    metrics, questions = self._ask(task, loaded)
+                    self._known[key] = TaskResult(metrics, len(questions), made_with), questions
+                result, questions = self._known[key]
+                if results is not None:
+                    results.add(subject.when, task, result, questions)
+            found[task] = result
+        return found
+
+    def _ask(self, task: str, loaded: Loaded) -> Any:
+        if task == "arithmetic":
+            return arithmetic.ask(loaded, self._batch)
+        assert self._harness is not None
+        return self._harness.ask(task, loaded, self._batch)
+
+    def _made_with(self, subject: Subject, task: str) -> dict[str, Any]:
+        data = None
+        if task == "arithmetic" and subject.config is not None and subject.config.data.source == "arithmetic":
+            data = [subject.config.data.eval_pairs, subject.config.data.seed]
+        template = [subject.model.chat_template, subject.model.chat_template_kwargs]
+        made_with = {"weights": subject.identity(), "data": data, "template": template}
+        if task in OWN:
+            return made_with
+        assert self._harness is not None
+        return made_with | {"task": self._harness.digest(task)}
+
+
+def with_initial(subjects: Sequence[Subject]) -> list[Subject]:
+    """The models that runs started from, before the runs: each run has its own entry, of one evaluation."""
+    return [
+        *(initial_of(each) for each in subjects if each.run is not None and each.when != INITIAL),
+        *subjects,
+    ]
