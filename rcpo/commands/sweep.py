@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from rcpo.commands.flags import Flags, positive_float, positive_int
+from rcpo.commands.flags import Flags, add_grid_flags, check_grid_flags
 from rcpo.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,40 +41,13 @@ examples:
     add = parser.add_argument
     add("file", metavar="FILE", help="the sweep file, or the name of one that ships with rcpo")
     add("words", nargs="*", metavar="KEY=VALUE", help="further overrides, of all cells")
-    add("--out", metavar="DIR", help="the sweep folder; default: sweeps-out/NAME")
-    add("--parallel", type=positive_int, metavar="N", help="N cells at a time here; default: 1")
-    add(
-        "--dry-run",
-        action="store_true",
-        help="print the grid and what it costs; nothing is written, nothing fetched from the hub",
-    )
-    add(
-        "--pairs-per-second",
-        type=positive_float,
-        metavar="X",
-        help="speed of a cell, for the costs; default: as measured on this sweep's finished cells",
-    )
-    add(
-        "--slurm",
-        metavar="PROFILE",
-        help="submit to SLURM instead: the name of a file in conf/cluster/, or a path",
-    )
-    add("--max-parallel", type=positive_int, metavar="N", help="with --slurm: at most N cells at a time")
-    add("--print", action="store_true", help="with --slurm: show the batch script; nothing is written")
+    add_grid_flags(parser)
     add(
         "--wandb-sweep",
         action="store_true",
         help="print the grid as a W&B sweep, for `wandb sweep` and `wandb agent`; nothing is run",
     )
-    parser.check = check
-
-
-def check(options: argparse.Namespace) -> None:
-    """Raise UserError for flags that do not go together."""
-    if options.slurm is not None and options.parallel is not None:
-        raise UserError("--parallel: is for cells on this machine; type --max-parallel with --slurm")
-    if options.slurm is None and (options.print or options.max_parallel is not None):
-        raise UserError("--print and --max-parallel: are for SLURM; type --slurm PROFILE as well")
+    parser.check = check_grid_flags
 
 
 def run(options: argparse.Namespace) -> int:
@@ -88,6 +61,12 @@ def run(options: argparse.Namespace) -> int:
 
         print(wandb_sweep(definition), end="")
         return 0
+    return run_grid(definition, options)
+
+
+def run_grid(definition: "Definition", options: argparse.Namespace) -> int:
+    """Check, freeze and run the cells of a definition as the flags of `add_grid_flags` say; returns the exit
+    code."""
     with _offline() if options.dry_run else contextlib.nullcontext():
         return _check_and_run(definition, options)
 

@@ -102,7 +102,7 @@ def read_definition(path: str, more: Sequence[str] = ()) -> Definition:
     except yaml.YAMLError as error:
         raise UserError(f"{path}: is not YAML ({' '.join(str(error).split())[:200]})") from None
     try:
-        return _definition(tree, file.stem, more)
+        return definition_of(tree, file.stem, more)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -135,7 +135,8 @@ class _TextLoader(yaml.BaseLoader):
         return super().construct_mapping(node, deep)
 
 
-def _definition(tree: Any, stem: str, more: Sequence[str]) -> Definition:
+def definition_of(tree: Any, stem: str, more: Sequence[str]) -> Definition:
+    """The definition that a file of this content and stem has, with further base overrides `more`."""
     known = {item.name for item in dataclasses.fields(Definition)} | {"seeds"}
     if not isinstance(tree, dict):
         raise UserError("must hold keys and values; it needs axes: {KEY: [VALUE, ...]}")
