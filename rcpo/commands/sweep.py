@@ -35,6 +35,7 @@ examples:
   rcpo sweep demo --dry-run                                    (one that ships with rcpo)
   rcpo sweep sweeps/demo.yaml --parallel 2
   rcpo sweep sweeps/demo.yaml model.path=MODEL --slurm example --print
+  rcpo sweep search --search optuna --dry-run                  (a search: sweeps/search.yaml)
 
 `rcpo status DIR` says how far it is, `rcpo resume DIR` goes on after Ctrl-C or a failure,
 `rcpo cancel DIR` stops it."""
@@ -47,7 +48,24 @@ examples:
         action="store_true",
         help="print the grid as a W&B sweep, for `wandb sweep` and `wandb agent`; nothing is run",
     )
-    parser.check = check_grid_flags
+    add(
+        "--search",
+        metavar="optuna",
+        choices=["optuna"],
+        help="search the file's axes for its search.metric with optuna; every trial is a cell",
+    )
+    parser.check = check
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise UserError for flags that do not go together."""
+    check_grid_flags(options)
+    if options.search is None:
+        return
+    others = {"--slurm": options.slurm, "--wandb-sweep": options.wandb_sweep,
+              "--pairs-per-second": options.pairs_per_second}  # fmt: skip
+    if given := next((flag for flag, value in others.items() if value), None):
+        raise UserError(f"{given}: is for grids, and a search runs its trials here; leave it out")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -61,7 +79,25 @@ def run(options: argparse.Namespace) -> int:
 
         print(wandb_sweep(definition), end="")
         return 0
+    if options.search is not None:
+        return search(definition, options)
     return run_grid(definition, options)
+
+
+def search(definition: "Definition", options: argparse.Namespace) -> int:
+    """Search as the file says; returns the exit code."""
+    from rcpo.sweep.folder import SweepFolder
+    from rcpo.sweep.local import sweep_held
+    from rcpo.sweep.search import look, run_search
+
+    sweep = SweepFolder(options.out or f"sweeps-out/{definition.name}")
+    with _offline() if options.dry_run else contextlib.nullcontext():
+        lines = look(definition, sweep, fetch=not options.dry_run)
+    if options.dry_run:
+        print("\n".join(lines))
+        return 0
+    with sweep_held(sweep):
+        return run_search(definition, sweep, options.parallel or 1)
 
 
 def run_grid(definition: "Definition", options: argparse.Namespace) -> int:
@@ -94,6 +130,8 @@ def _check_and_run(definition: "Definition", options: argparse.Namespace) -> int
     from rcpo.sweep.target import Here, Target
 
     sweep = SweepFolder(options.out or f"sweeps-out/{definition.name}")
+    if sweep.study.is_file():
+        raise UserError(f"{sweep.path}: is a search; type --search optuna, or --out FOLDER")
     target: Target = Here()
     if options.slurm is not None:
         from rcpo.sweep.slurm.profile import SlurmTarget, read_profile
