@@ -5,6 +5,7 @@ parser. What a word may be says its metavar there; the words of a config come fr
 """
 
 import argparse
+import contextlib
 import os
 from collections.abc import Iterable
 from typing import Any, NoReturn
@@ -105,12 +106,30 @@ def _config_words(begun: str) -> list[str]:
     except (UserError, SystemExit):
         return []
     words = [word for word in getattr(options, "words", []) if "=" in word and word != begun]
+    if getattr(options, "multirun", False):
+        return _of_several(begun, options.hydra, words)
     found = _from_hydra(begun, getattr(options, "hydra", []), words)
     found = [word for word in found if not word.startswith(NOT_TRAINED_WITH)]
     if name == "data" and "=" not in begun:
         found += FilesCompleter()(begun)
     key, equals, value = begun.partition("=")
     return found or [f"{key}={path}" for path in FilesCompleter()(value) if equals]
+
+
+def _of_several(begun: str, flags: Iterable[str], words: Iterable[str]) -> list[str]:
+    """The same behind -m: a word may have several values, and the last one is completed."""
+    from rcpo.config.words import values_of
+
+    ones = []
+    for word in words:
+        with contextlib.suppress(UserError):
+            values = values_of(word)
+            ones.append(word if not values else f"{word.partition('=')[0]}={values[0]}")
+    key, equals, value = begun.partition("=")
+    before, comma, last = value.rpartition(",")
+    found = _from_hydra(f"{key}{equals}{last}", flags, ones)
+    found = [word for word in found if not word.startswith(NOT_TRAINED_WITH)]
+    return [f"{key}={before},{word.partition('=')[2]}" for word in found] if comma else found
 
 
 def _from_hydra(begun: str, flags: Iterable[str] = (), words: Iterable[str] = ()) -> list[str]:

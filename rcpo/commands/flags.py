@@ -84,9 +84,51 @@ def add_printing_flags(parser: Flags) -> None:
     _pass_on(parser, "--package", "-p", metavar="GROUP", help="of --cfg job that group alone")
     _pass_on(parser, "--info", "-i", nargs="?", const="all", help=argparse.SUPPRESS)
     resolve = "of --cfg job what rcpo decides too: learning rate, steps, ZeRO stage and the rest"
-    texts = {"--resolve": resolve, "--multirun": argparse.SUPPRESS, "-m": argparse.SUPPRESS}
-    for flag, text in texts.items():
-        parser.add_argument(flag, dest="hydra", action="append_const", const=flag, default=[], help=text)
+    parser.add_argument(
+        "--resolve", dest="hydra", action="append_const", const="--resolve", default=[], help=resolve
+    )
+
+
+def add_grid_flags(parser: argparse._ActionsContainer) -> None:
+    """Where and how the cells of a grid run."""
+    add = parser.add_argument
+    add("--out", metavar="DIR", help="the sweep folder; default: sweeps-out/NAME")
+    add("--parallel", type=positive_int, metavar="N", help="N cells at a time here; default: 1")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="print the grid and what it costs; nothing is written, nothing fetched from the hub",
+    )
+    add(
+        "--pairs-per-second",
+        type=positive_float,
+        metavar="X",
+        help="speed of a cell, for the costs; default: as measured on this sweep's finished cells",
+    )
+    add(
+        "--slurm",
+        metavar="PROFILE",
+        help="submit to SLURM instead: the name of a file in conf/cluster/, or a path",
+    )
+    add(
+        "--max-parallel",
+        type=positive_int,
+        metavar="N",
+        help="with --slurm: at most N cells at a time; default: the profile's max_parallel",
+    )
+    add("--print", action="store_true", help="with --slurm: show the batch script; nothing is written")
+
+
+GRID_FLAGS = ("out", "parallel", "dry_run", "pairs_per_second", "slurm", "max_parallel", "print")
+"""What `add_grid_flags` adds, as attributes of the options."""
+
+
+def check_grid_flags(options: argparse.Namespace) -> None:
+    """Raise UserError for those of them that do not go together."""
+    if options.slurm is not None and options.parallel is not None:
+        raise UserError("--parallel: is for cells on this machine; type --max-parallel with --slurm")
+    if options.slurm is None and (options.print or options.max_parallel is not None):
+        raise UserError("--print and --max-parallel: are for SLURM; type --slurm PROFILE as well")
 
 
 def _pass_on(parser: Flags, flag: str, short: str, **settings: Any) -> None:

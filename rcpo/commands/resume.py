@@ -112,6 +112,10 @@ def _resume_sweep(path: str, parallel: int) -> int:
     with sweep_held(sweep):
         for name in mend(sweep):
             print(f"{name}: its folder was gone; it is frozen again", flush=True)
+        if sweep.study.is_file():
+            from rcpo.sweep.search import definition_in, run_search
+
+            return run_search(definition_in(sweep), sweep, parallel)
         if sweep.slurm.is_file():
             from rcpo.sweep.slurm import submit as slurm
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from rcpo.commands.flags import Flags, positive_float, positive_int
+from rcpo.commands.flags import Flags, add_grid_flags, check_grid_flags
 from rcpo.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,46 +35,37 @@ examples:
   rcpo sweep demo --dry-run                                    (one that ships with rcpo)
   rcpo sweep sweeps/demo.yaml --parallel 2
   rcpo sweep sweeps/demo.yaml model.path=MODEL --slurm example --print
+  rcpo sweep search --search optuna --dry-run                  (a search: sweeps/search.yaml)
 
 `rcpo status DIR` says how far it is, `rcpo resume DIR` goes on after Ctrl-C or a failure,
 `rcpo cancel DIR` stops it."""
     add = parser.add_argument
     add("file", metavar="FILE", help="the sweep file, or the name of one that ships with rcpo")
     add("words", nargs="*", metavar="KEY=VALUE", help="further overrides, of all cells")
-    add("--out", metavar="DIR", help="the sweep folder; default: sweeps-out/NAME")
-    add("--parallel", type=positive_int, metavar="N", help="N cells at a time here; default: 1")
-    add(
-        "--dry-run",
-        action="store_true",
-        help="print the grid and what it costs; nothing is written, nothing fetched from the hub",
-    )
-    add(
-        "--pairs-per-second",
-        type=positive_float,
-        metavar="X",
-        help="speed of a cell, for the costs; default: as measured on this sweep's finished cells",
-    )
-    add(
-        "--slurm",
-        metavar="PROFILE",
-        help="submit to SLURM instead: the name of a file in conf/cluster/, or a path",
-    )
-    add("--max-parallel", type=positive_int, metavar="N", help="with --slurm: at most N cells at a time")
-    add("--print", action="store_true", help="with --slurm: show the batch script; nothing is written")
+    add_grid_flags(parser)
     add(
         "--wandb-sweep",
         action="store_true",
         help="print the grid as a W&B sweep, for `wandb sweep` and `wandb agent`; nothing is run",
+    )
+    add(
+        "--search",
+        metavar="optuna",
+        choices=["optuna"],
+        help="search the file's axes for its search.metric with optuna; every trial is a cell",
     )
     parser.check = check
 
 
 def check(options: argparse.Namespace) -> None:
     """Raise UserError for flags that do not go together."""
-    if options.slurm is not None and options.parallel is not None:
-        raise UserError("--parallel: is for cells on this machine; type --max-parallel with --slurm")
-    if options.slurm is None and (options.print or options.max_parallel is not None):
-        raise UserError("--print and --max-parallel: are for SLURM; type --slurm PROFILE as well")
+    check_grid_flags(options)
+    if options.search is None:
+        return
+    others = {"--slurm": options.slurm, "--wandb-sweep": options.wandb_sweep,
+              "--pairs-per-second": options.pairs_per_second}  # fmt: skip
+    if given := next((flag for flag, value in others.items() if value), None):
+        raise UserError(f"{given}: is for grids, and a search runs its trials here; leave it out")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -88,6 +79,30 @@ def run(options: argparse.Namespace) -> int:
 
         print(wandb_sweep(definition), end="")
         return 0
+    if options.search is not None:
+        return search(definition, options)
+    return run_grid(definition, options)
+
+
+def search(definition: "Definition", options: argparse.Namespace) -> int:
+    """Search as the file says; returns the exit code."""
+    from rcpo.sweep.folder import SweepFolder
+    from rcpo.sweep.local import sweep_held
+    from rcpo.sweep.search import look, run_search
+
+    sweep = SweepFolder(options.out or f"sweeps-out/{definition.name}")
+    with _offline() if options.dry_run else contextlib.nullcontext():
+        lines = look(definition, sweep, fetch=not options.dry_run)
+    if options.dry_run:
+        print("\n".join(lines))
+        return 0
+    with sweep_held(sweep):
+        return run_search(definition, sweep, options.parallel or 1)
+
+
+def run_grid(definition: "Definition", options: argparse.Namespace) -> int:
+    """Check, freeze and run the cells of a definition as the flags of `add_grid_flags` say; returns the exit
+    code."""
     with _offline() if options.dry_run else contextlib.nullcontext():
         return _check_and_run(definition, options)
 
@@ -115,6 +130,8 @@ def _check_and_run(definition: "Definition", options: argparse.Namespace) -> int
     from rcpo.sweep.target import Here, Target
 
     sweep = SweepFolder(options.out or f"sweeps-out/{definition.name}")
+    if sweep.study.is_file():
+        raise UserError(f"{sweep.path}: is a search; type --search optuna, or --out FOLDER")
     target: Target = Here()
     if options.slurm is not None:
         from rcpo.sweep.slurm.profile import SlurmTarget, read_profile

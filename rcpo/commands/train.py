@@ -4,7 +4,15 @@ import argparse
 import itertools
 from typing import TYPE_CHECKING, Any
 
-from rcpo.commands.flags import Flags, add_config_words, add_printing_flags
+from rcpo.commands.flags import (
+    GRID_FLAGS,
+    Flags,
+    add_config_words,
+    add_grid_flags,
+    add_printing_flags,
+    check_grid_flags,
+)
+from rcpo.common.errors import UserError
 
 if TYPE_CHECKING:
     from rcpo.config.resolved import ResolvedConfig
@@ -28,6 +36,8 @@ examples:
       keys change single values
   rcpo train objective=dpo launch.processes=2
       two ranks on CPU; on GPUs: launch.gpus_per_node=8, or start the same command with torchrun or srun
+  rcpo train -m objective=dpo,simpo calibration=off,on 'seed=range(3)' --parallel 2
+      a run of each combination, as a sweep: rcpo status, rcpo resume, and the same words go on with it
   rcpo train model.path=MODEL data=file data.path=PAIRS.jsonl --plan
       what that would do: steps, learning rate, micro-batch, memory, and who decided each
   rcpo train objective=simpo --help
@@ -58,6 +68,36 @@ what happened to the chosen responses. Bad input is one line and exit code 2. `r
         help="show what the run would do, and who decided each value; write nothing",
     )
     add_printing_flags(parser)
+    parser.add_argument(
+        "-m",
+        "--multirun",
+        action="store_true",
+        help="a run of each combination of values: objective=dpo,simpo 'seed=range(3)'",
+    )
+    add_grid_flags(parser.add_argument_group("flags of -m, as of `rcpo sweep`"))
+    parser.check = check
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise UserError for flags that do not go together."""
+    if options.explain:
+        return
+    if not options.multirun:
+        given = next((name for name in GRID_FLAGS if getattr(options, name) not in (None, False)), None)
+        if given is not None:
+            raise UserError(
+                f"--{given.replace('_', '-')}: is for several runs; type -m as well, or leave it out"
+            )
+        return
+    if options.overwrite:
+        raise UserError("--overwrite: replaces one run; type --out FOLDER for the runs of -m anew")
+    if options.plan:
+        raise UserError("--plan: is of one run; type --dry-run with -m")
+    if printing := next((word for word in options.hydra if word in ("--cfg", "--info", "--resolve")), None):
+        raise UserError(
+            f"{printing}: prints the config of one run; leave out -m and give one value of each key"
+        )
+    check_grid_flags(options)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -67,6 +107,11 @@ def run(options: argparse.Namespace) -> int:
     from rcpo.config.refused import only_prints
 
     words = [*options.hydra, *options.words]
+    if options.multirun and not options.explain:
+        from rcpo.commands.sweep import run_grid
+        from rcpo.sweep.inline import definition_of_words
+
+        return run_grid(definition_of_words(words), options)
     if _asks_resolved(words) or options.plan:
         print(planned(words, options))
         return 0

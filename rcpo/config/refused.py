@@ -39,7 +39,7 @@ def refuse_words(argv: Sequence[str]) -> None:
         if word.startswith("~"):
             raise UserError(f"{shortened(word)}: {_in_place_of_removing(name.lstrip('~'))}")
         if re.match(r"hydra[./@]|hydra$", name):
-            raise UserError(f"{shortened(word)}: rcpo makes its run folder and logs itself; leave it out")
+            raise UserError(f"{shortened(word)}: {_in_place_of_hydra(name)}")
         if "=" not in word and not word.startswith("-") and number not in values:
             _refuse_file(word)
 
@@ -55,6 +55,21 @@ def _flag_values(argv: Sequence[str]) -> set[int]:
     """Which words are the value of the flag before them."""
     with_value = (*PRINTING, "--package", "-p", "--config-dir", "-cd")
     return {number + 1 for number, word in enumerate(argv) if word in with_value}
+
+
+def _in_place_of_hydra(key: str) -> str:
+    """What to type for a key of Hydra's own."""
+    part = re.split(r"[./@]", key)[1:2]
+    if part == ["launcher"]:
+        return (
+            "rcpo submits to SLURM itself; leave it out and type rcpo train -m ... --slurm PROFILE, or "
+            "--parallel N for runs here"
+        )
+    if part == ["sweeper"]:
+        return "rcpo makes grids itself; leave it out, and for a search type rcpo sweep FILE --search optuna"
+    if part == ["sweep"]:
+        return "rcpo makes the folder of -m itself; leave it out and type --out FOLDER"
+    return "rcpo makes its run folder and logs itself; leave it out"
 
 
 def _in_place_of_removing(key: str) -> str:

@@ -1,17 +1,20 @@
 """The words of `rcpo train` before Hydra reads them: rcpo's own spellings, objectives of a user's own, and
 what to type for a grid. Called by `rcpo.config.compose`; imports no torch."""
 
+import itertools
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, Override, ValueType
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from rcpo.common.errors import UserError, shortened
 from rcpo.common.installed import OBJECTIVES, names_in
 
 OPEN = ("deepspeed.extra", "data.columns", "data.mix", "model.chat_template_kwargs")
@@ -21,8 +24,8 @@ SLICED = ("data.path", "data.eval_path", "data.split", "data.eval_split")
 COMPARED = ("train.stop_when",)
 """Keys whose values hold signs that Hydra reads in quotes alone."""
 MULTIRUN = ("-m", "--multirun")
-PLACED = ("name", "run_dir")
-"""Keys that every cell of a sweep gets from its place."""
+MOST_VALUES = 1000
+"""Of one word."""
 
 
 def hydra_words(argv: Sequence[str], folders: Sequence[Path]) -> list[str]:
@@ -88,39 +91,42 @@ def placed_module(section: Any, folders: Sequence[Path]) -> None:
 
 
 def grid_line(argv: Sequence[str]) -> str:
-    """The one line for words that ask for several runs: a sweep file for them, and what to type."""
-    axes: dict[str, str] = {}
-    others = []
+    """The one line for words that ask for several runs, where one is made: what to type for all of them."""
     flag = next((word for word in argv if word in MULTIRUN), None)
-    for word in argv:
-        key = word.split("=")[0]
-        values = _values(word)
-        if values is not None:
-            axes[key.lstrip("+")] = f"[{', '.join(_in_yaml(value) for value in values)}]"
-        elif "=" in word and not word.startswith("-") and key not in PLACED:
-            others.append(word)
-    if not axes:
-        return f"{flag}: `rcpo train` makes one run; leave it out, or type rcpo sweep FILE for a grid"
-    first = next(word for word in argv if _values(word) is not None)
-    seen = f"{first}: is several values;" if flag is None else f"{flag}:"
-    line = ", ".join(f"{key}: {values}" for key, values in axes.items())
-    return (
-        f"{seen} `rcpo train` makes one run; for all of them write grid.yaml with the line "
-        f"axes: {{{line}}} and type {shlex.join(['rcpo', 'sweep', 'grid.yaml', *others])}"
-    )
+    first = next((word for word in argv if values_of(word) is not None), None)
+    if first is None:
+        return f"{flag}: is for several values of a key, as in objective=dpo,simpo; leave it out"
+    words = [word for word in argv if word not in MULTIRUN]
+    typed = shlex.join(["rcpo", "train", "-m", *words])
+    return f"{first}: is several values, and this is one run; for a run of each type {typed}"
 
 
-def _values(word: str) -> list[str] | None:
-    """The values that a word sweeps over, as Hydra's multirun would; None where it is one value."""
+def values_of(word: str, options_of: Callable[[str], list[str]] | None = None) -> list[str] | None:
+    """The values that a word sweeps over, as Hydra's multirun would; None where it is one value. `options_of`
+    gives a group's options, for glob(*). Raises UserError for what is no list of values."""
     if "=" not in word or word.startswith("-"):
         return None
     try:
         parsed = OverridesParser.create().parse_override(word)
-        return list(parsed.sweep_string_iterator()) if parsed.is_sweep_override() else None
-    except (HydraException, OmegaConfBaseException, NotImplementedError):
+        if not parsed.is_sweep_override():
+            return None
+        if parsed.value_type is ValueType.GLOB_CHOICE_SWEEP:
+            return [] if options_of is None else _matching(parsed, options_of)
+        if not parsed.is_discrete_sweep():
+            raise UserError(
+                f"{shortened(word)}: is a range without steps, for a search; write it in a sweep file as "
+                "{type: float, low: LOW, high: HIGH} and type rcpo sweep FILE --search optuna"
+            )
+        values = list(itertools.islice(parsed.sweep_string_iterator(), MOST_VALUES + 1))
+    except (HydraException, OmegaConfBaseException, ValueError):
         return None
+    if len(values) > MOST_VALUES:
+        raise UserError(f"{shortened(word)}: is more than {MOST_VALUES} values; give fewer")
+    return values
 
 
-def _in_yaml(value: str) -> str:
-    """A value inside a list in one line of YAML."""
-    return value if re.fullmatch(r"[\w.+/-]+", value) else "'" + value.replace("'", "''") + "'"
+def _matching(parsed: Override, options_of: Callable[[str], list[str]]) -> list[str]:
+    """The options of a group that glob(...) names."""
+    value = parsed.value()
+    assert isinstance(value, Glob)
+    return value.filter(options_of(parsed.key_or_group))

@@ -85,6 +85,7 @@ def _optional_packages() -> Iterator[Finding]:
     for name, purpose, advice in (
         ("bitsandbytes", "4bit, optim=adamw_8bit", "pip install 'rcpo[quantization]'"),
         ("liger-kernel", "model.kernels=liger", "pip install 'rcpo[liger]'"),
+        ("optuna", "rcpo sweep FILE --search optuna", "pip install 'rcpo[search]'"),
         ("flash_attn", "model.attention=flash_attention_2", "pip install flash-attn"),
     ):
         try:

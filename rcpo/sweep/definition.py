@@ -14,6 +14,7 @@ A file, every key but `axes` optional (sweeps/demo.yaml is one):
       - {objective: simpo, seed: 7, label: long, overrides: [train.steps=900]}
     order: [seed]                  # the axes that vary slowest; the others follow as the file has them
     cell_name: "{objective}-{calibration}-{seed}"
+    search: {metric: eval/displacement/margin, direction: maximize}   # and ranges as axes: `rcpo.sweep.space`
     estimate: {pairs_per_second: 20, train_pairs: {HUB_ID: 61135}}   # for the costs that a dry run shows
 
 Every scalar is text, as typed: off stays off, and quotes make no difference.
@@ -30,6 +31,7 @@ import yaml
 
 import rcpo
 from rcpo.common.errors import UserError
+from rcpo.sweep.space import Range, Search, is_range, range_of, search_of
 
 SEED = "seed"
 """The axis that `seeds` makes."""
@@ -85,6 +87,9 @@ class Definition:
     """All axes, the slowest first."""
     cell_name: str
     estimate: Estimate
+    ranges: dict[str, Range] = field(default_factory=dict)
+    """Axes that only a search can have."""
+    search: Search | None = None
 
 
 def read_definition(path: str, more: Sequence[str] = ()) -> Definition:
@@ -92,7 +97,7 @@ def read_definition(path: str, more: Sequence[str] = ()) -> Definition:
     UserError with one line."""
     file = _shipped(path) or Path(path)
     try:
-        tree = yaml.load(file.read_text(encoding="utf-8"), Loader=_TextLoader)
+        tree = read_tree(file)
     except (OSError, UnicodeDecodeError) as error:
         said = getattr(error, "strerror", None) or "is not UTF-8 text"
         shipped = ", ".join(file.stem for file in shipped_files())
@@ -102,9 +107,14 @@ def read_definition(path: str, more: Sequence[str] = ()) -> Definition:
     except yaml.YAMLError as error:
         raise UserError(f"{path}: is not YAML ({' '.join(str(error).split())[:200]})") from None
     try:
-        return _definition(tree, file.stem, more)
+        return definition_of(tree, file.stem, more)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def read_tree(file: Path) -> Any:
+    """The content of a sweep file, every scalar as text."""
+    return yaml.load(file.read_text(encoding="utf-8"), Loader=_TextLoader)
 
 
 def shipped_files() -> list[Path]:
@@ -135,8 +145,9 @@ class _TextLoader(yaml.BaseLoader):
         return super().construct_mapping(node, deep)
 
 
-def _definition(tree: Any, stem: str, more: Sequence[str]) -> Definition:
-    known = {item.name for item in dataclasses.fields(Definition)} | {"seeds"}
+def definition_of(tree: Any, stem: str, more: Sequence[str]) -> Definition:
+    """The definition that a file of this content and stem has, with further base overrides `more`."""
+    known = {item.name for item in dataclasses.fields(Definition)} - {"ranges"} | {"seeds"}
     if not isinstance(tree, dict):
         raise UserError("must hold keys and values; it needs axes: {KEY: [VALUE, ...]}")
     for key in tree:
@@ -148,10 +159,11 @@ def _definition(tree: Any, stem: str, more: Sequence[str]) -> Definition:
             f"name: {name!r}: must be 1 to 100 letters, digits, '.', '_' or '-', and start with a letter or "
             "digit"
         )
-    axes = _axes(tree)
+    ranges = _ranges(tree)
+    axes = _axes(tree, ranges)
     overrides = (*_words(tree.get("overrides", []), "overrides"), *more)
     for word in overrides:
-        if word.lstrip("+").split("=")[0] in axes:
+        if word.lstrip("+").split("=")[0] in axes | ranges:
             raise UserError(f"{word}: {word.lstrip('+').split('=')[0]} is an axis of this sweep; remove one")
     order = [_text(item, "order") for item in _list(tree.get("order", []), "order")]
     for axis in order:
@@ -166,23 +178,40 @@ def _definition(tree: Any, stem: str, more: Sequence[str]) -> Definition:
         exclude=[_exclusion(item, axes) for item in _list(tree.get("exclude", []), "exclude")],
         include=[_inclusion(item, axes) for item in _list(tree.get("include", []), "include")],
         order=(*order, *(axis for axis in axes if axis not in order)),
-        cell_name=_template(tree.get("cell_name"), axes),
+        cell_name=_template(tree.get("cell_name"), axes | {axis: [AxisValue("0", ())] for axis in ranges}),
         estimate=_estimate(tree.get("estimate", {})),
+        ranges=ranges,
+        search=None if tree.get("search") in (None, "null") else search_of(tree["search"]),
     )
 
 
-def _axes(tree: dict[str, Any]) -> dict[str, list[AxisValue]]:
+def _ranges(tree: dict[str, Any]) -> dict[str, Range]:
+    """The axes that are ranges."""
+    listed = _mapping(tree.get("axes", {}), "axes")
+    ranges = {key: range_of(key, value) for key, value in listed.items() if is_range(value)}
+    for key in ranges:
+        _check_key(key)
+    return ranges
+
+
+def _check_key(key: str) -> None:
+    if key in RESERVED or not _AXIS.fullmatch(key):
+        raise UserError(f"axes.{key}: is not the name of a config key or group")
+
+
+def _axes(tree: dict[str, Any], ranges: dict[str, Range]) -> dict[str, list[AxisValue]]:
     listed = _mapping(tree.get("axes", {}), "axes")
     if "seeds" in tree:
         if SEED in listed:
             raise UserError("seeds: axes has seed too; give one of the two")
         listed = listed | {SEED: tree["seeds"]}
-    if not listed:
+    if not listed and not ranges:
         raise UserError("axes: has no value and needs one; write axes: {KEY: [VALUE, ...]}")
     axes = {}
     for key, values in listed.items():
-        if key in RESERVED or not _AXIS.fullmatch(key):
-            raise UserError(f"axes.{key}: is not the name of a config key or group")
+        if key in ranges:
+            continue
+        _check_key(key)
         axes[key] = [_axis_value(key, value) for value in _list(values, f"axes.{key}")]
         labels = [value.label for value in axes[key]]
         if not labels:

@@ -36,6 +36,9 @@ def expand(definition: Definition) -> list[Point]:
 
     Raises UserError when a cell is there twice, or none is left.
     """
+    if definition.ranges:
+        axis = next(iter(definition.ranges))
+        raise UserError(f"axes.{axis}: is a range, for a search; type --search optuna, or list its values")
     combinations = [*_grid(definition), *_included(definition)]
     seen: set[str] = set()
     for axes, _ in combinations:
@@ -98,6 +101,11 @@ def _names(definition: Definition, cells: list[dict[str, str]]) -> list[str]:
             slug = f"{slug[: LONGEST_NAME - DIGEST_LETTERS - 1]}-{digest_of_axes(axes)}"
         names.append(slug)
     return names
+
+
+def name_of(definition: Definition, labels: dict[str, str]) -> str:
+    """The name of one cell of these labels, as far as they alone decide it."""
+    return _slug(_filled(definition.cell_name, labels))
 
 
 def digest_of_axes(axes: Mapping[str, str]) -> str:

@@ -2,6 +2,7 @@
 
     SWEEP/sweep.yaml      what the sweep was made from      SWEEP/manifest.jsonl   one frozen cell a line
     SWEEP/cells/NAME/     the cells' run folders            SWEEP/.lock            held by what runs them here
+    SWEEP/study.log       optuna's, of a search
     SWEEP/submit.sbatch  array.txt  slurm.json  logs/       of SLURM
 
 `rcpo.sweep.grow` writes it; everything else reads. A cell is started and continued by
@@ -44,6 +45,7 @@ class SweepFolder:
         self.cells = self.path / "cells"
         self.logs = self.path / "logs"
         self.lock = self.path / ".lock"
+        self.study = self.path / "study.log"
         self.submit = self.path / "submit.sbatch"
         self.slurm = self.path / "slurm.json"
 

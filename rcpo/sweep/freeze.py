@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import yaml
@@ -99,12 +99,16 @@ def description(definition: Definition) -> dict[str, Any]:
         "name": definition.name,
         "group": definition.group,
         "overrides": list(definition.overrides),
-        "axes": shown(definition.axes),
+        "axes": shown(definition.axes)
+        | {
+            axis: {key: value for key, value in asdict(span).items() if value not in (None, False)}
+            for axis, span in definition.ranges.items()
+        },
         "exclude": definition.exclude,
         "include": include,
         "order": list(definition.order),
         "cell_name": definition.cell_name,
-    }
+    } | ({} if definition.search is None else {"search": asdict(definition.search)})
 
 
 def changes(sweep: SweepFolder, frozen: FrozenCell) -> Iterator[str]:

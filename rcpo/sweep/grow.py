@@ -71,7 +71,7 @@ def plan_growth(definition: Definition, sweep: SweepFolder, target: Target) -> G
     for point in points:
         cell = by_axes.get(digest_of_axes(point.axes))
         if cell is None:
-            point = _with_free_name(point, taken)
+            point = with_free_name(point, taken)
         elif is_same and cell.words == [*point.words, *target.words] and sweep.run(cell).config.is_file():
             names.append(cell.name)
             continue
@@ -101,7 +101,7 @@ def _changes(sweep: SweepFolder, frozen: "FrozenCell") -> list[str]:
     return list(changes(sweep, frozen))
 
 
-def _with_free_name(point: Point, taken: set[str]) -> Point:
+def with_free_name(point: Point, taken: set[str]) -> Point:
     """The point under a name that no cell of the folder has."""
     if point.name.casefold() not in taken:
         return point
@@ -161,6 +161,31 @@ def write_growth(sweep: SweepFolder, definition: Definition, growth: Growth) -> 
     tree = description(definition) | {"frozen_with": growth.mark}
     write_atomically(sweep.sweep_yaml, yaml.safe_dump(tree, sort_keys=False))
     write_atomically(sweep.manifest, "".join(cell.line() for cell in growth.manifest))
+
+
+def begin(sweep: SweepFolder, definition: Definition) -> None:
+    """Make the folder of a search, without a cell, or write how many trials it has now. Call with the sweep's
+    lock held. Raises UserError where the folder is something else."""
+    from rcpo.sweep.freeze import description
+
+    if sweep.manifest.is_file() and not sweep.study.is_file() and sweep.read_cells():
+        raise UserError(f"{sweep.path}: is a sweep without a search; type --out FOLDER")
+    if not sweep.manifest.is_file():
+        _clear(sweep)
+    tree = description(definition) | {"frozen_with": _mark_of(Here())}
+    write_atomically(sweep.sweep_yaml, yaml.safe_dump(tree, sort_keys=False))
+    if not sweep.manifest.is_file():
+        write_atomically(sweep.manifest, "")
+
+
+def add_cell(sweep: SweepFolder, frozen: "FrozenCell") -> None:
+    """One more cell, behind those that are there. Call with the sweep's lock held."""
+    from rcpo.sweep.freeze import write_cells
+
+    shutil.rmtree(sweep.run(frozen.cell).path, ignore_errors=True)
+    write_cells(sweep, [frozen])
+    cells = [*sweep.read_cells(), frozen.cell]
+    write_atomically(sweep.manifest, "".join(cell.line() for cell in cells))
 
 
 def _clear(sweep: SweepFolder) -> None:

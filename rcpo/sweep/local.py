@@ -10,8 +10,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from types import FrameType
+from typing import Protocol
 
 from rich.console import Group
 from rich.live import Live
@@ -51,31 +52,78 @@ def run_unfinished(sweep: SweepFolder, num_parallel: int, names: Collection[str]
     """Start every cell (of `names`, where they are given) that is neither done nor running; returns the exit
     code: 0 when all of them are done, 1 when one is not, 130 or 75 after Ctrl-C or SIGTERM. Call with the
     sweep held."""
-    if joined_world_size() is not None:
-        raise UserError("a sweep starts its own processes; start it without torchrun or srun")
     cells = [cell for cell in sweep.read_cells() if names is None or cell.name in set(names)]
     statuses = [read_status(sweep, cell, None) for cell in cells]
-    return _Runner(sweep, statuses, num_parallel).run()
+    return run_cells(sweep, _Listed(sweep, statuses), num_parallel, statuses)
+
+
+class Waiting(Protocol):
+    """The cells that are to run, one after another."""
+
+    num: int
+    """How many there are, as far as is known."""
+
+    def next(self) -> Cell | None:
+        """The next one to start; None when there is none left. It is not asked again then."""
+
+    def ended(self, status: CellStatus) -> None:
+        """Take note of what became of one."""
+
+    def last_words(self, statuses: Sequence[CellStatus]) -> tuple[list[str], bool]:
+        """What is said when all is over, and whether all is well."""
+
+
+def run_cells(
+    sweep: SweepFolder, waiting: Waiting, num_parallel: int, statuses: Sequence[CellStatus] | None = None
+) -> int:
+    """Run cells as they come; `statuses` are those to show from the start, by default of all cells there
+    are. Exit codes as of `run_unfinished`."""
+    if joined_world_size() is not None:
+        raise UserError("a sweep starts its own processes; start it without torchrun or srun")
+    if statuses is None:
+        statuses = [read_status(sweep, cell, None) for cell in sweep.read_cells()]
+    return _Runner(sweep, statuses, num_parallel, waiting).run()
+
+
+class _Listed:
+    """Cells of a grid, known from the start."""
+
+    def __init__(self, sweep: SweepFolder, statuses: Sequence[CellStatus]) -> None:
+        self._sweep = sweep
+        self._cells = [status.cell for status in statuses if status.state in UNFINISHED]
+        self.num = len(self._cells)
+
+    def next(self) -> Cell | None:
+        return self._cells.pop(0) if self._cells else None
+
+    def ended(self, status: CellStatus) -> None:
+        """Nothing hangs on it."""
+
+    def last_words(self, statuses: Sequence[CellStatus]) -> tuple[list[str], bool]:
+        left = [status for status in statuses if status.state is not State.DONE]
+        lines = [f"`rcpo resume {self._sweep.path}` goes on with the cells that are not done"] if left else []
+        return lines, not left
 
 
 class _Runner:
     """The cells of one sweep while they run."""
 
-    def __init__(self, sweep: SweepFolder, statuses: list[CellStatus], num_parallel: int) -> None:
-        self._sweep, self._num_parallel = sweep, num_parallel
+    def __init__(
+        self, sweep: SweepFolder, statuses: Sequence[CellStatus], num_parallel: int, waiting: Waiting
+    ) -> None:
+        self._sweep, self._num_parallel, self._waiting = sweep, num_parallel, waiting
         self._statuses = {status.cell.name: status for status in statuses}
-        self._waiting = [status.cell for status in statuses if status.state in UNFINISHED]
+        self._is_exhausted = False
         self._running: dict[str, _Child] = {}
         self._received: list[int] = []
         self._console = RunConsole()
-        self._num_started, self._num_to_run = 0, len(self._waiting)
+        self._num_started, self._num_to_run = 0, waiting.num
 
     def run(self) -> int:
         with self._signals_heard(), self._shown() as live:
             shown = 0.0
-            while (self._waiting and not self._received) or self._running:
-                while self._waiting and not self._received and len(self._running) < self._num_parallel:
-                    self._start(self._waiting.pop(0))
+            while not (self._is_exhausted or self._received) or self._running:
+                self._fill()
                 self._pass_on_signals()
                 self._collect()
                 if live is not None and time.monotonic() - shown >= SECONDS_BETWEEN_TABLES:
@@ -85,6 +133,15 @@ class _Runner:
             if live is not None:
                 live.update(self._table(), refresh=True)
         return self._conclude()
+
+    def _fill(self) -> None:
+        """Start cells while there is room and there are any."""
+        while not (self._is_exhausted or self._received) and len(self._running) < self._num_parallel:
+            cell = self._waiting.next()
+            if cell is None:
+                self._is_exhausted = True
+            else:
+                self._start(cell)
 
     def _start(self, cell: Cell) -> None:
         self._num_started += 1
@@ -100,6 +157,7 @@ class _Runner:
             del self._running[name]
             child.record_death(code, stopping=bool(self._received))
             status = self._statuses[name] = read_status(self._sweep, child.cell, None)
+            self._waiting.ended(status)
             chosen = "" if status.chosen is None else f", chosen {nats(status.chosen)} nats"
             reason = "" if status.reason is None else f" ({status.reason})"
             self._say(f"{name}: {status.state}{reason}{chosen}, {duration(child.seconds())}")
@@ -113,13 +171,14 @@ class _Runner:
                 log = self._sweep.run(status.cell).logs / LOG_NAME
                 self._print(f"{status.cell.name}: {status.state}: {status.reason} ({log})")
         self._say(counts_line(statuses))  # the last line of the table
-        if left:
-            self._print(f"`rcpo resume {self._sweep.path}` goes on with the cells that are not done")
+        lines, is_well = self._waiting.last_words(statuses)
+        for line in lines:
+            self._print(line)
         if len(left) < len(statuses):
             self._print(f"`rcpo compare {self._sweep.path}` puts the runs side by side")
         if self._received:
             return 130 if self._received[0] == signal.SIGINT else StoppedError.exit_code
-        return 1 if left else 0
+        return 0 if is_well else 1
 
     @contextlib.contextmanager
     def _signals_heard(self) -> Iterator[None]:

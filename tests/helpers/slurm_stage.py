@@ -15,10 +15,13 @@ from typing import Any
 import yaml
 
 from helpers.slurm_cluster import Cluster
-from rcpo.cli import dispatch
 from rcpo.runs.folder import RunFolder
+from rcpo.sweep.definition import read_definition
 from rcpo.sweep.folder import SweepFolder
+from rcpo.sweep.grow import plan_growth, write_growth
+from rcpo.sweep.local import sweep_held
 from rcpo.sweep.slurm import submit as slurm
+from rcpo.sweep.slurm.profile import SlurmTarget, read_profile
 from rcpo.sweep.states import CellStatus, State
 
 SECONDS = 400
@@ -58,10 +61,13 @@ class Stage:
         """A sweep that is frozen, with its script, and not submitted."""
         file, profile_file = self.write(name, profile, **definition)
         out = self.folder / "sweeps" / name
-        with said():
-            words = ["sweep", str(file), "--slurm", str(profile_file), "--out", str(out), "--print"]
-            assert dispatch(words) == 0
-        return Sweep(SweepFolder(out), self)
+        folder = SweepFolder(out)
+        with said(), sweep_held(folder):
+            definition = read_definition(str(file))
+            growth = plan_growth(definition, folder, SlurmTarget(read_profile(str(profile_file))))
+            write_growth(folder, definition, growth)
+            assert slurm.submit(folder, str(profile_file), None, names=()) == 0
+        return Sweep(folder, self)
 
 
 class Sweep:

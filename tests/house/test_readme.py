@@ -219,7 +219,10 @@ def test_the_loop_with_a_calibrator_trains(readme: Path) -> None:
 
 
 def test_the_sweep_file_of_the_readme_is_one(tmp_path: Path) -> None:
-    (text,) = code(ROOT / "sweeps/README.md", "yaml")
-    (tmp_path / "mine.yaml").write_text(text)
+    grid, search = code(ROOT / "sweeps/README.md", "yaml")
+    (tmp_path / "mine.yaml").write_text(grid)
     definition = read_definition(str(tmp_path / "mine.yaml"))
     assert [len(values) for values in definition.axes.values()] == [3, 2, 3]
+    (tmp_path / "mine.yaml").write_text(search)
+    definition = read_definition(str(tmp_path / "mine.yaml"))
+    assert (list(definition.ranges), definition.search is not None) == (["optim.lr"], True)

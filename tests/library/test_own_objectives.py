@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 import rcpo
 from rcpo.common.conf import conf_dir
@@ -16,7 +15,7 @@ from rcpo.config.compose import compose
 from rcpo.config.resolve import resolve
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.config.validate import validate
-from rcpo.config.words import grid_line, hydra_words
+from rcpo.config.words import hydra_words
 from rcpo.objectives import PairLogProbs, load_objective, objective_names, objective_of
 from rcpo.objectives.composition import composition_defaults
 from rcpo.objectives.own import import_own
@@ -348,31 +347,3 @@ def test_runs_without_a_module_have_none(here: Path) -> None:
     run.create(config, config_tree(config))
     assert "objective_module" not in run.read_run()
     assert not (run.path / "objective_module.py").exists()
-
-
-# Grids
-
-
-def test_the_line_for_a_grid_is_a_sweep_file(here: Path) -> None:
-    """What the line says to write and to type gives the cells that were asked for, without name and flags."""
-    words = [
-        "-m", "objective=dpo,simpo", "optim.lr=1e-5,1e-6", "+train.steps=range(1,3)", "name=x", "seed=4",
-        "tracking=none",
-    ]  # fmt: skip
-    line = grid_line(words)
-    text, command = line.split(" with the line ")[1].split(" and type ")
-    assert command == "rcpo sweep grid.yaml seed=4 tracking=none"
-    (here / "grid.yaml").write_text(text + "\n")
-    definition = read_definition("grid.yaml", ["seed=4", "tracking=none"])
-    assert {axis: [value.label for value in values] for axis, values in definition.axes.items()} == {
-        "objective": ["dpo", "simpo"], "optim.lr": ["1e-05", "1e-06"], "train.steps": ["1", "2"],
-    }  # fmt: skip
-    assert line.startswith(
-        "-m: `rcpo train` makes one run; for all of them write grid.yaml with the line axes: {"
-    )
-
-
-def test_values_with_signs_are_quoted_in_the_grid() -> None:
-    line = grid_line(["data.path=a:b,c", "objective=dpo"])
-    text = line.split(" with the line ")[1].split(" and type ")[0]
-    assert yaml.safe_load(text) == {"axes": {"data.path": [r"a\:b", "c"]}}, "as Hydra wants them typed"

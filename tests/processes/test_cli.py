@@ -82,7 +82,7 @@ MISTAKES = {
     "train --config-dir nowhere": "--config-dir {folder}/nowhere: no such folder; give one that is there\n",
     "train --config-dir mine objective=theirs": "objective.betta=1: dpo has no such parameter; "
     "did you mean objective.beta?",
-    "train --multirun objective=dpo,simpo": "--multirun: `rcpo train` makes one run; ",
+    "train objective=dpo,simpo": "objective=dpo,simpo: is several values, and this is one run; ",
     "train calibration=on calibration.ema_beta=1": "calibration.ema_beta=1: must be less than 1; ",
     "train calibration=on calibration.scope=lora_last": "calibration.scope=lora_last: there is no adapter ",
     "train calibration=off calibration.alpha=1.1": "calibration.alpha",

@@ -28,10 +28,8 @@ overrides: [{SMALL}, train.steps=3]
 axes:
   objective: [dpo, simpo, ipo, {{label: hopeless, overrides: [objective=dpo, optim.lr=1e30]}}]
 """
-LONG = f"""
-overrides: [{SMALL}, train.steps=1000000]
-axes: {{objective: [dpo, simpo, ipo]}}
-"""
+LONG = ["train", "-m", "objective=dpo,simpo,ipo", *SMALL.split(", "), "train.steps=1000000", "name=long"]
+"""An inline sweep."""
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -153,17 +151,16 @@ def num_rows(run: RunFolder) -> int:
 
 
 def test_a_sweep_is_cancelled_goes_on_and_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three endless cells, two at a time.
+    """Three endless cells, two at a time, from the words of `rcpo train -m`.
 
     `rcpo cancel`: both stop with checkpoints. `rcpo resume`: they go on, row after row, and nobody else may
     run the sweep meanwhile. Ctrl-C while one cell hangs: the other stops with a checkpoint; the second Ctrl-C
     ends the one that hangs.
     """
-    (tmp_path / "long.yaml").write_text(LONG)
     first, second, third = (
         RunFolder(tmp_path / f"sweeps-out/long/cells/{name}") for name in ("dpo", "simpo", "ipo")
     )
-    runner = started(tmp_path, "sweep", "long.yaml", "--parallel", 2)
+    runner = started(tmp_path, *LONG, "--parallel", 2)
     try:
         wait_until(lambda: num_rows(first) > 2 and num_rows(second) > 2, "both train", runner)
         assert states(tmp_path, "sweeps-out/long") == {"dpo": "running", "simpo": "running", "ipo": "pending"}
@@ -180,7 +177,7 @@ def test_a_sweep_is_cancelled_goes_on_and_is_killed(tmp_path: Path, monkeypatch:
             lambda: num_rows(first) > stopped_at[0] + 2 and num_rows(second) > stopped_at[1] + 2,
             "both go on", runner,
         )  # fmt: skip
-        refused = said_here(tmp_path, monkeypatch, "sweep", "long.yaml", code=2)
+        refused = said_here(tmp_path, monkeypatch, *LONG, code=2)
         assert f"is being run by process {runner.started()} on " in refused
         refused = said_here(tmp_path, monkeypatch, "resume", first.path, code=2)
         assert "is being trained by process " in refused
