@@ -91,8 +91,8 @@ def test_a_default_that_is_changed_in_conf_is_changed_everywhere(
     with pytest.raises(UserError) as caught:
         validate(SMALLEST)
     assert str(caught.value) == (
-        "lr: has no default in conf/optim/adamw.yaml and conf/optim/sgd.yaml and conf/optim/adamw_8bit.yaml; "
-        "put it back there"
+        "betas: has no default in conf/optim/adamw.yaml and conf/optim/sgd.yaml and "
+        "conf/optim/adamw_8bit.yaml and conf/optim/rmsprop.yaml; put it back there"
     )
     conf.option_tree.cache_clear()
 
