@@ -19,7 +19,7 @@ REFUSED = {
     "~train.steps": "~train.steps: nothing can be removed; type train.steps=null",
     "~seed": "~seed: nothing can be removed; leave it out for its default, or type seed=VALUE",
     "~optim": "~optim: nothing can be removed; choose another option with optim=OPTION: adamw, adamw_8bit, "
-    "sgd",
+    "rmsprop, sgd",
     "my.yaml": "my.yaml: settings in a file are an experiment; write them as DIR/experiment/my.yaml with the "
     "line '# @package _global_' first, and type --config-dir DIR experiment=my",
     "a/experiment/my.yaml": "a/experiment/my.yaml: is no KEY=VALUE; type --config-dir {folder}/a "
