@@ -20,6 +20,7 @@ from torch import Tensor
 from rcpo.bench.recorder import BenchDone, Recorder
 from rcpo.bench.work import CACHE, REFERENCE, Block, Work, moved
 from rcpo.common.errors import UserError
+from rcpo.engine.memory import numel
 from rcpo.models.evaluation import eval_batch, evaluate_logprobs
 from rcpo.ranks.allocator import keep_freed_memory
 from rcpo.ranks.distributed import initialize, rank, shut_down
@@ -148,7 +149,7 @@ def compute_reference(block: Block, work: Work, device: torch.device) -> dict[st
 def _model_facts(engine: Any) -> dict[str, Any]:
     """What floating-point operations are counted from."""
     model = engine.policy.model
-    sizes = {id(each): int(getattr(each, "ds_numel", each.numel())) for each in model.parameters()}
+    sizes = {id(each): numel(each) for each in model.parameters()}
     ends = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
     config = model.config.get_text_config()
     return {

@@ -95,7 +95,7 @@ def allowed_stages(config: ResolvedConfig) -> Sequence[int]:
 def _weight_bytes(config: ResolvedConfig, model: PreTrainedModel, size: int, stage: int) -> int:
     quantized = set() if config.model.quantization is None else _quantized(model)
     total = sum(
-        int(BYTES_IN_4_BIT * _numel(parameter)) if id(parameter) in quantized else size * _numel(parameter)
+        int(BYTES_IN_4_BIT * numel(parameter)) if id(parameter) in quantized else size * numel(parameter)
         for parameter in model.parameters()
     )
     if stage < 3:
@@ -114,7 +114,7 @@ def _quantized(model: PreTrainedModel) -> set[int]:
 
 
 def _gradient_bytes(config: ResolvedConfig, model: PreTrainedModel, size: int, stage: int) -> int:
-    sizes = [_numel(parameter) for parameter in model.parameters() if parameter.requires_grad]
+    sizes = [numel(parameter) for parameter in model.parameters() if parameter.requires_grad]
     whole = FP32 * sum(sizes)
     if stage >= 2:
         return whole // config.world_size()
@@ -157,7 +157,7 @@ def live_reference_bytes(config: ResolvedConfig, model: PreTrainedModel, stage: 
     """Of a frozen model beside the policy; an adapter run has it in itself."""
     if config.reference.name != "live" or (config.model.lora.rank is not None and not config.reference.path):
         return 0
-    total = sum(_numel(parameter) for name, parameter in model.named_parameters() if "lora_" not in name)
+    total = sum(numel(parameter) for name, parameter in model.named_parameters() if "lora_" not in name)
     return (
         total
         * (2 if config.model.dtype == "bfloat16" else FP32)
@@ -168,7 +168,7 @@ def live_reference_bytes(config: ResolvedConfig, model: PreTrainedModel, stage: 
 def _head_bytes(config: ResolvedConfig, model: PreTrainedModel, num_tokens: int, size: int) -> int:
     """A chunk's product and the sum of them are there at once."""
     weight, vocabulary = model.get_output_embeddings().weight, model.config.get_text_config().vocab_size
-    products = FP32 * 2 * _numel(weight) if weight.requires_grad else 0
+    products = FP32 * 2 * numel(weight) if weight.requires_grad else 0
     return products + logit_bytes(head_sizes(config.train.device, vocabulary), vocabulary, num_tokens, size)
 
 
@@ -204,22 +204,22 @@ def _calibration_bytes(config: ResolvedConfig, model: PreTrainedModel) -> int:
     num_ranks = config.world_size()
     if config.calibration.scope == "head":
         weight = model.get_output_embeddings().weight
-        both = 2 * _numel(weight)
+        both = 2 * numel(weight)
         shares = (num_ranks > 1) + config.metrics.population
-        product = 0 if weight.requires_grad else _numel(weight)  # where it trains, the head has one anyway
+        product = 0 if weight.requires_grad else numel(weight)  # where it trains, the head has one anyway
         return FP32 * (both + shares * both // num_ranks + product)
     measured = _trained(model)
     if config.calibration.scope == "lora_last":
-        measured = sum(_numel(parameter) for parameter in last_block_parameters(model))
+        measured = sum(numel(parameter) for parameter in last_block_parameters(model))
     buckets = 2 * min(BUCKET_NUMBERS, measured) if num_ranks > 1 else 0
     return FP32 * ((1 + config.metrics.population) * 2 * measured // num_ranks + buckets)
 
 
 def _trained(model: PreTrainedModel) -> int:
-    return sum(_numel(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    return sum(numel(parameter) for parameter in model.parameters() if parameter.requires_grad)
 
 
-def _numel(parameter: Any) -> int:
+def numel(parameter: Any) -> int:
     """Whole at ZeRO 3 too; a 4-bit tensor holds two numbers in a byte."""
     number = int(getattr(parameter, "ds_numel", parameter.numel()))
     return 2 * number if hasattr(parameter, "quant_state") else number

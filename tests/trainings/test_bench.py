@@ -263,6 +263,8 @@ def test_every_section_is_a_bench_that_can_begin() -> None:
         assert resolved.train.max_length >= longest * (4 if options.lengths["spread"] else 1)
         for variant in options.variants:
             plan._resolved([*options.words, *variant])
+        if section.profiled:  # the last step, which a calibration that is measured at times has measured
+            assert (options.num_warmup + options.num_steps - 1) % plan.MEASURED_EVERY == 0
 
 
 def test_pairs_come_back_as_they_were(tmp_path: Path) -> None:

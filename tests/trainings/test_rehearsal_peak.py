@@ -1,9 +1,11 @@
 """The rehearsal takes as much memory as the steps that follow: all that torch allocates, counted."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from helpers.cases import RELEASING, Case, Layout, make_config, make_run, write_inputs
@@ -36,8 +38,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("calibration", "stage", "words"), matrix(KINDS, KINDS[1].__eq__, "peaks of memory"))
 def test_peak(inputs: Path, tmp_path: Path, calibration: str, stage: int, words: tuple[str, ...]) -> None:
-    """Within 5 % of that of three steps, the largest micro-batch among them, whatever is measured; 10 % where
-    the sides go apart: from 1 % above to 8.5 % below was seen there from run to run, and not explained."""
+    """Within 5 % of that of three steps, the largest micro-batch among them, whatever is measured. Of `exact`
+    1 % above at ZeRO 1 and 3, and in bf16 at 2, where every step is measured, 3.9 % above: the ordinary step
+    is rehearsed too."""
     case = Case("dpo", calibration, "llama", "adamw")
     released = ", ".join(f"{key}: 0" for key in RELEASING) if stage == 3 else ""
     own = (
@@ -45,11 +48,13 @@ def test_peak(inputs: Path, tmp_path: Path, calibration: str, stage: int, words:
         f"deepspeed.extra={{zero_optimization: {{{released}}}}}", *words,
     )  # fmt: skip
     run = make_run(make_config(inputs, tmp_path / "run", case, Layout(1, 4), *own))
-    in_a_fork(lambda: compare_peaks(run, 0.1 if calibration == "exact" else 0.05))
+    in_a_fork(lambda: compare_peaks(run))
 
 
-def compare_peaks(run: RunFolder, tolerance: float) -> None:
+def compare_peaks(run: RunFolder) -> None:
     import rcpo.training.loop
+
+    leave_gloo_s_threads_out()
 
     rehearse, finish = rcpo.training.loop.rehearse, rcpo.training.loop._finish
 
@@ -67,7 +72,36 @@ def compare_peaks(run: RunFolder, tolerance: float) -> None:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         train_here(run)
     in_rehearsal, in_steps = peaks(profiler)
-    assert in_rehearsal == pytest.approx(in_steps, rel=tolerance), f"{in_rehearsal} and {in_steps} bytes"
+    assert in_rehearsal == pytest.approx(in_steps, rel=0.05), f"{in_rehearsal} and {in_steps} bytes"
+
+
+def leave_gloo_s_threads_out() -> None:
+    """Collectives of one rank, which change nothing, done at once. gloo does them in threads, and where such
+    a thread is the last that lets go of a tensor, the profiler sees no end of it: from run to run up to three
+    buckets seemed to be held to the end."""
+
+    def in_place(tensor: Tensor, *args: object, async_op: bool = False, **words: object) -> object:
+        return Done() if async_op else None
+
+    def to_output(*args: Any, async_op: bool = False, **words: Any) -> object:
+        given = [*args, *(words[name] for name in NAMED if name in words)]
+        given[0].copy_(given[1].view(given[0].shape))
+        return Done() if async_op else None
+
+    for name in ("all_reduce", "reduce", "broadcast"):
+        setattr(torch.distributed, name, in_place)
+    for name in ("reduce_scatter_tensor", "all_gather_into_tensor"):
+        setattr(torch.distributed, name, to_output)
+
+
+NAMED = ("output", "output_tensor", "input", "input_tensor")
+
+
+class Done:
+    """Of a collective that was done at once."""
+
+    def wait(self) -> bool:
+        return True
 
 
 def peaks(profiler: profile) -> tuple[int, int]:
