@@ -21,8 +21,6 @@ def greedy_answers(
     Collective at ZeRO 3; draws no random number."""
     greedy = GenerationConfig(
         max_new_tokens=num_tokens,
-        do_sample=False,
-        num_beams=1,
         use_cache=True,
         eos_token_id=list(end_ids) or None,
         pad_token_id=pad_id,
