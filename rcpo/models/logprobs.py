@@ -213,6 +213,11 @@ class TokenLogProbHead(nn.Module):
         )
         return token_logps
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(n, V) fp32 of n hidden states (n, H), for those who look at whole distributions; without gradients
+        that are worth anything."""
+        return self.transform(_logits(hidden, self.weight, self.bias))
+
 
 def sum_per_side(token_logps: Tensor, batch: PairBatch) -> Tensor:
     """z: (2B,) fp32, token log-probs (N,) summed over each side's response.
