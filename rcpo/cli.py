@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from rcpo.commands import COMMANDS
 from rcpo.commands.parser import command_parser, whole_parser
+from rcpo.common.doing import done_doing
 from rcpo.common.errors import UserError
 
 
@@ -25,9 +26,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         sys.exit(dispatch(words))
     except UserError as error:
+        done_doing()
         print(f"rcpo: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        done_doing()
         print("rcpo: interrupted", file=sys.stderr)
         sys.exit(130)
 

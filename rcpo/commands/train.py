@@ -12,6 +12,7 @@ from rcpo.commands.flags import (
     add_printing_flags,
     check_grid_flags,
 )
+from rcpo.common.doing import doing
 from rcpo.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -103,6 +104,9 @@ def check(options: argparse.Namespace) -> None:
 def run(options: argparse.Namespace) -> int:
     """Train as configured; returns the exit code. Raises UserError for bad input, before anything is
     written."""
+    is_run = not (options.explain or options.plan or options.hydra)
+    if is_run:
+        doing("reading the words")
     from rcpo.config.compose import compose
     from rcpo.config.refused import only_prints
 
@@ -130,6 +134,7 @@ def run(options: argparse.Namespace) -> int:
         if tree is None:
             return 0
         look(tree, options.overwrite)
+        doing("loading torch and transformers")
     from rcpo.launch.start import start
 
     return start(lambda: prepare(words, tree), overwrite=options.overwrite)

@@ -5,10 +5,12 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
+
+from rcpo.common.doing import done_doing
 
 Column = TypeVar("Column")
 
@@ -28,6 +30,11 @@ class RunConsole(Console):
         """`in_colour` asks for colours where there is no terminal."""
         force = True if in_colour else None if sys.stdout.isatty() else False
         super().__init__(force_terminal=force, highlight=False)
+
+    def print(self, *objects: Any, **settings: Any) -> None:
+        """As rich's, in place of what was being done (`rcpo.common.doing`)."""
+        done_doing()
+        super().print(*objects, **settings)
 
     def on_broken_pipe(self) -> None:
         """Rich would exit here; the run goes on instead, and says nothing more."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from rcpo.common.doing import doing
 from rcpo.common.errors import UserError, error_of
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.inputs import Inputs
@@ -87,6 +88,7 @@ def _make_run(prepare: Callable[[], ResolvedConfig | None], overwrite: bool = Fa
     else:
         run.refuse_existing()
     config, notes = with_split(config)
+    doing(f"reading data {config.data.path if config.data.source == 'file' else config.data.source}")
     inputs = read_inputs(config)
     inputs.report.extend(notes)
     config = with_stage(at_commit(config), inputs)
@@ -131,6 +133,7 @@ def _reopen(path: str, allowed: Sequence[str]) -> Prepared:
 def _run_here(prepared: Prepared, resume: bool) -> int:
     run, config, inputs = prepared
     num_ranks = config.world_size()
+    doing(f"loading DeepSpeed for {num_ranks} rank{'' if num_ranks == 1 else 's'}")
     if num_ranks == 1:
         code = run_worker(run, config, resume, inputs)
     else:

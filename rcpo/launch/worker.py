@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rcpo.common.doing import doing
 from rcpo.common.errors import UserError
 from rcpo.common.files import write_atomically
 
@@ -124,6 +125,7 @@ def _train(
         said += [line for line in inputs.report if line.startswith(("data.filter", NOTE))]
         for line in said:
             console.print(line, soft_wrap=True, markup=False, highlight=False)
+        doing(f"loading model {config.model.path}")
     with missing_algorithms_refused():
         summary = train(config, run, inputs, device, resume)
     if rank() == 0:

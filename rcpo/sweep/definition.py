@@ -15,7 +15,7 @@ A file, every key but `axes` optional (sweeps/demo.yaml is one):
     order: [seed]                  # the axes that vary slowest; the others follow as the file has them
     cell_name: "{objective}-{calibration}-{seed}"
     search: {metric: eval/displacement/margin, direction: maximize}   # and ranges as axes: `rcpo.sweep.space`
-    estimate: {pairs_per_second: 20, train_pairs: {HUB_ID: 61135}}   # for the costs that a dry run shows
+    estimate: {pairs_per_second: 20, start_seconds: 60, train_pairs: {HUB_ID: 61135}}   # for a dry run
 
 Every scalar is text, as typed: off stays off, and quotes make no difference.
 """
@@ -70,6 +70,9 @@ class Estimate:
     """Pairs that one cell trains on in a second."""
     train_pairs: dict[str, int] = field(default_factory=dict)
     """Training pairs of data sets on the hub, by data.path."""
+    start_seconds: float = 15.0
+    """Until a cell's first step: libraries, model, data. The embedded default takes 5 to 10; weights of 16
+    GB from a network's disk take minutes."""
 
 
 @dataclass(frozen=True)
@@ -298,13 +301,16 @@ def _template(template: Any, axes: dict[str, list[AxisValue]]) -> str:
 def _estimate(tree: Any) -> Estimate:
     given = _mapping(tree, "estimate")
     for key in given:
-        if key not in ("pairs_per_second", "train_pairs"):
-            raise UserError(f"estimate.{key}: no such key; the keys are pairs_per_second, train_pairs")
+        if key not in ("pairs_per_second", "train_pairs", "start_seconds"):
+            raise UserError(
+                f"estimate.{key}: no such key; the keys are pairs_per_second, start_seconds, train_pairs"
+            )
     pairs = _mapping(given.get("train_pairs", {}), "estimate.train_pairs")
     rate = given.get("pairs_per_second")
     return Estimate(
         None if rate is None else positive_number(rate, "estimate.pairs_per_second"),
         {key: int(positive_number(value, f"estimate.train_pairs.{key}")) for key, value in pairs.items()},
+        positive_number(given.get("start_seconds", Estimate.start_seconds), "estimate.start_seconds"),
     )
 
 

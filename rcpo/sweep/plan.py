@@ -27,13 +27,23 @@ class Cost:
     pairs: int | None
     """Training pairs, repeats counted; None where that takes data that are not here."""
     seconds: float | None
-    """None where the number of pairs or the rate is unknown."""
+    """Start-up and the reference pass included; None where the number of pairs or the rate is unknown."""
     devices: int
     on_gpus: bool
 
 
-def cost_of(frozen: FrozenCell, checked: Checked, definition: Definition, rate: float | None) -> Cost:
-    """The cost at `rate` pairs a second."""
+FORWARD_SHARE = 1 / 3
+"""Of a training step's time: the backward pass takes twice as long, and a reference pass has none."""
+
+
+def cost_of(
+    frozen: FrozenCell,
+    checked: Checked,
+    definition: Definition,
+    rate: float | None,
+    has_reference_pass: bool = False,
+) -> Cost:
+    """The cost at `rate` pairs a second; `has_reference_pass`: it computes what other cells will find."""
     config = frozen.config
     known = [definition.estimate.train_pairs.get(path) for path in config.data.train_paths()]
     num_pairs = checked.train_pairs or (sum(filter(None, known)) if known and all(known) else None)
@@ -43,8 +53,20 @@ def cost_of(frozen: FrozenCell, checked: Checked, definition: Definition, rate: 
     if steps is None and num_pairs is not None and config.train.epochs is not None:
         steps = PairSampler(num_pairs, config.train.pairs_per_step, 0).steps_of(config.train.epochs)
     pairs = None if steps is None else steps * config.train.pairs_per_step
-    seconds = None if pairs is None or rate is None else pairs / rate
+    seconds = None
+    if pairs is not None and rate is not None:
+        seconds = definition.estimate.start_seconds + pairs / rate
+        if has_reference_pass:
+            visited = min(pairs, num_pairs or pairs) + (config.data.eval_pairs or 0)
+            seconds += FORWARD_SHARE * visited / rate
     return Cost(steps, pairs, seconds, config.world_size(), config.train.device == "cuda")
+
+
+def _reference_of(config: ResolvedConfig) -> str | None:
+    """What cells have in common that share one reference pass; None where there is none."""
+    if config.reference.name == "live":
+        return None
+    return repr((config.model, config.data, config.reference, config.train.max_length))
 
 
 def measured_rates(sweep: SweepFolder) -> dict[str, float]:
@@ -77,10 +99,14 @@ def print_plan(
     """The grid as a table, what could not be checked, and what it costs."""
     measured = {} if given_rate is not None else measured_rates(sweep)
     guess = given_rate or definition.estimate.pairs_per_second
-    costs = {}
+    costs, referred = {}, set()
     for frozen in cells:
-        rate = measured.get(kind_of(frozen.config), guess)
-        costs[frozen.cell.name] = cost_of(frozen, checked[frozen.cell.name], definition, rate)
+        rate, key = measured.get(kind_of(frozen.config), guess), _reference_of(frozen.config)
+        makes_pass = key is not None and key not in referred
+        costs[frozen.cell.name] = cost_of(
+            frozen, checked[frozen.cell.name], definition, rate, has_reference_pass=makes_pass
+        )
+        referred.add(key)
     axes = list(dict.fromkeys(axis for frozen in cells for axis in frozen.cell.axes))
     rows = {frozen.cell.name: _texts(frozen, costs[frozen.cell.name], axes) for frozen in cells}
     numbers = ["time", "steps", "pairs", "ranks"]
@@ -103,6 +129,9 @@ def print_plan(
         console.print(Text(line), soft_wrap=True)
     console.print(Text(_total(list(costs.values()))), soft_wrap=True)
     console.print(Text(_source_of_rate(sweep, measured, given_rate, guess)), soft_wrap=True)
+    if any(cost.seconds is not None for cost in costs.values()):
+        start = f"{definition.estimate.start_seconds:g} s of start-up for each cell (estimate.start_seconds)"
+        console.print(Text(f"time counts {start}, and one reference pass for cells alike"), soft_wrap=True)
 
 
 def _texts(frozen: FrozenCell, cost: Cost, axes: Sequence[str]) -> dict[str, str]:

@@ -117,7 +117,9 @@ def test_a_dry_run_costs_a_sweep_at_the_speed_of_its_finished_cells(
     assert "4 cells, 12 steps, 48 pairs, " in said
     assert f"as measured on the finished cells of {sweep.path}" in said
     given = said_here(folder, monkeypatch, "sweep", "grid.yaml", "--dry-run", "--pairs-per-second", 0.01)
-    assert "4 cells, 12 steps, 48 pairs, 1.33 hours of one process" in given  # 48 / 0.01 / 3600
+    # 48 / 0.01 and a start of 15 s a cell; one reference pass of 12 + 8 pairs at three times the speed.
+    assert "4 cells, 12 steps, 48 pairs, 1.54 hours of one process" in given
+    assert "15 s of start-up for each cell (estimate.start_seconds), and one reference pass" in given
     assert sorted(folder.rglob("*")) == before
 
 
@@ -128,7 +130,7 @@ def test_a_script_that_is_shown_leaves_nothing_and_composes_nothing(
     monkeypatch.setattr("rcpo.sweep.freeze.compose", lambda words: pytest.fail("composed"))
     said = said_here(tmp_path, monkeypatch, "sweep", "demo", "--slurm", "example", "--print")
     assert said.startswith("#!/usr/bin/env bash")
-    assert "#SBATCH --array=0-89\n" in said
+    assert "#SBATCH --array=0-89%16\n" in said
     assert f"{tmp_path}/sweeps-out/demo" in said
     assert list(tmp_path.iterdir()) == []
 
@@ -250,7 +252,8 @@ def test_a_dry_run_of_hub_data_fetches_nothing_and_says_so(tmp_path: Path) -> No
     begun = time.monotonic()
     said, _ = rcpo(tmp_path, "sweep", sweep_file, "--dry-run", "--pairs-per-second", 20)
     assert "not checked: hub data and models that are not on this machine: Qwen/Qwen2.5-7B-Instruct, " in said
-    assert "15 cells, 28,665 steps, 917,280 pairs, 12.7 " in said  # 15 x 1911 x 32; / 20 / 3600
+    assert "15 cells, 28,665 steps, 917,280 pairs, 13.1 " in said
+    # 15 x 1911 x 32; / 20 / 3600 is 12.7, the starts 0.06, a reference pass of 61135 pairs 0.28
     assert "Retrying" not in said
     assert time.monotonic() - begun < 100
     assert list(tmp_path.iterdir()) == []

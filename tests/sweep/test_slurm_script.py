@@ -66,7 +66,7 @@ def test_a_profile_of_gpus_asks_for_them_and_gives_each_a_rank(tmp_path: Path) -
         "--exclusive", "--array=0-3%2", "--partition=gpu", "--account=me", "--time=1-00:00:00", "--nodes=2",
         "--ntasks-per-node=4", "--gres=gpu:a100:4", "--cpus-per-task=1", "--requeue", "--signal=B:USR2@300",
     }  # fmt: skip
-    assert "\nmodule load cuda/12.8 gcc\nexport A='b c'\n" in script
+    assert "\nfi\nmodule load cuda/12.8 gcc\nexport A='b c'\n" in script
     srun = "srun --kill-on-bad-exit=1 --wait=0 --mpi=none apptainer exec --nv '/img/a b.sif'"
     assert f'    {srun} "$python" -m rcpo.cli resume "$cell" </dev/null &' in script
     assert "\npython=python\n" in script
@@ -85,7 +85,36 @@ def test_cells_are_resolved_for_the_cluster_and_not_for_this_machine() -> None:
     assert config.train.pairs_per_device == 2
 
 
+def test_the_example_asks_for_what_it_needs_and_for_few_cells_at_a_time(tmp_path: Path) -> None:
+    """No node for itself alone; sixteen cells of ninety at a time, unless it is told otherwise."""
+    profile = read_profile("example")
+    options = options_of(script_of(profile, tmp_path, 90, max_parallel=profile.throttle(None)))
+    assert "--array=0-89%16" in options
+    assert not any("exclusive" in option for option in options)
+    assert (profile.throttle(4), check_profile({"max_parallel": "0"}).throttle(None)) == (4, None)
+    assert Profile().throttle(None) == profile.throttle(None)
+
+
+@pytest.mark.parametrize("place", ["MODULESHOME", "LMOD_PKG", None])
+def test_module_load_works_in_a_shell_that_is_no_login_shell(tmp_path: Path, place: str | None) -> None:
+    """The site's functions are sourced, whatever their file returns; where there are none a line says so."""
+    script = script_of(check_profile({"modules": ["gcc"]}), tmp_path)
+    start = script.index("set -e\ncd ") + len("set -e\n")
+    setup = script[script.index("# `module` is", start) : script.index("\nset +e\ntrap - EXIT")]
+    (tmp_path / "init").mkdir()
+    (tmp_path / "init/bash").write_text('PATH=/site\nmodule() { echo "$@"; }\nfalse\n')
+    here = {"PATH": "/usr/bin:/bin"} | ({} if place is None else {place: str(tmp_path)})
+    done = subprocess.run(
+        ["bash", "--norc", "-c", f"set -e\n{setup}\necho $PATH"], env=here, capture_output=True, text=True
+    )
+    if place is None and done.returncode:  # a machine without modules
+        assert done.stdout == "module: no such command on this node; load what is needed in setup:\n"
+    elif place is not None:
+        assert (done.returncode, done.stdout) == (0, "load gcc\n/usr/bin:/bin:/site\n"), done.stderr
+
+
 FAULTS = {
+    "max_parallel: -1": "max_parallel: '-1': must be greater than or equal to 0",
     "partitoin: gpu": "partitoin: no such key; conf/cluster/example.yaml has them all",
     "partitoin: null": "partitoin: no such key; conf/cluster/example.yaml has them all",
     "partition: 'a b'": "partition: 'a b': must match",

@@ -72,6 +72,7 @@ class Profile:
     signal_seconds: Annotated[int, Field(ge=10, le=65535)] = 120
     requeue_limit: Annotated[int, Field(ge=0)] = 100
     max_array_size: Annotated[int, Field(ge=2)] | None = None
+    max_parallel: Annotated[int, Field(ge=0)] = 16
     sbatch: list[Option] = Field(default_factory=list)
     srun: list[Option] = Field(default_factory=list)
 
@@ -82,6 +83,10 @@ class Profile:
     @property
     def ranks(self) -> int:
         return self.nodes * self.ranks_per_node
+
+    def throttle(self, asked: int | None) -> int | None:
+        """Cells at a time, where `asked` is --max-parallel; None: as many as the cluster starts."""
+        return asked or self.max_parallel or None
 
 
 class SlurmTarget:

@@ -23,6 +23,26 @@ COMMENT = "rcpo"
 """First part of the comment that marks a sweep's jobs: rcpo:SWEEP_ID:INDEX_OF_FIRST_CELL."""
 
 
+MODULE_THERE = """\
+# `module` is a function of login shells, and this is none.
+if ! type module >/dev/null 2>&1; then
+    set +e
+    before=$PATH
+    for file in "${LMOD_PKG:-}/init/bash" "${MODULESHOME:-}/init/bash" \\
+        /etc/profile.d/*{modules,lmod}.sh /etc/profile; do
+        if [ -r "$file" ]; then . "$file"; fi
+        if type module >/dev/null 2>&1; then break; fi
+    done
+    PATH=$before:$PATH
+    set -e
+    if ! type module >/dev/null 2>&1; then
+        echo "module: no such command on this node; load what is needed in setup:"
+        exit 1
+    fi
+fi"""
+"""Shell that makes `module load` work."""
+
+
 def template_path() -> Path:
     """slurm/array.sbatch: inside the package (a wheel), else beside it (a source tree)."""
     package = Path(rcpo.__file__).resolve().parent
@@ -149,6 +169,7 @@ class Script:
         if self.profile.gpus_per_node is None:
             yield "export CUDA_VISIBLE_DEVICES=  # the ranks use CPUs, whatever the node has"
         if self.profile.modules:
+            yield MODULE_THERE
             yield shlex.join(["module", "load", *self.profile.modules])
         yield from self.profile.setup
 

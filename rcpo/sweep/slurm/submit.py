@@ -47,6 +47,7 @@ def submit(sweep: SweepFolder, profile: str, max_parallel: int | None, names: Co
     from rcpo.sweep.slurm.profile import read_profile  # with pydantic and Hydra, which states need not
 
     checked, cells = read_profile(profile), sweep.read_cells()
+    max_parallel = checked.throttle(max_parallel)
     size = checked.max_array_size or max_array_size()
     keep_id(sweep)
     script = Script(
@@ -79,7 +80,8 @@ def script_of(sweep: SweepFolder, profile: str, max_parallel: int | None, cells:
     there = {digest_of_axes(cell.axes) for cell in known}
     num_cells = len(known) + sum(digest_of_axes(point.axes) not in there for point in cells)
     own = sweep_id(sweep) if known else _new_id(sweep, cells[0].name)
-    return Script(sweep, own, checked, num_cells, max_parallel, size, Path.cwd()).text()
+    limit = checked.throttle(max_parallel)
+    return Script(sweep, own, checked, num_cells, limit, size, Path.cwd()).text()
 
 
 def target_of(sweep: SweepFolder) -> "SlurmTarget":
