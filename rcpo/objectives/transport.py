@@ -57,9 +57,9 @@ def ratios_of_other_side(pairs: PairLogProbs) -> tuple[Tensor, Tensor]:
 def aot_unpaired(pair: PairLogProbs, config: TransportConfig) -> Tensor:
     """-1/2 [log sigmoid(beta (r_w - q_l)) + log sigmoid(beta (q_w - r_l))], q at r's rank on the other side.
 
-    Per pair (B,); its mean over the batch is that of -log sigmoid(beta (r_w - r_l)) over the ranks of both
-    sides. Each rank's loss counts half for the pair of either side, and pulls both in full: derivatives are
-    those of the batch's loss. Melnyk et al. 2024 (arXiv 2406.05882), unpaired.
+    One number per pair (B,); its mean over the batch is that of -log sigmoid(beta (r_w - r_l)) over the ranks
+    of both sides. Each rank's loss counts half for the pair of either side, and pulls both in full:
+    derivatives are those of the batch's loss. Melnyk et al. 2024 (arXiv 2406.05882), unpaired.
     """
     assert pair.partners is not None
     of_chosen = pair.sigmoid_loss(config.beta * (pair.r_w - pair.partners[0]))
