@@ -227,6 +227,11 @@ def _contenders(options: Options, words: list[str]) -> list[Contender]:
                 f"--baseline {name}: does not score the mismatched pairs that objective={objective.name} "
                 "needs; leave it out, or take another objective"
             )
+        if objective.match is not None:
+            raise UserError(
+                f"--baseline {name}: does not see the whole batch, whose ranks objective={objective.name} "
+                "compares; leave it out, or take another objective"
+            )
         if objective.needs_mean_tokens:
             raise UserError(
                 f"--baseline {name}: does not know the tokens of the whole batch, which "

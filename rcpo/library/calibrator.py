@@ -94,6 +94,11 @@ class Calibrator:
                 f"objective={self.objective.name}: reads prompts with other pairs' responses, which a loop "
                 "of your own does not score; take other parameters (kto: kl=mean) or another objective"
             )
+        if self.objective.match is not None:
+            raise UserError(
+                f"objective={self.objective.name}: compares ranks within the global batch, which a loop of "
+                "your own gives in parts; take another objective"
+            )
         if self.objective.needs_mean_tokens:
             raise UserError(
                 "objective.sft_mean=tokens: is a mean over the global batch, which a loop of your own gives "

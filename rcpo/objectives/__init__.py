@@ -16,6 +16,7 @@ values.
     reference_free.py  functions of z alone
     pointwise.py       each side judged by itself against the reference
     ratio.py           density-ratio estimation
+    transport.py       comparisons of ranks within a batch
     anchored.py        made to hold the chosen response up
     mix.py             weighted sums of all of these
     composition.py     what every objective accepts: means of log-probs, weights of pairs, what takes the
@@ -26,7 +27,7 @@ r_l, m = z_w - z_l, a bar divides by the side's length |y|.
 """
 
 # Importing a family registers its objectives.
-from rcpo.objectives import anchored, mix, pairwise, pointwise, ratio, reference_free
+from rcpo.objectives import anchored, mix, pairwise, pointwise, ratio, reference_free, transport
 from rcpo.objectives.composition import Composition, composition_of, objective_of
 from rcpo.objectives.loss import BatchStatistic, Objective, PairLogProbs
 from rcpo.objectives.parameters import config_key
@@ -54,4 +55,5 @@ __all__ = [
     "ratio",
     "reference_free",
     "register",
+    "transport",
 ]

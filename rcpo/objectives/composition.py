@@ -175,12 +175,26 @@ def objective_of(section: Mapping[str, Any], fresh: bool = False) -> Objective:
         composition.sft_mean,
     )
     _check_reading(loaded, reading)
+    _check_match(loaded, composition)
     return dataclasses.replace(
         loaded,
         averages=composition.log_probs == "mean",
         reading=reading,
         needs_reference=loaded.needs_reference and not reading.reference_free,
     )
+
+
+def _check_match(objective: Objective, composition: Composition) -> None:
+    """Raise UserError for what needs a loss of each pair by itself, where the loss compares ranks."""
+    if objective.match is None:
+        return
+    for key, neutral in (("aggregate", "mean"), ("sample_weight", None)):
+        value = getattr(composition, key)
+        if value != neutral:
+            raise UserError(
+                f"{TOP}.{key}={value}: takes a loss of each pair by itself, and objective={objective.name} "
+                f"compares ranks within the batch; type {TOP}.{key}={'null' if neutral is None else neutral}"
+            )
 
 
 SWITCHES = {

@@ -41,6 +41,9 @@ class PairLogProbs(NamedTuple):
     mean_tokens: float | None = None
     """Mean of the chosen responses' tokens over the global batch, where a likelihood term is a mean over its
     tokens; None: of these pairs."""
+    partners: tuple[Tensor, Tensor] | None = None
+    """What each side is compared with in the global batch, where the loss compares ranks (`Match`); (B,), no
+    gradient."""
 
     @property
     def r_w(self) -> Tensor:
@@ -109,6 +112,8 @@ class PairLogProbs(NamedTuple):
 
 
 LossFunction = Callable[[PairLogProbs, Any], Tensor]
+Match = Callable[[PairLogProbs], tuple[Tensor, Tensor]]
+"""From all pairs of a global batch to the numbers that their two sides are compared with, (B,) each."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +161,9 @@ class Objective:
     (objective.log_probs=mean)."""
     reading: Reading = AS_WRITTEN
     """Switches that formulas share, as this one is read."""
+    match: Match | None = None
+    """For a loss that compares ranks within the global batch: what a step asks of all its pairs before it
+    begins. A pair's derivatives are those of the batch's loss; its own loss is its share of that."""
 
     def view(self, pair: PairLogProbs) -> PairLogProbs:
         """The pair as the loss reads it, which incentives are derivatives by: as it is, or averaged, with the
@@ -171,7 +179,16 @@ class Objective:
         pair = self.view(pair)
         if self.statistics and not pair.state:
             pair = pair._replace(state=self.initial_state(float((pair.len_w + pair.len_l).mean())))
+        if self.match is not None and pair.partners is None:
+            pair = pair._replace(partners=self.partners_of(pair))
         return self.loss(pair, self.config)
+
+    def partners_of(self, pairs: PairLogProbs) -> tuple[Tensor, Tensor]:
+        """What the sides of these pairs, all of a global batch, are compared with; (B,) each, detached."""
+        if self.match is None:
+            raise ValueError(f"{self.name} compares no ranks")
+        partner_w, partner_l = self.match(self.view(pairs))
+        return partner_w.detach(), partner_l.detach()
 
     def params(self) -> dict[str, Any]:
         """The parameters as a plain dict, with the keys of the YAML file."""

@@ -59,6 +59,11 @@ def _load_term(path: str, term: Any) -> Term:
             f"{path}.name={name}: weighs the tokens of z, which the other terms would read too; write "
             "another objective there"
         )
+    if term.objective.match is not None:
+        raise UserError(
+            f"{path}.name={name}: compares ranks within the global batch, which a term does not see; write "
+            "another objective there"
+        )
     return term
 
 

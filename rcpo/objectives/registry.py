@@ -14,7 +14,7 @@ from typing import Any
 from rcpo.common.conf import value_in_conf
 from rcpo.common.errors import UserError
 from rcpo.common.installed import OBJECTIVES, load_from, names_in
-from rcpo.objectives.loss import BatchStatistic, LossFunction, Objective
+from rcpo.objectives.loss import BatchStatistic, LossFunction, Match, Objective
 from rcpo.objectives.parameters import ParameterError, check_kind, config_key
 from rcpo.objectives.trial import try_out
 
@@ -32,6 +32,7 @@ class Entry:
     """A function of the config where the parameters decide (mix)."""
     statistics: tuple[BatchStatistic, ...] | Callable[[Any], tuple[BatchStatistic, ...]]
     weighs_tokens: bool = False
+    match: Match | None = None
 
     def defaults(self, name: str) -> dict[str, Any]:
         """Value of every parameter by its key. Raises UserError where conf/objective/NAME.yaml lacks one."""
@@ -51,6 +52,7 @@ class Entry:
             needs if isinstance(needs, bool) else needs(config),
             statistics if isinstance(statistics, tuple) else statistics(config),
             self.weighs_tokens,
+            match=self.match,
         )
 
 
@@ -73,6 +75,7 @@ def objective(
     needs_reference: bool | Callable[[Any], bool],
     statistics: tuple[BatchStatistic, ...] | Callable[[Any], tuple[BatchStatistic, ...]] = (),
     weighs_tokens: bool = False,
+    match: Match | None = None,
 ) -> Callable[[LossFunction], LossFunction]:
     """Register a loss function under `name`, which is also its name in a config: objective=NAME.
 
@@ -93,7 +96,7 @@ def objective(
         if is_own:
             _check_config_type(name, config_type)
         table = OWN if is_own else REGISTRY
-        table[name] = Entry(loss, config_type, needs_reference, statistics, weighs_tokens)
+        table[name] = Entry(loss, config_type, needs_reference, statistics, weighs_tokens, match)
         return loss
 
     return register

@@ -5,6 +5,7 @@
     z           = log pi(y|x) of both sides                  models.policy, attached to the graph
     loss        = weight * objective(z, ref, |y|)            objectives, on detached leaves
     d_w, d_l    = -dL/dz_w, +dL/dz_l                         method.incentives, by autograd
+    partners    of the global batch's sorted numbers         losses that compare ranks: a pass more
     tilt        = what the mean is not: KL-DRO               training.aggregate, scales loss and incentives
     surrogate   = mean(-alpha d_w z_w + (d_l/alpha) z_l)     its gradient is the loss's, calibrated
     guard       every loss, z and gradient is finite         or nothing is updated: NonFiniteStepError
@@ -37,7 +38,7 @@ from rcpo.method.metrics import QUANTITIES, pair_sums, statistics_of, step_row
 from rcpo.method.scores import CHOSEN, REJECTED
 from rcpo.method.statistics import Probe
 from rcpo.objectives import Objective, PairLogProbs
-from rcpo.ranks.distributed import sum_over_ranks, sum_parts_over_ranks, world_size
+from rcpo.ranks.distributed import rank, sum_over_ranks, sum_parts_over_ranks, world_size
 from rcpo.training.aggregate import Tilt
 from rcpo.training.measurement import Measurement
 from rcpo.training.state import Method, TrainState
@@ -55,6 +56,8 @@ class MicroBatch(NamedTuple):
     """What the aggregate makes of the losses; None: their mean."""
     mean_tokens: float | None = None
     """Mean |y_w| of the global batch, where the objective asks for it."""
+    partners: tuple[Tensor, Tensor] | None = None
+    """What the sides are compared with in the global batch, where the objective compares ranks."""
 
 
 class Priced(NamedTuple):
@@ -124,7 +127,8 @@ def train_step(
     state.calibrator.begin()
     measurement.begin()
     seeing = with_mismatched(method, state, mismatched)
-    micro_batches = tilted(method, seeing, with_mean_tokens(method, micro_batches))
+    micro_batches = with_partners(method, with_mean_tokens(method, micro_batches))
+    micro_batches = tilted(method, seeing, micro_batches)
     sums = forward_and_back(method, seeing, micro_batches, measurement)
 
     of_rank = state.calibrator.of_rank(world_size())
@@ -202,6 +206,30 @@ def with_mean_tokens(method: Method, micro_batches: Sequence[MicroBatch]) -> Seq
     return [each._replace(mean_tokens=mean) for each in micro_batches]
 
 
+def with_partners(method: Method, micro_batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
+    """The micro-batches with what their sides are compared with in the global batch, under the weights before
+    the step, where the objective compares ranks: a pass over all of them without gradients, and one gather of
+    six numbers a pair. Exact however the batch is split. Collective then."""
+    objective = method.objective
+    if objective.match is None:
+        return micro_batches
+    columns, sizes = [], []
+    for each in micro_batches:
+        z_w, z_l = method.engine.logprobs_without_grad(each.batch).chunk(2)
+        pair = pairs_of(each, z_w, z_l, ())
+        columns.append(torch.stack([z_w, z_l, pair.ref_w, pair.ref_l, pair.len_w, pair.len_l]))
+        sizes.append(len(z_w))
+    own = torch.cat(columns, dim=1)
+    parts = own.new_zeros(world_size(), *own.shape)
+    parts[rank()] = own
+    whole = sum_over_ranks(parts).transpose(0, 1).flatten(1)
+    partners = torch.stack(objective.partners_of(PairLogProbs(*whole)))
+    of_rank = partners.unflatten(1, (world_size(), -1))[:, rank()].split(sizes, dim=1)
+    return [
+        each._replace(partners=(both[0], both[1])) for each, both in zip(micro_batches, of_rank, strict=True)
+    ]
+
+
 def pairs_of(
     micro_batch: MicroBatch, z_w: Tensor, z_l: Tensor, objective_state: tuple[float, ...]
 ) -> PairLogProbs:
@@ -209,7 +237,7 @@ def pairs_of(
     len_w, len_l = micro_batch.batch.lengths.to(z_w.dtype).chunk(2)
     return PairLogProbs(
         z_w, z_l, micro_batch.ref_w, micro_batch.ref_l, len_w, len_l, objective_state,
-        mean_tokens=micro_batch.mean_tokens,
+        mean_tokens=micro_batch.mean_tokens, partners=micro_batch.partners,
     )  # fmt: skip
 
 

@@ -30,6 +30,11 @@ def nls(x: float) -> float:
     return log1p(exp(-x))
 
 
+COMPARE_RANKS = {"aot", "aot_unpaired"}
+"""Objectives whose pairs are compared with each other; `test_transport.py` has what the others' tests have of
+single pairs."""
+
+
 class Case(NamedTuple):
     a: float
     """Loss of pair A with the default parameters."""
@@ -57,6 +62,9 @@ CASES: dict[str, Case] = {
     "sft": Case(2.0, 3.0),
     # beta mt = 0.2, -0.3
     "dpo": Case(nls(0.2), nls(-0.3), mirror=True),
+    # a pair alone is its own rank: dpo
+    "aot": Case(nls(0.2), nls(-0.3), mirror=True),
+    "aot_unpaired": Case(nls(0.2), nls(-0.3), mirror=True),
     # dpo of log-ratios that are weighted before the objective sees them
     "ti_dpo": Case(nls(0.2), nls(-0.3), mirror=True),
     # beta (1/2 + 1/3) = 5 * 5/6; 5 (-2/3 - 1/4) = -5 * 11/12
