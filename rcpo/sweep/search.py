@@ -37,7 +37,7 @@ def searched(definition: Definition) -> Search:
     """What the file says of its search. Raises UserError where it cannot be one."""
     if definition.search is None:
         raise UserError(
-            "--search optuna: the file says not what is best; add the line search: {metric: "
+            "--search optuna: the file does not say what is best; write the line search: {metric: "
             "eval/displacement/margin, direction: maximize, trials: 20}"
         )
     if definition.exclude or definition.include:

@@ -84,14 +84,14 @@ WRONG = {
     "learning_rate=1e-5": "learning_rate: no such key; type optim.lr=1e-5",
     "gamma=1": "gamma: objective=dpo has no such key, only objective.beta; objective=alpha_po, simpo have "
     "objective.gamma",
-    "momentum=.9": "momentum: optim=adamw has no such key; optim=sgd has optim.momentum",
+    "momentum=.9": "momentum: optim=adamw has no such key; optim=rmsprop, sgd have optim.momentum",
     "pairs_per_step=4": "pairs_per_step: no such key; did you mean train.pairs_per_step? "
     "`rcpo train --help` lists them",
     "loss_type=sigmoid": "loss_type: no such key; type objective=dpo",
     "model=org/name": "model=org/name: is no option; a model's folder or hub id is a key: "
     "type model.path=org/name",
-    "seed=range(0,3)": "seed=range(0,3): is several values; `rcpo train` makes one run; for all of them "
-    "write grid.yaml with the line axes: {seed: [0, 1, 2]} and type rcpo sweep grid.yaml",
+    "seed=range(0,3)": "seed=range(0,3): is several values, and this is one run; for a run of each type "
+    "rcpo train -m 'seed=range(0,3)'",
     "nogroup=3": "nogroup: no such key; `rcpo train --help` lists them",
     "objective.betta=1": "objective.betta: objective=dpo has no such key; did you mean objective.beta? "
     "`rcpo train --help` lists them",
@@ -103,8 +103,8 @@ WRONG = {
     "on, published have calibration.ema_beta",
     "objective=simp": "objective=simp: no such option; did you mean objective=simpo? The options are "
     + ", ".join(sorted(REGISTRY)),
-    "objective=dpo,simpo": "objective=dpo,simpo: is several values; `rcpo train` makes one run; for all of "
-    "them write grid.yaml with the line axes: {objective: [dpo, simpo]} and type rcpo sweep grid.yaml",
+    "objective=dpo,simpo": "objective=dpo,simpo: is several values, and this is one run; for a run of each "
+    "type rcpo train -m objective=dpo,simpo",
     "+typo=1": "typo: no such key; `rcpo train --help` lists them (remove +typo=...)",
     "+train.typo=1": "train.typo: no such key; `rcpo train --help` lists them (remove +train.typo=...)",
     "+objective.betta=1": "objective.betta=1: dpo has no such parameter; did you mean objective.beta?",
@@ -126,7 +126,7 @@ WRONG = {
     "train.steps=[1": "train.steps=[1: cannot be read as KEY=VALUE; "
     "quote values that hold signs as KEY='\"VALUE\"'",
     "--nope": "--nope: no such flag; `rcpo train --help` lists them",
-    "-m": "-m: `rcpo train` makes one run; leave it out, or type rcpo sweep FILE for a grid",
+    "-m": "-m: is for several values of a key, as in objective=dpo,simpo; leave it out",
     "deepspeed.extra=5": "deepspeed.extra=5: must be an object; type deepspeed.extra=VALUE",
 }
 """A word, and the whole message."""

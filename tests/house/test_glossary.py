@@ -15,7 +15,6 @@ HELD: dict[str, dict[str, str]] = {
         "SAMPLE_WEIGHTS": "the config key objective.sample_weight",
         "sample_weight": "the config key objective.sample_weight",
         "sample": "Python's random.sample",
-        "do_sample": "transformers' switch of random decoding",
     },
     "example": {
         "EXAMPLE": "of a command line or a section of a config",

@@ -92,7 +92,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
     "data": (("data=arithmetic",), {"pairs": ROWS}, "data=arithmetic: the pairs are given as rows already"),
     "path": (("+data.path=x",), {"pairs": ROWS}, "+data.path=x: the pairs are given as rows already"),
     "key": (("train.stepz=3",), {}, "train.stepz: no such key; did you mean train.steps?"),
-    "grid": (("objective=dpo,simpo",), {}, "objective=dpo,simpo: is several values; `rcpo train`"),
+    "grid": (("objective=dpo,simpo",), {}, "objective=dpo,simpo: is several values, and this is one run"),
     "columns": ((), {"pairs": [{"a": 1}, {"a": 2}]}, "data.path="),
     "few": (("train.pairs_per_step=16",), {"pairs": ROWS * 9}, "data.path="),
 }  # fmt: skip

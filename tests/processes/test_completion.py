@@ -30,9 +30,9 @@ OFFERED = {
     "rcpo tr": "train ",
     "rcpo completion ": "bash zsh fish",
     "rcpo train objective=s": "sft simpo slic sppo",
-    "rcpo train tracking=": "none wandb",
-    "rcpo train train.st": "train.steps=",
-    "rcpo train metri": "metrics.geometry_every= metrics.population=",
+    "rcpo train tracking=": "none tensorboard trackio wandb",
+    "rcpo train train.st": "train.steps= train.stop_when=",
+    "rcpo train metri": "metrics.answer_tokens= metrics.answers= metrics.geometry_every= metrics.population=",
     "rcpo train objective=simpo objective.g": "objective.gamma=",
     "rcpo train objective=simpo calibration=on optim=s": "sgd ",
     "rcpo train objective=simpo --overwrite calibration=e": "exact ",
@@ -149,5 +149,5 @@ def test_zsh_completes_a_command_a_group_and_a_key(folder: Path, environment: di
         type_and_see('echo re""ady\n', "ready")
         type_and_see("rcpo tr\t", "rcpo train ")
         type_and_see("objective=sim\t", "simpo ")
-        type_and_see("train.st\t", "train.steps=")
+        type_and_see("train.ste\t", "train.steps=")
         type_and_see("3 calibration=\t", "feedback")

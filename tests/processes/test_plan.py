@@ -30,7 +30,7 @@ def test_a_plan_says_who_decides_and_writes_nothing(
     assert found["train.pairs_per_step"] == ("16", "conf/config.yaml")
     assert found["deepspeed.stage"] == ("1", "rcpo: 1 on CPUs")
     assert found["reference"] == ("the initial policy: 72 pairs, once", "reference=cached")
-    assert found["tracking"][0] == "disabled"
+    assert found["tracking"][0] == "none"
     assert found["memory of a rank"][1].startswith("weights 1.37 MB, gradients 1.37 MB, optimizer 4.1 MB")
     assert list(tmp_path.iterdir()) == []
 

@@ -205,7 +205,7 @@ def test_a_range_is_of_a_search_alone_and_a_search_needs_a_metric() -> None:
 
     with pytest.raises(UserError, match=r"axes.optim.lr: is a range, for a search; type --search optuna"):
         expand(definition())
-    with pytest.raises(UserError, match=r"the file says not what is best; add the line search: "):
+    with pytest.raises(UserError, match=r"the file does not say what is best; write the line search: "):
         search.searched(definition(search=None))
 
 

@@ -82,7 +82,7 @@ def test_a_cell_that_nothing_runs_is_in_the_state_that_it_wrote_last(sweep: Swee
     cell = made_cell(sweep, status=status, exit_reason="because")
     read = read_status(sweep, cell, None)
     assert read.state == status
-    assert read.reason == (None if status in ("pending", "done") else "because")
+    assert read.reason == (None if status == "pending" else "because")
 
 
 def test_a_cell_says_running_and_is_lost_when_its_process_is_gone(sweep: SweepFolder) -> None:

@@ -173,7 +173,7 @@ def test_the_other_ranks_stay_until_rank_0_has_written_the_model(
     def work(number: int) -> tuple[dict[str, Any], bool]:
         dist.init_process_group("gloo")
         engine = SimpleNamespace(whole_weights=lambda: {"w": torch.zeros(1)} if number == 0 else None)
-        return rcpo.training.loop._finish(SimpleNamespace(engine=engine)), written.exists()  # type: ignore[arg-type]
+        return rcpo.training.loop._finish(SimpleNamespace(engine=engine), None), written.exists()  # type: ignore[arg-type]
 
     monkeypatch.setattr(rcpo.training.loop, "_write_end", write)
     assert in_two_ranks(work, tmp_path) == ["returned ({'step': 1}, True)"] * 2
