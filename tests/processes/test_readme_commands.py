@@ -91,7 +91,8 @@ def test_words_of_a_printed_command_are_right(command: str, capsys: pytest.Captu
     overrides = [word for word in own if re.match(r"[a-z_.]+=", word)]
     is_own = "--config-dir" in flags or any(word.startswith("objective.module=") for word in own)
     if "-m" in rest and overrides:
-        overrides = [f"{axis}={values[0]}" for axis, values in definition_of_words(overrides).axes.items()]
+        axes = definition_of_words(overrides).axes.values()
+        overrides = [word for values in axes for word in values[0].words]
     if name in COMPOSED and not is_own:
         tree = compose(overrides)
         assert tree is not None

@@ -165,7 +165,7 @@ def test_the_other_ranks_stay_until_rank_0_has_written_the_model(
     """srun ends what is left WaitTime after the first task has gone."""
     written = tmp_path / "written"
 
-    def write(training: Any, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
+    def write(training: Any, weights: dict[str, torch.Tensor], reason: str | None) -> dict[str, Any]:
         time.sleep(0.5)
         written.touch()
         return {"step": len(weights)}
