@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from typing import Any
 
 from rcpo.runs.folder import RunFolder
@@ -13,11 +14,7 @@ class Records:
     """What an offline W&B run holds, by W&B's own reader, `wandb leet inspect`."""
 
     def __init__(self, run: RunFolder) -> None:
-        (path,) = run.path.glob("wandb/offline-run-*/run-*.wandb")
-        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
-        env = os.environ | {"WANDB_ERROR_REPORTING": "false"}
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=True)
-        records = [json.loads(line) for line in done.stdout.splitlines()]
+        records = whole_records(run)
         self.history = [record["history"]["item"] for record in records if record["type"] == "history"]
         self.metrics = {
             record["metric"]["glob_name"]: record["metric"]["step_metric"]
@@ -37,6 +34,21 @@ class Records:
         }
         (self.run,) = (record["run"] for record in records if record["type"] == "run")
         (self.exit_code,) = (record["exit"]["exit_code"] for record in records if record["type"] == "exit")
+
+
+def whole_records(run: RunFolder, seconds: float = 30) -> list[dict[str, Any]]:
+    """The file's records, once the last one is there: on a busy machine W&B's own process may still write
+    when `finish` has returned."""
+    (path,) = run.path.glob("wandb/offline-run-*/run-*.wandb")
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
+    env = os.environ | {"WANDB_ERROR_REPORTING": "false"}
+    deadline = time.monotonic() + seconds
+    while True:
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=True)
+        records = [json.loads(line) for line in done.stdout.splitlines()]
+        if any(record["type"] == "exit" for record in records) or time.monotonic() > deadline:
+            return records
+        time.sleep(0.5)
 
 
 def by_step(run: RunFolder) -> dict[int, dict[str, Any]]:
