@@ -19,11 +19,17 @@ SMALL = ("train.steps=2", "train.pairs_per_step=4", "train.eval_every=1", "train
 """Further words of `rcpo train`."""
 SWEEP = {"overrides": list(SMALL), "axes": {"objective": ["dpo"], "calibration": ["off", "on"]}, "seeds": [0]}
 """What stands in for the sweeps of sweeps/: two cells of two steps."""
+SEARCH = SWEEP | {
+    "axes": {"optim.lr": {"type": "float", "low": 1e-4, "high": 1e-3, "log": True}},
+    "search": {"metric": "eval/displacement/margin", "direction": "maximize", "trials": 2},
+}
+"""The same of a search: two trials."""
 FIRST_RUN = "runs/RUN"
 """Where the first `rcpo train` goes."""
 STANDS_FOR = {
     "RUN": FIRST_RUN, "FILE": "sweeps/demo.yaml", "SWEEP": "sweeps-out/demo", "PICTURE": "picture.png",
-    "TITLE": "a title",
+    "TITLE": "a title", "demo": "sweeps/demo.yaml", "seed=range(3)": "seed=range(1)",
+    "step-000100": "step-000002",
 }  # fmt: skip
 SECONDS = 120
 """The longest that a command may take."""
@@ -55,6 +61,8 @@ def furnish(place: Path) -> None:
         (place / folder).mkdir(parents=True)
     for name in ("demo", "ches", "real"):
         (place / f"sweeps/{name}.yaml").write_text(yaml.safe_dump(SWEEP))
+    (place / "sweeps/search.yaml").write_text(yaml.safe_dump(SEARCH))
+    (place / "win_rates.csv").write_text("run,win_rate\nRUN,0.5\n")
     for paper in (ROOT / "sweeps").glob("paper_*.yaml"):  # for their dry run
         shutil.copy(paper, place / "sweeps")
     (place / "DIR/objective/mine.yaml").write_text("# My own.\nname: dpo\nbeta: 0.3\n")
@@ -69,7 +77,11 @@ def typed(command: str, number: int, place: Path) -> list[str]:
     line = [str(ROOT / word) if word.startswith("tests/") else word for word in line]
     if line[-1] == "RUN...":
         line[-1:] = sorted(str(cell) for cell in (place / "sweeps-out/demo/cells").iterdir())
-    if line[:2] == ["rcpo", "train"] and not {"--help", "--cfg"} & set(line):
+    if "--search" in line:
+        line = ["sweeps/search.yaml" if word == STANDS_FOR["FILE"] else word for word in line]
+    if line[:3] == ["rcpo", "train", "-m"]:
+        line += SMALL
+    elif line[:2] == ["rcpo", "train"] and not {"--help", "--cfg"} & set(line):
         is_first = not (place / FIRST_RUN).exists()
         line += [*SMALL, f"run_dir={FIRST_RUN if is_first else f'runs/{number}'}"]
     if line[:2] in (["rcpo", "score"], ["rcpo", "data"]):

@@ -31,6 +31,7 @@ NOT_RUN = {
     r"model=(smollm2|pythia|mistral)": "needs a model of the hub",
     r"--wandb ENTITY|^rcpo sync|^rcpo dashboard (?!.*--print)": "needs W&B; tests/report have a server",
     r"^rcpo bench": "takes minutes; tests/trainings/test_bench.py does the like",
+    r"RUN\|": "is a synopsis; the README's first commands are examples of it",
     r"make_tiny": "trains for minutes; tests/models/test_builtin.py runs a part",
     r"config\.keys": "writes into the source tree; test_readme.py compares what it prints",
     r"launch\.processes=4": "starts four ranks; tests/trainings/test_resume.py changes their number",
