@@ -20,8 +20,8 @@ from torch import Tensor
 from rcpo.bench.recorder import BenchDone, Recorder
 from rcpo.bench.work import CACHE, REFERENCE, Block, Work, moved
 from rcpo.common.errors import UserError
-from rcpo.engine.memory import numel
 from rcpo.models.evaluation import eval_batch, evaluate_logprobs
+from rcpo.models.sizes import numel
 from rcpo.ranks.allocator import keep_freed_memory
 from rcpo.ranks.distributed import initialize, rank, shut_down
 from rcpo.ranks.logs import log_to_file

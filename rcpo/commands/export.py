@@ -109,11 +109,11 @@ def _make(
     options: argparse.Namespace, run_folder: "RunFolder", config: "ResolvedConfig", folder: Path, place: Path
 ) -> None:
     """Write the whole folder to `place`."""
-    from rcpo.models.merge import merge_adapter
+    from rcpo.models.merge import write_merged
     from rcpo.models.transformers4 import for_transformers4
 
     if options.merge:
-        merge_adapter(folder, config.model, place)
+        write_merged(folder, config.model, place)
     else:
         shutil.copytree(folder, place)
     if options.transformers4:

@@ -15,6 +15,7 @@ from rcpo.engine.optimizer import can_be_fused
 from rcpo.method.scores import BUCKET_NUMBERS
 from rcpo.models.adapters import last_block_parameters
 from rcpo.models.logprobs import head_sizes, logit_bytes
+from rcpo.models.sizes import numel
 
 FP32 = 4
 BYTES_IN_4_BIT = 0.516
@@ -217,12 +218,6 @@ def _calibration_bytes(config: ResolvedConfig, model: PreTrainedModel) -> int:
 
 def _trained(model: PreTrainedModel) -> int:
     return sum(numel(parameter) for parameter in model.parameters() if parameter.requires_grad)
-
-
-def numel(parameter: Any) -> int:
-    """Whole at ZeRO 3 too; a 4-bit tensor holds two numbers in a byte."""
-    number = int(getattr(parameter, "ds_numel", parameter.numel()))
-    return 2 * number if hasattr(parameter, "quant_state") else number
 
 
 def in_words(budget: dict[str, int]) -> str:

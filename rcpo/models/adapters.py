@@ -146,13 +146,6 @@ def add_adapters(model: PreTrainedModel, config: ModelConfig, place: str) -> Non
     model.rcpo_adapters = Adapters(lora, below)
 
 
-def merge_adapter(model: PreTrainedModel, folder: str, model_path: str, place: str) -> None:
-    """Add the adapter in `folder`, a run's say, to the weights of its base model, which was loaded from
-    `place` for `model_path`. Raises UserError where it does not fit."""
-    _load_below(model, LoraConfig(adapter=folder), model_path, place)
-    _merge_below(model)
-
-
 def lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
     """(module name, peft's layer) of every adapted layer."""
     from peft.tuners.lora import LoraLayer
@@ -199,17 +192,6 @@ def last_block_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
             "type model.lora.rank=16 with model.lora.targets=all-linear, or calibration.scope=head"
         )
     return found
-
-
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters, whole ones at ZeRO 3 too; a 4-bit tensor holds two in a byte."""
-
-    def size(parameter: nn.Parameter) -> int:
-        number = int(getattr(parameter, "ds_numel", parameter.numel()))
-        return 2 * number if hasattr(parameter, "quant_state") else number
-
-    parameters = list(model.parameters())
-    return sum(size(one) for one in parameters if one.requires_grad), sum(size(one) for one in parameters)
 
 
 def exported_tensors(model: nn.Module) -> Iterator[Exported]:

@@ -34,7 +34,6 @@ from rcpo.data.template import apply_chat_template_choice
 from rcpo.models.adapter_files import refuse_adapter
 from rcpo.models.adapters import (
     add_adapters,
-    count_parameters,
     hold_layout,
     quantization_options,
     save_adapter,
@@ -44,6 +43,7 @@ from rcpo.models.attention import leave_masks_unread, transformers_name
 from rcpo.models.generation import end_ids
 from rcpo.models.hub import hub_folder, is_hub_id
 from rcpo.models.places import check_config_file, refuse_no_place
+from rcpo.models.sizes import count_parameters
 
 logger = logging.getLogger(__name__)
 

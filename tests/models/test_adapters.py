@@ -26,13 +26,13 @@ from rcpo.common.errors import UserError
 from rcpo.config.schema import LoraConfig, ModelConfig
 from rcpo.models.adapters import (
     check_adapters,
-    count_parameters,
     exported_tensors,
     last_block_parameters,
     lora_layers,
 )
 from rcpo.models.load import load_model, save_model
 from rcpo.models.policy import Policy
+from rcpo.models.sizes import count_parameters
 from rcpo.reference.cache import weights_fingerprint
 
 ALL_LINEAR = {
