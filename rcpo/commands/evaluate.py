@@ -96,8 +96,8 @@ def _print(console: object, tasks: list[str], found: "list[tuple[Subject, dict[s
         is_initial = subject.when == INITIAL
         name = "initial model" if is_initial else subject.name
         line = [name, "" if is_initial else subject.when, *(_text(results[task]) for task in tasks)]
-        if is_initial and (key := repr(subject.identity())) not in seen:
-            seen.add(key)
+        if is_initial and subject.fingerprint not in seen:
+            seen.add(subject.fingerprint)
         elif is_initial:
             continue
         table.add_row(*line)

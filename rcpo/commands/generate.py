@@ -15,7 +15,7 @@ from rcpo.commands.settings import (
     whole_number,
 )
 from rcpo.common.errors import UserError
-from rcpo.common.files import remove, write_atomically
+from rcpo.common.files import write_atomically
 
 if TYPE_CHECKING:
     from rcpo.evaluation.prompts import Asking, Prompt
@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
     first_ids = ids_of_all(asking, prompts, f"prompts={settings.prompts}", positions)
     partial = Partial(out, _made_with(settings, subject, prompts), options.overwrite)
     write_atomically_or_say(out, _generate(settings, subject, asking, prompts, first_ids, partial))
-    remove(partial.path)
+    partial.remove()
     print(f"wrote {out}: {len(prompts) * settings.answers} answers of {settings.name or subject.name}")
     return 0
 
@@ -133,7 +133,7 @@ def _made_with(settings: argparse.Namespace, subject: "Subject", prompts: "list[
 
     keys = ("answers", "temperature", "top_p", "seed", "max_new_tokens", "system", "chat_template")
     made_with = {key: getattr(settings, key) for key in keys}
-    return made_with | {"prompts": digest_of(prompts), "weights": subject.identity()}
+    return made_with | {"prompts": digest_of(prompts), "weights": subject.fingerprint}
 
 
 def _generate(

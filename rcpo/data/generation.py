@@ -41,10 +41,14 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     return {str(token) for token in tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer)))}
 
 
+def end_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that end generation: the tokenizer's EOS, and those of `Generation`."""
+    return {*generation_of(tokenizer).end_ids, tokenizer.eos_token_id} - {None}
+
+
 def end_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """Tokens that end generation, as text: the tokenizer's EOS, and those of `Generation`."""
-    ids = {*generation_of(tokenizer).end_ids, tokenizer.eos_token_id} - {None}
-    texts = (tokenizer.decode([idx]) for idx in ids if 0 <= idx < len(tokenizer))
+    """`end_ids` as text."""
+    texts = (tokenizer.decode([idx]) for idx in end_ids(tokenizer) if 0 <= idx < len(tokenizer))
     return {str(text) for text in texts if text}
 
 

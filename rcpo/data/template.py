@@ -17,7 +17,7 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from rcpo.common.errors import UserError
-from rcpo.data.generation import end_tokens, generation_of, special_tokens
+from rcpo.data.generation import end_ids, end_tokens, generation_of, special_ids, special_tokens
 from rcpo.records.messages import Messages
 from rcpo.records.record import BadRowError
 
@@ -93,6 +93,16 @@ def look_at_template(
         closing if tail.strip() or not is_closed else _end_of_calls(tokenizer, turns, kwargs) or closing
     )
     return Template(header, overhang, lead, tail, closing, of_calls, is_closed, takes_apart, tuple(notes))
+
+
+def ends_of_answers(tokenizer: PreTrainedTokenizerBase, template: Template | None) -> list[int]:
+    """Ids of the tokens that end an answer: those that end generation, and the one that training ends answers
+    with; `template` is what was learnt of the tokenizer's, None where it has none."""
+    found = end_ids(tokenizer)
+    if template is not None and template.is_closed:
+        closing = tokenizer(template.closing, add_special_tokens=False, verbose=False)["input_ids"]
+        found |= set(closing[-1:]) & special_ids(tokenizer)
+    return sorted(found)
 
 
 def _takes_apart(

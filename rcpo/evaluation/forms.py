@@ -2,9 +2,9 @@
 
     jsonl        a line an answer: prompt, response, messages, whether it was finished, and the row's own keys
     alpaca_eval  what `alpaca_eval --model_outputs FILE` reads: a JSON list of instruction, output, generator
-    mt_bench     a line a question, as FastChat's llm_judge reads it from model_answer/MODEL.jsonl arena_hard
-    a line a question, as arena-hard-auto reads it from model_answer/MODEL.jsonl: 2.0 for rows with
-                 uid, 0.1 for rows with question_id
+    mt_bench     a line a question, as FastChat's llm_judge reads it from model_answer/MODEL.jsonl
+    arena_hard   a line a question, as arena-hard-auto reads it from model_answer/MODEL.jsonl: 2.0 for rows
+                 with uid, 0.1 for rows with question_id
 
 Does not generate (`rcpo.evaluation.generation`)."""
 

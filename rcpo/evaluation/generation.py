@@ -5,7 +5,6 @@ there after a kill; OUT itself is written once, at the end, and replaces nothing
 (`rcpo.evaluation.decoding`) or say what a file looks like (`rcpo.evaluation.forms`)."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 from collections import Counter
@@ -16,8 +15,8 @@ from typing import IO, Any, NamedTuple
 from transformers import PreTrainedModel
 
 from rcpo.common.errors import UserError
-from rcpo.common.files import write_atomically
-from rcpo.common.locks import is_held
+from rcpo.common.files import remove, write_atomically
+from rcpo.common.locks import HeldError, hold
 from rcpo.evaluation.decoding import Asked, Decoding, answer_all
 from rcpo.evaluation.forms import Answered, Turn
 from rcpo.evaluation.prompts import Asking, Prompt, answered
@@ -39,6 +38,7 @@ class Partial:
     def __init__(self, out: Path, made_with: dict[str, Any], start_again: bool) -> None:
         """Raises UserError where there is one of other words, unless that is to `start_again`."""
         self.path = out.with_name(f"{out.name}.partial")
+        self._lock = out.with_name(f"{out.name}.lock")
         self.turns: dict[Which, Turn] = {}
         self._head = json.dumps({"made_with": made_with}, sort_keys=True)
         head, *lines = self._whole_lines() or [self._head]
@@ -61,17 +61,24 @@ class Partial:
         *lines, _ = self.path.read_text(encoding="utf-8").split("\n")
         return lines
 
-    def open(self) -> IO[str]:
+    @contextlib.contextmanager
+    def open(self) -> Iterator[IO[str]]:
         """To write on, behind the whole lines. Raises UserError where another process does so now."""
-        if is_held(self.path):
-            raise UserError(
-                f"{self.path}: another process writes it now; give another out=FILE, or wait for it"
-            )
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path, "".join(line + "\n" for line in self._lines))
-        stream = self.path.open("a", encoding="utf-8")
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return stream
+        try:
+            with hold(self._lock):
+                write_atomically(self.path, "".join(line + "\n" for line in self._lines))
+                with self.path.open("a", encoding="utf-8") as stream:
+                    yield stream
+        except HeldError as error:
+            raise UserError(
+                f"{self.path}: is being written by {error}; give another out=FILE, or wait for it"
+            ) from None
+
+    def remove(self) -> None:
+        """Once OUT is there."""
+        remove(self.path)
+        remove(self._lock)
 
     def add(self, stream: IO[str], which: Which, turn: Turn) -> None:
         """Raises OSError on a full disk."""

@@ -20,8 +20,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from rcpo.common.errors import UserError, shortened
-from rcpo.data.generation import generation_of, special_ids, tokens_in_front
-from rcpo.data.template import Template, apply, look_at_template, taken_apart
+from rcpo.data.generation import tokens_in_front
+from rcpo.data.template import Template, apply, ends_of_answers, look_at_template, taken_apart
 from rcpo.records.messages import ROLES, BadMessageError, Messages, parsed, turns, without_system
 from rcpo.records.record import BadRowError
 
@@ -146,12 +146,8 @@ class Asking:
 
     @property
     def stop_ids(self) -> list[int]:
-        """Tokens that end an answer: those that end generation, and the one that training ended answers
-        with."""
-        found = {*generation_of(self.tokenizer).end_ids, self.tokenizer.eos_token_id} - {None}
-        if self._template is not None and self._template.is_closed:
-            found |= set(self._ids(self._template.closing)[-1:]) & special_ids(self.tokenizer)
-        return sorted(int(idx) for idx in found if idx is not None)
+        """Tokens that end an answer."""
+        return ends_of_answers(self.tokenizer, self._template)
 
     def conversation(self, prompt: Prompt) -> str | Messages:
         """What is asked first: text as it is, or messages with the system turn."""

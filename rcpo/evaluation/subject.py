@@ -6,6 +6,7 @@ Owns which weights, tokenizer and chat settings a word stands for. Loads no weig
 import dataclasses
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -18,8 +19,9 @@ from rcpo.config.schema import LoraConfig, ModelConfig
 from rcpo.evaluation.prompts import Asking
 from rcpo.evaluation.results import INITIAL
 from rcpo.models.adapter_files import CONFIG_FILE
-from rcpo.models.adapters import merge_adapter
 from rcpo.models.load import load_frozen_model, load_tokenizer, model_place
+from rcpo.models.merge import merged_model
+from rcpo.reference.cache import weights_fingerprint
 from rcpo.runs.folder import RunFolder
 from rcpo.runs.frozen import open_run
 from rcpo.training.checkpoint import check_manifest, checkpoint_path, complete_checkpoints, step_of
@@ -57,24 +59,16 @@ class Subject:
 
     def load(self) -> PreTrainedModel:
         """The model, for evaluation alone."""
-        model = load_frozen_model(_with_dtype(self.model, self.device))
-        if self.adapter is not None:
-            merge_adapter(model, self.adapter, self.model.path, model_place(self.model.path))
+        config = _with_dtype(self.model, self.device)
+        model = load_frozen_model(config) if self.adapter is None else merged_model(self.adapter, config)
         return model.to(self.device).eval()
 
-    def identity(self) -> dict[str, object]:
-        """Equal where the weights are the same files, as far as names, sizes and times tell."""
-        folders = [Path(self.model.path), *([Path(self.adapter)] if self.adapter else [])]
-        files = [
-            file for folder in folders if folder.is_dir() for file in sorted(folder.glob("*.safetensors"))
-        ]
-        facts = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-        return {
-            "model": self.model.path,
-            "revision": self.model.revision,
-            "adapter": self.adapter,
-            "files": facts,
-        }
+    @cached_property
+    def fingerprint(self) -> str:
+        """The same for the same weights and dtype, wherever they lie; of a hub model by its commit."""
+        lora = LoraConfig(adapter=self.adapter)
+        config = dataclasses.replace(_with_dtype(self.model, self.device), lora=lora)
+        return weights_fingerprint(config)
 
 
 def find_subject(word: str, step: str | None = None, chat_template: str | None = None) -> Subject:

@@ -66,7 +66,7 @@ class Evaluation:
         if task == "arithmetic" and subject.config is not None and subject.config.data.source == "arithmetic":
             data = [subject.config.data.eval_pairs, subject.config.data.seed]
         template = [subject.model.chat_template, subject.model.chat_template_kwargs]
-        made_with = {"weights": subject.identity(), "data": data, "template": template}
+        made_with = {"weights": subject.fingerprint, "data": data, "template": template}
         if task in OWN:
             return made_with
         assert self._harness is not None

@@ -7,7 +7,7 @@ Called by `rcpo.training.loop` on every rank. What an answer is, `rcpo.engine.an
 import logging
 from typing import TYPE_CHECKING
 
-from rcpo.data.generation import generation_of
+from rcpo.data.template import ends_of_answers, look_at_template
 from rcpo.engine.answers import greedy_answers
 from rcpo.ranks.distributed import rank
 from rcpo.runs.answers import append_answers
@@ -26,7 +26,9 @@ def note_answers(training: "Training") -> None:
         return
     tokenizer = inputs.tokenizer
     prompts = [pair.chosen.input_ids[: pair.chosen.num_prompt] for pair in inputs.held_out[: metrics.answers]]
-    ends = sorted({*generation_of(tokenizer).end_ids, tokenizer.eos_token_id} - {None})
+    kwargs = training.config.model.chat_template_kwargs
+    template = None if tokenizer.chat_template is None else look_at_template(tokenizer, kwargs)
+    ends = ends_of_answers(tokenizer, template)
     # Below 3 every rank has whole weights, and one is enough; the others wait in their next collective.
     if training.engine.stage < 3 and rank() != 0:
         return

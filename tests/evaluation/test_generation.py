@@ -10,6 +10,7 @@ from rcpo import cli
 from rcpo.builtin.make_tiny import CHAT_TEMPLATE
 from rcpo.commands.generate import FORMATS, SETTINGS
 from rcpo.common.errors import UserError
+from rcpo.common.locks import hold
 from rcpo.data.template import apply
 from rcpo.evaluation import generation
 from rcpo.evaluation.decoding import answer_all
@@ -191,6 +192,15 @@ def test_what_was_begun_with_other_words_is_not_gone_on_with(
         cli.main(["generate", TINY, prompts, "out=o.jsonl", "seed=3"])
     assert stop.value.code == 2
     run(TINY, prompts, "out=o.jsonl", "seed=3", "--overwrite")
+
+
+def test_a_file_that_is_being_written_is_left_alone(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with hold(Path("o.jsonl.lock")), pytest.raises(SystemExit) as stop:
+        cli.main(["generate", TINY, write("q.jsonl", {"prompt": QUESTION}), "out=o.jsonl"])
+    assert stop.value.code == 2
+    assert "o.jsonl.partial: is being written by process " in capsys.readouterr().err
+    run(TINY, "prompts=q.jsonl", "out=o.jsonl")
+    assert sorted(path.name for path in place.iterdir()) == ["o.jsonl", "q.jsonl"]
 
 
 def test_a_full_disk_keeps_what_was_generated(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
