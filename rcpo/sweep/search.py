@@ -14,6 +14,7 @@ from typing import Any
 
 from rcpo.common.console import number
 from rcpo.common.errors import UserError
+from rcpo.config.conditions import keys_of
 from rcpo.sweep.checks import check_inputs
 from rcpo.sweep.definition import AxisValue, Definition, definition_of, read_tree
 from rcpo.sweep.expand import Point, digest_of_axes, name_of
@@ -55,6 +56,8 @@ def look(definition: Definition, sweep: SweepFolder, fetch: bool) -> list[str]:
     for axis, values in _ends(definition).items():
         for value in values if axis == next(iter(first)) else values[1:]:
             cells.append(freeze_cell(_point(definition, first | {axis: value}), definition, sweep, Here()))
+    for cell in cells:
+        _check_metric(search, cell)
     check_inputs(cells, fetch=fetch)
     lines = [f"{search.trials} trials {search.direction} {search.metric}, seed {search.seed}, over"]
     for axis, values in definition.axes.items():
@@ -63,6 +66,16 @@ def look(definition: Definition, sweep: SweepFolder, fetch: bool) -> list[str]:
         how = " in the logarithm" if span.log else "" if span.step is None else f" in steps of {span.step:g}"
         lines.append(f"  {axis}: {span.low:g} to {span.high:g}{how}, {span.type}")
     return lines
+
+
+def _check_metric(search: Search, frozen: FrozenCell) -> None:
+    """Raise UserError where the evaluations of a cell will not have the metric."""
+    known = [f"{EVAL}{key}" for key in keys_of(frozen.config)]
+    if search.metric not in known:
+        raise UserError(
+            f"search.metric: {search.metric}: no such key in the evaluations of {frozen.cell.name}; choose "
+            f"one of {', '.join(known)}"
+        )
 
 
 def run_search(definition: Definition, sweep: SweepFolder, num_parallel: int) -> int:
@@ -183,13 +196,7 @@ class _Trials:
         if status.state is State.DONE:
             rows = self._sweep.run(status.cell).rows(self._sweep.run(status.cell).eval)
             last = rows[-1] if rows else {}
-            value, why = last.get(self._search.metric.removeprefix(EVAL)), None
-            if value is None:
-                keys = ", ".join(f"{EVAL}{key}" for key in last if key != "step")
-                raise UserError(
-                    f"search.metric: {self._search.metric}: no such key in the evaluations of "
-                    f"{status.cell.name}; type --out FOLDER and choose one of {keys}"
-                )
+            value, why = last.get(self._search.metric.removeprefix(EVAL), math.nan), None
             if not math.isfinite(value):
                 value, why = None, f"{self._search.metric} is {value}"
         for trial_number in self._running.pop(status.cell.name, []):
@@ -250,10 +257,9 @@ def _values(definition: Definition, trial: Any) -> dict[str, AxisValue]:
 
 
 def _asked(trial: Any, kind: str, axis: str, *among: Any, **settings: Any) -> Any:
-    if hasattr(trial, "suggest_float"):
-        known = trial.params.get(axis)
-        return known if known is not None else getattr(trial, f"suggest_{kind}")(axis, *among, **settings)
-    return trial.params[axis]
+    """What the trial has on the axis already, else what optuna proposes."""
+    known = trial.params.get(axis)
+    return known if known is not None else getattr(trial, f"suggest_{kind}")(axis, *among, **settings)
 
 
 def _typed(span: Range, value: float) -> float:

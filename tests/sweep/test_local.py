@@ -6,12 +6,12 @@ import io
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
 from rich.console import Console
 
+from helpers.stand_in_cells import StandIn
 from rcpo.runs.folder import RunFolder
 from rcpo.sweep import local
 from rcpo.sweep.folder import Cell, SweepFolder
@@ -20,32 +20,24 @@ from rcpo.sweep.states import State, read_status
 NUM_LOOKS = 4
 
 
-class StandIn:
+class Steps(StandIn):
     """A process that makes one step whenever it is asked whether it has ended, and is done after four."""
 
     def __init__(self, cell: Cell, run: RunFolder, num_parallel: int) -> None:
-        self.cell, self.process, self._run, self._step = cell, SimpleNamespace(poll=self.poll), run, 0
+        super().__init__(cell, run, num_parallel)
+        self._step = 0
         run.update_run(status="running")
 
     def poll(self) -> int | None:
         if self._step == NUM_LOOKS:
-            self._run.update_run(status="done")
+            self.run.update_run(status="done")
             return 0
         self._step += 1
-        with self._run.metrics.open("a") as stream:
+        with self.run.metrics.open("a") as stream:
             stream.write(
                 json.dumps({"step": self._step, "train/loss": 0.5, "speed/step_seconds": 1.0}) + "\n"
             )
         return None
-
-    def record_death(self, code: int, stopping: bool) -> None:
-        pass
-
-    def seconds(self) -> float:
-        return 1.0
-
-    def kill(self) -> None:
-        pass
 
 
 def made(folder: Path, *names: str) -> SweepFolder:
@@ -68,7 +60,7 @@ def frames(
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, width=width, height=height, highlight=False)
     monkeypatch.setattr(local, "RunConsole", lambda: console)
-    monkeypatch.setattr(local, "_Child", StandIn)
+    monkeypatch.setattr(local, "_Child", Steps)
     monkeypatch.setattr(local, "SECONDS_BETWEEN_LOOKS", 0.0)
     monkeypatch.setattr(local, "SECONDS_BETWEEN_TABLES", 0.0)
     # Nothing holds the stand-ins' locks: what run.json says of them is so.

@@ -5,14 +5,14 @@ Cells are stand-ins whose evaluation is a formula of their learning rate; nothin
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from helpers.stand_in_cells import StandIn
 from rcpo.common.errors import UserError
-from rcpo.runs.folder import RunFolder
 from rcpo.sweep import local, search
 from rcpo.sweep.definition import Definition, definition_of
 from rcpo.sweep.folder import Cell, SweepFolder
@@ -33,34 +33,21 @@ def definition(**changes: Any) -> Definition:
     return definition_of(FILE | changes, "lrs", [])
 
 
-class StandIn:
+class Scored(StandIn):
     """A cell that is done at once: its margin is highest at lr 1e-4 with simpo; dpo fails above 3e-4."""
 
     started: list[str]
 
-    def __init__(self, cell: Cell, run: RunFolder, num_parallel: int) -> None:
-        self.cell, self._run = cell, run
-        self.process = SimpleNamespace(poll=self.poll)
-
     def poll(self) -> int:
-        StandIn.started.append(self.cell.name)
+        Scored.started.append(self.cell.name)
         lr, objective = float(self.cell.axes["optim.lr"]), self.cell.axes["objective"]
         if objective == "dpo" and lr > 3e-4:
-            self._run.update_run(status="failed", exit_reason="not finite")
+            self.run.update_run(status="failed", exit_reason="not finite")
             return 3
         margin = -abs(math.log10(lr) + 4) + (objective == "simpo")
-        self._run.eval.write_text(json.dumps({"step": 3, "displacement/margin": margin}) + "\n")
-        self._run.update_run(status="done")
+        self.run.eval.write_text(json.dumps({"step": 3, "displacement/margin": margin}) + "\n")
+        self.run.update_run(status="done")
         return 0
-
-    def record_death(self, code: int, stopping: bool) -> None:
-        pass
-
-    def seconds(self) -> float:
-        return 1.0
-
-    def kill(self) -> None:
-        pass
 
 
 @pytest.fixture
@@ -78,9 +65,9 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SweepFolder:
     monkeypatch.setattr(search, "freeze_cell", frozen)
     monkeypatch.setattr(search, "check_inputs", lambda cells, fetch: {})
     monkeypatch.setattr("rcpo.sweep.freeze.write_cells", write)
-    monkeypatch.setattr(local, "_Child", StandIn)
+    monkeypatch.setattr(local, "_Child", Scored)
     monkeypatch.setattr(local, "SECONDS_BETWEEN_LOOKS", 0.0)
-    StandIn.started = []
+    Scored.started = []
     folder = SweepFolder(tmp_path / "lrs")
     folder.path.mkdir()
     return folder
@@ -122,24 +109,24 @@ def test_a_search_that_was_stopped_is_the_one_that_never_was(
     whole = SweepFolder(tmp_path / "whole")
     whole.path.mkdir()
     assert search.run_search(definition(), whole, 1) == 0
-    StandIn.started = []
-    poll = StandIn.poll
+    Scored.started = []
+    poll = Scored.poll
 
-    def killed(child: StandIn) -> int:
-        if len(StandIn.started) == 4:
+    def killed(child: Scored) -> int:
+        if len(Scored.started) == 4:
             raise MemoryError
         return poll(child)
 
-    monkeypatch.setattr(StandIn, "poll", killed)
+    monkeypatch.setattr(Scored, "poll", killed)
     with pytest.raises(MemoryError):
         search.run_search(definition(), sweep, 1)
     assert len(sweep.read_cells()) == 5
-    monkeypatch.setattr(StandIn, "poll", poll)
+    monkeypatch.setattr(Scored, "poll", poll)
     assert search.run_search(search.definition_in(sweep), sweep, 1) == 0
     assert axes_of(sweep) == axes_of(whole)
-    assert len(StandIn.started) == len(set(StandIn.started)) == 12
+    assert len(Scored.started) == len(set(Scored.started)) == 12
     assert search.run_search(definition(), sweep, 1) == 0
-    assert len(StandIn.started) == 12
+    assert len(Scored.started) == 12
 
 
 def test_more_trials_go_on_and_another_space_is_refused(sweep: SweepFolder) -> None:
@@ -157,16 +144,29 @@ def test_the_same_values_again_are_the_same_cell(sweep: SweepFolder) -> None:
     down = FILE["search"] | {"direction": "minimize"}  # type: ignore[operator]
     trials = search._Trials(definition(axes=axes, search=down), sweep)
     assert local.run_cells(sweep, trials, 3) == 0
-    assert sorted(StandIn.started) == ["dpo-lr1e-4", "simpo-lr1e-4"]
+    assert sorted(Scored.started) == ["dpo-lr1e-4", "simpo-lr1e-4"]
     lines, _ = trials.last_words([])
     assert "12 trials: 12 done" in lines
     assert "objective=dpo" in lines[-1]
 
 
-def test_a_metric_that_no_evaluation_has_stops_the_search(sweep: SweepFolder) -> None:
-    other = FILE["search"] | {"metric": "eval/displacement/margn"}  # type: ignore[operator]
-    with pytest.raises(UserError, match=r"margn: no such key in .* one of eval/displacement/margin"):
-        search.run_search(definition(search=other), sweep, 1)
+def test_a_metric_that_no_evaluation_has_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    """By what evaluations of these cells will have: probed/* where calibration steers by held-out pairs."""
+    cases = {"displacement/margn": False, "probed/chosen": False, "displacement/chosen": True}
+    for metric, is_fine in cases.items():
+        asked = FILE["search"] | {"metric": f"eval/{metric}"}  # type: ignore[operator]
+        refused = pytest.raises(UserError, match=rf"{metric}: no such key in .*; choose one of")
+        with nullcontext() if is_fine else refused:
+            search.look(definition(search=asked), SweepFolder(tmp_path / "lrs"), fetch=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_metric_without_a_number_is_a_failed_trial(
+    sweep: SweepFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = FILE["search"] | {"metric": "eval/displacement/noise_floor", "trials": "2"}  # type: ignore[operator]
+    assert search.run_search(definition(search=other), sweep, 1) == 1
+    assert "trial 0: failed: eval/displacement/noise_floor is nan" in capsys.readouterr().out
 
 
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
