@@ -71,6 +71,13 @@ examples:
         help="join a table of yours by the runs' names (its column run or name, else the first): .csv, "
         ".tsv, .json or .jsonl",
     )
+    _add_outputs(parser)
+    parser.check = check
+
+
+def _add_outputs(parser: Flags) -> None:
+    """What comes out: the table's form, the page, figures."""
+    add = parser.add_argument
     form = parser.add_mutually_exclusive_group()
     for name, title in (("csv", "CSV"), ("json", "JSON"), ("markdown", "Markdown"), ("latex", "LaTeX")):
         form.add_argument(
@@ -92,7 +99,6 @@ examples:
             metavar="DIR",
             help=f"write the figures for a paper there, as {name.upper()}",
         )
-    parser.check = check
 
 
 def check(options: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from rcpo.common.errors import UserError
 from rcpo.comparison.downstream import PREFIX, differences_by_question
 from rcpo.comparison.keys import ABSENT, IGNORED, SPEED_ALONE, matches
-from rcpo.comparison.labels import name_groups
+from rcpo.comparison.labels import name_groups, of_most
 from rcpo.comparison.load import ComparedRun, one_line
 from rcpo.comparison.statistics import Difference, holm, paired_difference
 
@@ -119,8 +119,13 @@ def compare_runs(runs: Sequence[ComparedRun]) -> Comparison:
         grouped.setdefault(repr(sorted(distinguishing(run).items(), key=str)), []).append(run)
     settings = [distinguishing(members[0]) for members in grouped.values()]
     differing = _differing(settings)
+    usual_of = {
+        str(name): usual_values([own for own in settings if own.get("objective.name") == name], "objective.")
+        for name in dict.fromkeys(own.get("objective.name") for own in settings)
+    }
     groups = [
-        _make_group(members, own, settings) for members, own in zip(grouped.values(), settings, strict=True)
+        _make_group(members, own, settings, usual_of)
+        for members, own in zip(grouped.values(), settings, strict=True)
     ]
     usual = name_groups(groups)
     kinds, objectives = (
@@ -138,10 +143,6 @@ def compare_runs(runs: Sequence[ComparedRun]) -> Comparison:
     num_comparisons = _compare_with_off(groups)
     _mark_other_data(groups)
     common = {key: value for key, value in settings[0].items() if key not in differing}
-    usual_of = {
-        str(name): usual_values([own for own in settings if own.get("objective.name") == name], "objective.")
-        for name in dict.fromkeys(own.get("objective.name") for own in settings)
-    }
     return Comparison(groups, differing, common, num_comparisons, unreadable, usual, usual_of)
 
 
@@ -172,21 +173,25 @@ def _differing(settings: Sequence[Settings], within: str = "") -> list[str]:
 
 def usual_values(settings: Sequence[Settings], within: str) -> dict[str, str]:
     """Of the keys below `within` that differ, the value that more than half of `settings` have."""
-    usual = {}
-    for key in _differing(settings, within):
-        value, times = Counter(one_line(own.get(key, "absent")) for own in settings).most_common(1)[0]
-        if 2 * times > len(settings):
-            usual[key] = value
-    return usual
+    values = {
+        key: of_most([one_line(own.get(key, "absent")) for own in settings])
+        for key in _differing(settings, within)
+    }
+    return {key: value for key, value in values.items() if value is not None}
 
 
-def _make_group(members: list[ComparedRun], own: Settings, everything: Sequence[Settings]) -> Group:
+def _make_group(
+    members: list[ComparedRun],
+    own: Settings,
+    everything: Sequence[Settings],
+    usual_of: dict[str, dict[str, str]],
+) -> Group:
     def labelled(section: str) -> str:
         """Name, and the parameters in which those of this name differ; an objective's that most have go
         without saying."""
         name = own.get(f"{section}.name", "?")
         namesakes = [other for other in everything if other.get(f"{section}.name") == name]
-        usual = usual_values(namesakes, "objective.")
+        usual = usual_of.get(str(name), {}) if section == "objective" else {}
         differing = [
             key
             for key in _differing(namesakes, f"{section}.")

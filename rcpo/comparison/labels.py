@@ -28,8 +28,7 @@ def name_groups(groups: "Sequence[Group]") -> dict[str, str]:
     }
     usual = {}
     for key, found in values.items():
-        value, times = Counter(found).most_common(1)[0]
-        if 2 * times > len(found):
+        if (value := of_most(found)) is not None:
             usual[key] = value
         for group, own in zip(groups, found, strict=True):
             if own not in (usual.get(key), NONE):
@@ -41,6 +40,12 @@ def name_groups(groups: "Sequence[Group]") -> dict[str, str]:
         group.row_label = " ".join([*words, *([f"({group.kind})"] if group.kind != usual_kind else [])])
     _tell_apart(groups)
     return usual
+
+
+def of_most(values: Sequence[str]) -> str | None:
+    """The value that more than half of them are, if there is one."""
+    value, times = Counter(values).most_common(1)[0]
+    return value if 2 * times > len(values) else None
 
 
 def _that_matter(groups: "Sequence[Group]") -> list[str]:
