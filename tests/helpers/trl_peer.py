@@ -96,15 +96,6 @@ def _cpo(policy: PreTrainedModel, reference: PreTrainedModel, keys: dict[str, An
     )  # fmt: skip
 
 
-def _orpo(policy: PreTrainedModel, reference: PreTrainedModel, keys: dict[str, Any], folder: Path) -> Any:
-    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
-
-    return ORPOTrainer(
-        model=policy, args=ORPOConfig(**_arguments(folder, len(TEXTS), keys)),
-        train_dataset=_paired(), processing_class=_tokenizer(),
-    )  # fmt: skip
-
-
 def _kto(policy: PreTrainedModel, reference: PreTrainedModel, keys: dict[str, Any], folder: Path) -> Any:
     """TRL takes a row's mismatched response from the row before it. In this order, chosen responses from the
     last pair to the first and then the rejected ones likewise, those are the responses of the pair after."""
@@ -121,7 +112,7 @@ def _kto(policy: PreTrainedModel, reference: PreTrainedModel, keys: dict[str, An
     )  # fmt: skip
 
 
-MAKERS = {"DPOTrainer": _dpo, "CPOTrainer": _cpo, "ORPOTrainer": _orpo, "KTOTrainer": _kto}
+MAKERS = {"DPOTrainer": _dpo, "CPOTrainer": _cpo, "KTOTrainer": _kto}
 
 
 def _sides(ids: Tensor, is_response: Tensor) -> list[TokenizedSide]:
@@ -158,6 +149,5 @@ def _of_kto(batch: dict[str, Tensor]) -> list[TokenizedPair]:
 READERS = {
     "DPOTrainer": _of_masks,
     "CPOTrainer": _of_labels,
-    "ORPOTrainer": _of_labels,
     "KTOTrainer": _of_kto,
 }

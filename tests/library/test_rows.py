@@ -94,7 +94,11 @@ REFUSED: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
     "key": (("train.stepz=3",), {}, "train.stepz: no such key; did you mean train.steps?"),
     "grid": (("objective=dpo,simpo",), {}, "objective=dpo,simpo: is several values, and this is one run"),
     "columns": ((), {"pairs": [{"a": 1}, {"a": 2}]}, "data.path="),
-    "few": (("train.pairs_per_step=16",), {"pairs": ROWS * 9}, "data.path="),
+    "few": (
+        ("train.pairs_per_step=16",),
+        {"pairs": ROWS * 9},
+        "data.path= ... : no training pair is left of 36 rows beside 7 held-out pairs; give more rows",
+    ),
 }  # fmt: skip
 
 
@@ -106,6 +110,8 @@ def test_mistakes_of_train_are_raised_and_write_no_run(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(rcpo.UserError) as caught:
         rcpo.train(*words, **arguments)
-    assert str(caught.value).startswith(message)
+    begin, *rest = message.split(" ... ")
+    assert str(caught.value).startswith(begin)
+    assert all(part in str(caught.value) for part in rest)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []

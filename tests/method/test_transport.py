@@ -73,8 +73,8 @@ def test_incentives_are_the_batch_losss_own(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_split_changes_nothing(name: str, tmp_path: Path) -> None:
-    """Three steps of 8 pairs, in one part and in four, calibrated: every number, and weights to 1e-5; the
-    first loss is that of the sorted numbers."""
+    """Three steps of 8 pairs, in one part and in four, calibrated: every number, and weights to
+    1e-5."""
     config = make_config(tmp_path, tmp_path / "run", Case(name, "on", "llama", "sgd"), Layout(1, 8))
     made, pairs = [], make_pairs(8, seed=3)
     for split in ((8,), (2,) * 4):

@@ -2,7 +2,6 @@
 of a batch and its gradient, and those of rcpo's step on the same token ids, in micro-batches of its own."""
 
 import ast
-import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -41,9 +40,7 @@ def test_the_table_is_there() -> None:
     assert len(table()) >= 20
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("trl") is None, reason="TRL is not installed: pip install .[bench]"
-)
+@pytest.mark.ci("TRL's own losses", needs="trl")
 @pytest.mark.parametrize("line", table(), ids=lambda line: f"{line[0]}-{line[1]}")
 def test_a_line_is_true(line: tuple[str, str, str], tmp_path: Path) -> None:
     """Loss to 1e-5 of its size, gradient to 1e-5 of its norm."""

@@ -190,6 +190,8 @@ def test_groups_of_deepspeed_have_as_much_time_as_ours(
 
     def work(number: int) -> list[float]:
         rcpo.ranks.distributed.initialize("cpu")
-        return [seconds(None), seconds(deepspeed.comm.new_group([0, 1])), seconds(_clone_world_group())]
+        found = [seconds(None), seconds(deepspeed.comm.new_group([0, 1])), seconds(_clone_world_group())]
+        dist.barrier()  # rank 0 has the store, and leaves when all have read it
+        return found
 
     assert in_two_ranks(work, tmp_path) == ["returned [1020.0, 1020.0, 1020.0]"] * 2

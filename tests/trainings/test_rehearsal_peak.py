@@ -39,8 +39,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("calibration", "stage", "words"), matrix(KINDS, KINDS[1].__eq__, "peaks of memory"))
 def test_peak(inputs: Path, tmp_path: Path, calibration: str, stage: int, words: tuple[str, ...]) -> None:
     """Within 5 % of that of three steps, the largest micro-batch among them, whatever is measured. Of `exact`
-    1 % above at ZeRO 1 and 3, and in bf16 at 2, where every step is measured, 3.9 % above: the ordinary step
-    is rehearsed too."""
+    1 % above was seen at ZeRO 1 and 3, and 3.9 % above in bf16 at 2, where every step is measured; not
+    explained, perhaps by the ordinary step, which is rehearsed too."""
     case = Case("dpo", calibration, "llama", "adamw")
     released = ", ".join(f"{key}: 0" for key in RELEASING) if stage == 3 else ""
     own = (
@@ -77,8 +77,9 @@ def compare_peaks(run: RunFolder) -> None:
 
 def leave_gloo_s_threads_out() -> None:
     """Collectives of one rank, which change nothing, done at once. gloo does them in threads, and where such
-    a thread is the last that lets go of a tensor, the profiler sees no end of it: from run to run up to three
-    buckets seemed to be held to the end."""
+    a thread is the last that lets go of a tensor, the profiler sees no end of it: it counts no free of
+    another thread. That gloo's threads do so is inferred: from run to run up to three buckets seemed to be
+    held to the end, and without its threads the same bytes came out five times of five."""
 
     def in_place(tensor: Tensor, *args: object, async_op: bool = False, **words: object) -> object:
         return Done() if async_op else None
