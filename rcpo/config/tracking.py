@@ -41,4 +41,4 @@ class MetricsConfig:
     """At each evaluation the answers to the first so many held-out prompts, token by token the likeliest,
     beside those of the start: in RUN/answers.jsonl, the log, the tracker and rcpo compare --html; 0: none."""
     answer_tokens: Positive = IN_CONF
-    """Tokens of a answer, at most."""
+    """Tokens of an answer, at most."""

@@ -84,26 +84,7 @@ class Calibrator:
                 f"rcpo.Calibrator({kind!r}, {objective.name!r}, log_probs=...)"
             )
         self.objective = objective
-        if self.objective.weighs_tokens:
-            raise UserError(
-                f"objective={self.objective.name}: weighs the tokens of z, which a loop of your own does "
-                "not; take another objective"
-            )
-        if self.objective.needs_mismatched:
-            raise UserError(
-                f"objective={self.objective.name}: reads prompts with other pairs' responses, which a loop "
-                "of your own does not score; take other parameters (kto: kl=mean) or another objective"
-            )
-        if self.objective.match is not None:
-            raise UserError(
-                f"objective={self.objective.name}: compares ranks within the global batch, which a loop of "
-                "your own gives in parts; take another objective"
-            )
-        if self.objective.needs_mean_tokens:
-            raise UserError(
-                "objective.sft_mean=tokens: is a mean over the global batch, which a loop of your own gives "
-                "in parts; type objective.sft_mean=pairs"
-            )
+        _refuse_whole_batches(self.objective)
         self._calibrator = build_calibrator(config, first_pass_steps, momentum)
         self._weighted = config.estimator == "weighted"
         if self._calibrator.per_micro_batch and group is not None:
@@ -309,6 +290,30 @@ class Calibrator:
     def _num_ranks(self) -> int:
         is_joined = dist.is_available() and dist.is_initialized()
         return dist.get_world_size(self._group) if is_joined else 1
+
+
+def _refuse_whole_batches(objective: Objective) -> None:
+    """Raise UserError for an objective that reads more than z of a part of the batch."""
+    if objective.weighs_tokens:
+        raise UserError(
+            f"objective={objective.name}: weighs the tokens of z, which a loop of your own does "
+            "not; take another objective"
+        )
+    if objective.needs_mismatched:
+        raise UserError(
+            f"objective={objective.name}: reads prompts with other pairs' responses, which a loop "
+            "of your own does not score; take other parameters (kto: kl=mean) or another objective"
+        )
+    if objective.match is not None:
+        raise UserError(
+            f"objective={objective.name}: compares ranks within the global batch, which a loop of "
+            "your own gives in parts; take another objective"
+        )
+    if objective.needs_mean_tokens:
+        raise UserError(
+            "objective.sft_mean=tokens: is a mean over the global batch, which a loop of your own gives "
+            "in parts; type objective.sft_mean=pairs"
+        )
 
 
 def _config_of(kind: str, options: dict[str, Any]) -> CalibrationConfig:
