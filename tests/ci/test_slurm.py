@@ -293,19 +293,23 @@ def test_a_crashed_cell_shows_why_and_finishes_after_resume(played: Played) -> N
 
 
 def test_a_time_limit_is_a_checkpoint_and_a_requeue(played: Played) -> None:
-    """Both starts belong to one W&B run, and its first file has every step up to the stop."""
+    """All starts belong to one W&B run, and its first file has every step up to the first stop; on a busy machine
+    the 150 steps need more than two."""
     sweep = played["limit"]
+    limits = sweep.log("seed0").count("ends: requeued")
+    assert 1 <= limits <= 4
     assert [line.split(",")[-1] for line in events(sweep.log("seed0"))] == [
-        " restart 0", "ends: requeued", " restart 1", "ends: done",
-    ]  # fmt: skip
+        event for start in range(limits) for event in (f" restart {start}", "ends: requeued")
+    ] + [f" restart {limits}", "ends: done"]  # fmt: skip
     run = sweep.run("seed0")
     assert [row["step"] for row in run.rows(run.metrics)] == list(range(1, NUM_STEPS + 1))
     wandb_id = sweep.frozen_ids["seed0"]
     assert run.read_run()["wandb_id"] == wandb_id
-    first, second = sorted(run.path.glob("wandb/offline-run-*/*.wandb"))
-    assert first.name == second.name == f"run-{wandb_id}.wandb"
-    (stopped,) = re.findall(r"stopped by SIGUSR2 after step (\d+) of 150", sweep.log("seed0"))
-    assert first.read_bytes().count(b"train/grad_norm") >= int(stopped)
+    files = sorted(run.path.glob("wandb/offline-run-*/*.wandb"))
+    assert [file.name for file in files] == [f"run-{wandb_id}.wandb"] * (1 + limits)
+    stopped = re.findall(r"stopped by SIGUSR2 after step (\d+) of 150", sweep.log("seed0"))
+    assert len(stopped) == limits
+    assert files[0].read_bytes().count(b"train/grad_norm") >= int(stopped[0])
 
 
 def test_cancel_ends_exactly_its_jobs(played: Played) -> None:
