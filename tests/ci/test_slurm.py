@@ -293,8 +293,8 @@ def test_a_crashed_cell_shows_why_and_finishes_after_resume(played: Played) -> N
 
 
 def test_a_time_limit_is_a_checkpoint_and_a_requeue(played: Played) -> None:
-    """All starts belong to one W&B run, and its first file has every step up to the first stop; on a busy machine
-    the 150 steps need more than two."""
+    """All starts belong to one W&B run, and its first file has every step up to the first stop; on a busy
+    machine the 150 steps need more than two."""
     sweep = played["limit"]
     limits = sweep.log("seed0").count("ends: requeued")
     assert 1 <= limits <= 4
