@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 """Before torch is imported: a fork of a process with a pool of threads may wait for them for ever."""
 FORKING = ("processes", "trainings")
 """Folders whose tests ask the fork server."""
-ORDER = {name: number for number, name in enumerate(("method", *FORKING))}
+ORDER = {name: number for number, name in enumerate(("ci", "method", *FORKING))}
 NUMBERS = itertools.count()
 NOT_RUN = pytest.StashKey[Counter[str]]()
 
@@ -60,8 +60,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take long come early, so that no worker is left with one at the end; before them, something
-    to do while the fork server imports its libraries."""
+    """Files that take or wait long come early, so that no worker is left with one at the end; before those
+    that fork, something to do while the fork server imports its libraries."""
     items.sort(key=lambda item: ORDER.get(item.path.parent.name, len(ORDER)))
 
 

@@ -24,7 +24,8 @@ def name_groups(groups: "Sequence[Group]") -> dict[str, str]:
     saying."""
     _name_kinds(groups)
     values = {
-        key: [one_line(group.settings.get(key, NONE)) for group in groups] for key in _that_matter(groups)
+        key: _short_paths([one_line(group.settings.get(key, NONE)) for group in groups])
+        for key in _that_matter(groups)
     }
     usual = {}
     for key, found in values.items():
@@ -40,6 +41,12 @@ def name_groups(groups: "Sequence[Group]") -> dict[str, str]:
         group.row_label = " ".join([*words, *([f"({group.kind})"] if group.kind != usual_kind else [])])
     _tell_apart(groups)
     return usual
+
+
+def _short_paths(values: list[str]) -> list[str]:
+    """Absolute paths by their last part, where that tells them apart as well."""
+    short = [PurePath(value).name if value.startswith("/") else value for value in values]
+    return short if len(set(short)) == len(set(values)) else values
 
 
 def of_most(values: Sequence[str]) -> str | None:

@@ -6,6 +6,7 @@ is shaded. Drawn without a display and without pyplot's global state.
 
 import math
 import re
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -120,6 +121,12 @@ def _facets(count: int, height: float, extra: float = 0.3, share: bool = True) -
     return picture, list(grid.flat[:count])
 
 
+def _wrapped(label: str, width: int = 28, most: int = 3) -> str:
+    """In lines that leave the plot its room; what is cut stands in the tables."""
+    lines = textwrap.wrap(label, width)
+    return "\n".join(lines[:most]) + ("…" if len(lines) > most else "")
+
+
 def draw_grid(comparison: Comparison) -> Picture:
     """The heat map."""
     by_label = panels(comparison)
@@ -137,7 +144,7 @@ def draw_grid(comparison: Comparison) -> Picture:
                       color="white" if strong else INK)  # fmt: skip
     calibrations = list(dict.fromkeys(group.calibration for groups in by_label.values() for group in groups))
     axis.set_xticks(range(len(calibrations)), calibrations)
-    axis.set_yticks(range(len(by_label)), list(by_label))
+    axis.set_yticks(range(len(by_label)), [_wrapped(label) for label in by_label])
     axis.tick_params(length=0, labeltop=True, labelbottom=False)
     axis.spines[:].set_visible(False)
     bar = picture.colorbar(image, label="chosen (nats)")

@@ -64,6 +64,20 @@ def test_what_differs_is_named_where_it_belongs(tmp_path: Path) -> None:
     assert "train.pairs_per_step" in comparison.common
 
 
+@pytest.mark.parametrize(
+    ("places", "said"),
+    [(("/a/sft", "/b/base"), ["base", "sft"]), (("/a/sft", "/b/sft"), ["/a/sft", "/b/sft"])],
+)
+def test_paths_are_named_by_their_last_part_where_that_tells_them_apart(
+    tmp_path: Path, places: tuple[str, str], said: list[str]
+) -> None:
+    """A label with a long path would leave a figure no room."""
+    for number, place in enumerate(places):
+        make_run(tmp_path / str(number), "dpo", "off", settings={"reference.path": place})
+    rows = sorted(label for label, _, _ in labels(compare(tmp_path)))
+    assert rows == [f"dpo reference.path={place}" for place in said]
+
+
 @pytest.mark.parametrize("status", ["running", "pending", "interrupted", "preempted", "failed"])
 def test_a_run_that_is_not_done_is_named_with_its_reason(tmp_path: Path, status: str) -> None:
     make_run(tmp_path / "good", seed=0)

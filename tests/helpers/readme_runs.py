@@ -75,6 +75,8 @@ def typed(command: str, number: int, place: Path) -> list[str]:
     line = [STANDS_FOR.get(word, word).replace("=RUN/", f"={FIRST_RUN}/") for word in words(command)]
     line = [f"OUT-{number}" if word == "OUT" else word for word in line]
     line = [str(ROOT / word) if word.startswith("tests/") else word for word in line]
+    if "--html" in line:  # of few runs: each more is some seconds of drawing
+        line = [STANDS_FOR["SWEEP"] if word == "runs" else word for word in line]
     if line[-1] == "RUN...":
         line[-1:] = sorted(str(cell) for cell in (place / "sweeps-out/demo/cells").iterdir())
     if "--search" in line:

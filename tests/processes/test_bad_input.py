@@ -104,7 +104,6 @@ SUBPROCESSES = [
     "train name=../../x",
     "train data=file data.path=deep.jsonl data.eval_pairs=8",
     "train model.path=other-kind train.steps=1",
-    "export run out step=3",
 ]
 
 

@@ -122,11 +122,10 @@ def test_a_rank_that_dies_ends_the_run_and_resume_finishes_it(tmp_path: Path) ->
 
 @pytest.mark.timeout(300)
 @REST
-@pytest.mark.parametrize("processes", [1, 2])
-def test_ctrl_c_interrupts_the_run(tmp_path: Path, processes: int) -> None:
+def test_ctrl_c_interrupts_the_run(tmp_path: Path) -> None:
     """Exit code 130, one line that names `rcpo resume`, run.json says interrupted."""
     run = RunFolder(tmp_path / "run")
-    with started([f"launch.processes={processes}", *ENDLESS], run.path) as process:
+    with started(["launch.processes=2", *ENDLESS], run.path) as process:
         wait_for_steps(run, process, 2)
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=25)
@@ -140,14 +139,8 @@ def test_ctrl_c_interrupts_the_run(tmp_path: Path, processes: int) -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(
-    ("processes", "number"),
-    [
-        pytest.param(1, signal.SIGTERM, marks=REST),
-        pytest.param(2, signal.SIGUSR2, marks=REST),
-        pytest.param(2, signal.SIGTERM, marks=REST),
-    ],
-)
+@REST
+@pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGTERM), (2, signal.SIGUSR2)])
 def test_a_scheduler_s_signal_checkpoints_and_stops_all_ranks(
     tmp_path: Path, processes: int, number: signal.Signals
 ) -> None:

@@ -214,3 +214,13 @@ def test_runs_of_any_shape_get_figures_for_a_paper(tmp_path: Path, shape: str) -
     make_run(tmp_path / "runs" / "off", **SHAPES[shape])
     written = write_figures(compare(tmp_path / "runs"), tmp_path / "figures", "png")
     assert len(written) == 6 - 3 * (shape == "no band") - (shape == "no per-pair results")
+
+
+def test_long_labels_leave_the_plot_its_room(tmp_path: Path) -> None:
+    """matplotlib would warn that axes have no size left."""
+    for number in range(2):
+        name = f"{'a-long-name-' * 8}{number}"
+        make_run(tmp_path / "runs" / str(number), "dpo", settings={"reference.path": name})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        write_figures(compare(tmp_path / "runs"), tmp_path / "figures", "png")

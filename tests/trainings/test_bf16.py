@@ -260,7 +260,7 @@ def wide(inputs: Path) -> Path:
 @pytest.mark.parametrize("reference", ["cached", "live"])
 @pytest.mark.parametrize(
     ("kind", "layout"),
-    [*((kind, Layout(1, 2, 1)) for kind in KINDS), ("plain", Layout(2, 2, 3)), ("apart", Layout(2, 2, 3))],
+    [*((kind, Layout(1, 2, 1)) for kind in KINDS), ("apart", Layout(2, 2, 3))],
     ids=str,
 )
 def test_displacement_is_0_at_step_0(
