@@ -17,8 +17,10 @@ class Start(NamedTuple):
 
 DISPLACE = ("dpo", "simpo", "ipo")
 """Objectives that were seen to push the chosen response down without calibration."""
-DO_NOT = ("cpo", "dil_bce", "ddro")
-"""Objectives that were seen not to."""
+LIFT = ("cpo", "orpo", "rpo")
+"""Objectives whose likelihood term was seen to lift both sides, by 6 nats and more on real weights."""
+DO_NOT = ("dil_bce", "ddro")
+"""Objectives that were seen to do neither."""
 AGAINST = "balance"
 """The calibration to start with where the chosen response falls."""
 
@@ -28,6 +30,7 @@ STARTS = (
         f"`calibration={AGAINST}`",
         "chosen up, rejected down; few runs so far",
     ),
+    Start(f"{', '.join(LIFT)}: both rise", f"`calibration={AGAINST}`", "the same at the end; cpo, orpo late"),
     Start(", ".join(DO_NOT), "`calibration=off`", "these did not displace"),
     Start("dpo; no passes for measuring", "`calibration=feedback`", "held the chosen one up"),
     Start("the same; the rejected may rise too", "`calibration=exact` or `on`", "lifted the chosen one most"),
@@ -39,6 +42,8 @@ def after_a_fall(calibration: str, objective: str) -> str:
     """What to do about chosen responses that fell under `calibration`, as the end of a sentence."""
     if calibration == "off":
         text = f"calibration={AGAINST} is made against it"
-        return f"{text}, though {objective} was not seen to need one" if objective in DO_NOT else text
+        return (
+            f"{text}, though {objective} was not seen to need one" if objective in (*DO_NOT, *LIFT) else text
+        )
     text = f"calibration={calibration} did not prevent it here"
     return text if calibration == AGAINST else f"{text}; calibration={AGAINST} may"

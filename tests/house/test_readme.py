@@ -25,7 +25,7 @@ from rcpo.common import conf
 from rcpo.common.conf import conf_dir
 from rcpo.config.keys import page
 from rcpo.data.tokenize import TokenizedPair
-from rcpo.method.advice import AGAINST, DISPLACE, DO_NOT, STARTS, after_a_fall
+from rcpo.method.advice import AGAINST, DISPLACE, DO_NOT, LIFT, STARTS, after_a_fall
 from rcpo.monitor.model_card import formula
 from rcpo.objectives import REGISTRY, load_objective, pairwise
 from rcpo.objectives.own import import_own
@@ -61,8 +61,8 @@ def test_what_to_start_with_is_said_once() -> None:
     assert rows == [f"| {' | '.join(start)} |" for start in STARTS]
     table = {start.case: start.words for start in STARTS}
     assert table["dpo, simpo, ipo and the like"] == f"`calibration={AGAINST}`" == "`calibration=balance`"
-    assert table["cpo, dil_bce, ddro"] == "`calibration=off`"
-    for objective in (*DISPLACE, *DO_NOT):
+    assert table["dil_bce, ddro"] == "`calibration=off`"
+    for objective in (*DISPLACE, *LIFT, *DO_NOT):
         assert f"calibration={AGAINST} is made against it" in after_a_fall("off", objective)
 
 
