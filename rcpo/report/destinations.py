@@ -11,7 +11,7 @@ from typing import Any
 
 from rcpo.common.errors import UserError
 from rcpo.comparison.groups import Group
-from rcpo.report.figures import Figure, seeds_text
+from rcpo.report.figures import Figure
 from rcpo.report.palette import DESTINATION_COLOURS
 
 SIDES = ("chosen", "rejected")
@@ -33,11 +33,13 @@ def destination_figure(groups: Sequence[Group]) -> Figure | None:
     found = [(group, looked) for group in groups if (looked := _of_group(group))]
     if not found:
         return None
+    counts = [
+        f"{group.calibration} {len([run for run in group.runs if _of_run(run.path)])}" for group, _ in found
+    ]
     figure = Figure(
         "Where the probability went",
         "Probability that the response's own tokens lost, summed over a response, by who gained it; means "
-        f"over {seeds_text([group for group, _ in found])} that `rcpo lab tokens` looked at. A part below 0 "
-        "lost probability too.",
+        f"over the runs that rcpo lab tokens looked at ({', '.join(counts)}). A part below 0 lost too.",
         facets=[f"{side} responses" for side in SIDES],
     )
     for facet, side in enumerate(SIDES):

@@ -33,6 +33,7 @@ def test_mass_is_what_was_lost_by_its_shares_over_the_seeds_that_were_looked_at(
     look(make_run(tmp_path / "on", "dpo", "on"), "final", 0.0, None, None, None, None)
     figure = destination_figure(compare(tmp_path).groups)
     assert figure is not None
+    assert "looked at (off 2, on 1)" in figure.caption
     spec = figure.spec()
     chosen, rejected = spec["data"][:4], spec["data"][4:]
     assert all(trace["x"] == [["off", "off", "on"], ["step 50", "end", "end"]] for trace in spec["data"])
