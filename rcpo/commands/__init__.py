@@ -13,6 +13,7 @@ COMMANDS = {
     "score": "what a model says of preference pairs before training",
     "generate": "a model's answers to prompts, as AlpacaEval, MT-Bench and Arena-Hard read them",
     "evaluate": "scores of runs and models on tasks: word problems, lm-eval's, your own",
+    "judge": "which of two models' answers a judge prefers",
     "lab": "where the probability of a run's responses went, token by token",
     "compare": "runs side by side: a table, an HTML report, figures",
     "dashboard": "pages in W&B: a workspace, and a report with the table",

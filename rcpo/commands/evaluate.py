@@ -12,16 +12,23 @@ if TYPE_CHECKING:
     from rcpo.evaluation.results import TaskResult
     from rcpo.evaluation.subject import Subject
 
+OPTIONS = ("word_problems", "paper_v1", "paper_v2", "safety")
 SETTINGS = (
-    Setting("tasks", "names: arithmetic (default), lm-eval's, or those of tasks_dir", names, ["arithmetic"]),
-    Setting("tasks_dir", "a folder of lm-eval's task files (YAML) of your own", Path),
+    Setting(
+        "evaluation",
+        "word_problems (default), paper_v1, paper_v2, safety, or a file like those of conf/evaluation",
+        offered=OPTIONS,
+        default="word_problems",
+    ),
+    Setting("tasks", "names in place of its tasks: arithmetic, lm-eval's, or those of tasks_dir", names),
+    Setting("tasks_dir", "a folder of lm-eval's task files (YAML) of your own"),
     Setting("step", "the runs' checkpoints of that step, in place of their ends"),
     Setting(
         "initial", "yes (default): the models that runs started from, too", yes_or_no, True, ("yes", "no")
     ),
-    Setting("batch", "prompts at once (default: 32)", whole_number(1), 32),
+    Setting("batch", "prompts at once (default: 32)", whole_number(1)),
     Setting("limit", "only so many of the first questions of lm-eval's tasks", whole_number(1)),
-    Setting("chat", "yes: lm-eval's questions as user turns (default: no)", yes_or_no, False, ("yes", "no")),
+    Setting("chat", "yes: lm-eval's questions as user turns (default: no)", yes_or_no, None, ("yes", "no")),
 )
 
 
@@ -35,7 +42,7 @@ match of generated answers, without network. Other tasks run through lm-eval (pi
     parser.epilog = """\
 examples:
   rcpo evaluate RUN
-  rcpo evaluate SWEEP tasks=arithmetic
+  rcpo evaluate SWEEP evaluation=paper_v1
   rcpo evaluate RUN MODEL tasks=mine tasks_dir=TASKS"""
     add_settings(parser, SETTINGS, "RUN|SWEEP|MODEL")
     parser.add_argument("--again", action="store_true", help="evaluate what is known already, too")
@@ -47,10 +54,14 @@ def run(options: argparse.Namespace) -> int:
     if not places:
         raise UserError("nothing to evaluate; give run folders, a sweep or models; `rcpo evaluate --help`")
     from rcpo.common.console import RunConsole
+    from rcpo.evaluation.options import option_named, with_settings
+
+    asked = {key: getattr(settings, key) for key in ("tasks", "tasks_dir", "batch", "limit", "chat")}
+    option = with_settings(option_named(settings.evaluation), asked)
     from rcpo.evaluation.tasks import Evaluation, with_initial
 
     subjects = _subjects(places, settings.step)
-    evaluation = Evaluation(settings.tasks, settings.batch, settings.tasks_dir, settings.limit, settings.chat)
+    evaluation = Evaluation(option)
     console = RunConsole()
     found = []
     for subject in with_initial(subjects) if settings.initial else subjects:
@@ -62,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
                 "again: finished tasks are kept"
             ) from None
         found.append((subject, results))
-    _print(console, settings.tasks, found)
+    _print(console, option.tasks, found)
     return 0
 
 

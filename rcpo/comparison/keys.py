@@ -18,6 +18,8 @@ IGNORED = (
     "train.log_every",
     "train.eval_every",
     "train.keep_best",
+    "train.evaluate",
+    "evaluation.*",
     "model.allow_pickle",
     "model.trust_remote_code",
     "model.lora.save",

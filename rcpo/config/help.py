@@ -70,6 +70,7 @@ HIDDEN = (
     "tracking.name",
     "data.source",
     "reference.name",
+    "evaluation.name",
 )
 """What the choice of an option decides, not keys to set."""
 

@@ -63,7 +63,9 @@ Its own parameters. [rcpo/objectives/README.md](../rcpo/objectives/README.md) ha
 TABLE = """| key | default | takes | meaning |
 |---|---|---|---|
 """
-DECIDED_BY_OPTION = ("calibration.name", "data.source", "optim.name", "reference.name", "tracking.name")
+DECIDED_BY_OPTION = (
+    "calibration.name", "data.source", "evaluation.name", "optim.name", "reference.name", "tracking.name",
+)  # fmt: skip
 """Keys that the selected option sets; they are not for users."""
 
 

@@ -76,6 +76,9 @@ def resolve(
             reference=dataclasses.replace(config.reference, path=absolute(config.reference.path)),
             deepspeed=dataclasses.replace(config.deepspeed, stage=_stage(config, device)),
             tracking=_tracking(config),
+            evaluation=dataclasses.replace(
+                config.evaluation, tasks_dir=absolute(config.evaluation.tasks_dir)
+            ),
         )
     )
 

@@ -10,6 +10,7 @@ import dataclasses
 from rcpo.common.errors import UserError, shortened
 from rcpo.config.calibration import CalibrationConfig
 from rcpo.config.conditions import check_conditions
+from rcpo.config.evaluation import check_option
 from rcpo.config.schema import Config, DataConfig, FilterConfig, LoraConfig, OptimConfig, TrackingConfig
 from rcpo.objectives import composition_of, objective_of
 
@@ -48,6 +49,7 @@ def check_combinations(config: Config) -> None:
     _check_optimizer(config)
     check_conditions(config)
     _check_answers(config)
+    check_option(config.train.evaluate, config.evaluation.name)
 
 
 def _check_optimizer(config: Config) -> None:

@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 
 from rcpo.common.conf import IN_CONF, defaults_in
 from rcpo.config.calibration import CalibrationConfig
+from rcpo.config.evaluation import EvaluationConfig
 from rcpo.config.optim import OptimConfig
 from rcpo.config.tracking import MetricsConfig, TrackingConfig
 from rcpo.config.types import STRICT, NonNegative, Paths, Positive, Seed, Stage, Text
@@ -293,6 +294,10 @@ class TrainConfig:
     packing: bool = IN_CONF
     """Put a micro-batch on one row, without padding; for kernels that skip what is masked
     (model.attention=varlen and the others of flash attention). Steps that `exact` measures do without."""
+    evaluate: Text | None = IN_CONF
+    """Ask the trained model the tasks of this option of the group `evaluation` at the end of the run, as
+    `rcpo evaluate` does, into RUN/evaluation.json and the tracker (downstream/TASK); null: do not. Where that
+    fails, the run is done all the same."""
     save_every: NonNegative = IN_CONF
     """Optimizer steps between checkpoints; 0: none."""
     keep_last: Positive | None = IN_CONF
@@ -340,6 +345,7 @@ class Config:
     metrics: MetricsConfig
     launch: LaunchConfig
     reference: ReferenceConfig = Field(default_factory=ReferenceConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     name: Text | None = IN_CONF
     run_dir: Text | None = IN_CONF
     seed: Seed = IN_CONF

@@ -32,12 +32,14 @@ def hydra_words(argv: Sequence[str], folders: Sequence[Path]) -> list[str]:
     """The words as Hydra spells them; `folders` hold the options of groups.
 
     calibration=true and =false mean on and off, which is what YAML 1.1 makes of them elsewhere.
+    train.evaluate=NAME and evaluation=NAME mean both.
     objective=NAME of an objective that has no file in `folders` (`own_objective`) chooses no option and sets
     objective.name; its parameters, which no file lists, need no +. A slice and a condition
     need no quotes of their own.
     """
     own = own_objective(argv, folders)
     words = [] if own is None else ["~objective", f"++objective.name={own}"]
+    words += _both_of_evaluate(argv)
     for word in argv:
         key, equals, value = word.partition("=")
         if own is not None and equals and key.lstrip("+") in ("objective", "objective.name"):
@@ -53,6 +55,16 @@ def hydra_words(argv: Sequence[str], folders: Sequence[Path]) -> list[str]:
         else:
             words.append(word)
     return words
+
+
+def _both_of_evaluate(argv: Sequence[str]) -> list[str]:
+    """evaluation=NAME for train.evaluate=NAME and the other way round, where the words say one of the two."""
+    given = {key.lstrip("+"): value.strip("'\"") for key, _, value in (word.partition("=") for word in argv)}
+    pair = ("train.evaluate", "evaluation")
+    missing = [key for key in pair if key not in given]
+    name = given.get("train.evaluate", given.get("evaluation", ""))
+    is_name = re.fullmatch(r"[\w.-]+", name) is not None and name != "null"
+    return [f"{missing[0]}={name}"] if is_name and len(missing) == 1 else []
 
 
 def _lacks_quotes(key: str, value: str) -> bool:

@@ -7,7 +7,6 @@ so that adapters and checkpoints are what `rcpo.evaluation.subject` says."""
 import contextlib
 import difflib
 import hashlib
-import importlib.util
 import io
 import json
 import logging
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rcpo.common.errors import UserError
+from rcpo.config.evaluation import refuse_missing_harness
 from rcpo.evaluation.decoding import see_masks
 from rcpo.evaluation.results import Score, score_of
 from rcpo.evaluation.subject import Loaded
@@ -32,10 +32,7 @@ class Harness:
     def __init__(self, names: Sequence[str], folder: Path | None, limit: int | None, is_chat: bool) -> None:
         """Raises UserError where lm-eval is not here, and for a task that there is not or that cannot be
         loaded."""
-        if importlib.util.find_spec("lm_eval") is None:
-            raise UserError(
-                f"tasks={names[0]}: needs lm-eval; type pip install 'rcpo[evaluate]', or tasks=arithmetic"
-            )
+        refuse_missing_harness(names, f"tasks={names[0]}", "tasks=arithmetic")
         if folder is not None and not any(folder.glob("**/*.yaml")):
             raise UserError(f"tasks_dir={folder}: holds no .yaml file; give a folder of lm-eval's task files")
         self._limit, self._is_chat = limit, is_chat

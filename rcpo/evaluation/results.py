@@ -89,12 +89,15 @@ def _read(path: Path) -> dict[str, dict[str, TaskResult]]:
         return {}
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        return {when: {task: _result(entry) for task, entry in tasks.items()} for when, tasks in tree.items()}
+        return {
+            when: {task: result_of(entry) for task, entry in tasks.items()} for when, tasks in tree.items()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: is damaged; remove it, and evaluate again") from None
 
 
-def _result(entry: dict[str, Any]) -> TaskResult:
+def result_of(entry: dict[str, Any]) -> TaskResult:
+    """From plain containers. Raises KeyError, TypeError or ValueError for what is none."""
     metrics = {name: Score(**score) for name, score in entry["metrics"].items()}
     if not metrics:
         raise ValueError("no metric")

@@ -1,38 +1,29 @@
 """Tasks by name, for one model after another: what is known already is not evaluated again.
 
 `arithmetic` is rcpo's own; every other name is lm-eval's, or of a folder of the user's. Called by
-`rcpo.commands.evaluate`."""
+`rcpo.commands.evaluate` and, at the end of a run, by `rcpo.launch.at_end`."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
+from rcpo.config.evaluation import OWN, EvaluationConfig
 from rcpo.evaluation import arithmetic
 from rcpo.evaluation.harness import Harness
+from rcpo.evaluation.kept import keep, kept
 from rcpo.evaluation.results import INITIAL, Results, TaskResult
 from rcpo.evaluation.subject import Loaded, Subject, initial_of
-
-OWN = ("arithmetic",)
-"""Tasks that need no package and no network."""
 
 
 class Evaluation:
     """One `rcpo evaluate`: tasks and settings, and what was found of models that several runs share."""
 
-    def __init__(
-        self,
-        tasks: Sequence[str],
-        batch: int,
-        tasks_dir: Path | None = None,
-        limit: int | None = None,
-        is_chat: bool = False,
-    ) -> None:
+    def __init__(self, asked: EvaluationConfig) -> None:
         """Raises UserError for a task that there is not."""
-        self.tasks, self._batch = list(tasks), batch
+        self.tasks, self._batch = list(asked.tasks), asked.batch
         self._known: dict[str, tuple[TaskResult, list[dict[str, Any]]]] = {}
         self._harness: Harness | None = None
-        if theirs := [task for task in tasks if task not in OWN]:
-            self._harness = Harness(theirs, tasks_dir, limit, is_chat)
+        if theirs := [task for task in asked.tasks if task not in OWN]:
+            self._harness = Harness(theirs, asked.folder, asked.limit, asked.chat)
 
     def of(self, subject: Subject, again: bool, say: Callable[[str], None]) -> dict[str, TaskResult]:
         """Results of all tasks, the run's own first; written into the run's folder task by task."""
@@ -43,12 +34,17 @@ class Evaluation:
             made_with = self._made_with(subject, task)
             result = before.get(task)
             if result is None or result.made_with != made_with:
-                key = repr(sorted(made_with.items()))
+                key = repr((task, sorted(made_with.items())))
+                is_shared = subject.when == INITIAL
+                if key not in self._known and is_shared and not again and (shared := kept(key)) is not None:
+                    self._known[key] = shared
                 if key not in self._known:
                     say(f"{subject.name} {subject.when}: {task}")
                     loaded = loaded or Loaded(subject)
                     metrics, questions = self._ask(task, loaded)
                     self._known[key] = TaskResult(metrics, len(questions), made_with), questions
+                    if is_shared:
+                        keep(key, self._known[key])
                 result, questions = self._known[key]
                 if results is not None:
                     results.add(subject.when, task, result, questions)

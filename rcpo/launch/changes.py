@@ -21,7 +21,7 @@ from rcpo.training.checkpoint import newest_checkpoint, refuse_unloadable, step_
 SAFE = (
     "train.steps", "train.epochs", "train.save_every", "train.keep_last", "train.eval_every",
     "train.log_every", "train.on_save_error", "train.on_nonfinite", "train.max_nonfinite_steps",
-    "train.stop_when", "train.keep_best", "tracking.",
+    "train.stop_when", "train.keep_best", "train.evaluate", "evaluation.", "tracking.",
 )  # fmt: skip
 """Keys (and, with a dot at the end, groups) that leave every step's bits as they are."""
 SAFE_TO_ROUNDING = (

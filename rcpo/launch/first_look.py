@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rcpo.config.conditions import check_conditions
+from rcpo.config.evaluation import check_option, refuse_missing_harness
 from rcpo.config.names import TINY, absolute, absolute_run_dir, all_absolute, check_name
 from rcpo.config.schema import Config
 from rcpo.config.validate import section_of
@@ -20,6 +21,10 @@ def look(tree: dict[str, Any], overwrite: bool) -> None:
     config = section_of(Config, tree)
     check_conditions(config)
     refuse_missing_tracker(config.tracking.name)
+    check_option(config.train.evaluate, config.evaluation.name)
+    if config.train.evaluate is not None:
+        what = f"train.evaluate={config.train.evaluate}"
+        refuse_missing_harness(config.evaluation.tasks, what, "train.evaluate=word_problems")
     if config.name is not None:
         check_name(config.name)
     given = config.run_dir or (None if config.name is None else f"runs/{config.name}")

@@ -17,6 +17,7 @@ from rcpo.common.doing import doing
 from rcpo.common.errors import UserError, error_of
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.inputs import Inputs
+from rcpo.launch.at_end import check_tasks
 from rcpo.launch.changes import changed_config
 from rcpo.launch.overwrite import old_set_aside, refuse_irreplaceable, run_lock_held
 from rcpo.launch.processes import run_ranks
@@ -82,6 +83,7 @@ def _make_run(prepare: Callable[[], ResolvedConfig | None], overwrite: bool = Fa
     if config is None:
         return None
     refuse_missing_tracker(config.tracking.name)
+    check_tasks(config)
     run = RunFolder(config.run_dir)
     if overwrite:
         refuse_irreplaceable(config)
@@ -111,6 +113,7 @@ def _reopen(path: str, allowed: Sequence[str]) -> Prepared:
     changed = changed_config(run, allowed, joined_world_size())
     config = changed.config
     refuse_missing_tracker(config.tracking.name)
+    check_tasks(config)
     for rows in (run.metrics, run.eval):
         run.rows(rows)
     if run.read_run().get("status") == "pending":

@@ -107,6 +107,7 @@ def _train(
     inputs: "Inputs | None",
 ) -> None:
     from rcpo.common.console import RunConsole
+    from rcpo.launch.at_end import scores_at_end
     from rcpo.monitor.summary import print_report, print_start
     from rcpo.ranks.deterministic import missing_algorithms_refused
     from rcpo.ranks.distributed import rank
@@ -127,7 +128,7 @@ def _train(
             console.print(line, soft_wrap=True, markup=False, highlight=False)
         doing(f"loading model {config.model.path}")
     with missing_algorithms_refused():
-        summary = train(config, run, inputs, device, resume)
+        summary = train(config, run, inputs, device, resume, at_end=scores_at_end(config, run))
     if rank() == 0:
         run.update_run(summary=summary)
         print_report(RunConsole(), run, config, summary)

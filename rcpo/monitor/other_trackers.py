@@ -1,8 +1,9 @@
 """TensorBoard and Trackio beside W&B, each through its own library: tracking=tensorboard, tracking=trackio.
 
-Rows go as they are at `step`, evaluations under `eval/`, as W&B gets them; console output, code and machine
-statistics never. A tracker that fails is one warning and never stops training. Built by `rcpo.monitor.sinks`
-on rank 0 alone; the libraries are extras, imported where they are used.
+Rows go as they are at `step`, evaluations under `eval/`, scores on tasks under `downstream/`, as W&B gets
+them; console output, code and machine statistics never. A tracker that fails is one warning and never stops
+training. Built by `rcpo.monitor.sinks` on rank 0 alone; the libraries are extras, imported where they are
+used.
 """
 
 import contextlib
@@ -28,6 +29,8 @@ LIBRARIES = ("tensorboard", "trackio")
 """Names of tracking=NAME, of the package and of the extra."""
 ALERT = "chosen responses are falling"
 """Title of an alert."""
+SCORES = "downstream/"
+"""Before the name of a task."""
 
 
 def refuse_missing_tracker(name: str) -> None:
@@ -102,6 +105,9 @@ class TensorBoardSink(_Guarded):
             )
             self._attempt(lambda: self._writer.add_text(f"answers/{each.pair}", quoted, each.step))  # noqa: B023
 
+    def log_scores(self, step: int, scores: dict[str, float]) -> None:
+        self._attempt(lambda: self._add(_named(scores, SCORES), step))
+
     def alert(self, step: int, line: str) -> None:
         self._attempt(lambda: self._writer.add_text("alert", line, step))
 
@@ -147,6 +153,9 @@ class TrackioSink(_Guarded):
             self._trackio_run.log({"answers": table}, step=answers[0].step)
 
         self._attempt(send)
+
+    def log_scores(self, step: int, scores: dict[str, float]) -> None:
+        self._attempt(lambda: self._trackio_run.log(_named(scores, SCORES), step=step))
 
     def alert(self, step: int, line: str) -> None:
         self._attempt(lambda: self._trackio_run.alert(ALERT, line, step=step))

@@ -32,6 +32,9 @@ class Sink(Protocol):
     def log_answers(self, answers: Sequence[Answer]) -> None:
         """Answers of one evaluation, or of the start, beside those of the start."""
 
+    def log_scores(self, step: int, scores: dict[str, float]) -> None:
+        """Of the trained model on tasks, by task, at the end."""
+
     def alert(self, step: int, line: str) -> None:
         """What a user should hear of wherever he looks, once in a run."""
 
@@ -71,6 +74,9 @@ class JsonlSink:
 
     def log_answers(self, answers: Sequence[Answer]) -> None:
         """RUN/answers.jsonl has them."""
+
+    def log_scores(self, step: int, scores: dict[str, float]) -> None:
+        """RUN/evaluation.json has them."""
 
     def alert(self, step: int, line: str) -> None:
         """run.json has it."""

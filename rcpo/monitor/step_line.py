@@ -142,6 +142,10 @@ class ConsoleSink:
     def log_answers(self, answers: Sequence[Answer]) -> None:
         """The log has them: an answer may be long."""
 
+    def log_scores(self, step: int, scores: dict[str, float]) -> None:
+        said = ", ".join(f"{task} {value:.3f}" for task, value in scores.items())
+        self._print(f"the trained model's answers at step {step}: {said}")
+
     def alert(self, step: int, line: str) -> None:
         """A warning says it."""
 

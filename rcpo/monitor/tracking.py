@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from urllib.parse import urlsplit
 
-from rcpo.monitor.other_trackers import ALERT
+from rcpo.monitor.other_trackers import ALERT, SCORES
 from rcpo.monitor.wandb_media import log_answers, log_model, log_pairs
 from rcpo.runs.answers import Answer
 from rcpo.runs.folder import RunFolder
@@ -96,9 +96,10 @@ class WandbSink:
     """One W&B run, whose id lives in RUN/run.json: a resumed run continues it. Local files are in RUN/wandb/.
 
     Rows go as they are, at W&B's own step = `step` (so that none is taken twice after a resume), evaluations
-    under `eval/`; infinities and nan are sent as such. On closing, the summary's values go under `summary/`,
-    and what `rcpo.monitor.wandb_media` makes. Any failure is one warning; at the start it goes on offline,
-    later without W&B, on closing without the table or the model that failed."""
+    under `eval/`, scores on tasks under `downstream/`; infinities and nan are sent as such. On closing, the
+    summary's values go under `summary/`, and what `rcpo.monitor.wandb_media` makes. Any failure is one
+    warning; at the start it goes on offline, later without W&B, on closing without the table or the model
+    that failed."""
 
     def __init__(self, config: "ResolvedConfig", run: RunFolder, mode: WandbMode) -> None:
         self._folder = run
@@ -115,6 +116,10 @@ class WandbSink:
 
     def log_answers(self, answers: Sequence[Answer]) -> None:
         self._attempt(lambda wandb_run: log_answers(wandb_run, self._folder, answers))
+
+    def log_scores(self, step: int, scores: dict[str, float]) -> None:
+        named = {f"{SCORES}{task}": value for task, value in scores.items()}
+        self._attempt(lambda wandb_run: wandb_run.log(named | {"step": step}, step=step))
 
     def alert(self, step: int, line: str) -> None:
         self._attempt(lambda wandb_run: wandb_run.alert(ALERT, f"{self._name}: {line}", level="WARN"))

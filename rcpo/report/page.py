@@ -19,6 +19,7 @@ from rcpo.comparison.summary import headline, sentences
 from rcpo.comparison.table import GroupLine, notes
 from rcpo.comparison.view import Shown, View, make_view
 from rcpo.report.answers import answers_of
+from rcpo.report.destinations import destination_figure
 from rcpo.report.fallen import ChesChoice, Fallen, FallenPair, find_fallen
 from rcpo.report.figures import Figure, heat_map, objective_figures
 
@@ -60,6 +61,8 @@ def make_page(
     sections = []
     for label, groups in by_label.items():
         own = objective_figures(groups)
+        if (went := destination_figure(groups)) is not None:
+            own.append(went)
         section: dict[str, Any] = {"label": label, "figures": list(enumerate(own, len(figures)))}
         figures += own
         section |= {"fallen": fallen.get(label), "is_open": label == worst}

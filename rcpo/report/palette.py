@@ -7,6 +7,7 @@ INK, FAINT, BAND = "#222222", "#8a8a8a", "#009E73"
 NEGATIVE, NEUTRAL, POSITIVE = "#D55E00", "#f7f7f7", "#0072B2"
 """Of the heat map: fell, stayed, rose."""
 PATHWAY_COLOURS = ("#0072B2", "#56B4E9", "#E69F00", "#D55E00")
+DESTINATION_COLOURS = ("#D55E00", "#CC79A7", "#332288", "#8a8a8a")
 PATHWAY_HATCHES = ("", "//", "..", "xx")
 
 

@@ -6,7 +6,7 @@ method is in `rcpo.training.step`, what users see in `rcpo.monitor.sinks` and `r
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -65,8 +65,10 @@ def train(
     device: torch.device,
     resume: bool,
     watch: StepWatch | None = None,
+    at_end: Callable[[], dict[str, float]] | None = None,
 ) -> dict[str, Any]:
-    """Train a resolved config in its run folder; returns the summary. Collective.
+    """Train a resolved config in its run folder; returns the summary. Rank 0 calls `at_end` with the model
+    in final/; the scores that it returns go to every sink. Collective.
 
     Raises UserError when the model cannot be used or no checkpoint can be loaded, and its kinds in
     `rcpo.common.errors` when the run stops before its end.
@@ -113,7 +115,7 @@ def train(
             _note_evaluation(training, SideLogProbs(start.z_w, start.z_l))
             note_answers(training)
         reason = _train_steps(training, watch or StepWatch())
-        return _finish(training, reason)
+        return _finish(training, reason, at_end or dict)
 
 
 def _too_large(config: ResolvedConfig) -> str:
@@ -310,15 +312,20 @@ def _note_evaluation(training: Training, result: SideLogProbs) -> None:
         sink.log_eval({"step": step} | row)
 
 
-def _finish(training: Training, reason: str | None) -> dict[str, Any]:
-    """Write final/, the plot and the summary; `reason`: why the run ends early, if it does. The other ranks
-    stay until rank 0 is through: a launcher may end what is left a while after the first rank has gone.
+def _finish(training: Training, reason: str | None, at_end: Callable[[], dict[str, float]]) -> dict[str, Any]:
+    """Write final/, the plot, scores and the summary; `reason`: why the run ends early, if it does. The other
+    ranks stay until rank 0 is through: a launcher may end what is left a while after the first rank has gone.
     Collective."""
     weights = training.engine.whole_weights()
-    return done_by_rank_zero(lambda: _write_end(training, weights or {}, reason))
+    return done_by_rank_zero(lambda: _write_end(training, weights or {}, reason, at_end))
 
 
-def _write_end(training: Training, weights: dict[str, torch.Tensor], reason: str | None) -> dict[str, Any]:
+def _write_end(
+    training: Training,
+    weights: dict[str, torch.Tensor],
+    reason: str | None,
+    at_end: Callable[[], dict[str, float]],
+) -> dict[str, Any]:
     run = training.run
     summary = summarize(run.rows(run.metrics), run.rows(run.eval)) | end_of_summary(training, reason)
     with replacing(run.final) as beside:
@@ -327,6 +334,10 @@ def _write_end(training: Training, weights: dict[str, torch.Tensor], reason: str
             model_card(training.config, summary, run.shown(run.final)), encoding="utf-8"
         )
     plot_run(run, run.plot)
+    run.update_run(summary=summary)
+    if scores := at_end():
+        for sink in training.sinks:
+            sink.log_scores(training.state.step, scores)
     for sink in training.sinks:
         sink.close(summary, 0)
     return summary

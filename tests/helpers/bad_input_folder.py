@@ -62,6 +62,7 @@ DATA: dict[str, str | bytes] = {
     "unknown-words.jsonl": changed(chosen=" Paris", rejected=" London"),
     "columns.jsonl": json_lines([{"question": "a", "good": "b", "bad": "c"}]),
     "named.jsonl": json_lines([{"question": "a", "response_j": "b", "response_k": "c"}]),
+    "answers.jsonl": json_lines([{"prompt": "how many ?", "response": "seven"}]),
     "kto.jsonl": json_lines([{"prompt": "a", "completion": "b", "label": True}]),
     "scored.jsonl": json_lines([{"instruction": "a", "completions": [{"response": "b"}]}]),
     "conversations.jsonl": json_lines([{"conversations": [{"from": "human", "value": "a"}]}]),

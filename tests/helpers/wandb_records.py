@@ -7,6 +7,7 @@ import sys
 import time
 from typing import Any
 
+from rcpo.evaluation.results import Results
 from rcpo.runs.folder import RunFolder
 
 
@@ -52,13 +53,19 @@ def whole_records(run: RunFolder, seconds: float = 30) -> list[dict[str, Any]]:
 
 
 def by_step(run: RunFolder) -> dict[int, dict[str, Any]]:
-    """The rows of metrics.jsonl and eval.jsonl, those of a step together, as W&B should have them."""
+    """The rows of metrics.jsonl and eval.jsonl, those of a step together, with the scores of evaluation.json
+    in the last, as W&B should have them."""
     rows: dict[int, dict[str, Any]] = {}
     for row in run.rows(run.metrics):
         rows.setdefault(row["step"], {}).update(row)
     for row in run.rows(run.eval):
         named = {key if key == "step" else f"eval/{key}": value for key, value in row.items()}
         rows.setdefault(row["step"], {}).update(named)
+    if rows:
+        scores = {
+            f"downstream/{task}": each.main[1].value for task, each in Results(run.path).of("final").items()
+        }
+        rows[max(rows)].update(scores)
     return rows
 
 

@@ -30,11 +30,12 @@ def made(tmp_path: Path, name: str) -> tuple[ResolvedConfig, RunFolder]:
 
 
 def rows_to(sink: Any, run: RunFolder, steps: range, scale: float = 1.0) -> None:
-    """Steps, an evaluation with an answer at each, and at the end an alert."""
+    """Steps, an evaluation with an answer at each, and at the end scores and an alert."""
     for step in steps:
         sink.log_step({"step": step, "train/loss": scale * step, "band/upper": float("inf")})
         sink.log_eval({"step": step, "displacement/chosen": -scale * step})
     sink.log_answers(append_answers(run, 0, ["a prompt"], ["an answer"]))
+    sink.log_scores(steps[-1], {"arithmetic": scale / 4})
     sink.alert(steps[-1], "falling")
     sink.close({}, 0)
 
@@ -51,6 +52,8 @@ def test_tensorboard_has_every_row_once_also_after_a_resume(tmp_path: Path) -> N
     assert loss == [(1, 1.0), (2, 4.0), (3, 6.0), (4, 8.0)]
     chosen = [(event.step, event.value) for event in reader.Scalars("eval/displacement/chosen")]
     assert chosen == [(1, -1.0), (2, -4.0), (3, -6.0), (4, -8.0)]
+    scores = [(event.step, event.value) for event in reader.Scalars("downstream/arithmetic")]
+    assert scores == [(4, 0.5)]
     texts = {
         tag: reader.Tensors(tag)[-1].tensor_proto.string_val[0].decode() for tag in reader.Tags()["tensors"]
     }

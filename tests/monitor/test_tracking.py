@@ -144,6 +144,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, str]:
         "data.train_pairs=64", "data.eval_pairs=16", "train.pairs_per_step=4", "name=a-run",
         f"run_dir={folder / 'run'}", "tracking.mode=offline", "tracking.group=a-group",
         "tracking.tags=[mine]", "tracking.project=a-project", "tracking.log_model=true",
+        "train.evaluate=word_problems",
     ]  # fmt: skip
     env = environment() | {"WANDB_API_KEY": KEY, "RCPO_CACHE": str(folder / "cache")}
     done = forked.rcpo(*words, cwd=folder, env=env)
@@ -158,6 +159,7 @@ def test_wandb_has_every_number_of_both_files(finished: tuple[RunFolder, str]) -
     expected = by_step(run)
     assert sorted(expected) == [0, 1, 2, 3]
     assert {"train/loss", "eval/displacement/chosen", "band/lower"} <= set(expected[2])
+    assert "downstream/arithmetic" in expected[3]
     rows = wandb_rows(Records(run))
     assert sorted(rows) == [0, 1, 2, 3]
     for step, row in expected.items():

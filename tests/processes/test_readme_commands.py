@@ -30,6 +30,7 @@ NOT_RUN = {
     r"gpus_per_node|^torchrun": "needs GPUs; tests/processes/test_launch.py runs torchrun on a CPU",
     r"model=(smollm2|pythia|mistral)": "needs a model of the hub",
     r"--wandb ENTITY|^rcpo sync|^rcpo dashboard (?!.*--print)": "needs W&B; tests/report have a server",
+    r"^rcpo judge": "needs a judge; tests/evaluation/test_judge.py has one",
     r"^rcpo bench": "takes minutes; tests/trainings/test_bench.py does the like",
     r"RUN\|": "is a synopsis; the README's first commands are examples of it",
     r"make_tiny": "trains for minutes; tests/models/test_builtin.py runs a part",

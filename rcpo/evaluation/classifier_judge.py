@@ -1,0 +1,66 @@
+"""A local reward model as the judge: a sequence classifier with one number, which scores each answer by
+itself. Order and cost play no part."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from rcpo.common.errors import UserError
+from rcpo.evaluation.answer_files import Duel
+from rcpo.evaluation.judge import FIRST, SECOND, TIE
+from rcpo.evaluation.win_rate import Verdicts
+
+
+class ClassifierJudge:
+    def __init__(self, path: str) -> None:
+        """Raises UserError where it cannot be loaded or gives another number of scores."""
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(path)
+            model = AutoModelForSequenceClassification.from_pretrained(path)
+        except (OSError, ValueError, KeyError) as error:
+            first = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+            raise UserError(
+                f"model={path}: cannot be loaded ({first}); give a folder or a hub id of a reward model"
+            ) from None
+        if model.config.num_labels != 1:
+            raise UserError(
+                f"model={path}: gives {model.config.num_labels} numbers, and a reward is one; give a model "
+                "with num_labels=1"
+            )
+        if not self._tokenizer.chat_template:
+            raise UserError(f"model={path}: has no chat template; give a reward model that has one")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._model = model.to(device).eval()
+        self._positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.name = Path(path).name
+
+    @torch.inference_mode()
+    def score(self, duel: Duel, answer: str) -> float | None:
+        """None where the conversation is longer than the model's context."""
+        turns = [*duel.prompt, {"role": "assistant", "content": answer}]
+        text = self._tokenizer.apply_chat_template(turns, tokenize=False)
+        ids = self._tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        if self._positions is not None and ids.shape[1] > self._positions:
+            return None
+        return float(self._model(input_ids=ids.to(self._model.device)).logits[0, 0])
+
+    def ask(self, duels: Sequence[Duel], advance: Callable[[int], None]) -> list[Verdicts]:
+        """The same verdict in both orders."""
+        found: list[Verdicts] = []
+        for duel in duels:
+            a, b = self.score(duel, duel.a), self.score(duel, duel.b)
+            advance(1)
+            if a is None or b is None:
+                found.append((None, None))
+            elif a == b:
+                found.append((TIE, TIE))
+            else:
+                found.append((FIRST, SECOND) if a > b else (SECOND, FIRST))
+        if all(both == (None, None) for both in found):
+            raise UserError(
+                f"model={self.name}: every conversation is longer than its {self._positions} positions; "
+                "give another reward model"
+            )
+        return found
