@@ -23,6 +23,11 @@ def _last(name: str) -> Callable[[ComparedRun, Group], float]:
     return lambda run, group: float(run.evals[f"displacement/{name}"][-1])
 
 
+def _loss(run: ComparedRun, group: Group) -> float:
+    found = run.evals.get("loss")
+    return math.nan if found is None else float(found[-1])
+
+
 def _speed(run: ComparedRun, group: Group) -> float:
     return _of(run.curves.get("speed/pairs_per_second"), np.nanmedian)
 
@@ -72,11 +77,13 @@ COLUMNS = (
     Column("worst", "worst", lambda run, group: float(np.nanmin(run.evals["displacement/chosen"])), nats, 9),
     Column("pairs_per_second", "pairs/s", _speed, number, 6),
     Column("memory_gb", "GB", _memory, number, 8),
+    Column("loss", "loss", _loss, number, 10),
 )
 
 
 def columns_of(comparison: Comparison) -> list[Column]:
-    """`COLUMNS`, and one for every task that a run has been evaluated on."""
+    """`COLUMNS`, without the loss where no run has it, and one for every task that a run has been evaluated
+    on."""
     tasks = dict.fromkeys(
         task for group in comparison.groups for run in group.runs for task in run.downstream
     )
@@ -85,7 +92,11 @@ def columns_of(comparison: Comparison) -> list[Column]:
         return lambda run, group: run.downstream[task].value if task in run.downstream else math.nan
 
     more = [Column(f"{PREFIX}{task}", task, score(task), "{:.3f}".format, 1) for task in tasks]
-    return [*COLUMNS, *more]
+    return [*(column for column in COLUMNS if column.name != "loss" or _has_loss(comparison)), *more]
+
+
+def _has_loss(comparison: Comparison) -> bool:
+    return any("loss" in run.evals for group in comparison.groups for run in group.runs)
 
 
 SMALLEST_NATS = 0.005
@@ -266,6 +277,8 @@ def _downstream_notes(comparison: Comparison) -> list[str]:
 def notes(comparison: Comparison, pm: str) -> list[str]:
     """What the numbers are, then every run that is left out, then every group that is of another kind."""
     lines = [note.format(pm=pm, num=comparison.num_comparisons) for note in NOTES[:2]]
+    if _has_loss(comparison):
+        lines.append("loss: of the held-out pairs, at the end; to be compared within one objective alone.")
     if comparison.num_comparisons:
         lines.append(NOTES[2].format(num=comparison.num_comparisons))
     lines += _downstream_notes(comparison)

@@ -67,7 +67,7 @@ DIFFERENCE = (
 )  # fmt: skip
 RANKS = {
     "chosen": 0, "accuracy": 4, "rejected": 5, "fell": 6, "in_band": 8, "pairs_per_second": 9, "margin": 10,
-    "memory_gb": 11, "worst": 12,
+    "memory_gb": 11, "worst": 12, "loss": 13,
 }  # fmt: skip
 
 TAKEN = tuple(column.name for column in (*TOLD, DATA, *DIFFERENCE)) + tuple(RANKS)

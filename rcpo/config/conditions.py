@@ -27,9 +27,11 @@ KEYS = (
     "logps/rejected",
 )
 """Of every evaluation."""
+LOSS = "loss"
+"""Of every evaluation, but with objectives that weigh tokens."""
 OF_BF16 = ("displacement/noise_floor",)
 OF_PROBED = ("probed/chosen", "probed/rejected", "unprobed/chosen", "unprobed/rejected")
-SMALLER_IS_BETTER = ("displacement/chosen_down", "displacement/both_down", "displacement/noise_floor")
+SMALLER_IS_BETTER = (LOSS, "displacement/chosen_down", "displacement/both_down", "displacement/noise_floor")
 """Where train.keep_best names no direction."""
 SIGNS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 EXAMPLE = "eval/displacement/chosen < -5"
@@ -115,26 +117,28 @@ def _bare(key: str) -> str:
     return key.removeprefix(PREFIX) if key.startswith(PREFIX) else f"!{key}"
 
 
-def check_conditions(config: Config) -> None:
+def check_conditions(config: Config, weighs_tokens: bool = False) -> None:
     """Raise UserError where train.stop_when or train.keep_best cannot be read, or names what this run's
-    evaluations do not have."""
-    train = config.train
+    evaluations do not have; `weighs_tokens`: whether the objective is known to."""
+    train, known = config.train, keys_of(config, weighs_tokens)
     if train.stop_when is not None:
         for key in parse_condition(train.stop_when).names():
-            _check_key(config, key, f"train.stop_when={train.stop_when}", f"train.stop_when='{EXAMPLE}'")
+            seen = f"train.stop_when={train.stop_when}"
+            _check_key(config, known, key, seen, f"train.stop_when='{EXAMPLE}'")
     if train.keep_best is not None:
         key = parse_best(train.keep_best).key
         typed = "train.keep_best=eval/displacement/margin"
-        _check_key(config, key, f"train.keep_best={train.keep_best}", typed)
+        _check_key(config, known, key, f"train.keep_best={train.keep_best}", typed)
 
 
-def _check_key(config: Config, key: str, seen: str, typed: str) -> None:
-    known = keys_of(config)
+def _check_key(config: Config, known: tuple[str, ...], key: str, seen: str, typed: str) -> None:
     if key in known:
         return
     name = key.removeprefix("!") if key.startswith("!") else PREFIX + key
     named = [PREFIX + each for each in known]
-    if key in OF_BF16:
+    if key == LOSS:
+        why = f"is not measured with objective={config.objective['name']}, which weighs tokens"
+    elif key in OF_BF16:
         why = "is measured in bfloat16 alone"
     elif key in OF_PROBED:
         why = f"is measured where calibration steers by held-out pairs, not with {config.calibration.name}"
@@ -154,12 +158,13 @@ def _alike(name: str, named: list[str]) -> list[str]:
     return same or difflib.get_close_matches(name, named, n=2, cutoff=0.6)
 
 
-def keys_of(config: Config) -> tuple[str, ...]:
+def keys_of(config: Config, weighs_tokens: bool) -> tuple[str, ...]:
     """What an evaluation of this run has, without `PREFIX`; where the dtype is not decided yet, what it may
-    have."""
+    have. `weighs_tokens`: whether the objective does."""
     calibration = config.calibration
     return (
         *KEYS,
+        *(() if weighs_tokens else (LOSS,)),
         *(OF_BF16 if config.model.dtype != "float32" else ()),
         *(OF_PROBED if calibration.probe_pairs else ()),
     )

@@ -132,7 +132,7 @@ ADVICE = {
     "early_stopping": "train.stop_when='eval/displacement/chosen < -5', or another metric of an evaluation",
     "early_stopping_patience": "train.stop_when='eval/displacement/chosen < -5', or another metric",
     "load_best_model_at_end": "train.keep_best=eval/displacement/margin; the weights are in RUN/best",
-    "metric_for_best_model": "train.keep_best=eval/displacement/margin",
+    "metric_for_best_model": "train.keep_best=eval/displacement/margin, or eval/loss",
     "generate_during_eval": "metrics.answers=2",
     "alpha": "calibration=fixed calibration.alpha={value}, or calibration=on to have it measured",
     "resume": "rcpo resume RUN in place of rcpo train",

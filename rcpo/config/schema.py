@@ -287,7 +287,8 @@ class TrainConfig:
     several joined by `and` or `or`, of the keys of eval.jsonl with eval/ before them."""
     keep_best: Text | None = IN_CONF
     """Keep the weights of the evaluation with the largest KEY in RUN/best, as a model folder; min:KEY: the
-    smallest, as of the shares chosen_down and both_down by themselves. The start does not count."""
+    smallest, as of eval/loss and the shares chosen_down and both_down by themselves. The start does not
+    count."""
     share_prefix: bool = IN_CONF
     """Compute the prompt of a pair once for both responses: less work where prompts are long, the same
     gradient to rounding. Steps that `exact` measures do without."""

@@ -6,18 +6,18 @@ tell apart."""
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from rcpo.common.console import nats, percent
 from rcpo.common.files import replacing
 from rcpo.runs.folder import RunFolder
 from rcpo.runs.frozen import open_run
+
+if TYPE_CHECKING:  # imported where something is drawn: a run's first step does not wait for it
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 CHOSEN, REJECTED, BAND, ALPHA, INK, FAINT = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#222222", "#8a8a8a"
 STYLE = {
@@ -43,6 +43,9 @@ Rows = list[dict[str, Any]]
 
 def plot_run(run: RunFolder, path: Path) -> None:
     """Write one run's picture: held-out displacement, and where measured the band and alpha under it."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     metrics, evals = run.rows(run.metrics), run.rows(run.eval)
     heights = {"displacement": 3.4}
     if any("band/position" in row for row in metrics):
@@ -78,7 +81,7 @@ def run_title(run: RunFolder) -> tuple[str, str]:
     return f"{config.objective['name']}, calibration {config.calibration.name}", str(config.name)
 
 
-def save(figure: Figure, path: Path) -> None:
+def save(figure: "Figure", path: Path) -> None:
     """PNG or what the suffix says."""
     with replacing(path) as beside:
         figure.savefig(beside, format=path.suffix[1:])
@@ -99,9 +102,11 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return np.array([window.mean() if len(window) else math.nan for window in finite])
 
 
-def draw_displacement(axis: Axes, metrics: Rows, evals: Rows, with_raw: bool = True) -> None:
+def draw_displacement(axis: "Axes", metrics: Rows, evals: Rows, with_raw: bool = True) -> None:
     """Held-out chosen and rejected displacement with their last values; training batches faint behind, as
     running means and, `with_raw`, one by one."""
+    from matplotlib.ticker import MaxNLocator
+
     axis.axhline(0, color=FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
     ends = []
     for name, colour, marker in (("chosen", CHOSEN, "o"), ("rejected", REJECTED, "s")):
@@ -122,7 +127,7 @@ def draw_displacement(axis: Axes, metrics: Rows, evals: Rows, with_raw: bool = T
     axis.plot([], [], color=FAINT, linewidth=1.1, label="training batches")
 
 
-def _label_ends(axis: Axes, ends: list[tuple[float, str, str]]) -> None:
+def _label_ends(axis: "Axes", ends: list[tuple[float, str, str]]) -> None:
     """Name and last value at the right edge, in the line's colour, moved apart where they would overlap."""
     low, high = axis.get_ylim()
     gap = 0.075 * (high - low)
@@ -152,7 +157,7 @@ def _band_columns(metrics: Rows) -> tuple[np.ndarray, ...]:
     return column(rows, "band/position")[0], *(column(rows, f"band/{name}")[1] for name in names)
 
 
-def draw_band(axis: Axes, metrics: Rows, limits: tuple[float, float] | None = None) -> None:
+def draw_band(axis: "Axes", metrics: Rows, limits: tuple[float, float] | None = None) -> None:
     """The disentanglement band, its centre, and where the steps stood; `limits` of the axis where not its
     own.
 
@@ -202,7 +207,7 @@ def band_limits(
     return float(low - pad), float(high + pad)
 
 
-def draw_alpha(axis: Axes, metrics: Rows) -> None:
+def draw_alpha(axis: "Axes", metrics: Rows) -> None:
     """alpha over steps; above 1 the chosen side is pulled harder and the rejected side pushed less."""
     steps, alpha = column(metrics, "calibration/alpha")
     axis.axhline(1, color=FAINT, linewidth=1, linestyle=(0, (4, 3)))

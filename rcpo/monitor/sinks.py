@@ -27,7 +27,8 @@ class Sink(Protocol):
         """One optimizer step; `step` counts optimizer steps done, from 1."""
 
     def log_eval(self, row: dict[str, float]) -> None:
-        """One evaluation on the held-out pairs: `step` and `displacement/*`, `logps/*` without a prefix."""
+        """One evaluation on the held-out pairs: `step`, `displacement/*`, `logps/*` and `loss` without a
+        prefix."""
 
     def log_answers(self, answers: Sequence[Answer]) -> None:
         """Answers of one evaluation, or of the start, beside those of the start."""

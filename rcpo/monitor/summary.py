@@ -26,10 +26,10 @@ def summarize(metrics_rows: list[dict[str, Any]], eval_rows: list[dict[str, Any]
     """The numbers of a run in one flat dict; None where nothing was measured, or not as a finite number.
 
     start_*, end_*: held-out displacement of the first and the last evaluation, in nats or as shares (accuracy
-    counts a tie as half, so it starts at 0.5). worst_chosen: the lowest held-out mean chosen displacement of
-    all evaluations, reached at worst_step. in_band_share: of the steps with a measured band. alpha: the last
-    step's. pairs_per_second: median over the steps. noise_floor: what rounding alone may make of a mean
-    displacement, in bfloat16.
+    counts a tie as half, so it starts at 0.5), and the held-out loss. worst_chosen: the lowest held-out mean
+    chosen displacement of all evaluations, reached at worst_step. in_band_share: of the steps with a measured
+    band. alpha: the last step's. pairs_per_second: median over the steps. noise_floor: what rounding alone
+    may make of a mean displacement, in bfloat16.
     """
     summary: dict[str, Any] = {
         "steps": int(metrics_rows[-1]["step"]) if metrics_rows else 0,
@@ -39,6 +39,7 @@ def summarize(metrics_rows: list[dict[str, Any]], eval_rows: list[dict[str, Any]
     for when, idx in (("start", 0), ("end", -1)):
         row = eval_rows[idx] if eval_rows else {}
         summary |= {f"{when}_{name}": _finite(row.get(f"displacement/{name}")) for name in HELD_OUT}
+        summary[f"{when}_loss"] = _finite(row.get("loss"))
     finite = [row for row in eval_rows if _finite(row.get("displacement/chosen")) is not None]
     worst = min(finite, key=lambda row: float(row["displacement/chosen"]), default=None)
     inside = [row["band/inside"] for row in metrics_rows if "band/inside" in row]

@@ -72,6 +72,10 @@ class LiveReference:
         rows = self._rows(self._inputs.mismatched(which, self._config), batch)
         return SideLogProbs(rows.ref_w, rows.ref_l)
 
+    def logprobs(self, pairs: Sequence[TokenizedPair], pairs_per_device: int) -> SideLogProbs:
+        """Of these pairs, spread over the ranks; on the CPU. Collective."""
+        return evaluate_logprobs(self._model, pairs, self._inputs.pad_id, pairs_per_device)
+
     def _rows(self, pairs: Sequence[TokenizedPair], batch: PairBatch) -> ReferenceRows:
         size, pad_id = self._config.reference.pairs_per_device, self._inputs.pad_id
         parts = [batch]
@@ -159,21 +163,26 @@ class ReferenceMaker:
             self._own = self._table(values, NOTHING)
             self._add_mismatched(self._own, model)
             self._add_tokens(self._own, model)
+            self._own.held_out_reference = self._logprobs_of(self._fingerprint, self._inputs.held_out, model)
 
     def open(self, engine: Engine) -> tuple[Reference, Start]:
         """The reference, and what displacement of held-out pairs is measured against; `engine` has its
         initial weights."""
+        num_probed, own_weights = self._config.calibration.probe_pairs, has_own_weights(self._config)
         if self._kept is not None and self._is_complete:
             table = self._kept
+            live = self._live(engine) if self._is_live else None
         else:
             table = self._started_live(engine) if self._is_live else self._computed(engine)
             if self._rounds:
                 self._add_start_as_evaluated(table, engine)
+            live = self._live(engine) if self._is_live else None
+            if live is not None and own_weights:
+                table.held_out_reference = live.logprobs(self._inputs.held_out, self._batch)
             if rank() == 0:
                 table.save(self._run.reference)
             barrier()
-        num_probed = self._config.calibration.probe_pairs
-        return (self._live(engine) if self._is_live else table), table.start(num_probed)
+        return live or table, table.start(num_probed, own_weights)
 
     def _add_start_as_evaluated(self, table: ReferenceTable, engine: Engine) -> None:
         """The held-out pairs in exactly the batches of later evaluations and probes, and what rounding alone

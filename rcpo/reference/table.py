@@ -35,6 +35,9 @@ class Start(NamedTuple):
     probe: SideLogProbs
     """Of the first pairs, which a calibrator's probe takes: by a pass of their own where the batches that
     pairs go through in change their rounding."""
+    reference: SideLogProbs | None
+    """The same pairs under the reference: the start itself, but where the reference has weights of its own.
+    None where it has, and the run was started by an rcpo that did not keep them."""
     noise: float | None = None
     """Root mean square, over pairs and sides, of what rounding makes of r; None where z is fp32."""
 
@@ -57,6 +60,7 @@ class Reference(Protocol):
 TOKENS = "tokens."
 MISMATCHED = "mismatched"
 PROBE = ("probe_w", "probe_l")
+REFERENCE = ("held_out_ref_w", "held_out_ref_l")
 NOISE = "noise"
 
 
@@ -88,6 +92,8 @@ class ReferenceTable:
         that weigh tokens."""
         self.mismatched: dict[Mismatch, tuple[float, float]] = {}
         """ref_w and ref_l of mismatched pairs; empty but for objectives that need them."""
+        self.held_out_reference: SideLogProbs | None = None
+        """The held-out pairs under a reference with weights of its own."""
 
     def has(self, indices: Sequence[int], tokens: bool, mismatches: Sequence[Mismatch] = ()) -> bool:
         """Whether all these training pairs are in the table, with `tokens` token by token too, and all these
@@ -99,11 +105,13 @@ class ReferenceTable:
             return False
         return not bool(torch.isnan(self.train.z_w[rows]).any() or torch.isnan(self.train.z_l[rows]).any())
 
-    def start(self, num_probed: int) -> Start:
-        """What displacement is measured against; `num_probed` pairs are of the probe."""
+    def start(self, num_probed: int, own_weights: bool = False) -> Start:
+        """What displacement is measured against; `num_probed` pairs are of the probe. `own_weights`: whether
+        the reference is another model than the initial policy."""
         z_w, z_l = self.held_out
         probe = self.probe or SideLogProbs(z_w[:num_probed], z_l[:num_probed])
-        return Start(z_w, z_l, probe, self.noise)
+        reference = self.held_out_reference if own_weights else self.held_out
+        return Start(z_w, z_l, probe, reference, self.noise)
 
     def rows(self, indices: Sequence[int], batch: PairBatch, apart: bool = False) -> ReferenceRows:
         """As `Reference` says; on the CPU."""
@@ -145,6 +153,8 @@ class ReferenceTable:
             tensors[MISMATCHED] = torch.tensor(list(self.mismatched.values()), dtype=torch.float32)
         if self.probe is not None:
             tensors |= dict(zip(PROBE, self.probe, strict=True))
+        if self.held_out_reference is not None:
+            tensors |= dict(zip(REFERENCE, self.held_out_reference, strict=True))
         if self.noise is not None:
             tensors[NOISE] = torch.tensor(self.noise)
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -170,6 +180,8 @@ class ReferenceTable:
                 SideLogProbs(*(tensors[name] for name in PROBE)) if PROBE[0] in tensors else None,
                 float(tensors[NOISE]) if NOISE in tensors else None,
             )
+            if REFERENCE[0] in tensors:
+                table.held_out_reference = SideLogProbs(*(tensors[name] for name in REFERENCE))
             if MISMATCHED in tensors:
                 which = (Mismatch(*both) for both in tensors[f"{MISMATCHED}_of"].tolist())
                 values = (tuple(both) for both in tensors[MISMATCHED].tolist())

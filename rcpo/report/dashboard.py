@@ -54,7 +54,7 @@ SECTIONS: dict[str, tuple[Plot, ...]] = {
         Plot("Mean incentives", ("incentive/chosen", "incentive/rejected"), "per nat"),
         Plot("Log of their ratio", ("incentive/log_ratio",), "log ratio"),
         Plot("Norms of the two sides", ("score/chosen_norm", "score/rejected_norm"), "norm"),
-        Plot("Loss", ("train/loss",), "loss"),
+        Plot("Loss: training batch, held out", ("train/loss", "eval/loss"), "loss"),
     ),
     "Speed": (
         Plot("Pairs", ("speed/pairs_per_second",), "pairs per second"),

@@ -33,6 +33,10 @@ class Mean:
     def tilts(self, losses: Sequence[Tensor]) -> list[Tilt]:
         raise NotImplementedError("the mean tilts nothing")
 
+    def of_all(self, losses: Tensor) -> float:
+        """The aggregated loss of pairs that are all here (n,)."""
+        return float(losses.double().mean())
+
 
 class KlDro:
     """L = lambda log((1/B) sum_i exp(loss_i / lambda)) over the global batch: the largest mean loss of any
@@ -60,6 +64,11 @@ class KlDro:
         rank. Collective: one reduction."""
         p, total = tilt(torch.cat(list(losses)), self._lambda)
         return [Tilt(share, total) for share in p.split([len(loss) for loss in losses])]
+
+    def of_all(self, losses: Tensor) -> float:
+        """As the mean's."""
+        exponents = losses.double() / self._lambda
+        return self._lambda * (float(exponents.logsumexp(0)) - math.log(len(losses)))
 
 
 Aggregate: TypeAlias = Mean | KlDro

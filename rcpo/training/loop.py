@@ -27,6 +27,7 @@ from rcpo.monitor.model_card import model_card
 from rcpo.monitor.plot import plot_run
 from rcpo.monitor.sinks import Sink, build_sinks
 from rcpo.monitor.summary import summarize
+from rcpo.monitor.tracking import load_beside
 from rcpo.objectives import Objective
 from rcpo.ranks import stopping
 from rcpo.ranks.distributed import done_by_rank_zero, from_rank_zero, rank, world_size
@@ -40,6 +41,7 @@ from rcpo.training.aggregate import aggregate_of
 from rcpo.training.agreement import check_agreement
 from rcpo.training.answers import note_answers
 from rcpo.training.checkpoint import checkpoint_to_resume, load_checkpoint
+from rcpo.training.held_out_loss import held_out_loss
 from rcpo.training.measurement import Measurement
 from rcpo.training.measurements import Measurements, kind_at
 from rcpo.training.rehearsal import rehearse, told_when_full
@@ -86,6 +88,8 @@ def train(
     maker.run_own_model(device)
     with told_when_full(_too_large(config)):
         engine = Engine(config, num_steps, device)
+    if rank() == 0:
+        load_beside(config.tracking)
     check_agreement(config, inputs, engine)
     measurements = Measurements(config, engine)
     state = TrainState(0, calibrator, _initial_state(objective, inputs, sampler))
@@ -300,13 +304,19 @@ def _start_sinks(config: ResolvedConfig, run: RunFolder, num_steps: int, start_s
 
 
 def _note_evaluation(training: Training, result: SideLogProbs) -> None:
-    """Displacement of the held-out pairs against step 0, to every sink; per-pair results to the run
-    folder."""
+    """Displacement of the held-out pairs against step 0 and their loss, to every sink; per-pair results to
+    the run folder."""
     if rank() != 0:
         return
     step, start = training.state.step, training.start
     num_probed = training.config.calibration.probe_pairs
     row = displacement_row(result.z_w, result.z_l, start.z_w, start.z_l, num_probed, start.noise)
+    method, numbers = training.method, training.state.objective_state
+    loss = held_out_loss(
+        method.objective, method.aggregate, numbers, training.inputs.held_out, result, start.reference
+    )
+    if loss is not None:
+        row["loss"] = loss
     training.run.save_pair_results(step, result)
     for sink in training.sinks:
         sink.log_eval({"step": step} | row)

@@ -197,6 +197,7 @@ def test_a_real_run_is_read(tmp_path: Path) -> None:
     last = json.loads((tmp_path / "runs/one/eval.jsonl").read_text().splitlines()[-1])
     assert float(row["chosen"]) == pytest.approx(last["displacement/chosen"])
     assert float(row["fell"]) == pytest.approx(last["displacement/chosen_down"])
+    assert float(row["loss"]) == pytest.approx(last["loss"])
     assert (row["n"], row["left_out"], row["note"]) == ("1", "0", "")
     assert float(row["memory_gb"]) > 0
     assert float(row["pairs_per_second"]) > 0

@@ -52,7 +52,7 @@ def test_what_is_no_comparison_is_refused(text: str) -> None:
 
 def test_the_best_is_the_largest_unless_fewer_is_better_or_the_words_say_so() -> None:
     rows = [
-        {"step": step, "displacement/margin": margin, "displacement/chosen_down": down}
+        {"step": step, "displacement/margin": margin, "displacement/chosen_down": down, "loss": -step}
         for step, margin, down in (
             (0, 9.0, 0.0),
             (1, 1.0, 0.5),
@@ -63,7 +63,7 @@ def test_the_best_is_the_largest_unless_fewer_is_better_or_the_words_say_so() ->
     ]
     expected = {
         "eval/displacement/margin": 3, "min:eval/displacement/margin": 1, "eval/displacement/chosen_down": 2,
-        "max:eval/displacement/chosen_down": 4,
+        "max:eval/displacement/chosen_down": 4, "eval/loss": 4, "max:eval/loss": 1,
     }  # fmt: skip
     found = {text: best_row(rows, parse_best(text)) for text in expected}
     assert {text: row and row["step"] for text, row in found.items()} == expected
@@ -71,7 +71,8 @@ def test_the_best_is_the_largest_unless_fewer_is_better_or_the_words_say_so() ->
 
 
 def test_the_keys_are_those_that_evaluations_have() -> None:
-    """By the function that makes the rows: of a plain run, one in bf16, one that probes."""
+    """By the function that makes the rows: of a plain run, one in bf16, one that probes. The loss is the
+    loop's; an objective that weighs tokens has none."""
     z = torch.arange(4.0)
     rows = [
         displacement_row(z, z, z, z),
@@ -86,7 +87,8 @@ def test_the_keys_are_those_that_evaluations_have() -> None:
     for row, given in zip(rows, words, strict=True):
         config = prepare(["train.device=cpu", *given])
         assert config is not None
-        assert set(keys_of(config)) == set(row)
+        assert set(keys_of(config, weighs_tokens=False)) == {*row, "loss"}
+        assert set(keys_of(config, weighs_tokens=True)) == set(row)
 
 
 def test_a_condition_needs_no_quotes_for_hydra() -> None:

@@ -33,6 +33,7 @@ class Records:
             for record in records
             if record["type"] == "artifact"
         }
+        self.alerts = [record["alert"] for record in records if record["type"] == "alert"]
         (self.run,) = (record["run"] for record in records if record["type"] == "run")
         (self.exit_code,) = (record["exit"]["exit_code"] for record in records if record["type"] == "exit")
 
@@ -72,7 +73,8 @@ def by_step(run: RunFolder) -> dict[int, dict[str, Any]]:
 def wandb_rows(records: Records) -> dict[int, dict[str, Any]]:
     """The numbers of W&B's history without its own _step, _runtime and _timestamp and without tables; "NaN"
     and "Infinity" as floats."""
+    others = ("_", "pairs/", "answers")
     return {
-        row["_step"]: {key: float(value) for key, value in row.items() if not key.startswith(("_", "pairs/"))}
+        row["_step"]: {key: float(value) for key, value in row.items() if not key.startswith(others)}
         for row in records.history
     }

@@ -1,7 +1,9 @@
 """What composes with every objective: weights of pairs and KL-DRO, by hand, against differences of the whole
-batch's loss, and in training runs against the plain loop, however the batch is split."""
+batch's loss, and in training runs against the plain loop, however the batch is split. And the loss of
+held-out pairs, which composes all of it."""
 
 from collections.abc import Sequence
+from math import exp, log
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,20 +11,31 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.objective_cases import COMPARE_RANKS, PAIR_A, PAIR_B, s
+from helpers.objective_cases import COMPARE_RANKS, PAIR_A, PAIR_B, nls, s
 from rcpo.common.errors import UserError
 from rcpo.config.compose import compose
 from rcpo.config.validate import validate
 from rcpo.data.batch import PairBatch, collate
+from rcpo.data.pairs import SideLogProbs
 from rcpo.data.tokenize import TokenizedPair, TokenizedSide
 from rcpo.method.calibrators import FixedCalibration
-from rcpo.objectives import REGISTRY, Composition, PairLogProbs, composition_of, load_objective, objective_of
+from rcpo.objectives import (
+    REGISTRY,
+    Composition,
+    Objective,
+    PairLogProbs,
+    composition_of,
+    load_objective,
+    objective_of,
+)
 from rcpo.objectives.composition import composition_defaults
 from rcpo.training.aggregate import Aggregate, KlDro, Mean, aggregate_of, tilt
+from rcpo.training.held_out_loss import held_out_loss
 from rcpo.training.state import Method, TrainState
-from rcpo.training.step import MicroBatch, price, tilted
+from rcpo.training.step import MicroBatch, price, tilted, with_mean_tokens, with_partners
 
 NAMES = sorted(set(REGISTRY) - COMPARE_RANKS)
+DEFAULTS = composition_defaults()
 
 # Prices of a batch whose log-probs are given
 
@@ -54,14 +67,18 @@ class Prices(NamedTuple):
     d_l: Tensor
 
 
-def micro_batches(pairs: PairLogProbs, weights: Sequence[float], sizes: Sequence[int]) -> list[MicroBatch]:
+def tokenized_pairs(pairs: PairLogProbs, weights: Sequence[float]) -> list[TokenizedPair]:
     def side(length: Tensor, token: int) -> TokenizedSide:
         return TokenizedSide([1, *[token] * int(length)], 1)
 
-    tokenized = [
-        TokenizedPair(side(len_w, 3), side(len_l, 4), row)
-        for row, (len_w, len_l) in enumerate(zip(pairs.len_w, pairs.len_l, strict=True))
+    return [
+        TokenizedPair(side(len_w, 3), side(len_l, 4), row, weight)
+        for row, (len_w, len_l, weight) in enumerate(zip(pairs.len_w, pairs.len_l, weights, strict=True))
     ]
+
+
+def micro_batches(pairs: PairLogProbs, weights: Sequence[float], sizes: Sequence[int]) -> list[MicroBatch]:
+    tokenized = tokenized_pairs(pairs, weights)
     made, start = [], 0
     for size in sizes:
         part = slice(start, start + size)
@@ -73,20 +90,21 @@ def micro_batches(pairs: PairLogProbs, weights: Sequence[float], sizes: Sequence
 
 def prices(
     aggregate: Aggregate,
-    name: str,
+    name: str | Objective,
     pairs: PairLogProbs = PAIRS,
     weights: Sequence[float] = WEIGHTS,
     sizes: Sequence[int] = (4,),
 ) -> Prices:
     """Loss and incentives that an aggregate gives the pairs, in micro-batches of `sizes`."""
-    objective = load_objective(name)
+    objective = load_objective(name) if isinstance(name, str) else name
     batches = micro_batches(pairs, weights, sizes)
     z = [torch.cat(both) for both in zip(pairs.z_w.split(sizes), pairs.z_l.split(sizes), strict=True)]
     seen = []
     engine = KnownLogProbs(batches, z)
     method = Method(engine, objective, aggregate, sum(sizes))  # type: ignore[arg-type]
     state = TrainState(0, FixedCalibration(), objective.initial_state(6.0))
-    for batch, both in zip(tilted(method, state, batches), z, strict=True):
+    batches = tilted(method, state, [*with_partners(method, with_mean_tokens(method, batches))])
+    for batch, both in zip(batches, z, strict=True):
         priced = price(objective, state.objective_state, batch, *both.chunk(2))
         seen.append(Prices(priced.loss, *priced.incentives))
     return Prices(*(torch.cat(columns) for columns in zip(*seen, strict=True)))
@@ -169,10 +187,65 @@ def test_tilt_is_finite_at_losses_of_ten_thousand_lambda(dro_lambda: float) -> N
     assert total.item() == pytest.approx(largest - dro_lambda * torch.log(torch.tensor(3.0)).item(), rel=1e-6)
 
 
+# The loss of held-out pairs
+
+
+def loss_of_all(objective: Objective, aggregate: Aggregate, state: tuple[float, ...]) -> float | None:
+    """Of `PAIRS`, held out."""
+    held_out = tokenized_pairs(PAIRS, WEIGHTS)
+    z, ref = SideLogProbs(PAIRS.z_w, PAIRS.z_l), SideLogProbs(PAIRS.ref_w, PAIRS.ref_l)
+    return held_out_loss(objective, aggregate, state, held_out, z, ref)
+
+
+def test_the_held_out_loss_by_hand() -> None:
+    """Four pairs, of weights 1, 2, 1/2 and 0. dpo: mt = 2, -3, -1, 1, beta 0.1, so each costs nls(mt / 10).
+    simpo: z/|y| = (-2, -2), (-3, -2) twice and (-0.1, -0.1): nls(2 x difference - 1). KL-DRO of dpo: log mean
+    exp(weight x loss)."""
+    dpo = [nls(0.2), 2 * nls(-0.3), nls(-0.1) / 2, 0.0]
+    simpo = [nls(-1), 2 * nls(-3), nls(-3) / 2, 0.0]
+    found = {
+        name: loss_of_all(load_objective(objective), aggregate, ())
+        for name, objective, aggregate in (
+            ("dpo", "dpo", Mean()),
+            ("simpo", "simpo", Mean()),
+            ("dro", "dpo", KlDro(1.0)),
+        )
+    }
+    assert found == {
+        "dpo": pytest.approx(sum(dpo) / 4, rel=1e-12),
+        "simpo": pytest.approx(sum(simpo) / 4, rel=1e-12),
+        "dro": pytest.approx(log(sum(map(exp, dpo)) / 4), rel=1e-12),
+    }
+
+
+READ = ({}, {"log_probs": "mean"}, {"sft_mean": "tokens"})
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+def test_the_held_out_loss_is_that_of_a_step_on_these_pairs(name: str) -> None:
+    """In two micro-batches, with every aggregate and reading that the objective has. Batch statistics are
+    given: acpo's is of 6 tokens a pair, where these pairs have 6.5."""
+    if name == "ti_dpo":
+        assert loss_of_all(load_objective(name), Mean(), ()) is None
+        return
+    for reading in READ:
+        try:
+            objective = objective_of({**DEFAULTS, "name": name, **reading})
+        except UserError:
+            continue
+        for aggregate in (Mean(), KlDro(2.0)) if name not in COMPARE_RANKS else (Mean(),):
+            step = prices(aggregate, objective, sizes=(2, 2)).loss.mean().item()
+            state = objective.initial_state(6.0)
+            assert loss_of_all(objective, aggregate, state) == pytest.approx(step, rel=1e-12)
+
+
+def test_there_is_no_held_out_loss_without_the_references_log_probs() -> None:
+    z = SideLogProbs(PAIRS.z_w, PAIRS.z_l)
+    held_out = tokenized_pairs(PAIRS, WEIGHTS)
+    assert held_out_loss(load_objective("dpo"), Mean(), (), held_out, z, None) is None
+
+
 # The section `objective`
-
-
-DEFAULTS = composition_defaults()
 
 
 def test_the_shipped_keys_are_the_composition() -> None:

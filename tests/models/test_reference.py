@@ -264,6 +264,13 @@ def test_table_looks_up_saves_and_refuses_what_it_lacks(tmp_path: Path) -> None:
     assert torch.equal(ref_w, torch.tensor([-2.0, -1.0, -2.0]))
     assert torch.equal(ref_l, torch.tensor([-4.1, -3.0, -4.1]))
     assert torch.equal(table.held_out.z_l, held_out.z_l)
+    assert table.start(0).reference is table.held_out
+    assert table.start(0, own_weights=True).reference is None, "made by an rcpo that kept none"
+    table.held_out_reference = SideLogProbs(torch.tensor([-7.0]), torch.tensor([-8.0]))
+    table.save(tmp_path / "reference.safetensors")
+    own = ReferenceTable.load(tmp_path / "reference.safetensors").start(0, own_weights=True)
+    assert own.reference is not None
+    assert [side.tolist() for side in own.reference] == [[-7.0], [-8.0]]
     with pytest.raises(RuntimeError, match="no reference log-probs"):
         table.train_rows([0, 2])
     assert [path.name for path in tmp_path.iterdir()] == ["reference.safetensors"]

@@ -64,7 +64,8 @@ def test_the_summary_by_hand() -> None:
         {"step": 3, "speed/pairs_per_second": 1000.0, "band/inside": 1.0, "calibration/alpha": 1.2},
         {"step": 4, "speed/pairs_per_second": 30.0, "calibration/alpha": 1.3},
     ]
-    summary = summarize(steps, [evaluation(0, 0.0), evaluation(2, -3.5), evaluation(4, -1.5, -2.5)])
+    last = evaluation(4, -1.5, -2.5) | {"loss": 0.5}
+    summary = summarize(steps, [evaluation(0, 0.0), evaluation(2, -3.5), last])
     assert summary == {
         "steps": 4,
         "start_step": 0,
@@ -74,6 +75,7 @@ def test_the_summary_by_hand() -> None:
         "start_accuracy": 0.75,
         "start_chosen_down": 0.25,
         "start_both_down": 0.125,
+        "start_loss": None,
         "end_step": 4,
         "end_chosen": -1.5,
         "end_rejected": -2.5,
@@ -81,6 +83,7 @@ def test_the_summary_by_hand() -> None:
         "end_accuracy": 0.75,
         "end_chosen_down": 0.25,
         "end_both_down": 0.125,
+        "end_loss": 0.5,
         "worst_chosen": -3.5,
         "worst_step": 2,
         "in_band_share": pytest.approx(2 / 3),

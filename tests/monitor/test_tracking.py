@@ -5,6 +5,7 @@ import logging
 import math
 import netrc
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from helpers import forked
 from helpers.wandb_records import Records, by_step, wandb_rows
 from rcpo.commands.train import prepare
 from rcpo.config.schema import Config, TrackingConfig
-from rcpo.monitor.tracking import WandbSink, wandb_mode
+from rcpo.monitor.other_trackers import ALERT
+from rcpo.monitor.tracking import WandbSink, load_beside, wandb_mode
 from rcpo.report import dashboard
+from rcpo.runs.answers import read_answers
 from rcpo.runs.folder import RunFolder
 from rcpo.runs.frozen import config_tree
 
@@ -72,6 +75,39 @@ def test_the_mode_is_the_configs_else_the_environments_else_by_key(
 def test_tracking_none_is_disabled_whatever_else_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     assert wandb_mode(tracking("online", name="none")) == "disabled"
+
+
+def test_wandb_is_loaded_beside_and_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not where nothing is tracked; nothing of the run before its sink; a failure there is said later."""
+    done, seen = threading.Event(), list[bool]()
+
+    def setup() -> None:
+        done.wait(60)
+        seen.append(True)
+        raise RuntimeError("no service")
+
+    def init(**given: Any) -> None:
+        assert seen == [True], "did not wait"
+        raise RuntimeError("no service")
+
+    def names() -> list[str]:
+        return [thread.name for thread in threading.enumerate()]
+
+    monkeypatch.setattr(wandb, "setup", setup)
+    monkeypatch.setattr(wandb, "init", init)
+    for disabled in (tracking("online", name="none"), tracking("disabled")):
+        load_beside(disabled)
+    assert "wandb" not in names()
+    load_beside(tracking("offline"))
+    load_beside(tracking("offline"))
+    assert names().count("wandb") == 1
+    assert not any(tmp_path.glob("wandb*"))
+    threading.Timer(0.05, done.set).start()
+    config, run = made_run(tmp_path)
+    WandbSink(config, run, "offline")
+    assert "W&B failed (RuntimeError: no service); going on without it" in caplog.text
 
 
 def test_online_without_a_key_is_said(caplog: pytest.LogCaptureFixture) -> None:
@@ -145,11 +181,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, str]:
         f"run_dir={folder / 'run'}", "tracking.mode=offline", "tracking.group=a-group",
         "tracking.tags=[mine]", "tracking.project=a-project", "tracking.log_model=true",
         "train.evaluate=word_problems",
+        "metrics.answers=2", "metrics.answer_tokens=4", "tracking.alert_below=100",
     ]  # fmt: skip
     env = environment() | {"WANDB_API_KEY": KEY, "RCPO_CACHE": str(folder / "cache")}
     done = forked.rcpo(*words, cwd=folder, env=env)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    (said,) = done.stderr.splitlines()
+    assert said.startswith("rcpo: warning: the held-out chosen responses are at ")
+    assert said.endswith(" nats at step 2, below tracking.alert_below=100")
     return RunFolder(folder / "run"), done.stdout
 
 
@@ -219,6 +258,30 @@ def test_the_last_step_has_the_held_out_pairs_as_a_table_and_as_a_plot_of_it(
     assert run.read_run()["summary"]["end_chosen"] == pytest.approx(expected[:, 0].mean().item(), rel=1e-5)
     drawn = records.config["_wandb.visualize.pairs/displacement"]["panel_config"]
     assert drawn["fieldSettings"] == {"x": "rejected_change", "y": "chosen_change"}
+
+
+@pytest.mark.timeout(300)
+def test_every_evaluation_has_its_answers_as_a_table(finished: tuple[RunFolder, str]) -> None:
+    run, _ = finished
+    expected = [list(answer) for answer in read_answers(run)]
+    rows = {row["_step"]: row for row in Records(run).history}
+    tables = {step: row["answers.path"] for step, row in rows.items() if "answers.path" in row}
+    assert sorted(tables) == [0, 2, 3]
+    assert len(expected) == 6
+    for step, path in tables.items():
+        (file,) = run.path.glob(f"wandb/offline-run-*/files/{path}")
+        table = json.loads(file.read_text())
+        assert table["columns"] == ["step", "pair", "prompt", "initial", "now"]
+        assert table["data"] == [answer for answer in expected if answer[0] == step]
+
+
+@pytest.mark.timeout(300)
+def test_an_alert_is_sent_once(finished: tuple[RunFolder, str]) -> None:
+    """At the first evaluation behind the start, which is below 100 nats as the last one is."""
+    (alert,) = Records(finished[0]).alerts
+    assert (alert["title"], alert["level"]) == (ALERT, "WARN")
+    assert alert["text"].startswith("a-run: the held-out chosen responses are at ")
+    assert alert["text"].endswith(" nats at step 2, below tracking.alert_below=100")
 
 
 @pytest.mark.timeout(300)

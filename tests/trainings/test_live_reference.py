@@ -169,12 +169,21 @@ def test_reference_path_is_the_objectives_and_the_start_is_evaluations(runs: Run
     evaluations = run.rows(run.eval)
     assert evaluations[0]["displacement/chosen"] == 0.0
     assert evaluations[-1]["displacement/chosen"] != 0.0
+    ends = zip(summed(runs.folder / "llama", config, "eval"), summed(runs.other, config, "eval"), strict=True)
+    r_w, r_l = (z - ref for z, ref in ends)
+    held_out = read_inputs(config).held_out
+    sides = [
+        [len(side.input_ids) - side.num_prompt for side in (one.chosen, one.rejected)] for one in held_out
+    ]
+    len_w, len_l = torch.tensor(sides).T
+    ipo = (r_w / len_w - r_l / len_l - 5).square().mean()
+    assert evaluations[0]["loss"] == pytest.approx(ipo.item(), rel=1e-5)
 
 
 @pytest.mark.timeout(450)
 def test_cached_rows_lie_under_the_weights_that_scored_them(runs: Runs) -> None:
     """One file for reference.path, one for each initial policy: training pairs in the former, held-out pairs
-    in the latter, which `own` shares with no other run."""
+    in both, for the loss and as the start, which `own` shares with no other run."""
     config, _ = runs.made["own", TWO[1], "cached"]
     inputs = read_inputs(config)
 
@@ -188,5 +197,5 @@ def test_cached_rows_lie_under_the_weights_that_scored_them(runs: Runs) -> None:
     held_out = {side_key(side) for pair in inputs.held_out for side in (pair.chosen, pair.rejected)}
     first = inputs.train[inputs.sampler(config).global_batch(0)[0]]
     assert side_key(first.chosen) in keys(runs.other)
-    assert not held_out & keys(runs.other)
+    assert held_out <= keys(runs.other)
     assert held_out == keys(runs.folder / "llama")

@@ -44,10 +44,13 @@ def runs(
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", matrix(sorted(REGISTRY), ALWAYS.__contains__, "rows of matrices"))
 def test_ranks_and_micro_batches_change_nothing(name: str, runs: dict[tuple[str, Layout], RunFolder]) -> None:
-    """After 3 steps: weights to 1e-5, every metric of every step to fp32 tolerance. The reference is another
+    """After 3 steps: weights to 1e-5, every metric of every step and of both evaluations to fp32 tolerance.
+    The reference is another
     model than the start: apo_down's d_w is zero at r = 0, and the direction of its G_w would be rounding."""
     one, two = (runs[name, layout] for layout in LAYOUTS)
     assert_equal_rows(metrics(one), metrics(two))
+    assert_equal_rows(one.rows(one.eval), two.rows(two.eval))
+    assert ("loss" in one.rows(one.eval)[0]) == (name != "ti_dpo")
     for key, weight in final_weights(one).items():
         torch.testing.assert_close(final_weights(two)[key], weight, atol=1e-5, rtol=0, msg=key)
     assert metrics(one)[0]["calibration/alpha"] == 1.0

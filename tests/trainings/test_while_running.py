@@ -3,6 +3,7 @@
 The same after a kill, on two ranks at ZeRO 3, and with an adapter. None of it moves a number of training."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,19 @@ def test_a_run_ends_at_the_first_evaluation_of_which_its_condition_holds(stopped
     assert (stopped.checkpoints / f"step-{last:06d}" / "manifest.json").is_file()
     model = load_file(stopped.checkpoints / f"step-{last:06d}" / "model/model.safetensors")
     assert all(torch.equal(model[name], weight) for name, weight in final_weights(stopped).items())
+
+
+def test_the_held_out_loss_is_dpos_of_the_pairs_results(stopped: RunFolder) -> None:
+    """mean log(1 + exp(-0.1 (r_w - r_l))), r from the files of log-probs; log 2 at the start."""
+    losses = []
+    start = load_file(stopped.path / "eval/step-000000.safetensors")
+    for row in stopped.rows(stopped.eval):
+        z = load_file(stopped.path / f"eval/step-{row['step']:06d}.safetensors")
+        margin = (z["z_w"] - start["z_w"]) - (z["z_l"] - start["z_l"])
+        assert row["loss"] == pytest.approx(torch.log1p(torch.exp(-0.1 * margin)).mean().item(), rel=1e-5)
+        losses.append(row["loss"])
+    assert losses[0] == pytest.approx(math.log(2))
+    assert losses[-1] != losses[0]
 
 
 def test_the_best_weights_are_those_of_their_step(stopped: RunFolder) -> None:
