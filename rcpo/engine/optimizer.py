@@ -30,13 +30,15 @@ def check_optimizer(config: ResolvedConfig) -> None:
 
 def _load_muon_plainly() -> None:
     """Load DeepSpeed's Muon, which `initialize` looks for among optimizers of any kind, without compiling its
-    functions: the decorator alone loads torch's compiler, 0.8 s of CPU, and no run steps with Muon."""
+    functions: the decorator alone loads torch's compiler, 0.8 s of CPU, and no run steps with Muon. Another
+    DeepSpeed may not have it."""
     from deepspeed.runtime import compiler
 
     compile_ = compiler.compile
-    compiler.compile = lambda: compiler.dummy_decorator
+    compiler.compile = lambda *args, **kwargs: lambda function: function
     try:
-        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+        with contextlib.suppress(ImportError):
+            importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
     finally:
         compiler.compile = compile_
 
