@@ -295,6 +295,7 @@ def _differences(group: Group, baseline: Group) -> tuple[dict[str, Difference], 
     if not both:
         return {}, "no per-pair results"
     values = {name: np.stack([a.values(name) - b.values(name) for a, b in both]) for name in PER_PAIR}
+    values = {name: delta for name, delta in values.items() if delta.size}
     values |= _by_question(group, baseline)
     return {name: paired_difference(delta) for name, delta in values.items()}, ""
 
