@@ -43,7 +43,7 @@ def check_labels(config: ResolvedConfig, train: PackedPairs, held_out: PackedPai
     if not held_out.has_single_answers:
         return
     for num, key in ((len(held_out), "data.eval_pairs"), (config.calibration.probe_pairs, PROBED)):
-        present = held_out.take(range(num)).present if num else None
+        present = held_out.take(range(min(num, len(held_out)))).present if num else None
         if present is not None and not present.any(axis=0).all():
             lacking = "chosen" if present[:, 1].any() else "rejected"
             raise UserError(

@@ -41,7 +41,10 @@ def held_out_loss(
     if not are_whole:
         present = has_w.to(len_w.dtype), has_l.to(len_l.dtype)
         values = values._replace(
-            len_w=len_w.clamp(min=1), len_l=len_l.clamp(min=1), present=present, mean_tokens=float(len_w.mean())
+            len_w=len_w.clamp(min=1),
+            len_l=len_l.clamp(min=1),
+            present=present,
+            mean_tokens=float(len_w.mean()),
         )
     losses = objective(values)
     return aggregate.of_all(torch.tensor([pair.weight for pair in pairs], dtype=losses.dtype) * losses)
