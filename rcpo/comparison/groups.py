@@ -247,9 +247,11 @@ def same_start(one: ComparedRun, other: ComparedRun) -> bool:
 
 
 def is_same_z(one: np.ndarray, other: np.ndarray) -> bool:
-    """Log-probs of equal shape, and equal up to rounding: 1 % and 0.02 nats on average."""
-    if one.shape != other.shape:
+    """Log-probs of equal shape, nan at the same places, where single answers have no such side, and equal up
+    to rounding: 1 % and 0.02 nats on average."""
+    if one.shape != other.shape or not np.array_equal(np.isnan(one), np.isnan(other)):
         return False
+    one, other = one[~np.isnan(one)], other[~np.isnan(other)]
     return bool(np.abs(one - other).mean() <= 0.02 + 0.01 * np.abs(one).mean())
 
 
@@ -295,6 +297,7 @@ def _differences(group: Group, baseline: Group) -> tuple[dict[str, Difference], 
     if not both:
         return {}, "no per-pair results"
     values = {name: np.stack([a.values(name) - b.values(name) for a, b in both]) for name in PER_PAIR}
+    values = {name: delta for name, delta in values.items() if delta.size}
     values |= _by_question(group, baseline)
     return {name: paired_difference(delta) for name, delta in values.items()}, ""
 

@@ -38,24 +38,26 @@ LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 @dataclass(frozen=True)
 class Pairs:
     """Change of the held-out log-probs between the first and the last evaluation, pair by pair, (n,) each,
-    fp64; `start` (2, n) is where both sides began."""
+    fp64; `start` (2, n) is where both sides began. nan where a single answer has no such side."""
 
     r_w: np.ndarray
     r_l: np.ndarray
     start: np.ndarray
 
     def values(self, name: str) -> np.ndarray:
-        """(n,) of chosen, rejected, margin, accuracy (a tie counts half) or fell."""
-        if name == "chosen":
-            return self.r_w
+        """(n,) of chosen, rejected, margin, accuracy (a tie counts half) or fell; of single answers, of those
+        that have what it is about."""
+        has_w, has_l = ~np.isnan(self.start)
         if name == "rejected":
-            return self.r_l
-        if name == "margin":
-            return self.r_w - self.r_l
-        if name == "accuracy":
-            return (self.r_w > self.r_l) + 0.5 * (self.r_w == self.r_l)
-        assert name == "fell"
-        return (self.r_w < 0).astype(float)
+            return self.r_l[has_l]
+        if name in ("margin", "accuracy"):
+            r_w, r_l = self.r_w[has_w & has_l], self.r_l[has_w & has_l]
+            return r_w - r_l if name == "margin" else (r_w > r_l) + 0.5 * (r_w == r_l)
+        assert name in ("chosen", "fell")
+        return self.r_w[has_w] if name == "chosen" else (self.r_w[has_w] < 0).astype(float)
+
+    def are_finite(self) -> bool:
+        return bool(np.isfinite(np.stack([self.r_w, self.r_l])[~np.isnan(self.start)]).all())
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,6 @@ def problem_of_evals(evals: Columns, pairs: Pairs | None) -> str | None:
     if len(evals["step"]) < 2:
         return "was evaluated only once"
     last = [evals[f"displacement/{side}"][-1] for side in ("chosen", "rejected")]
-    if not np.isfinite(last).all() or (pairs is not None and not np.isfinite([pairs.r_w, pairs.r_l]).all()):
+    if not np.isfinite(last).all() or (pairs is not None and not pairs.are_finite()):
         return "the last evaluation is not finite"
     return None

@@ -140,7 +140,8 @@ def _values(name: str, folder: Path, root: dict[str, Any], defaults: dict[str, s
     if name == "data":
         shared = option_tree(folder / "data_filter.yaml")
         files = {option: tree | {"filter": shared} for option, tree in files.items()}
-    base = dict(leaves(option_tree(folder / "every_model.yaml"), "model.")) if name == "model" else {}
+    every = f"every_{name}" if name in ("model", "data") else None
+    base = dict(leaves(option_tree(folder / f"{every}.yaml"), f"{name}.")) if every else {}
     found: dict[str, dict[str, list[str]]] = {}
     for option, tree in files.items():
         for key, value in (base | dict(leaves(tree, f"{name}."))).items():

@@ -163,7 +163,7 @@ Mix = Annotated[list[MixPart], BeforeValidator(_mix)]
 
 
 @dataclass(frozen=True, config=STRICT)
-@defaults_in("data/file")
+@defaults_in("data/file", "every_data")
 class DataConfig:
     source: Literal["arithmetic", "file"]
     """arithmetic: generated word problems. file: anything that `path` names."""
@@ -206,8 +206,15 @@ class DataConfig:
     before the first user turn's text, with a blank line between; for templates that refuse system turns.
     drop: it is left out."""
     columns: dict[str, str] | None = IN_CONF
-    """{prompt: NAME, chosen: NAME, rejected: NAME} where a file uses other names; also {weight: NAME} or
+    """{prompt: NAME, chosen: NAME, rejected: NAME} where a file uses other names, {prompt: NAME, completion:
+    NAME, label: NAME} for single answers; also {weight: NAME} or
     {probability: NAME} with objective.sample_weight."""
+    unpair: bool = IN_CONF
+    """true: each training pair is read as two single answers, the chosen and the rejected one, which are
+    drawn by themselves. Held-out pairs stay pairs."""
+    flip: Annotated[float, Field(ge=0, le=1)] = IN_CONF
+    """Label noise: share of the training pairs, drawn by data.seed, whose chosen and rejected are
+    exchanged."""
     filter: FilterConfig = Field(default_factory=FilterConfig)
     """Training pairs that are left out by their scores."""
 

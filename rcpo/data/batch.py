@@ -1,10 +1,11 @@
 """Batches: tokenised pairs on a padded grid, with the positions that predict response tokens worked out on
 the CPU.
 
-A pair takes two rows here; `rcpo.data.joint` puts more on a row, and `segments` says who may see whom.
+A pair takes two rows here, a single answer one; `rcpo.data.joint` puts more on a row, and `segments` says who
+may see whom.
 
-Shape legend: B pairs, R rows (2B: 0..B-1 chosen, B..2B-1 rejected; B or 1 in a joint layout), T padded tokens
-a row, N response tokens of the batch.
+Shape legend: B pairs, R rows (2B: 0..B-1 chosen, B..2B-1 rejected, without those that are missing, but at
+least one a side; B or 1 in a joint layout), T padded tokens a row, N response tokens of the batch.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rcpo.data.tokenize import TokenizedPair
+from rcpo.data.pairs import TokenizedPair, TokenizedSide
 from rcpo.ranks.transfer import to_device
 
 PREFIX, OF_CHOSEN, OF_REJECTED = 0, 1, 2
@@ -29,7 +30,8 @@ class Segments(NamedTuple):
     part: Tensor
     """(R, T) int64: `PREFIX`, `OF_CHOSEN` or `OF_REJECTED`; `PADDING` where there is none."""
     starts: Tensor | None = None
-    """(2B + 1,) int32, on one row without shared prefixes: where each sequence begins, and the row's end."""
+    """(sides + 1,) int32, on one row without shared prefixes: where each sequence begins, and the row's
+    end."""
     longest: int = 0
     """Tokens of the longest of these sequences."""
 
@@ -44,6 +46,22 @@ class Segments(NamedTuple):
         return (same_pair & (same_part | (self.part[:, None, :] == PREFIX))).tril()
 
 
+class Present(NamedTuple):
+    """Of the B pairs of a batch; known on the CPU."""
+
+    chosen: int
+    rejected: int
+    both: int
+
+
+def present_in(lengths: Tensor) -> Present | None:
+    """Of sides of these (2B,) tokens, on the CPU; None where all are there."""
+    has_w, has_l = (lengths > 0).chunk(2)
+    if bool((has_w & has_l).all()):
+        return None
+    return Present(int(has_w.sum()), int(has_l.sum()), int((has_w & has_l).sum()))
+
+
 class PairBatch(NamedTuple):
     """B pairs as tensors. Rows are padded on the right, so that no attention mask is needed under causal
     attention but where prefixes are shared."""
@@ -56,7 +74,7 @@ class PairBatch(NamedTuple):
     targets: Tensor
     """(N,) int64: the response tokens, in the order of `token_positions`."""
     lengths: Tensor
-    """(2B,) int64: |y|, response tokens per side, at least 1; chosen sides first."""
+    """(2B,) int64: |y|, response tokens per side, 0 where it is missing; chosen sides first."""
     num_chosen_tokens: int
     """How many of the N tokens belong to chosen sides."""
     position_ids: Tensor | None = None
@@ -65,6 +83,8 @@ class PairBatch(NamedTuple):
     """Who may see whom in a joint layout."""
     ref_token_logps: Tensor | None = None
     """(N,) fp32: the reference's log-probability of each target, where the objective weighs tokens."""
+    present: Present | None = None
+    """How many responses are there; None: all of them."""
 
     def to(self, device: torch.device) -> "PairBatch":
         return PairBatch(
@@ -76,19 +96,21 @@ class PairBatch(NamedTuple):
             position_ids=_moved(self.position_ids, device),
             segments=None if self.segments is None else self.segments.to(device),
             ref_token_logps=_moved(self.ref_token_logps, device),
+            present=self.present,
         )
 
     def side(self, chosen: bool) -> "PairBatch":
         """The rows of one side alone, (B, T), on the same grid; not of a joint layout."""
         assert self.segments is None
-        num_rows, width = self.num_pairs, self.input_ids.shape[1]
+        num_pairs, width = self.num_pairs, self.input_ids.shape[1]
+        num_rows = num_pairs if self.present is None else max(1, self.present.chosen)
         num_chosen = self.num_chosen_tokens
         if chosen:
             return PairBatch(
                 self.input_ids[:num_rows],
                 self.token_positions[:num_chosen],
                 self.targets[:num_chosen],
-                self.lengths[:num_rows],
+                self.lengths[:num_pairs],
                 num_chosen,
                 ref_token_logps=None if self.ref_token_logps is None else self.ref_token_logps[:num_chosen],
             )
@@ -96,7 +118,7 @@ class PairBatch(NamedTuple):
             self.input_ids[num_rows:],
             self.token_positions[num_chosen:] - num_rows * width,
             self.targets[num_chosen:],
-            self.lengths[num_rows:],
+            self.lengths[num_pairs:],
             0,
             ref_token_logps=None if self.ref_token_logps is None else self.ref_token_logps[num_chosen:],
         )
@@ -126,19 +148,28 @@ def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
 def collate(pairs: Sequence[TokenizedPair], pad_id: int) -> PairBatch:
     """Put pairs on one grid, padded with `pad_id` to the longest row. Here `chosen`/`rejected` become rows w
     and l."""
-    sides = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    both = [pair.chosen for pair in pairs], [pair.rejected for pair in pairs]
+    lengths = torch.tensor([side.num_tokens - side.num_prompt for of_side in both for side in of_side])
+    # A side of which nothing is there keeps a row of padding, so that it can go through the model alone.
+    sides = [side for of_side in both for side in _rows_of(of_side)]
     width = max(side.num_tokens for side in sides)
     input_ids = torch.full((len(sides), width), pad_id, dtype=torch.int64)
     positions, targets = [], []
     for row, side in enumerate(sides):
+        if not side.num_tokens:
+            continue
         input_ids[row, : side.num_tokens] = torch.tensor(side.ids)
         positions.append(torch.arange(side.num_prompt - 1, side.num_tokens - 1) + row * width)
         targets.append(input_ids[row, side.num_prompt : side.num_tokens])
-    lengths = torch.tensor([len(target) for target in targets])
     return PairBatch(
         input_ids=input_ids,
         token_positions=torch.cat(positions),
         targets=torch.cat(targets),
         lengths=lengths,
         num_chosen_tokens=int(lengths[: len(pairs)].sum()),
+        present=present_in(lengths),
     )
+
+
+def _rows_of(sides: Sequence[TokenizedSide]) -> Sequence[TokenizedSide]:
+    return [side for side in sides if side.num_tokens] or sides[:1]

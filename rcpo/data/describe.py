@@ -5,18 +5,36 @@ from itertools import groupby
 from transformers import PreTrainedTokenizerBase
 
 from rcpo.data.generation import special_ids
-from rcpo.data.pairs import TokenizedPair
+from rcpo.data.pairs import PackedPairs, TokenizedPair
 
 
 def describe_pair(pair: TokenizedPair, tokenizer: PreTrainedTokenizerBase) -> str:
     """One decoded pair for the log: response tokens, which alone are scored, in « », special tokens in ⟦
     ⟧."""
-    prompt = pair.chosen.input_ids[: pair.chosen.num_prompt]
+    prompt = pair.prompt_ids
     lines = [f"prompt   ({len(prompt)} tokens, not scored): {_on_one_line(prompt, tokenizer)}"]
     for name, side in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        if not side.num_tokens:
+            continue
         response = side.input_ids[side.num_prompt :]
         lines.append(f"{name:8} ({len(response)} tokens, scored): «{_on_one_line(response, tokenizer)}»")
     return "\n".join(lines)
+
+
+def describe_lengths(pairs: PackedPairs) -> list[str]:
+    """Tokens on average, of the responses that are there; nothing where there are none."""
+    if not len(pairs):
+        return []
+    lengths, num_prompt = pairs.arrays.lengths, pairs.arrays.num_prompt
+    prompt = int(num_prompt.max(axis=1).sum()) / len(pairs)
+    present = pairs.present.sum(axis=0).clip(min=1)
+    chosen, rejected = (
+        int(num) / int(of) for num, of in zip((lengths - num_prompt).sum(axis=0), present, strict=True)
+    )
+    return [
+        f"tokens on average: prompt {prompt:.1f}, chosen {chosen:.1f}, rejected {rejected:.1f}; "
+        f"longest row {int(lengths.max())}"
+    ]
 
 
 def _on_one_line(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:

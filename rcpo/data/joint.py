@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from rcpo.config.schema import TrainConfig
-from rcpo.data.batch import OF_CHOSEN, OF_REJECTED, PADDING, PREFIX, PairBatch, Segments, collate
+from rcpo.data.batch import OF_CHOSEN, OF_REJECTED, PADDING, PREFIX, PairBatch, Segments, collate, present_in
 from rcpo.data.tokenize import TokenizedPair
 
 
@@ -45,12 +45,12 @@ def collate_joint(
         pair_of[place] = number
         part_of[place] = torch.tensor(strip.parts)
     positions = [
-        torch.tensor(strip.predicted_at[which]) + start
+        torch.tensor(strip.predicted_at[which], dtype=torch.int64) + start
         for which in (0, 1)
         for start, strip in zip(starts, strips, strict=True)
     ]
     sides = [*(pair.chosen for pair in pairs), *(pair.rejected for pair in pairs)]
-    targets = [torch.tensor(side.input_ids[side.num_prompt :]) for side in sides]
+    targets = [torch.tensor(side.input_ids[side.num_prompt :], dtype=torch.int64) for side in sides]
     num_targets = torch.tensor([len(target) for target in targets])
     return PairBatch(
         input_ids=input_ids.view(num_rows, width),
@@ -64,12 +64,13 @@ def collate_joint(
             part_of.view(num_rows, width),
             *(_sequences(pairs) if packing and not share_prefix else ()),
         ),
+        present=present_in(num_targets),
     )
 
 
 def _sequences(pairs: Sequence[TokenizedPair]) -> tuple[torch.Tensor, int]:
     """Where the sides begin on one row, each pair's chosen before its rejected, and the longest's tokens."""
-    lengths = torch.tensor([side.num_tokens for pair in pairs for side in (pair.chosen, pair.rejected)])
+    lengths = torch.tensor([side.num_tokens for pair in pairs for side in pair.sides])
     starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     return starts, int(lengths.max())
 

@@ -13,7 +13,7 @@ from typing import NamedTuple, overload
 
 import numpy as np
 
-from rcpo.data.pairs import PackedPairs, TokenizedPair, TokenizedSide
+from rcpo.data.pairs import NO_SIDE, PackedPairs, TokenizedPair, TokenizedSide
 
 
 class Mismatch(NamedTuple):
@@ -41,13 +41,16 @@ class MismatchedPairs(Sequence[TokenizedPair]):
         if isinstance(where, slice):
             return MismatchedPairs(self._pairs, self._which[where], self._max_length)
         prompts, responses = (self._pairs[idx] for idx in self._which[where])
+        only = prompts.sides[0]
         return TokenizedPair(
-            self._joined(prompts.chosen, responses.chosen),
-            self._joined(prompts.rejected, responses.rejected),
+            self._joined(prompts.chosen if prompts.chosen.num_tokens else only, responses.chosen),
+            self._joined(prompts.rejected if prompts.rejected.num_tokens else only, responses.rejected),
             prompts.row,
         )
 
     def _joined(self, prompt: TokenizedSide, response: TokenizedSide) -> TokenizedSide:
+        if not response.num_tokens:
+            return NO_SIDE
         parts = prompt.ids[: prompt.num_prompt], response.ids[response.num_prompt :]
         ids = np.concatenate([np.asarray(part, dtype=np.int32) for part in parts])
         return TokenizedSide(ids[: self._max_length], prompt.num_prompt)
@@ -56,7 +59,9 @@ class MismatchedPairs(Sequence[TokenizedPair]):
         """Tokens of each one's longer side; looks at no id."""
         of = self._pairs.arrays
         which = np.asarray(self._which, dtype=np.int64).reshape(-1, 2)
-        lengths = of.num_prompt[which[:, 0]] + (of.lengths - of.num_prompt)[which[:, 1]]
+        longest = of.num_prompt.max(axis=1, initial=0, keepdims=True)
+        prompts = np.where(of.lengths > 0, of.num_prompt, longest)[which[:, 0]]
+        lengths = (prompts + (of.lengths - of.num_prompt)[which[:, 1]]) * (of.lengths > 0)[which[:, 1]]
         widths: list[int] = np.minimum(lengths.max(axis=1, initial=0), self._max_length).tolist()
         return widths
 

@@ -4,12 +4,14 @@ Owns their types. Does not make them (`rcpo.data.tokenize`) or keep them (`rcpo.
 """
 
 import hashlib
+import math
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias, overload
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -23,7 +25,8 @@ class TokenizedSide:
     ids: list[int] | Ids
     """As given: a list, or a view of an array that many pairs share."""
     num_prompt: int
-    """Prompt tokens, at least 1; `input_ids[num_prompt:]` is the response, at least 1 token."""
+    """Prompt tokens, at least 1; `input_ids[num_prompt:]` is the response, at least 1 token. Of `NO_SIDE`
+    both are 0."""
 
     @property
     def input_ids(self) -> list[int]:
@@ -47,9 +50,13 @@ class TokenizedSide:
         return f"TokenizedSide({self.input_ids}, {self.num_prompt})"
 
 
+NO_SIDE = TokenizedSide([], 0)
+"""Stands for the response that a single answer with a label does not have."""
+
+
 @dataclass(frozen=True)
 class TokenizedPair:
-    """Both sides of one record."""
+    """Both sides of one record; of a single answer with a label one of them, and `NO_SIDE`."""
 
     chosen: TokenizedSide
     rejected: TokenizedSide
@@ -57,6 +64,16 @@ class TokenizedPair:
     """Row number in the source."""
     weight: float = 1.0
     """What multiplies the pair's loss, finite and >= 0."""
+
+    @property
+    def sides(self) -> tuple[TokenizedSide, ...]:
+        """Those that are there, the chosen one first."""
+        return tuple(side for side in (self.chosen, self.rejected) if side.num_tokens)
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        side = self.sides[0]
+        return side.input_ids[: side.num_prompt]
 
 
 class PairArrays(NamedTuple):
@@ -127,6 +144,31 @@ class PackedPairs(Sequence[TokenizedPair]):
             )
         )
 
+    @property
+    def present(self) -> NDArray[np.bool_]:
+        """(n, 2) which responses are there."""
+        return self.arrays.lengths > 0
+
+    @property
+    def has_single_answers(self) -> bool:
+        return not bool(self.present.all())
+
+    def unpaired(self) -> "PackedPairs":
+        """Every response by itself, as a pair without its other one: of each pair the chosen one first."""
+        places, columns = np.nonzero(self.present)
+        of = self.take(places.tolist()).arrays
+        kept = np.arange(2)[None] == columns[:, None]
+        return PackedPairs(of._replace(lengths=of.lengths * kept, num_prompt=of.num_prompt * kept))
+
+    def flipped(self, which: Sequence[int]) -> "PackedPairs":
+        """With chosen and rejected exchanged in the pairs at these places."""
+        of, where = self.arrays, np.asarray(which, dtype=np.int64)
+        columns = {}
+        for name in ("starts", "lengths", "num_prompt"):
+            columns[name] = getattr(of, name).copy()
+            columns[name][where] = columns[name][where][:, ::-1]
+        return PackedPairs(of._replace(**columns))
+
     def widths(self) -> list[int]:
         """Tokens of each pair's longer side; looks at no id."""
         widths: list[int] = self.arrays.lengths.max(axis=1, initial=0).tolist()
@@ -181,6 +223,20 @@ class SideLogProbs(NamedTuple):
 
     z_w: Tensor
     z_l: Tensor
+
+
+def present_in_pairs(pairs: Sequence[TokenizedPair]) -> Tensor:
+    """(2, n) bool on the CPU: which chosen and which rejected responses are there."""
+    sides = ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs])
+    return torch.tensor([[each.num_tokens > 0 for each in side] for side in sides])
+
+
+def without_missing(values: SideLogProbs, pairs: Sequence[TokenizedPair]) -> SideLogProbs:
+    """With nan in the place of responses that are not there; itself where all are."""
+    present = present_in_pairs(pairs)
+    if bool(present.all()):
+        return values
+    return SideLogProbs(*(z.masked_fill(~has, math.nan) for z, has in zip(values, present, strict=True)))
 
 
 def pair_digest(pair: TokenizedPair) -> str:

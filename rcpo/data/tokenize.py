@@ -22,8 +22,9 @@ from typing import Any
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from rcpo.common.errors import UserError
+from rcpo.data.describe import describe_lengths
 from rcpo.data.generation import special_ids, tokens_in_front
-from rcpo.data.pairs import PackedPairs, Packer, TokenizedPair, TokenizedSide
+from rcpo.data.pairs import NO_SIDE, PackedPairs, Packer, TokenizedPair, TokenizedSide
 from rcpo.data.render import (
     LostPartError,
     Rendered,
@@ -129,7 +130,7 @@ class Tokeniser:
         order = [places[id(record)] for record in records]
         if order != list(range(len(self._kept))):  # drawn in several goes, or some of them were given back
             packed = packed.take(order)
-        report = [*self._work.report(), *_describe_lengths(packed)]
+        report = [*self._work.report(), *describe_lengths(packed)]
         return TokenizedData(packed, report, self._dropped, self._work.cuts(), self._work.notes())
 
 
@@ -311,6 +312,8 @@ class _Work:
             chosen.num_prompt, rejected.num_prompt, num_common(chosen.input_ids, rejected.input_ids)
         )
         sides = [self._close(side.input_ids, num_prompt, rendered) for side in (chosen, rejected)]
+        if record.label is not None:
+            return self._make_single(sides[0], record)
         if sides[0] == sides[1]:
             raise BadRowError("the sides are identical once tokenised")
         cut = self._cut(*sides)
@@ -320,6 +323,14 @@ class _Work:
             self._counts[name] += _num_response(after) < _num_response(before)
         self._counts["prompt"] += cut[0].num_prompt < sides[0].num_prompt
         return TokenizedPair(cut[0], cut[1], record.row, record.weight)
+
+    def _make_single(self, side: TokenizedSide, record: PreferenceRecord) -> TokenizedPair:
+        """A single answer: the side that its label says, and none."""
+        cut = self._cut(side, side)[0]
+        self._counts["chosen" if record.label else "rejected"] += _num_response(cut) < _num_response(side)
+        self._counts["prompt"] += cut.num_prompt < side.num_prompt
+        both = (cut, NO_SIDE) if record.label else (NO_SIDE, cut)
+        return TokenizedPair(*both, record.row, record.weight)
 
     def _close(self, ids: list[int], num_prompt: int, rendered: Rendered) -> TokenizedSide:
         """What inference writes in front, one end token behind."""
@@ -381,15 +392,3 @@ def _start_of(error: LostPartError) -> str:
     """The beginning of what is left out."""
     more = len(error.lost) - _MOST_SHOWN
     return f"{error.lost[:_MOST_SHOWN]!r}" + (f" and {more} characters more" if more > 0 else "")
-
-
-def _describe_lengths(pairs: PackedPairs) -> list[str]:
-    if not len(pairs):
-        return []
-    lengths, num_prompt = pairs.arrays.lengths, pairs.arrays.num_prompt
-    prompt = int(num_prompt[:, 0].sum()) / len(pairs)
-    chosen, rejected = (int(num) / len(pairs) for num in (lengths - num_prompt).sum(axis=0))
-    return [
-        f"tokens on average: prompt {prompt:.1f}, chosen {chosen:.1f}, rejected {rejected:.1f}; "
-        f"longest row {int(lengths.max())}"
-    ]

@@ -118,6 +118,8 @@ def follow(
         for side in range(2):
             for idx in members:
                 own, opposite = _responses(pairs[idx], side)
+                if not own:  # a single answer has one side
+                    continue
                 stop = start + len(own)
                 found[side].append(
                     _rows(

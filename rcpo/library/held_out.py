@@ -8,7 +8,7 @@ from rcpo.common.errors import UserError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from rcpo.records.record import Messages
+    from rcpo.records.record import Messages, PreferenceRecord
 
 TEXTS = ("prompt", "chosen", "rejected")
 
@@ -27,13 +27,20 @@ def pair_table(path: Path) -> "pd.DataFrame":
     r_w, r_l = run.pairs.r_w, run.pairs.r_l
     start_w, start_l = run.pairs.start
     if isinstance(found, str):
-        texts: dict[str, list[str] | None] = dict.fromkeys(TEXTS)
+        texts: dict[str, list[str | None] | None] = dict.fromkeys(TEXTS)
     else:
-        texts = {part: [_text(getattr(record, part)) for record in found] for part in TEXTS}
+        texts = {part: [_text_of(record, part) for record in found] for part in TEXTS}
     table = pd.DataFrame({**texts, "z_w": start_w + r_w, "z_l": start_l + r_l, "r_w": r_w, "r_l": r_l})
     if isinstance(found, str):
         table.attrs["no_text"] = found
     return table
+
+
+def _text_of(record: "PreferenceRecord", part: str) -> str | None:
+    """None where a single answer has no such side."""
+    if record.label is not None and part == ("rejected" if record.label else "chosen"):
+        return None
+    return _text(getattr(record, part))
 
 
 def _text(part: "str | Messages") -> str:

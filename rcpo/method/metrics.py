@@ -5,7 +5,7 @@ Owns every metric's definition. Rows are flat dicts; keys are the same in metric
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import torch
@@ -36,9 +36,12 @@ QUANTITIES = (
 """What `pair_sums` sums, in its order; each becomes a mean over the pairs of the global batch."""
 
 
-def _displacement(r_w: Tensor, r_l: Tensor) -> list[Tensor]:
-    """Per pair (B,): r_w, r_l, accuracy (r_w > r_l; a tie counts half), r_w < 0, both < 0."""
+def _displacement(r_w: Tensor, r_l: Tensor, present: tuple[Tensor, Tensor] | None = None) -> list[Tensor]:
+    """Per pair (B,): r_w, r_l, accuracy (r_w > r_l; a tie counts half), r_w < 0, both < 0; 0 where what it is
+    about is missing."""
     accuracy = (r_w > r_l).double() + 0.5 * (r_w == r_l).double()
+    if present is not None:
+        accuracy = accuracy * present[0] * present[1]
     return [r_w, r_l, accuracy, r_w < 0, (r_w < 0) & (r_l < 0)]
 
 
@@ -51,11 +54,38 @@ def pair_sums(loss: Tensor, pair: PairLogProbs, incentives: Incentives) -> Tenso
         pair.z_l,
         pair.z_w / pair.len_w,
         pair.z_l / pair.len_l,
-        *_displacement(r_w, r_l),
+        *_displacement(r_w, r_l, pair.present),
         incentives.d_w,
         incentives.d_l,
     ]
     return torch.stack([column.detach().double().sum() for column in columns])
+
+
+OF_CHOSEN = frozenset(name for name in QUANTITIES if name.partition("/")[2].startswith("chosen"))
+OF_REJECTED = frozenset(name for name in QUANTITIES if name.partition("/")[2].startswith("rejected"))
+OF_PAIRS = frozenset(["displacement/accuracy", "displacement/both_down"])
+
+
+def means_of(
+    sums: Sequence[float], num_pairs: int, num_chosen: float, num_rejected: float, num_whole: float
+) -> dict[str, float]:
+    """Of the global batch's sums of `QUANTITIES`: means over the responses that are there, of what takes both
+    over whole pairs, of the loss over all; left out where there is nothing."""
+    means = {}
+    for name, total in zip(QUANTITIES, sums, strict=True):
+        num = float(num_pairs)
+        for names, of_these in ((OF_CHOSEN, num_chosen), (OF_REJECTED, num_rejected), (OF_PAIRS, num_whole)):
+            num = of_these if name in names else num
+        if num:
+            means[name] = total / num
+    return means
+
+
+def balance_row(num_pairs: int, num_chosen: float, num_rejected: float, num_whole: float) -> dict[str, float]:
+    """`batch/*` of a step with single answers: how many responses of each side it had; empty without."""
+    if num_whole == num_pairs:
+        return {}
+    return {"batch/chosen": num_chosen, "batch/rejected": num_rejected}
 
 
 def displacement_row(
@@ -69,7 +99,13 @@ def displacement_row(
     """`displacement/*` and `logps/*` of held-out pairs against their start, means over n pairs of (n,)
     tensors. Where calibration steers by the first `num_probed` of them, `probed/*` are the means of these and
     `unprobed/*` those of the others, which nothing steers by. `noise` is what rounding makes of a pair's r,
-    root mean square: means within displacement/noise_floor, two standard errors of it, may be rounding."""
+    root mean square: means within displacement/noise_floor, two standard errors of it, may be rounding.
+
+    Of single answers, whose start is nan on the side that is missing, means are over those that are there;
+    accuracy is the share of all chosen and rejected ones, two by two, of which the chosen one rose more, and
+    there is no both_down."""
+    if bool(start_w.isnan().any() or start_l.isnan().any()):
+        return _row_of_answers(z_w, z_l, start_w, start_l, num_probed, noise)
     r_w, r_l = z_w - start_w, z_l - start_l
     names = ("chosen", "rejected", "accuracy", "chosen_down", "both_down")
     row = {
@@ -89,15 +125,48 @@ def displacement_row(
     return row
 
 
+def _row_of_answers(
+    z_w: Tensor, z_l: Tensor, start_w: Tensor, start_l: Tensor, num_probed: int, noise: float | None
+) -> dict[str, float]:
+    has_w, has_l = ~start_w.isnan(), ~start_l.isnan()
+    r_w, r_l = (z_w - start_w).double(), (z_l - start_l).double()
+    chosen, rejected = r_w[has_w], r_l[has_l]
+    row = {
+        "displacement/chosen": float(chosen.mean()),
+        "displacement/rejected": float(rejected.mean()),
+        "displacement/accuracy": _share_above(chosen, rejected),
+        "displacement/chosen_down": float((chosen < 0).double().mean()),
+        "displacement/margin": float(chosen.mean() - rejected.mean()),
+    }
+    if noise is not None:
+        row["displacement/noise_floor"] = 2 * noise / math.sqrt(min(len(chosen), len(rejected)))
+    row["logps/chosen"], row["logps/rejected"] = (
+        float(z[has].double().mean()) for z, has in ((z_w, has_w), (z_l, has_l))
+    )
+    parts = {"probed": slice(num_probed), "unprobed": slice(num_probed, None)} if num_probed else {}
+    for name, part in parts.items():
+        for side, r, has in (("chosen", r_w, has_w), ("rejected", r_l, has_l)):
+            if has[part].any():
+                row[f"{name}/{side}"] = float(r[part][has[part]].mean())
+    return row
+
+
+def _share_above(chosen: Tensor, rejected: Tensor) -> float:
+    """Of all (chosen, rejected) the share with the first above; a tie counts half."""
+    ordered = rejected.sort().values
+    below = torch.searchsorted(ordered, chosen) + torch.searchsorted(ordered, chosen, right=True)
+    return float(below.double().mean() / (2 * len(ordered)))
+
+
 def statistics_of(
     means: Mapping[str, float], geometry: ScoreGeometry | None, probe: Probe | None, lr_share: float = 1.0
 ) -> StepStatistics:
     """What a calibrator may learn from a step, from the global batch's means of `QUANTITIES`."""
     return StepStatistics(
-        mean_d_w=means["incentive/chosen"],
-        mean_d_l=means["incentive/rejected"],
+        mean_d_w=means.get("incentive/chosen", math.nan),
+        mean_d_l=means.get("incentive/rejected", math.nan),
         geometry=geometry,
-        mean_r_w=means["displacement/chosen"],
+        mean_r_w=means.get("displacement/chosen", math.nan),
         probe=probe,
         lr_share=lr_share,
     )
@@ -113,7 +182,8 @@ def step_row(
     """One optimizer step's row, all of it as the step was: band, rates and pathway *after* calibration with
     `alpha`."""
     row = dict(means)
-    row["displacement/margin"] = row["displacement/chosen"] - row["displacement/rejected"]
+    if "displacement/chosen" in means and "displacement/rejected" in means:
+        row["displacement/margin"] = row["displacement/chosen"] - row["displacement/rejected"]
     row["calibration/alpha"] = alpha
     row.update(calibrator.metrics())
     if statistics.log_ratio is not None:

@@ -133,6 +133,8 @@ class _TokenLogProbs(torch.autograd.Function):
                 scores.add(is_chosen, rounded, hidden[part], own)
             if grad_bias is not None:
                 grad_bias += error.T @ own
+        if grad_weight is None and ctx.needs_input_grad[1]:  # of a side that no answer of the batch has
+            grad_weight = torch.zeros_like(weight)
         return (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
@@ -178,7 +180,8 @@ def _zeros_fp32(like: Tensor) -> Tensor:
 def _chunks(num_tokens: int, num_chosen: int, size: int) -> list[slice]:
     """Slices of at most `size` tokens that cover all tokens and never straddle the two sides."""
     starts = [*range(0, num_chosen, size), *range(num_chosen, num_tokens, size)]
-    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], num_tokens], strict=True)]
+    stops = [*starts[1:], num_tokens] if starts else []
+    return [slice(start, stop) for start, stop in zip(starts, stops, strict=True)]
 
 
 class TokenLogProbHead(nn.Module):

@@ -44,6 +44,9 @@ class PairLogProbs(NamedTuple):
     partners: tuple[Tensor, Tensor] | None = None
     """What each side is compared with in the global batch, where the loss compares ranks (`Match`); (B,), no
     gradient."""
+    present: tuple[Tensor, Tensor] | None = None
+    """1 where the chosen, and where the rejected response is there, else 0, (B,) each; None: all are. Of one
+    that is missing z and ref are 0 and |y| is 1."""
 
     @property
     def r_w(self) -> Tensor:
@@ -74,10 +77,21 @@ class PairLogProbs(NamedTuple):
         """-log sigmoid(logit), (B,), with the reading's label smoothing."""
         return self.reading.sigmoid_loss(logit)
 
+    def add_sides(self, of_chosen: Tensor, *of_rejected: Tensor) -> Tensor:
+        """The sum of a loss of the chosen response alone and of losses of the rejected one alone, (B,), of
+        those that are there. A loss that is such a sum takes single answers with a label too."""
+        if self.present is None:
+            return sum(of_rejected, start=of_chosen)
+        has_w, has_l = self.present
+        return sum((has_l * loss for loss in of_rejected), start=has_w * of_chosen)
+
     def likelihood_loss(self, weight: float = 1.0, mean: str = "pairs") -> Tensor:
         """-weight z_w of the chosen responses, (B,). pairs: over |y_w|. sum: summed. tokens: over the global
         batch's mean of |y_w|, so that its mean over pairs is that over the batch's tokens. The reading's
         sft_mean wins over `mean`, which is what the formula has."""
+        if self.present is not None:
+            whole = self._replace(present=None).likelihood_loss(weight, mean)
+            return self.present[0] * whole
         wanted = self.reading.sft_mean
         if (wanted or mean) == "pairs":
             return -(weight * self.z_w) / self.len_w

@@ -1,8 +1,8 @@
 """Objectives that judge each side by itself against the reference, some with a batch statistic as the
 reference point.
 
-Their papers take unpaired data too; here both sides come from one pair and their losses are added (apo_down
-couples them). Called through `rcpo.objectives.load_objective`.
+Of a pair the losses of both sides are added, of a single answer there is one (apo_down couples them, and
+takes pairs alone). Called through `rcpo.objectives.load_objective`.
 """
 
 from dataclasses import dataclass
@@ -17,8 +17,11 @@ from rcpo.objectives.registry import objective
 
 
 def mean_displacement(pair: PairLogProbs) -> Tensor:
-    """(r_w + r_l)/2, (B,): the mean over both sides."""
-    return (pair.r_w + pair.r_l) / 2
+    """(r_w + r_l)/2, (B,): the mean over both sides, or r of the one that is there."""
+    if pair.present is None:
+        return (pair.r_w + pair.r_l) / 2
+    has_w, has_l = pair.present
+    return (has_w * pair.r_w + has_l * pair.r_l) / (has_w + has_l)
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def kto(pair: PairLogProbs, config: KTOConfig) -> Tensor:
     """
     (z0,) = pair.state
     of_chosen = config.chosen_weight * sigmoid(-config.beta * (pair.r_w - z0))
-    return of_chosen + config.rejected_weight * sigmoid(-config.beta * (z0 - pair.r_l))
+    return pair.add_sides(of_chosen, config.rejected_weight * sigmoid(-config.beta * (z0 - pair.r_l)))
 
 
 def _running_mean(state: tuple[float, ...], mean: float) -> tuple[float, ...]:
@@ -120,7 +123,7 @@ def bco(pair: PairLogProbs, config: BCOConfig) -> Tensor:
     """
     shift = config.beta * pair.state[0] if pair.state else 0.0
     of_chosen = pair.sigmoid_loss(config.beta * pair.r_w - shift)
-    return of_chosen + pair.sigmoid_loss(-(config.beta * pair.r_l - shift))
+    return pair.add_sides(of_chosen, pair.sigmoid_loss(-(config.beta * pair.r_l - shift)))
 
 
 @objective("apo_zero", PointwiseConfig, needs_reference=True)
@@ -129,7 +132,7 @@ def apo_zero(pair: PairLogProbs, config: PointwiseConfig) -> Tensor:
 
     D'Oosterlinck et al. 2024 (arXiv 2408.06266).
     """
-    return sigmoid(-config.beta * pair.r_w) + sigmoid(config.beta * pair.r_l)
+    return pair.add_sides(sigmoid(-config.beta * pair.r_w), sigmoid(config.beta * pair.r_l))
 
 
 @objective("apo_down", PointwiseConfig, needs_reference=True)
@@ -159,7 +162,8 @@ def nca(pair: PairLogProbs, config: NCAConfig) -> Tensor:
     2402.05369).
     """
     beta_r_w, beta_r_l = config.beta * pair.r_w, config.beta * pair.r_l
-    return -F.logsigmoid(beta_r_w) - 0.5 * F.logsigmoid(-beta_r_w) - 0.5 * F.logsigmoid(-beta_r_l)
+    of_chosen = -F.logsigmoid(beta_r_w) - 0.5 * F.logsigmoid(-beta_r_w)
+    return pair.add_sides(of_chosen, -0.5 * F.logsigmoid(-beta_r_l))
 
 
 @dataclass(frozen=True)
@@ -177,4 +181,4 @@ def sppo(pair: PairLogProbs, config: SPPOConfig) -> Tensor:
     """(r_w - 1/(2 beta))^2 + (r_l + 1/(2 beta))^2, per pair (B,). Wu et al. 2024 (arXiv 2405.00675), hard
     labels."""
     target = 1 / (2 * config.beta)
-    return (pair.r_w - target) ** 2 + (pair.r_l + target) ** 2
+    return pair.add_sides((pair.r_w - target) ** 2, (pair.r_l + target) ** 2)

@@ -28,7 +28,7 @@ def dil_bce(pair: PairLogProbs, config: DensityRatioConfig) -> Tensor:
 
     Direct imitation learning, Xiao et al. 2025 (arXiv 2503.05079), as tabulated in arXiv 2604.18239.
     """
-    return pair.sigmoid_loss(pair.r_w) + pair.sigmoid_loss(-pair.r_l)
+    return pair.add_sides(pair.sigmoid_loss(pair.r_w), pair.sigmoid_loss(-pair.r_l))
 
 
 @objective("dil_lsif", DensityRatioConfig, needs_reference=True)
@@ -38,7 +38,7 @@ def dil_lsif(pair: PairLogProbs, config: DensityRatioConfig) -> Tensor:
     Both exponentials are linear beyond exponent 30 (r_w > 30, r_l > 15 nats), with the slope they have there:
     the formula overflows fp32 at 88. Xiao et al. 2025 (arXiv 2503.05079), as tabulated in arXiv 2604.18239.
     """
-    return -exp_linear(pair.r_w) + exp_linear(2 * pair.r_l) / 2
+    return pair.add_sides(-exp_linear(pair.r_w), exp_linear(2 * pair.r_l) / 2)
 
 
 @objective("dil_ukl", DensityRatioConfig, needs_reference=True)
@@ -48,7 +48,7 @@ def dil_ukl(pair: PairLogProbs, config: DensityRatioConfig) -> Tensor:
     The exponential is linear beyond r_l = 30 nats, with the slope it has there. Xiao et al. 2025 (arXiv
     2503.05079), as tabulated in arXiv 2604.18239.
     """
-    return -pair.z_w + exp_linear(pair.r_l)
+    return pair.add_sides(-pair.z_w, exp_linear(pair.r_l))
 
 
 POLE_GAP = 1e-3
@@ -61,13 +61,14 @@ def ddro(pair: PairLogProbs, config: DensityRatioConfig) -> Tensor:
 
     The pole at r_l = log 2 is never reached: beyond e^(r_l) = 2 - 1e-3 the tangent takes over, with slope
     1999, so the incentive stays what the loss's own slope is there. log(2 - e^r) is written as log 2 + log(1
-    - e^(r - log 2)), which keeps its digits near the pole. Higuchi and Suzuki 2025 (arXiv 2505.07558), with
-    both responses from one pair.
+    - e^(r - log 2)), which keeps its digits near the pole. Higuchi and Suzuki 2025 (arXiv 2505.07558), of
+    pairs both responses.
     """
     limit = math.log(2 - POLE_GAP)
     inside = pair.r_l.clamp(max=limit)
     below_pole = math.log(2) - torch.log(-torch.expm1(inside - math.log(2)))
-    return -pair.r_w + below_pole + (2 - POLE_GAP) / POLE_GAP * F.relu(pair.r_l - limit)
+    beyond = (2 - POLE_GAP) / POLE_GAP * F.relu(pair.r_l - limit)
+    return pair.add_sides(-pair.r_w, below_pole, beyond)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""An objective of a user's own, tried out on three pairs: mistakes that a run would show late, or never.
+"""An objective, tried out on three pairs: of a user's own mistakes that a run would show late, or never; of
+any whether it takes single answers.
 
-Called by `rcpo.objectives.registry` whenever such an objective is loaded; takes a millisecond. rcpo's own are
+Called by `rcpo.objectives.registry` whenever a user's own is loaded; takes a millisecond. rcpo's own are
 tested instead.
 """
 
@@ -52,6 +53,27 @@ def try_out(objective: Objective) -> None:
 def losses_of_trial(objective: Objective) -> Tensor:
     """The losses of the three pairs, at the start of a run."""
     return objective(PAIRS)
+
+
+def takes_single_answers(objective: Objective) -> bool:
+    """Whether the loss is a sum of two, each of one response alone, tried out on three pairs: of a pair
+    without its rejected response it is one of them, of a pair without its chosen one the other."""
+    if objective.match is not None:
+        return False
+    pairs = PAIRS._replace(state=objective.initial_state(20.0))
+    there, missing = torch.ones(3), torch.zeros(3)
+
+    def loss_of(pairs: PairLogProbs, has_w: Tensor, has_l: Tensor) -> Tensor:
+        return objective(pairs._replace(present=(has_w, has_l)))
+
+    of_chosen, of_rejected = loss_of(pairs, there, missing), loss_of(pairs, missing, there)
+    other_l = pairs._replace(z_l=pairs.z_l - 1, ref_l=pairs.ref_l + 1, len_l=pairs.len_l + 1)
+    other_w = pairs._replace(z_w=pairs.z_w - 1, ref_w=pairs.ref_w + 1, len_w=pairs.len_w + 1)
+    return (
+        torch.equal(loss_of(other_l, there, missing), of_chosen)
+        and torch.equal(loss_of(other_w, missing, there), of_rejected)
+        and torch.allclose(of_chosen + of_rejected, objective(pairs), rtol=1e-4, atol=1e-5)
+    )
 
 
 def _alone(idx: int) -> PairLogProbs:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rcpo.common.errors import NonFiniteError
+from rcpo.common.errors import NonFiniteError, UserError
 from rcpo.data.batch import collate, width
 from rcpo.data.tokenize import TokenizedPair
 from rcpo.models.policy import Policy
@@ -49,7 +49,13 @@ def score_pairs(
     on_batch: Callable[[int], None] = lambda num_pairs: None,
 ) -> list[ModelScores]:
     """CHES and summed log-probs of each pair under `policy`, in the order of `pairs`. Raises NonFiniteError
-    with the row of a pair whose scores are not finite."""
+    with the row of a pair whose scores are not finite, and UserError for single answers."""
+    single = next((pair.row for pair in pairs if len(pair.sides) < 2), None)
+    if single is not None:
+        raise UserError(
+            f"data: row {single} is a single answer with a label, and the scores are of pairs; give pairs: "
+            "prompt, chosen, rejected"
+        )
     policy.eval()
     by_length = sorted(range(len(pairs)), key=lambda idx: width(pairs[idx]))
     found: dict[int, ModelScores] = {}

@@ -71,8 +71,9 @@ class Preview:
         """Tokens of each part of the training pairs."""
         arrays = self.inputs.train.arrays
         responses = arrays.lengths - arrays.num_prompt
-        columns = (arrays.num_prompt[:, 0], responses[:, 0], responses[:, 1])
-        return {part: column.tolist() for part, column in zip(PARTS, columns, strict=True)}
+        columns = (arrays.num_prompt.max(axis=1), responses[:, 0], responses[:, 1])
+        found = {part: column[column > 0].tolist() for part, column in zip(PARTS, columns, strict=True)}
+        return {part: values or [0] for part, values in found.items()}
 
     def edges(self) -> list[int]:
         """Ends of the histograms' bins, in tokens: of one width, the same for all parts."""
@@ -172,15 +173,24 @@ def _by_row(records: Sequence[PreferenceRecord]) -> dict[int, PreferenceRecord]:
 def _shown_pair(
     pair: TokenizedPair, whole: TokenizedPair, use: str, tokenizer: PreTrainedTokenizerBase
 ) -> ShownPair:
-    side, uncut = pair.chosen, whole.chosen
-    prompt = side.input_ids[: side.num_prompt]
-    return ShownPair(
-        pair.row,
-        use,
-        ShownPart(decoded(prompt, tokenizer), len(prompt), uncut.num_prompt - side.num_prompt),
-        _shown_response(pair.chosen, whole.chosen, tokenizer),
-        _shown_response(pair.rejected, whole.rejected, tokenizer),
-    )
+    prompt = pair.prompt_ids
+    cut = whole.sides[0].num_prompt - len(prompt)
+    responses = [
+        _shown_response(side, _uncut(side, whole, is_chosen), tokenizer)
+        for side, is_chosen in ((pair.chosen, True), (pair.rejected, False))
+    ]
+    return ShownPair(pair.row, use, ShownPart(decoded(prompt, tokenizer), len(prompt), cut), *responses)
+
+
+def _uncut(side: TokenizedSide, whole: TokenizedPair, is_chosen: bool) -> TokenizedSide:
+    """The side that this one is cut from: its own, or where data.flip has exchanged them the other; itself
+    where it is missing."""
+    own, other = (whole.chosen, whole.rejected) if is_chosen else (whole.rejected, whole.chosen)
+    response = side.input_ids[side.num_prompt :]
+    if not response:
+        return side
+    is_own = own.input_ids[own.num_prompt :][: len(response)] == response
+    return own if is_own else other
 
 
 def _shown_response(

@@ -31,6 +31,8 @@ class RowAccount:
     """Rows that data.filter left out."""
     held_out: int = 0
     trained: int = 0
+    flipped: int = 0
+    """Of those that are trained on, rows whose labels data.flip has exchanged."""
 
     @property
     def num_dropped(self) -> int:
@@ -68,6 +70,7 @@ class RowAccount:
             *_counted(self.filtered, "left out by data.filter"),
         ]
         rest = [*_counted(self.held_out, "held out"), *_counted(self.trained, "to train on")]
+        rest += _counted(self.flipped, "of these with labels exchanged by data.flip")
         if not happened:
             return [f"{self.place}: {', '.join([f'{self.read} rows read', *rest])}"]
         return [
@@ -115,6 +118,10 @@ class Account:
         return dataclasses.replace(
             self, training=dataclasses.replace(self.training, filtered=filtered, trained=kept)
         )
+
+    def after_flip(self, flipped: int) -> "Account":
+        """With the labels of so many training rows exchanged."""
+        return dataclasses.replace(self, training=dataclasses.replace(self.training, flipped=flipped))
 
     def as_json(self) -> dict[str, Any]:
         """For run.json and `rcpo data --json`: of the dropped rows their counts by reason, with the first of

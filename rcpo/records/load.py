@@ -113,7 +113,9 @@ def _read_place(place: Place, config: DataConfig, report: list[str], weighing: W
     says."""
     parts = (*PARTS, *FOR_TEMPLATES, *weighing.parts)
     names = {part: (config.columns or {}).get(part, part) for part in parts}
-    is_named = any(part in PARTS for part in config.columns or {})
+    is_named = any(part in PARTS + shapes.SINGLE for part in config.columns or {})
+    if any(part in shapes.SINGLE for part in config.columns or {}):
+        names |= {part: (config.columns or {}).get(part, part) for part in shapes.SINGLE}
     source = read_rows(place, set(names.values()) | (set() if is_named else shapes.COLUMNS))
     shape = (
         shapes.own_shape(source, names)
@@ -217,8 +219,8 @@ def _doubled(records: list[PreferenceRecord], place: Place) -> list[str]:
 def _check_parts(config: DataConfig, weighing: Weighing) -> None:
     """Parts that data.columns names: known, and those of a weight also read."""
     for part, name in (config.columns or {}).items():
-        if part not in PARTS + FOR_TEMPLATES + WEIGHT_PARTS:
-            known = ", ".join(PARTS + FOR_TEMPLATES + WEIGHT_PARTS)
+        if part not in PARTS + shapes.SINGLE + FOR_TEMPLATES + WEIGHT_PARTS:
+            known = ", ".join(PARTS + shapes.SINGLE + FOR_TEMPLATES + WEIGHT_PARTS)
             raise UserError(
                 f"data.columns.{part}: no such part; the parts are {known}; "
                 "type data.columns='{prompt: NAME, chosen: NAME, rejected: NAME}'"
@@ -239,7 +241,9 @@ def _check_parts(config: DataConfig, weighing: Weighing) -> None:
 def _check_columns(seen: list[str], shape: Shape, place: Place, config: DataConfig) -> None:
     # A prompt column may be absent, and what is for templates, unless the user has named it.
     optional = {"prompt", *FOR_TEMPLATES} - set(config.columns or {})
-    if shape.choice is not None:
+    if shape.is_single:
+        optional -= {"prompt"}
+    if shape.choice is not None or shape.is_single:
         optional |= {"chosen", "rejected"}
     names = shape.names
     needed = [part for part in names if part not in optional]
@@ -264,7 +268,9 @@ def _read_records(
             if shape.prompt and values["prompt"] is None:
                 raise BadRowError("prompt is null")
             sides = (values["prompt"], values["chosen"], values["rejected"])
-            record = read_record(*sides, number, *(values[part] for part in FOR_TEMPLATES))
+            label = values["label"] if shape.is_single else None
+            tools, documents, kwargs = (values[part] for part in FOR_TEMPLATES)
+            record = read_record(*sides, number, tools, documents, kwargs, label)
             if config.as_chat:
                 record = as_messages(record, bool(shape.prompt))
             records.append(dataclasses.replace(record, weight=weighing.weight(values)))

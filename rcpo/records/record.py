@@ -43,6 +43,8 @@ class PreferenceRecord:
     """Definitions of tools, for the chat template."""
     documents: list[Any] | None = None
     """Documents to answer from, for the chat template."""
+    label: bool | None = None
+    """Of a single answer: whether it is a chosen one; it then stands on both sides. None: a pair."""
     template_kwargs: dict[str, Any] | None = None
     """What else this row's chat template is given: {"enable_thinking": false}, say."""
 
@@ -59,6 +61,7 @@ def read_record(
     tools: Any = None,
     documents: Any = None,
     template_kwargs: Any = None,
+    label: bool | None = None,
 ) -> PreferenceRecord:
     """Turn one row into a record; `prompt` is None where the source has no prompt of its own.
 
@@ -73,6 +76,8 @@ def read_record(
     Messages may be written as text, in JSON or as Python writes them. Tool calls, tool turns and reasoning of
     messages are kept for the chat template, and so are `tools` and `documents` (lists of mappings, or such as
     text) and `template_kwargs`.
+
+    A single answer comes as both sides, with its label.
 
     Raises BadRowError. Source of the formats: TRL's "dataset formats". Unlike TRL, an implicit plain prompt
     ends before a word, not within one ("The sky is b" + "lue"), and a response is exactly one assistant turn.
@@ -92,6 +97,7 @@ def read_record(
         record = _plain_record(prompt, chosen, rejected, row)
     else:
         record = _messages_record(prompt, chosen, rejected, row)
+    record = record if label is None else dataclasses.replace(record, label=label)
     _check_parts(record)
     if tools is None and documents is None and template_kwargs is None:
         return record
@@ -101,6 +107,16 @@ def read_record(
         documents=_documents(documents),
         template_kwargs=_json_value("chat_template_kwargs", template_kwargs, dict),
     )
+
+
+def label_of(value: Any) -> bool:
+    """Whether a single answer is a chosen one. Raises BadRowError where its label is neither true nor
+    false."""
+    known = {"true": True, "1": True, "false": False, "0": False}
+    label = known.get(str(int(value) if isinstance(value, float) and value in (0, 1) else value).lower())
+    if label is None:
+        raise BadRowError(f"label is {shortened(repr(value))}; labels are true and false, or 1 and 0")
+    return label
 
 
 def _parsed(name: str, value: Any) -> Any:
@@ -247,8 +263,8 @@ def _check_parts(record: PreferenceRecord) -> None:
     """Empty and identical parts, and prompts that no assistant turn can follow."""
     for name, side in (("chosen", record.chosen), ("rejected", record.rejected)):
         if not _text(side).strip():
-            raise BadRowError(f"{name} is empty")
-    if record.chosen == record.rejected:
+            raise BadRowError(f"{name if record.label is None else 'completion'} is empty")
+    if record.chosen == record.rejected and record.label is None:
         raise BadRowError("the sides are identical")
     if not _text(record.prompt).strip():
         raise BadRowError("the prompt is empty")
@@ -287,6 +303,8 @@ def shortened_texts(record: PreferenceRecord) -> list[str]:
     """Prompt, chosen and rejected; a long prompt keeps its end, with the question, a long response its
     beginning."""
     prompt, *responses = map(as_text, (record.prompt, record.chosen, record.rejected))
+    if record.label is not None:
+        responses[int(record.label)] = "(a single answer)"
     if len(prompt) > MAX_TEXT:
         prompt = f"({len(prompt) - MAX_TEXT} characters before) … {prompt[-MAX_TEXT:]}"
     return [

@@ -214,7 +214,8 @@ def _without(
 def content(record: PreferenceRecord) -> str:
     """Equal for pairs that are equal in all but their row number."""
     for_template = (record.tools, record.documents, record.template_kwargs)
-    return _key([record.prompt, record.chosen, record.rejected, *for_template])
+    label = [] if record.label is None else [record.label]
+    return _key([record.prompt, record.chosen, record.rejected, *for_template, *label])
 
 
 def _key(parts: Iterable[Any]) -> str:

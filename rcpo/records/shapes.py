@@ -6,12 +6,12 @@ rows (`rcpo.records.record`). What was read as what is in `Shape.said`, for the 
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from rcpo.records.messages import num_sharegpt, parsed_quietly
 from rcpo.records.readers import Rows
-from rcpo.records.record import BadRowError
+from rcpo.records.record import BadRowError, label_of
 
 
 class Choice(NamedTuple):
@@ -34,8 +34,10 @@ PROMPTS = ("instruction", "question", "query", "input")
 in its input."""
 CONVERSATIONS = ("conversations", "messages")
 """Turns before two single answers (ShareGPT, LLaMA-Factory)."""
+SINGLE = ("completion", "label")
+"""Columns of a single answer with its label (TRL's format for KTO)."""
 COLUMNS = frozenset(
-    [*PROMPTS, *CONVERSATIONS, "system", "history"]
+    [*PROMPTS, *SINGLE, *CONVERSATIONS, "system", "history"]
     + [name for choice in CHOICES for name in (*choice.answers, choice.by)]
 )
 """All that a shape may read beside prompt, chosen and rejected."""
@@ -49,7 +51,6 @@ SIDES = {
 }  # fmt: skip
 """Names of the two sides elsewhere, for advice."""
 _NO_PAIRS = {
-    ("completion", "label"): "single answers with a label (KTO's form)",
     ("completions", "instruction"): "several scored completions a row (UltraFeedback's first form; "
     "data=ultrafeedback reads the binarised one)",
     ("answers", "prompt"): "several ranked answers a row",
@@ -75,10 +76,14 @@ class Shape:
     choice: Choice | None = None
     said: tuple[str, ...] = ()
     """What is read in another way than by names alone, for the log and the console."""
+    is_single: bool = False
+    """Whether rows are single answers with a label, in the columns of `completion` and `label`."""
 
     def columns(self) -> set[str]:
         """Those that are read."""
         found = {*self.names.values(), *self.prompt, *filter(None, (self.system, self.history))}
+        if self.is_single:
+            found -= {self.names["chosen"], self.names["rejected"]}
         return found | ({*self.choice.answers, self.choice.by} if self.choice else set())
 
     def values(self, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,6 +91,9 @@ class Shape:
         values = {part: row.get(name) for part, name in self.names.items()}
         if self.choice is not None:
             values["chosen"], values["rejected"] = _chosen(row, self.choice)
+        if self.is_single:
+            values["chosen"] = values["rejected"] = values["completion"]
+            values["label"] = label_of(values["label"])
         values["prompt"] = _joined([row.get(name) for name in self.prompt])
         if self.system is not None or self.history is not None:
             values["prompt"] = self._conversation(row, values["prompt"])
@@ -113,7 +121,8 @@ class Shape:
 
 def own_shape(source: Rows, names: Mapping[str, str]) -> Shape:
     """Columns as they are called, or as data.columns says."""
-    return Shape(names, (names["prompt"],) if names["prompt"] in source.columns else ())
+    prompt = (names["prompt"],) if names["prompt"] in source.columns else ()
+    return Shape(names, prompt, is_single="completion" in names)
 
 
 def shape_of(source: Rows, names: Mapping[str, str], as_text: bool) -> Shape:
@@ -124,6 +133,9 @@ def shape_of(source: Rows, names: Mapping[str, str], as_text: bool) -> Shape:
     choice = next((each for each in CHOICES if {*each.answers, each.by} <= set(columns)), None)
     if has_sides:
         choice = None
+    elif {"completion", "label"} <= set(columns):
+        own = own_shape(source, {**names, **{name: name for name in SINGLE}})
+        return replace(own, is_single=True, said=("completion is one answer, chosen where label is true",))
     elif choice is None:
         return own_shape(source, names)
     side = "chosen" if choice is None else choice.answers[0]

@@ -196,10 +196,12 @@ def _pathway_counts(run: ComparedRun) -> np.ndarray:
 
 
 def pair_points(group: Group) -> PairPoints | None:
-    """None without per-pair results."""
+    """None without per-pair results, or where held-out answers are single ones."""
     pairs = [run.pairs for run in group.runs if run.pairs is not None]
     if not pairs:
         return None
     r_w, r_l = np.mean([each.r_w for each in pairs], 0), np.mean([each.r_l for each in pairs], 0)
+    if np.isnan(pairs[0].start).any():
+        return None
     index = np.arange(0, len(r_w), -(-len(r_w) // MAX_POINTS))
     return PairPoints(r_w[index], r_l[index], index, len(r_w))

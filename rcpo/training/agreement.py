@@ -56,7 +56,7 @@ def _short_pair(inputs: Inputs) -> TokenizedPair:
         first = side.num_prompt - num_prompt
         return TokenizedSide(side.input_ids[first : first + NUM_TOKENS], num_prompt)
 
-    return TokenizedPair(cut(pair.chosen), cut(pair.rejected), pair.row)
+    return TokenizedPair(cut(pair.sides[0]), cut(pair.sides[-1]), pair.row)
 
 
 def _check_passes(config: ResolvedConfig, engine: Engine, batch: PairBatch) -> None:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 import torch
 
-from rcpo.data.pairs import SideLogProbs, TokenizedPair
+from rcpo.data.pairs import SideLogProbs, TokenizedPair, present_in_pairs
 from rcpo.objectives import Objective, PairLogProbs
+from rcpo.objectives.trial import takes_single_answers
 from rcpo.training.aggregate import Aggregate
 
 
@@ -25,11 +26,25 @@ def held_out_loss(
     those of the whole set, however it went through the model. Batch statistics are those of the newest
     training step, `state`.
 
-    None without the reference's z, and for an objective that weighs tokens: an evaluation has sums alone.
+    None without the reference's z, for an objective that weighs tokens, since an evaluation has sums alone,
+    and of single answers for one that compares the two responses of a pair.
     """
     if ref is None or objective.weighs_tokens:
         return None
+    has_w, has_l = present_in_pairs(pairs)
+    are_whole = bool((has_w & has_l).all())
+    if not (are_whole or takes_single_answers(objective)):
+        return None
     lengths = [[side.num_tokens - side.num_prompt for side in (pair.chosen, pair.rejected)] for pair in pairs]
     len_w, len_l = torch.tensor(lengths, dtype=z.z_w.dtype).T
-    losses = objective(PairLogProbs(*z, *ref, len_w, len_l, state))
+    values = PairLogProbs(*z, *ref, len_w, len_l, state)
+    if not are_whole:
+        present = has_w.to(len_w.dtype), has_l.to(len_l.dtype)
+        values = values._replace(
+            len_w=len_w.clamp(min=1),
+            len_l=len_l.clamp(min=1),
+            present=present,
+            mean_tokens=float(len_w.mean()),
+        )
+    losses = objective(values)
     return aggregate.of_all(torch.tensor([pair.weight for pair in pairs], dtype=losses.dtype) * losses)

@@ -15,7 +15,7 @@ from rcpo.common.files import replacing
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.inputs import Inputs
 from rcpo.data.joint import lay_out
-from rcpo.data.pairs import SideLogProbs
+from rcpo.data.pairs import SideLogProbs, present_in_pairs, without_missing
 from rcpo.data.sampler import PairSampler, dealt
 from rcpo.engine.engine import Engine
 from rcpo.method.calibrators import Calibrator, build_calibrator
@@ -220,26 +220,21 @@ def _evaluate_probe(training: Training) -> Probe:
     pairs = training.inputs.held_out[: training.config.calibration.probe_pairs]
     result = evaluate_logprobs(training.engine, pairs, training.inputs.pad_id, eval_batch(training.config))
     r_w, r_l = (now - start for now, start in zip(result, training.start.probe, strict=True))
-    return Probe(float(r_w.double().mean()), float(r_l.double().mean()))
+    has_w, has_l = present_in_pairs(pairs)
+    return Probe(float(r_w[has_w].double().mean()), float(r_l[has_l].double().mean()))
 
 
 def _initial_state(objective: Objective, inputs: Inputs, sampler: PairSampler) -> tuple[float, ...]:
     """The objective's batch statistics before the first step; the first global batch's lengths are known
     already."""
-    sides = [
-        side
-        for idx in sampler.global_batch(0)
-        for side in (inputs.train[idx].chosen, inputs.train[idx].rejected)
-    ]
+    sides = [side for idx in sampler.global_batch(0) for side in inputs.train[idx].sides]
     total = sum(side.num_tokens - side.num_prompt for side in sides)
     return objective.initial_state(2 * total / len(sides))
 
 
 def _num_tokens(inputs: Inputs, indices: list[int]) -> int:
     """Tokens of these training pairs, both sides, prompt and response, without padding."""
-    return sum(
-        side.num_tokens for idx in indices for side in (inputs.train[idx].chosen, inputs.train[idx].rejected)
-    )
+    return sum(side.num_tokens for idx in indices for side in inputs.train[idx].sides)
 
 
 def _first_pass(
@@ -308,16 +303,16 @@ def _note_evaluation(training: Training, result: SideLogProbs) -> None:
     the run folder."""
     if rank() != 0:
         return
-    step, start = training.state.step, training.start
+    step, start, held_out = training.state.step, training.start, training.inputs.held_out
     num_probed = training.config.calibration.probe_pairs
-    row = displacement_row(result.z_w, result.z_l, start.z_w, start.z_l, num_probed, start.noise)
+    shown = without_missing(result, held_out)
+    began = without_missing(SideLogProbs(start.z_w, start.z_l), held_out)
+    row = displacement_row(*shown, *began, num_probed, start.noise)
     method, numbers = training.method, training.state.objective_state
-    loss = held_out_loss(
-        method.objective, method.aggregate, numbers, training.inputs.held_out, result, start.reference
-    )
+    loss = held_out_loss(method.objective, method.aggregate, numbers, held_out, result, start.reference)
     if loss is not None:
         row["loss"] = loss
-    training.run.save_pair_results(step, result)
+    training.run.save_pair_results(step, shown)
     for sink in training.sinks:
         sink.log_eval({"step": step} | row)
 

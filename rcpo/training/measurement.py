@@ -182,7 +182,7 @@ class BesideMeasurement(Measurement):
         if not self._weighted:
             weights = [torch.ones_like(pulls.d_w)] * 2
             if self._averages:
-                weights = batch.lengths.to(pulls.d_w.dtype).reciprocal().chunk(2)
+                weights = batch.lengths.clamp(min=1).to(pulls.d_w.dtype).reciprocal().chunk(2)
         for side, is_last in ((CHOSEN, False), (REJECTED, True)):
             z = engine.logprobs(batch.side(chosen=side == CHOSEN))
             with self._scores.capture(side, keep_gradient=False):

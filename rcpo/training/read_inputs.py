@@ -13,6 +13,7 @@ from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.describe import describe_pair
 from rcpo.data.filter import filter_pairs
 from rcpo.data.inputs import Inputs
+from rcpo.data.labels import check_labels, drawn_to_flip, labels_line
 from rcpo.data.mismatched import longest_mismatched
 from rcpo.data.pairs import PackedPairs
 from rcpo.data.token_key import content_of, token_key
@@ -158,12 +159,19 @@ def filtered_inputs(config: ResolvedConfig, tokenizer: PreTrainedTokenizerBase, 
     """What of these tokens is trained on and held out, with the account of all rows."""
     train, filtered = filter_pairs(tokens.train, config)
     account = tokens.account.after_filter(len(train))
+    flipped = drawn_to_flip(len(train), config.data)
+    train, account = train.flipped(flipped), account.after_flip(len(flipped))
+    num_rows = len(train)
+    if config.data.unpair:
+        train = train.unpaired()
+    check_labels(config, train, tokens.held_out)
     report = [
         *account.lines(),
         *(f"{NOTE}{line}" for line in account.warnings()),
         *tokens.report,
         *filtered,
-        f"{len(train)} training pairs, {len(tokens.held_out)} held-out pairs",
+        f"{num_rows} training pairs, {len(tokens.held_out)} held-out pairs",
+        *labels_line(train),
         "one training pair as the model sees it:\n" + describe_pair(train[0], tokenizer),
     ]
     return Inputs(tokenizer, train, list(tokens.held_out), report, account)

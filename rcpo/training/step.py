@@ -34,7 +34,7 @@ from torch import Tensor
 from rcpo.data.batch import PairBatch
 from rcpo.engine.gradient_norm import whole_norm
 from rcpo.method.incentives import Incentives, loss_and_incentives
-from rcpo.method.metrics import QUANTITIES, pair_sums, statistics_of, step_row
+from rcpo.method.metrics import QUANTITIES, balance_row, means_of, pair_sums, statistics_of, step_row
 from rcpo.method.scores import CHOSEN, REJECTED
 from rcpo.method.statistics import Probe
 from rcpo.objectives import Objective, PairLogProbs
@@ -138,16 +138,18 @@ def train_step(
         asked_to_stop=[float(asked_to_stop())],
         quantities=sums.quantities,
         statistics=sums.statistics,
+        present=_num_present(micro_batches),
         of_ranks=list(of_rank.values()),
         gradient_norms=engine.gradient_norms(),
         products=measurement.products(engine, alpha),
     )
-    means = {name: total / num_pairs for name, total in zip(QUANTITIES, totals["quantities"], strict=True)}
+    means = means_of(totals["quantities"], num_pairs, *totals["present"])
     measured = measurement.read(totals["products"])
     seen = statistics_of(means, measured.geometry, probe, engine.lr_share())
     of_ranks = dict(zip(of_rank, totals["of_ranks"], strict=True))
     alpha = of_ranks.get("calibration/alpha", alpha)
     row = step_row(means, seen, alpha, state.calibrator, measured.population) | of_ranks
+    row |= balance_row(num_pairs, *totals["present"])
     if any(totals["lost"]):
         raise NonFiniteStepError(row, _numbers(sums.lost))
     if not math.isfinite(whole_norm(totals["gradient_norms"])):
@@ -234,10 +236,14 @@ def pairs_of(
     micro_batch: MicroBatch, z_w: Tensor, z_l: Tensor, objective_state: tuple[float, ...]
 ) -> PairLogProbs:
     """What an objective sees of a micro-batch at z_w, z_l (B,) fp32."""
-    len_w, len_l = micro_batch.batch.lengths.to(z_w.dtype).chunk(2)
+    lengths, present = micro_batch.batch.lengths.to(z_w.dtype), None
+    if micro_batch.batch.present is not None:
+        has_w, has_l = (lengths > 0).to(z_w.dtype).chunk(2)
+        lengths, present = lengths.clamp(min=1), (has_w, has_l)
+    len_w, len_l = lengths.chunk(2)
     return PairLogProbs(
         z_w, z_l, micro_batch.ref_w, micro_batch.ref_l, len_w, len_l, objective_state,
-        mean_tokens=micro_batch.mean_tokens, partners=micro_batch.partners,
+        mean_tokens=micro_batch.mean_tokens, partners=micro_batch.partners, present=present,
     )  # fmt: skip
 
 
@@ -281,6 +287,18 @@ def surrogate(priced: Priced, alpha: float) -> tuple[Tensor, Tensor]:
     return -alpha * priced.pulls.d_w, priced.pulls.d_l / alpha
 
 
+def of_present(priced: Priced, micro_batch: MicroBatch) -> Incentives:
+    """The incentives, scaled so that their means over the micro-batch's pairs are means over the responses
+    that are there."""
+    num_pairs, present = micro_batch.batch.num_pairs, micro_batch.batch.present
+    if present is None:
+        return priced.incentives
+    d_w, d_l = priced.incentives
+    return Incentives(
+        d_w * (num_pairs / max(1, present.chosen)), d_l * (num_pairs / max(1, present.rejected))
+    )
+
+
 def backward_together(
     method: Method, state: TrainState, micro_batch: MicroBatch, measurement: Measurement
 ) -> Priced:
@@ -290,7 +308,7 @@ def backward_together(
         z_w, z_l = engine.logprobs(micro_batch.batch).chunk(2)
         priced = price(method.objective, state.objective_state, micro_batch, z_w.detach(), z_l.detach())
         geometry = measurement.of_micro_batch(micro_batch.batch)
-        c_w, c_l = surrogate(priced, state.calibrator.alpha_of(priced.incentives, geometry))
+        c_w, c_l = surrogate(priced, state.calibrator.alpha_of(of_present(priced, micro_batch), geometry))
         engine.backward((c_w * z_w + c_l * z_l).mean(), is_last=not measurement.has_passes_beside)
     measurement.passes_beside(engine, micro_batch.batch, priced.pulls)
     return priced
@@ -337,6 +355,12 @@ def with_lost_gradients(method: Method, state: TrainState, micro_batches: Sequen
             engine.backward((c_w * z_w + c_l * z_l).mean())
         largest.append(torch.stack(found).isfinite().all())
     return _numbers(~torch.stack(largest))
+
+
+def _num_present(micro_batches: Sequence[MicroBatch]) -> list[float]:
+    """Chosen responses, rejected ones and whole pairs of this rank."""
+    nums = [each.batch.present or (each.batch.num_pairs,) * 3 for each in micro_batches]
+    return [float(sum(column)) for column in zip(*nums, strict=True)]
 
 
 def _numbers(lost: Tensor) -> list[int]:

@@ -25,7 +25,12 @@ OWN = {
     "data.on_bad_row": ("error", "real files nearly always hold a few; a bad problem is rcpo's fault"),
 }
 """Keys whose default is written in the schema, and why it is another than conf/'s."""
-BASES = {"": "config.yaml", "data.filter.": "data_filter.yaml", "model.": "every_model.yaml"}
+BASES = {
+    "": "config.yaml",
+    "data.filter.": "data_filter.yaml",
+    "data.": "every_data.yaml",
+    "model.": "every_model.yaml",
+}
 """Files beside the groups, and where their keys belong."""
 SMALLEST: dict[str, Any] = {
     "objective": {"name": "dpo"}, "calibration": {"name": "off"}, "model": {"path": "builtin:tiny"},

@@ -28,7 +28,7 @@ def test_it_comes_back_whole_and_is_short_in_run_json() -> None:
     assert account.as_json() == {
         "training": {
             "place": "a", "read": 20, "identical": 0, "undrawn": 4, "filtered": 2, "held_out": 3,
-            "trained": 6,
+            "trained": 6, "flipped": 0,
             "dropped": [
                 {"reason": "x", "rows": 4, "first": [1, 2, 3]}, {"reason": "y", "rows": 1, "first": [5]},
             ],

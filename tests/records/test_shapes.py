@@ -231,7 +231,6 @@ def test_names_of_the_sides_elsewhere_are_the_words_to_type(tmp_path: Path, name
 
 COMPLETION = {"response": "a", "overall_score": 8}
 NO_PAIRS: dict[str, tuple[dict[str, Any], str]] = {
-    "KTO": ({"prompt": "q", "completion": "a", "label": True}, "single answers with a label (KTO's form)"),
     "UltraFeedback": (
         {"source": "x", "instruction": "q", "models": ["m"], "completions": [COMPLETION]},
         "several scored completions a row (UltraFeedback's first form; data=ultrafeedback reads the "
@@ -254,6 +253,20 @@ def test_what_is_no_pairs_is_called_so(tmp_path: Path, name: str) -> None:
         f"has no column chosen and no column rejected, but {', '.join(row)}; these are {kind} and no pairs; "
         "write two answers to one prompt a row: prompt, chosen, rejected"
     )
+
+
+def test_a_single_answer_has_a_label(tmp_path: Path) -> None:
+    """TRL's format for KTO: true or 1 is a chosen answer. It stands on both sides, for the tokenizer."""
+    labels = [True, 0, 1.0, "false"]
+    rows = [{"prompt": "q", "completion": f"a{n}", "label": label} for n, label in enumerate(labels)]
+    bad = {"prompt": "q", "completion": "a", "label": 2}
+    records, said = load(tmp_path, [*rows, bad], on_bad_row="drop")
+    assert [record.label for record in records] == [True, False, True, False]
+    assert parts(records[1]) == ("q", "a1", "a1")
+    assert any("completion is one answer, chosen where label is true" in line for line in said)
+    named = [{"ask": "q", "answer": "a", "good": n} for n in (0, 1)]
+    columns = {"prompt": "ask", "completion": "answer", "label": "good"}
+    assert [record.label for record in load(tmp_path, named, columns=columns)[0]] == [False, True]
 
 
 def test_text_as_chat_is_a_user_turn_and_assistant_turns(tmp_path: Path) -> None:

@@ -1,0 +1,55 @@
+"""Labels of training pairs once they are read: noise in them, and single answers in the place of pairs.
+
+Owns the draw of data.flip, and what of data and objective does not go together where answers are single ones.
+`rcpo.data.pairs.PackedPairs` exchanges and takes apart. Called by `rcpo.training.read_inputs`.
+"""
+
+import random
+
+from rcpo.common.errors import UserError
+from rcpo.config.resolved import ResolvedConfig
+from rcpo.config.schema import DataConfig
+from rcpo.data.pairs import PackedPairs
+from rcpo.objectives.trial import takes_single_answers
+
+EXAMPLE = "type objective=kto, bco, dil_bce or another that judges each answer by itself"
+
+
+def drawn_to_flip(num_pairs: int, config: DataConfig) -> list[int]:
+    """Places of the pairs whose sides are exchanged: data.flip of them, rounded, drawn by data.seed; a larger
+    share of the same seed has all those of a smaller one."""
+    order = list(range(num_pairs))
+    random.Random(f"flip {config.seed}").shuffle(order)
+    return sorted(order[: round(config.flip * num_pairs)])
+
+
+def labels_line(train: PackedPairs) -> list[str]:
+    """How many answers of each label are trained on; nothing where all are in pairs."""
+    if not train.has_single_answers:
+        return []
+    chosen, rejected = train.present.sum(axis=0).tolist()
+    return [f"single answers to train on: {chosen} chosen, {rejected} rejected"]
+
+
+def check_labels(config: ResolvedConfig, train: PackedPairs, held_out: PackedPairs) -> None:
+    """Raise UserError where the objective compares the two responses of a pair and some are single, and where
+    a label that must be measured is not there."""
+    if train.has_single_answers and not takes_single_answers(config.objective_function):
+        cure = f"{EXAMPLE}{', or data.unpair=false' if config.data.unpair else ''}"
+        raise UserError(
+            f"objective={config.objective['name']}: compares the two responses of a pair, and the training "
+            f"data are single answers with a label; {cure}"
+        )
+    if not held_out.has_single_answers:
+        return
+    for num, key in ((len(held_out), "data.eval_pairs"), (config.calibration.probe_pairs, PROBED)):
+        present = held_out.take(range(min(num, len(held_out)))).present if num else None
+        if present is not None and not present.any(axis=0).all():
+            lacking = "chosen" if present[:, 1].any() else "rejected"
+            raise UserError(
+                f"{key}={num}: none of these held-out answers is a {lacking} one; give more, or rows in a "
+                "mixed order"
+            )
+
+
+PROBED = "calibration.probe_pairs"
