@@ -16,7 +16,7 @@ OPTIONS = ("word_problems", "paper_v1", "paper_v2", "safety")
 SETTINGS = (
     Setting(
         "evaluation",
-        "word_problems (default), paper_v1, paper_v2, safety, or a file like those of conf/evaluation",
+        "word_problems (default), paper_v1, paper_v2, safety, or a file like theirs",
         offered=OPTIONS,
         default="word_problems",
     ),

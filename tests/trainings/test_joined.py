@@ -165,7 +165,7 @@ def test_the_other_ranks_stay_until_rank_0_has_written_the_model(
     """srun ends what is left WaitTime after the first task has gone."""
     written = tmp_path / "written"
 
-    def write(training: Any, weights: dict[str, torch.Tensor], reason: str | None) -> dict[str, Any]:
+    def write(training: Any, weights: dict[str, torch.Tensor], *rest: Any) -> dict[str, Any]:
         time.sleep(0.5)
         written.touch()
         return {"step": len(weights)}
@@ -173,7 +173,8 @@ def test_the_other_ranks_stay_until_rank_0_has_written_the_model(
     def work(number: int) -> tuple[dict[str, Any], bool]:
         dist.init_process_group("gloo")
         engine = SimpleNamespace(whole_weights=lambda: {"w": torch.zeros(1)} if number == 0 else None)
-        return rcpo.training.loop._finish(SimpleNamespace(engine=engine), None), written.exists()  # type: ignore[arg-type]
+        training: Any = SimpleNamespace(engine=engine)
+        return rcpo.training.loop._finish(training, None, dict), written.exists()
 
     monkeypatch.setattr(rcpo.training.loop, "_write_end", write)
     assert in_two_ranks(work, tmp_path) == ["returned ({'step': 1}, True)"] * 2
