@@ -56,6 +56,12 @@ def furnish(place: Path) -> None:
         again = {"question": record.prompt, "good": record.chosen, "bad": record.rejected, "NAME": 0.5}
         rows.append(json.dumps(pair | again) + "\n")
     (place / "PAIRS.jsonl").write_text("".join(rows))
+    answers = [
+        {"prompt": record.prompt, "completion": text, "label": label}
+        for record in records
+        for text, label in ((record.chosen, True), (record.rejected, False))
+    ]
+    (place / "ANSWERS.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
     (place / "HH.jsonl.gz").write_bytes(gzip.compress("".join(rows).encode()))
     for folder in ("sweeps", "DIR/objective"):
         (place / folder).mkdir(parents=True)

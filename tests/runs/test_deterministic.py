@@ -59,7 +59,7 @@ def test_a_rank_is_told_before_it_trains(wanted: bool, tmp_path: Path) -> None:
     )
 
     def work() -> None:
-        def train(*args: object) -> dict[str, object]:
+        def train(*args: object, **named: object) -> dict[str, object]:
             (tmp_path / "told").write_text(repr(told()))
             raise UserError("seen")
 
