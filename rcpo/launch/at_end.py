@@ -3,19 +3,16 @@
 Whatever goes wrong at the end, the run is done: one warning says what to type. Called by `rcpo.launch.start`
 and `rcpo.launch.worker`; the results are `rcpo.evaluation`'s."""
 
-import contextlib
 import logging
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from types import FrameType
+import shlex
+from collections.abc import Callable
 
 import torch
 
-from rcpo.common.errors import UserError
-from rcpo.config.evaluation import OWN, refuse_missing_harness
+from rcpo.common.errors import UserError, first_line
+from rcpo.config.evaluation import OWN, EvaluationConfig, refuse_missing_harness
 from rcpo.config.resolved import ResolvedConfig
-from rcpo.ranks.stopping import SIGNALS
+from rcpo.ranks.stopping import interrupting
 from rcpo.runs.folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -44,16 +41,24 @@ def scores_at_end(config: ResolvedConfig, run: RunFolder) -> Callable[[], dict[s
 
 def _scores(config: ResolvedConfig, run: RunFolder) -> dict[str, float]:
     try:
-        with _interrupted_by_signals():
+        with interrupting():
             return _asked(config, run)
     except (Exception, KeyboardInterrupt) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         logger.warning(
-            "train.evaluate=%s: not evaluated (%s); the run is done: type rcpo evaluate %s tasks=%s%s",
-            config.train.evaluate, lines[0][:200], run.shown(run.path), ",".join(config.evaluation.tasks),
-            "" if config.evaluation.tasks_dir is None else f" tasks_dir={config.evaluation.tasks_dir}",
-        )  # fmt: skip
+            "train.evaluate=%s: not evaluated (%s); the run is done: type %s",
+            config.train.evaluate,
+            first_line(error),
+            _command(config.evaluation, run),
+        )
         return {}
+
+
+def _command(asked: EvaluationConfig, run: RunFolder) -> str:
+    """The words that ask the same later."""
+    given = {"tasks": ",".join(asked.tasks), "tasks_dir": asked.tasks_dir, "limit": asked.limit}
+    given["chat"] = "yes" if asked.chat else None
+    words = [f"{key}={value}" for key, value in given.items() if value is not None]
+    return shlex.join(["rcpo", "evaluate", run.shown(run.path), *words])
 
 
 def _asked(config: ResolvedConfig, run: RunFolder) -> dict[str, float]:
@@ -69,21 +74,3 @@ def _asked(config: ResolvedConfig, run: RunFolder) -> dict[str, float]:
     subjects = with_initial([find_subject(str(run.path))])
     *_, found = [evaluation.of(subject, False, logger.info) for subject in subjects]
     return {task: result.main[1].value for task, result in found.items()}
-
-
-@contextlib.contextmanager
-def _interrupted_by_signals() -> Iterator[None]:
-    """While open, a signal that asks the run to stop ends what happens inside, as Ctrl-C does."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise InterruptedError(f"stopped by {signal.Signals(number).name}")
-
-    is_main = threading.current_thread() is threading.main_thread()
-    saved = [(number, signal.getsignal(number)) for number in SIGNALS]
-    try:
-        for number in SIGNALS if is_main else ():
-            signal.signal(number, interrupt)
-        yield
-    finally:
-        for number, handler in saved if is_main else ():
-            signal.signal(number, handler)

@@ -51,19 +51,37 @@ def _handle_with(handler: object) -> None:
 
 
 @contextlib.contextmanager
+def _handled_with(handler: object) -> Iterator[None]:
+    """While open; then as before."""
+    saved = [(number, signal.getsignal(number)) for number in SIGNALS]
+    _handle_with(handler)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, before in saved:
+                signal.signal(number, before)
+
+
+@contextlib.contextmanager
 def deferred() -> Iterator[None]:
     """While open, a signal only makes `asked` true."""
     global _is_deferred, _received
     _is_deferred, _received = True, None
-    saved = [(number, signal.getsignal(number)) for number in SIGNALS]
-    _handle_with(_note)
-    try:
-        yield
-    finally:
-        _is_deferred = False
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in saved:
-                signal.signal(number, handler)
+    with _handled_with(_note):
+        try:
+            yield
+        finally:
+            _is_deferred = False
+
+
+def interrupting() -> contextlib.AbstractContextManager[None]:
+    """While open, a signal raises InterruptedError: for work that may be left, and asked for again."""
+    return _handled_with(_interrupt)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise InterruptedError(f"stopped by {signal.Signals(number).name}")
 
 
 def asked() -> bool:

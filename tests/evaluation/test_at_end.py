@@ -63,13 +63,16 @@ def test_an_evaluation_that_fails_is_one_warning_with_what_to_type(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: BaseException
 ) -> None:
     monkeypatch.setattr("rcpo.evaluation.subject.find_subject", fails(error))
-    config = config_of("train.evaluate=word_problems", f"run_dir={tmp_path}")
+    config = config_of(
+        "train.evaluate=word_problems", f"run_dir={tmp_path}", "evaluation.limit=7", "evaluation.chat=true"
+    )
     ask = scores_at_end(config, RunFolder(tmp_path))
     assert ask is not None
     assert ask() == {}
     (line,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert f"the run is done: type rcpo evaluate {RunFolder(tmp_path).shown(tmp_path)}" in line
-    assert str(error) in line
+    again = f"rcpo evaluate {RunFolder(tmp_path).shown(tmp_path)} tasks=arithmetic limit=7 chat=yes"
+    assert line.endswith(f"the run is done: type {again}")
+    assert (str(error) or type(error).__name__) in line
 
 
 def test_a_signal_ends_the_evaluation_and_not_the_run(
