@@ -45,3 +45,9 @@ def error_of(exit_code: int, line: str) -> BaseException:
 def shortened(text: str) -> str:
     """`text` as a message shows it: the beginning alone of what is too long to read."""
     return text if len(text) <= 120 else f"{text[:80]}... ({len(text)} characters)"
+
+
+def first_line(error: BaseException) -> str:
+    """First line of what a library says, short enough for one line."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line[:200] for line in lines if line), type(error).__name__)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from rcpo.common.errors import UserError
+from rcpo.common.errors import UserError, first_line
 from rcpo.evaluation.answer_files import Duel
 from rcpo.evaluation.judge import FIRST, SECOND, TIE
 from rcpo.evaluation.win_rate import Verdicts
@@ -20,9 +20,8 @@ class ClassifierJudge:
             self._tokenizer = AutoTokenizer.from_pretrained(path)
             model = AutoModelForSequenceClassification.from_pretrained(path)
         except (OSError, ValueError, KeyError) as error:
-            first = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
             raise UserError(
-                f"model={path}: cannot be loaded ({first}); give a folder or a hub id of a reward model"
+                f"model={path}: cannot be loaded ({first_line(error)}); give a folder or a hub id of a reward model"
             ) from None
         if model.config.num_labels != 1:
             raise UserError(

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rcpo.common.errors import UserError
+from rcpo.common.errors import UserError, first_line
 from rcpo.config.evaluation import refuse_missing_harness
 from rcpo.evaluation.decoding import see_masks
 from rcpo.evaluation.results import Score, score_of
@@ -52,10 +52,9 @@ class Harness:
             return self._manager.load([name])
         # A task file, its data and the hub raise whatever they like.
         except Exception as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             raise UserError(
-                f"tasks={name}: cannot be loaded ({(lines or [type(error).__name__])[0][:200]}); give a task "
-                "whose data are on this machine, or mend its file"
+                f"tasks={name}: cannot be loaded ({first_line(error)}); give a task whose data are on this "
+                "machine, or mend its file"
             ) from None
 
     def digest(self, name: str) -> str:

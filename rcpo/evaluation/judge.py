@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rcpo.common.errors import UserError, shortened
+from rcpo.common.errors import UserError, first_line, shortened
 from rcpo.common.files import cache_dir, write_atomically
 from rcpo.evaluation.answer_files import Duel
 
@@ -141,7 +141,7 @@ class Judge:
             )
             text = answer.choices[0].message.content or ""
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            return f"refused: {_first_line(error)}"
+            return f"refused: {first_line(error)}"
         except (AttributeError, IndexError, TypeError):
             return "refused: the reply is no chat completion"
         self._keep(self._asked[idx], text)
@@ -159,12 +159,10 @@ class Judge:
         if isinstance(error, openai.APIConnectionError):
             return f"{where}: cannot be reached; {kept}: start the server, or give another url"
         if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
-            return f"{where}: refuses the key ({_first_line(error)}); use another one in {KEY}"
+            return f"{where}: refuses the key ({first_line(error)}); use another one in {KEY}"
         if isinstance(error, openai.NotFoundError):
-            return (
-                f"{where}: knows no judge={settings.model} ({_first_line(error)}); give another name or url"
-            )
-        return f"{where}: failed ({_first_line(error)}); {kept}: type the same again"
+            return f"{where}: knows no judge={settings.model} ({first_line(error)}); give another name or url"
+        return f"{where}: failed ({first_line(error)}); {kept}: type the same again"
 
     def _file(self, messages: list[dict[str, str]]) -> Path:
         settings = self._settings
@@ -182,7 +180,3 @@ class Judge:
         with contextlib.suppress(OSError):  # it would be asked again
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(file, json.dumps({"reply": reply}))
-
-
-def _first_line(error: Exception) -> str:
-    return shortened(next(iter(str(error).strip().splitlines()), type(error).__name__))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rcpo.common.errors import first_line
 from rcpo.records.places import SUFFIXES, Place
 
 _LARGEST_CSV_FIELD = 2**31 - 1
@@ -156,9 +157,3 @@ def _read_parquet(path: Path, place: Place, wanted: set[str]) -> Part:
         return rows
 
     return Part(place.shown, columns, table.num_rows, take)
-
-
-def first_line(error: BaseException) -> str:
-    """First line of what a library says, short enough for one line."""
-    lines = (line.strip() for line in str(error).splitlines())
-    return next((line[:200] for line in lines if line), type(error).__name__)

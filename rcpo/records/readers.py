@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rcpo.common.errors import UserError
-from rcpo.records.formats import Part, first_line, read_file
+from rcpo.common.errors import UserError, first_line
+from rcpo.records.formats import Part, read_file
 from rcpo.records.hub import hub_name, load_at_commit
 from rcpo.records.places import (
     MOST_FILES,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from rcpo.common.errors import SaveError
+from rcpo.common.errors import SaveError, first_line
 from rcpo.common.files import replacing
 from rcpo.config.conditions import PREFIX, Best, parse_best, parse_condition
 from rcpo.models.load import save_model
@@ -118,8 +118,7 @@ def _write_best(
             card = model_card(training.config, summary, run.shown(run.best))
             (beside / "README.md").write_text(card, encoding="utf-8")
     except (OSError, RuntimeError, SafetensorError) as error:
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        return (getattr(error, "strerror", None) or said[0])[:200]
+        return str(getattr(error, "strerror", None) or first_line(error))
     run.update_run(best={"step": step, "key": key, "value": value})
     logger.info("kept the weights of step %d in %s: %s is %.4g", step, run.best, key, value)
     return None

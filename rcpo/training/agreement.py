@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from rcpo.common.errors import UserError
+from rcpo.common.errors import UserError, first_line
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.batch import PairBatch, collate
 from rcpo.data.inputs import Inputs
@@ -144,7 +144,7 @@ def _compare(
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:  # a mask or positions it cannot take
-        raise UserError(f"{fault}: {str(error).splitlines()[0][:200]}; {advice}") from error
+        raise UserError(f"{fault}: {first_line(error)}; {advice}") from error
     if _largest((found - expected).abs().mean()[None]) <= TOLERANCE_NATS[config.model.dtype]:
         return
     worst = int((found - expected).abs().argmax())

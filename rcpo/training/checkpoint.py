@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
-from rcpo.common.errors import SaveError, UserError
+from rcpo.common.errors import SaveError, UserError, first_line
 from rcpo.common.files import (
     REPLACED,
     FileEntry,
@@ -158,8 +158,7 @@ def _all_or_nothing(beside: Path, place: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        fault = getattr(error, "strerror", None) or said[0]
+        fault = getattr(error, "strerror", None) or first_line(error)
         logger.error("rank %d could not write %s: %s", rank(), beside, error)
     faults = [f"rank {number}: {said}" for number, said in enumerate(gather(fault)) if said]
     if not faults:
