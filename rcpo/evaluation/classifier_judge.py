@@ -1,6 +1,7 @@
 """A local reward model as the judge: a sequence classifier with one number, which scores each answer by
 itself. Order and cost play no part."""
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,11 +19,17 @@ class ClassifierJudge:
         """Raises UserError where it cannot be loaded or gives another number of scores."""
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(path)
-            model = AutoModelForSequenceClassification.from_pretrained(path)
+            model, found = AutoModelForSequenceClassification.from_pretrained(path, output_loading_info=True)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
-                f"model={path}: cannot be loaded ({first_line(error)}); give a folder or a hub id of a reward model"
+                f"model={path}: cannot be loaded ({first_line(error)}); give a folder or a hub id of a reward "
+                "model"
             ) from None
+        if found["missing_keys"]:
+            raise UserError(
+                f"model={path}: has no {', '.join(sorted(found['missing_keys']))}, which would be drawn at "
+                "random; give a reward model, which has it"
+            )
         if model.config.num_labels != 1:
             raise UserError(
                 f"model={path}: gives {model.config.num_labels} numbers, and a reward is one; give a model "
@@ -37,13 +44,14 @@ class ClassifierJudge:
 
     @torch.inference_mode()
     def score(self, duel: Duel, answer: str) -> float | None:
-        """None where the conversation is longer than the model's context."""
+        """None where the conversation is longer than the model's context, or the score is not finite."""
         turns = [*duel.prompt, {"role": "assistant", "content": answer}]
         text = self._tokenizer.apply_chat_template(turns, tokenize=False)
         ids = self._tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
         if self._positions is not None and ids.shape[1] > self._positions:
             return None
-        return float(self._model(input_ids=ids.to(self._model.device)).logits[0, 0])
+        value = float(self._model(input_ids=ids.to(self._model.device)).logits[0, 0])
+        return value if math.isfinite(value) else None
 
     def ask(self, duels: Sequence[Duel], advance: Callable[[int], None]) -> list[Verdicts]:
         """The same verdict in both orders."""
@@ -59,7 +67,7 @@ class ClassifierJudge:
                 found.append((FIRST, SECOND) if a > b else (SECOND, FIRST))
         if all(both == (None, None) for both in found):
             raise UserError(
-                f"model={self.name}: every conversation is longer than its {self._positions} positions; "
-                "give another reward model"
+                f"model={self.name}: every conversation is longer than its {self._positions} positions, or has "
+                "a score that is not finite; give another reward model"
             )
         return found

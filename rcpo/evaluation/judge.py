@@ -4,8 +4,6 @@ Owns what it is asked, how its replies are read, and what is kept of them (RCPO_
 client is the `openai` package (the extra [judge]), with its retries. Its key comes from OPENAI_API_KEY
 alone."""
 
-import contextlib
-import hashlib
 import importlib.util
 import json
 import os
@@ -13,14 +11,15 @@ import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rcpo.common.errors import UserError, first_line, shortened
-from rcpo.common.files import cache_dir, write_atomically
 from rcpo.evaluation.answer_files import Duel
+from rcpo.evaluation.kept import keep, kept
 
 KEY = "OPENAI_API_KEY"
+KIND = "judge"
+"""Of what is kept."""
 RETRIES = 4
 """Of the client, with growing waits, where a server is busy or a connection breaks."""
 CHARACTERS_PER_TOKEN = 4
@@ -152,31 +151,25 @@ class Judge:
         import openai
 
         settings, where = self._settings, f"url={self._settings.url}"
-        kept = "replies so far are kept"
+        safe = "replies so far are kept"
         if isinstance(error, openai.APITimeoutError):
             longer = 5 * settings.timeout_seconds
-            return f"{where}: no reply in {settings.timeout_seconds} s; {kept}: type timeout={longer}"
+            return f"{where}: no reply in {settings.timeout_seconds} s; {safe}: type timeout={longer}"
         if isinstance(error, openai.APIConnectionError):
-            return f"{where}: cannot be reached; {kept}: start the server, or give another url"
+            return f"{where}: cannot be reached; {safe}: start the server, or give another url"
         if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
             return f"{where}: refuses the key ({first_line(error)}); use another one in {KEY}"
         if isinstance(error, openai.NotFoundError):
             return f"{where}: knows no judge={settings.model} ({first_line(error)}); give another name or url"
-        return f"{where}: failed ({first_line(error)}); {kept}: type the same again"
+        return f"{where}: failed ({first_line(error)}); {safe}: type the same again"
 
-    def _file(self, messages: list[dict[str, str]]) -> Path:
+    def _key(self, messages: list[dict[str, str]]) -> str:
         settings = self._settings
-        content = json.dumps([settings.url, settings.model, settings.reply_tokens, messages])
-        return cache_dir() / "judge" / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.json"
+        return json.dumps([settings.url, settings.model, settings.reply_tokens, messages])
 
     def _kept(self, messages: list[dict[str, str]]) -> str | None:
-        try:
-            return str(json.loads(self._file(messages).read_text(encoding="utf-8"))["reply"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+        reply = (kept(KIND, self._key(messages)) or {}).get("reply")
+        return reply if isinstance(reply, str) else None
 
     def _keep(self, messages: list[dict[str, str]], reply: str) -> None:
-        file = self._file(messages)
-        with contextlib.suppress(OSError):  # it would be asked again
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, json.dumps({"reply": reply}))
+        keep(KIND, self._key(messages), {"reply": reply})

@@ -1,37 +1,32 @@
-"""Results of the models that runs start from, kept in RCPO_CACHE/evaluation: one evaluation for a whole grid,
-whichever process asks first.
+"""What is not asked twice, by whichever process: RCPO_CACHE/KIND, a JSON file for each key.
 
-By content of weights and settings. What cannot be read or written is asked again."""
+Keys are content: weights and settings of scores, messages and settings of a judge's replies. What cannot be
+read or written is asked again."""
 
 import contextlib
 import hashlib
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rcpo.common.files import cache_dir, write_atomically
-from rcpo.evaluation.results import TaskResult, result_of
-
-Found = tuple[TaskResult, list[dict[str, Any]]]
-"""Scores, and a row a question."""
 
 
-def kept(key: str) -> Found | None:
-    """What was kept for the same weights, settings and task."""
+def kept(kind: str, key: str) -> dict[str, Any] | None:
+    """What was kept under the same key."""
     try:
-        tree = json.loads(_file(key).read_text(encoding="utf-8"))
-        return result_of(tree["result"]), list(tree["questions"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        tree = json.loads(_file(kind, key).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None
+    return tree if isinstance(tree, dict) else None
 
 
-def keep(key: str, found: Found) -> None:
-    file, (result, questions) = _file(key), found
+def keep(kind: str, key: str, tree: dict[str, Any]) -> None:
+    file = _file(kind, key)
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps({"result": asdict(result), "questions": questions}))
+        write_atomically(file, json.dumps(tree))
 
 
-def _file(key: str) -> Path:
-    return cache_dir() / "evaluation" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+def _file(kind: str, key: str) -> Path:
+    return cache_dir() / kind / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"

@@ -33,8 +33,13 @@ def option_named(word: str) -> EvaluationConfig:
     if not isinstance(own, dict):
         raise UserError(f"evaluation={word}: is not YAML with keys and values; mend the file")
     before: dict[str, Any] = option_tree(shipped[DEFAULT])
-    for name in own.pop("defaults", []):
-        if name in shipped:
+    named = own.pop("defaults", [])
+    for name in named if isinstance(named, list) else [named]:
+        if name not in (*shipped, "_self_"):
+            raise UserError(
+                f"evaluation={word}: defaults: {name}: no such option; choose of {', '.join(shipped)}"
+            )
+        if name != "_self_":
             before = before | option_tree(shipped[name])
     try:
         return section_of(EvaluationConfig, before | own)

@@ -4,14 +4,21 @@
 `rcpo.commands.evaluate` and, at the end of a run, by `rcpo.launch.at_end`."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
+from rcpo.common.code_version import code_hash
 from rcpo.config.evaluation import OWN, EvaluationConfig
 from rcpo.evaluation import arithmetic
 from rcpo.evaluation.harness import Harness
 from rcpo.evaluation.kept import keep, kept
-from rcpo.evaluation.results import INITIAL, Results, TaskResult
+from rcpo.evaluation.results import INITIAL, Results, TaskResult, result_of
 from rcpo.evaluation.subject import Loaded, Subject, initial_of
+
+KIND = "evaluation"
+"""Of what is kept of initial models."""
+Found = tuple[TaskResult, list[dict[str, Any]]]
+"""Scores, and a row a question."""
 
 
 class Evaluation:
@@ -20,7 +27,7 @@ class Evaluation:
     def __init__(self, asked: EvaluationConfig) -> None:
         """Raises UserError for a task that there is not."""
         self.tasks, self._batch = list(asked.tasks), asked.batch
-        self._known: dict[str, tuple[TaskResult, list[dict[str, Any]]]] = {}
+        self._known: dict[str, Found] = {}
         self._harness: Harness | None = None
         if theirs := [task for task in asked.tasks if task not in OWN]:
             self._harness = Harness(theirs, asked.folder, asked.limit, asked.chat)
@@ -35,17 +42,16 @@ class Evaluation:
             result = before.get(task)
             if result is None or result.made_with != made_with:
                 key = repr((task, sorted(made_with.items())))
-                is_shared = subject.when == INITIAL
-                if key not in self._known and is_shared and not again and (shared := kept(key)) is not None:
-                    self._known[key] = shared
-                if key not in self._known:
+                is_shared = subject.when == INITIAL  # by runs of other processes, too
+                known = self._known.get(key) or (_shared(key) if is_shared and not again else None)
+                if known is None:
                     say(f"{subject.name} {subject.when}: {task}")
                     loaded = loaded or Loaded(subject)
                     metrics, questions = self._ask(task, loaded)
-                    self._known[key] = TaskResult(metrics, len(questions), made_with), questions
+                    known = TaskResult(metrics, len(questions), made_with), questions
                     if is_shared:
-                        keep(key, self._known[key])
-                result, questions = self._known[key]
+                        keep(KIND, _versioned(key), {"result": asdict(known[0]), "questions": questions})
+                self._known[key] = result, questions = known
                 if results is not None:
                     results.add(subject.when, task, result, questions)
             found[task] = result
@@ -67,6 +73,20 @@ class Evaluation:
             return made_with
         assert self._harness is not None
         return made_with | {"task": self._harness.digest(task)}
+
+
+def _shared(key: str) -> Found | None:
+    """What another process has found."""
+    try:
+        tree = kept(KIND, _versioned(key)) or {}
+        return result_of(tree["result"]), list(tree["questions"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def _versioned(key: str) -> str:
+    """Another rcpo may ask otherwise."""
+    return f"{code_hash()} {key}"
 
 
 def with_initial(subjects: Sequence[Subject]) -> list[Subject]:

@@ -1,5 +1,6 @@
 """train.evaluate: which option its words select, and an evaluation at the end that fails."""
 
+import dataclasses
 import logging
 import os
 import signal
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from rcpo.commands.evaluate import OPTIONS
 from rcpo.common.conf import conf_dir
 from rcpo.common.errors import UserError
 from rcpo.config.compose import compose
@@ -17,6 +19,8 @@ from rcpo.config.resolved import ResolvedConfig
 from rcpo.config.validate import validate
 from rcpo.evaluation import tasks
 from rcpo.evaluation.options import option_named
+from rcpo.evaluation.results import INITIAL, Score, TaskResult
+from rcpo.evaluation.subject import find_subject
 from rcpo.launch.at_end import check_tasks, scores_at_end
 from rcpo.launch.first_look import look
 from rcpo.runs.folder import RunFolder
@@ -49,6 +53,20 @@ def test_an_option_of_ones_own_is_selected_by_its_name_and_read_from_its_file(tm
         UserError, match=r"is named word_problems; .* write name: mine into a file of your own"
     ):
         config_of("train.evaluate=mine", "--config-dir", str(tmp_path))
+
+
+@pytest.mark.parametrize("named", ["paper_v9", "[{a: b}]", "5", "[word_problems, mine]"])
+def test_defaults_that_there_are_not_are_refused(tmp_path: Path, named: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"defaults: {named}\ntasks: [sums]\n")
+    with pytest.raises(
+        UserError, match=r"defaults: .*: no such option; choose of paper_v1, paper_v2, safety"
+    ):
+        option_named(str(file))
+
+
+def test_the_help_names_the_options_that_ship() -> None:
+    assert set(OPTIONS) == set(SHIPPED)
 
 
 def fails(error: BaseException) -> Any:
@@ -94,25 +112,32 @@ def test_without_train_evaluate_nothing_is_asked(tmp_path: Path) -> None:
     assert scores_at_end(config_of(), RunFolder(tmp_path)) is None
 
 
-def test_an_initial_model_is_asked_once_for_all_processes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What another process asks is a new `Evaluation`; its answers are in RCPO_CACHE. A damaged file is
-    asked again."""
-    from rcpo.evaluation.kept import Found, keep, kept
-    from rcpo.evaluation.results import Score, TaskResult
+def test_an_initial_model_is_asked_once_for_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another process asks is a new `Evaluation`; what the first found is in RCPO_CACHE. Damaged, of
+    another rcpo, or with --again, it is asked once more."""
+    asked = []
 
-    found: Found = (
-        TaskResult({"exact_match": Score(0.5, 0.1)}, 2, {"weights": "w"}),
-        [{"id": "a", "value": 0.5}],
-    )
-    assert kept("key") is None
-    keep("key", found)
-    assert kept("key") == found
-    assert kept("another") is None
+    def answers(*_: Any) -> Any:
+        asked.append(1)
+        return {"exact_match": Score(0.5, 0.1)}, [{"id": "a", "value": 0.5}]
+
+    monkeypatch.setattr(tasks.Evaluation, "_ask", answers)
+    monkeypatch.setattr(tasks, "Loaded", lambda subject: None)
+    (subject,) = [dataclasses.replace(find_subject("builtin:tiny"), when=INITIAL)]
+
+    def found(again: bool = False) -> TaskResult:
+        return tasks.Evaluation(option_named("word_problems")).of(subject, again, print)["arithmetic"]
+
+    assert found() == found()
+    assert len(asked) == 1
+    assert found(again=True).metrics == {"exact_match": Score(0.5, 0.1)}
+    assert len(asked) == 2
     for file in Path(os.environ["RCPO_CACHE"]).glob("evaluation/*.json"):
         file.write_text("{")
-    assert kept("key") is None
+    found()
+    monkeypatch.setattr(tasks, "code_hash", lambda: "another")
+    found()
+    assert len(asked) == 4
 
 
 @pytest.mark.ci("lm-eval", needs="lm_eval")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from helpers.loopback_judge import Rule, judging_by, longer
 from rcpo import cli
@@ -246,3 +247,17 @@ def test_a_reward_model_scores_each_answer_by_itself(tmp_path: Path) -> None:
     make_classifier(tmp_path / "two", num_labels=2)
     with pytest.raises(UserError, match="gives 2 numbers, and a reward is one"):
         ClassifierJudge(str(tmp_path / "two"))
+
+
+def test_a_reward_model_without_a_score_is_none(tmp_path: Path) -> None:
+    """A head that the folder lacks would be drawn at random; nan is no verdict, and not a lost comparison."""
+    make_classifier(tmp_path / "reward", num_labels=1)
+    file = tmp_path / "reward/model.safetensors"
+    weights = load_file(file)
+    save_file({name: weights[name] for name in weights if name != "score.weight"}, file, {"format": "pt"})
+    with pytest.raises(UserError, match=r"has no score\.weight, which would be drawn at random"):
+        ClassifierJudge(str(tmp_path / "reward"))
+    save_file(weights | {"score.weight": weights["score.weight"] * torch.nan}, file, {"format": "pt"})
+    duel = Duel([{"role": "user", "content": "how many ?"}], "seven", "eight")
+    with pytest.raises(UserError, match="or has a score that is not finite"):
+        ClassifierJudge(str(tmp_path / "reward")).ask([duel], lambda num: None)
