@@ -1,12 +1,12 @@
 """Two files of answers, as `rcpo generate` writes them, joined by their prompts. Loads nothing heavy."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rcpo.common.errors import UserError
+from rcpo.evaluation.json_rows import json_rows
 
 Conversation = list[dict[str, str]]
 """Turns with role and content."""
@@ -52,7 +52,7 @@ def _answers(path: Path) -> dict[tuple[str, int], str]:
     """By prompt, and by number where a prompt has several answers."""
     found: dict[tuple[str, int], str] = {}
     counts: dict[str, int] = {}
-    for number, row in enumerate(_rows(path)):
+    for number, row in enumerate(json_rows(path, str(path))):
         try:
             prompt, answer = _said(row)
         except (KeyError, TypeError, ValueError, IndexError):
@@ -66,19 +66,6 @@ def _answers(path: Path) -> dict[tuple[str, int], str]:
     if not found:
         raise UserError(f"{path}: has no answers; give a file that `rcpo generate` wrote")
     return found
-
-
-def _rows(path: Path) -> Sequence[Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".json":
-            rows = json.loads(text)
-            return rows if isinstance(rows, list) else [rows]
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; give a file that `rcpo generate` wrote") from None
-    except (ValueError, RecursionError):
-        raise UserError(f"{path}: is not JSON; give a file that `rcpo generate` wrote") from None
 
 
 def _said(row: Any) -> tuple[Conversation, str]:

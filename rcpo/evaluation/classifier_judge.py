@@ -22,8 +22,8 @@ class ClassifierJudge:
             model, found = AutoModelForSequenceClassification.from_pretrained(path, output_loading_info=True)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
-                f"model={path}: cannot be loaded ({first_line(error)}); give a folder or a hub id of a reward "
-                "model"
+                f"model={path}: cannot be loaded ({first_line(error)}); give a folder or a hub id of a "
+                "reward model"
             ) from None
         if found["missing_keys"]:
             raise UserError(
@@ -67,7 +67,7 @@ class ClassifierJudge:
                 found.append((FIRST, SECOND) if a > b else (SECOND, FIRST))
         if all(both == (None, None) for both in found):
             raise UserError(
-                f"model={self.name}: every conversation is longer than its {self._positions} positions, or has "
-                "a score that is not finite; give another reward model"
+                f"model={self.name}: every conversation is longer than its {self._positions} positions, or "
+                "has a score that is not finite; give another reward model"
             )
         return found

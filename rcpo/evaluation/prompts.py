@@ -11,7 +11,6 @@ Forms of a row, each with the keys by which it is known:
 Does not write answers (`rcpo.evaluation.forms`). `rcpo.data.tokenize` says what training sees; the two agree
 on what a prompt is."""
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +18,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rcpo.common.errors import UserError, shortened
+from rcpo.common.errors import UserError
 from rcpo.data.generation import tokens_in_front
 from rcpo.data.template import Template, apply, ends_of_answers, look_at_template, taken_apart
+from rcpo.evaluation.json_rows import json_rows
 from rcpo.records.messages import ROLES, BadMessageError, Messages, parsed, turns, without_system
 from rcpo.records.record import BadRowError
 
@@ -43,7 +43,7 @@ class Prompt:
 def read_prompts(path: Path) -> list[Prompt]:
     """The prompts of a .json or .jsonl file. Raises UserError that names the row where one cannot be read."""
     prompts = []
-    for number, row in enumerate(_rows(path)):
+    for number, row in enumerate(json_rows(path, f"prompts={path}")):
         try:
             prompts.append(_prompt(row))
         except (BadRowError, BadMessageError) as error:
@@ -53,31 +53,6 @@ def read_prompts(path: Path) -> list[Prompt]:
     if not prompts:
         raise UserError(f"prompts={path}: has no rows; give a file with {FORMS} in every row")
     return prompts
-
-
-def _rows(path: Path) -> list[Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        said = getattr(error, "strerror", None) or "is not UTF-8 text"
-        raise UserError(f"prompts={path}: {said}; give a .json or .jsonl file") from None
-    if path.suffix == ".json":
-        try:
-            found = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"prompts={path}: is not JSON ({shortened(str(error))}); mend it") from None
-        if not isinstance(found, list):
-            raise UserError(f"prompts={path}: must be a list of rows; save one row a line as .jsonl")
-        return found
-    rows = []
-    for number, line in enumerate(text.splitlines()):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except (ValueError, RecursionError):
-            raise UserError(f"prompts={path}: line {number + 1} is not JSON; mend it") from None
-    return rows
 
 
 def _prompt(row: Any) -> Prompt:

@@ -207,10 +207,12 @@ def test_the_files_that_generate_writes_are_read(tmp_path: Path, form: str) -> N
     suffix = "json" if form == "alpaca_eval" else "jsonl"
     for name in ("a", "b"):
         prompt = Prompt("how many ?", row={"instruction": "how many ?", "uid": "u"})
-        answered = Answered(prompt, "how many ?", [[Turn(f"{name} has seven", 3, True)]])
+        answered = Answered(prompt, "how many ?", [[Turn(f"{name} has\u2028seven", 3, True)]])
         (tmp_path / f"{name}.{suffix}").write_text(written(form, [answered], name))
     joined = join_answers(tmp_path / f"a.{suffix}", tmp_path / f"b.{suffix}")
-    assert joined.duels == [Duel([{"role": "user", "content": "how many ?"}], "a has seven", "b has seven")]
+    assert joined.duels == [
+        Duel([{"role": "user", "content": "how many ?"}], "a has\u2028seven", "b has\u2028seven")
+    ]
     (tmp_path / "c.jsonl").write_text('{"prompt": "another", "response": "x"}\n')
     with pytest.raises(UserError, match="have no prompt in common"):
         join_answers(tmp_path / f"a.{suffix}", tmp_path / "c.jsonl")
