@@ -13,6 +13,7 @@ from rcpo.data.pairs import PackedPairs
 from rcpo.objectives.trial import takes_single_answers
 
 EXAMPLE = "type objective=kto, bco, dil_bce or another that judges each answer by itself"
+PROBED = "calibration.probe_pairs"
 
 
 def drawn_to_flip(num_pairs: int, config: DataConfig) -> list[int]:
@@ -50,6 +51,3 @@ def check_labels(config: ResolvedConfig, train: PackedPairs, held_out: PackedPai
                 f"{key}={num}: none of these held-out answers is a {lacking} one; give more, or rows in a "
                 "mixed order"
             )
-
-
-PROBED = "calibration.probe_pairs"

@@ -231,11 +231,8 @@ def present_in_pairs(pairs: Sequence[TokenizedPair]) -> Tensor:
     return torch.tensor([[each.num_tokens > 0 for each in side] for side in sides])
 
 
-def without_missing(values: SideLogProbs, pairs: Sequence[TokenizedPair]) -> SideLogProbs:
-    """With nan in the place of responses that are not there; itself where all are."""
-    present = present_in_pairs(pairs)
-    if bool(present.all()):
-        return values
+def without_missing(values: SideLogProbs, present: Tensor) -> SideLogProbs:
+    """With nan in the place of responses that are not there, by `present_in_pairs`."""
     return SideLogProbs(*(z.masked_fill(~has, math.nan) for z, has in zip(values, present, strict=True)))
 
 

@@ -95,17 +95,18 @@ def displacement_row(
     start_l: Tensor,
     num_probed: int = 0,
     noise: float | None = None,
+    present: Tensor | None = None,
 ) -> dict[str, float]:
     """`displacement/*` and `logps/*` of held-out pairs against their start, means over n pairs of (n,)
     tensors. Where calibration steers by the first `num_probed` of them, `probed/*` are the means of these and
     `unprobed/*` those of the others, which nothing steers by. `noise` is what rounding makes of a pair's r,
     root mean square: means within displacement/noise_floor, two standard errors of it, may be rounding.
 
-    Of single answers, whose start is nan on the side that is missing, means are over those that are there;
-    accuracy is the share of all chosen and rejected ones, two by two, of which the chosen one rose more, and
-    there is no both_down."""
-    if bool(start_w.isnan().any() or start_l.isnan().any()):
-        return _row_of_answers(z_w, z_l, start_w, start_l, num_probed, noise)
+    `present` (2, n) bool: which chosen and which rejected responses are there; None: all. Of single answers
+    means are over those that are there; accuracy is the share of all chosen and rejected ones, two by two, of
+    which the chosen one rose more, and there is no both_down."""
+    if present is not None and not bool(present.all()):
+        return _row_of_answers(z_w - start_w, z_l - start_l, (z_w, z_l), present, num_probed, noise)
     r_w, r_l = z_w - start_w, z_l - start_l
     names = ("chosen", "rejected", "accuracy", "chosen_down", "both_down")
     row = {
@@ -126,10 +127,9 @@ def displacement_row(
 
 
 def _row_of_answers(
-    z_w: Tensor, z_l: Tensor, start_w: Tensor, start_l: Tensor, num_probed: int, noise: float | None
+    r_w: Tensor, r_l: Tensor, z: tuple[Tensor, Tensor], present: Tensor, num_probed: int, noise: float | None
 ) -> dict[str, float]:
-    has_w, has_l = ~start_w.isnan(), ~start_l.isnan()
-    r_w, r_l = (z_w - start_w).double(), (z_l - start_l).double()
+    (has_w, has_l), r_w, r_l = present, r_w.double(), r_l.double()
     chosen, rejected = r_w[has_w], r_l[has_l]
     row = {
         "displacement/chosen": float(chosen.mean()),
@@ -141,7 +141,7 @@ def _row_of_answers(
     if noise is not None:
         row["displacement/noise_floor"] = 2 * noise / math.sqrt(min(len(chosen), len(rejected)))
     row["logps/chosen"], row["logps/rejected"] = (
-        float(z[has].double().mean()) for z, has in ((z_w, has_w), (z_l, has_l))
+        float(side[has].double().mean()) for side, has in zip(z, present, strict=True)
     )
     parts = {"probed": slice(num_probed), "unprobed": slice(num_probed, None)} if num_probed else {}
     for name, part in parts.items():

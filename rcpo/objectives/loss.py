@@ -16,6 +16,16 @@ from rcpo.objectives.parameters import config_key
 from rcpo.objectives.reading import AS_WRITTEN, Reading
 
 
+def sides_there(lengths: Tensor, are_whole: bool) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """len_w, len_l and present of `PairLogProbs`, of response tokens per side (2B,), chosen sides first, 0
+    where one is missing; `are_whole`: whether none is."""
+    len_w, len_l = lengths.clamp(min=1).chunk(2)
+    if are_whole:
+        return len_w, len_l, None
+    has_w, has_l = (lengths > 0).to(lengths.dtype).chunk(2)
+    return len_w, len_l, (has_w, has_l)
+
+
 class PairLogProbs(NamedTuple):
     """What an objective sees of a batch of B pairs; every tensor is (B,) and floating point."""
 

@@ -10,6 +10,7 @@ import torch
 
 from rcpo.data.pairs import SideLogProbs, TokenizedPair, present_in_pairs
 from rcpo.objectives import Objective, PairLogProbs
+from rcpo.objectives.loss import sides_there
 from rcpo.objectives.trial import takes_single_answers
 from rcpo.training.aggregate import Aggregate
 
@@ -31,20 +32,13 @@ def held_out_loss(
     """
     if ref is None or objective.weighs_tokens:
         return None
-    has_w, has_l = present_in_pairs(pairs)
-    are_whole = bool((has_w & has_l).all())
+    are_whole = bool(present_in_pairs(pairs).all())
     if not (are_whole or takes_single_answers(objective)):
         return None
-    lengths = [[side.num_tokens - side.num_prompt for side in (pair.chosen, pair.rejected)] for pair in pairs]
-    len_w, len_l = torch.tensor(lengths, dtype=z.z_w.dtype).T
-    values = PairLogProbs(*z, *ref, len_w, len_l, state)
-    if not are_whole:
-        present = has_w.to(len_w.dtype), has_l.to(len_l.dtype)
-        values = values._replace(
-            len_w=len_w.clamp(min=1),
-            len_l=len_l.clamp(min=1),
-            present=present,
-            mean_tokens=float(len_w.mean()),
-        )
+    sides = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    lengths = torch.tensor([side.num_tokens - side.num_prompt for side in sides], dtype=z.z_w.dtype)
+    len_w, len_l, present = sides_there(lengths, are_whole)
+    mean_tokens = None if are_whole else float(lengths[: len(pairs)].mean())
+    values = PairLogProbs(*z, *ref, len_w, len_l, state, mean_tokens=mean_tokens, present=present)
     losses = objective(values)
     return aggregate.of_all(torch.tensor([pair.weight for pair in pairs], dtype=losses.dtype) * losses)

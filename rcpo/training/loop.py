@@ -305,14 +305,13 @@ def _note_evaluation(training: Training, result: SideLogProbs) -> None:
         return
     step, start, held_out = training.state.step, training.start, training.inputs.held_out
     num_probed = training.config.calibration.probe_pairs
-    shown = without_missing(result, held_out)
-    began = without_missing(SideLogProbs(start.z_w, start.z_l), held_out)
-    row = displacement_row(*shown, *began, num_probed, start.noise)
+    present = present_in_pairs(held_out)
+    row = displacement_row(*result, start.z_w, start.z_l, num_probed, start.noise, present)
     method, numbers = training.method, training.state.objective_state
     loss = held_out_loss(method.objective, method.aggregate, numbers, held_out, result, start.reference)
     if loss is not None:
         row["loss"] = loss
-    training.run.save_pair_results(step, shown)
+    training.run.save_pair_results(step, without_missing(result, present))
     for sink in training.sinks:
         sink.log_eval({"step": step} | row)
 

@@ -38,6 +38,7 @@ from rcpo.method.metrics import QUANTITIES, balance_row, means_of, pair_sums, st
 from rcpo.method.scores import CHOSEN, REJECTED
 from rcpo.method.statistics import Probe
 from rcpo.objectives import Objective, PairLogProbs
+from rcpo.objectives.loss import sides_there
 from rcpo.ranks.distributed import rank, sum_over_ranks, sum_parts_over_ranks, world_size
 from rcpo.training.aggregate import Tilt
 from rcpo.training.measurement import Measurement
@@ -236,11 +237,8 @@ def pairs_of(
     micro_batch: MicroBatch, z_w: Tensor, z_l: Tensor, objective_state: tuple[float, ...]
 ) -> PairLogProbs:
     """What an objective sees of a micro-batch at z_w, z_l (B,) fp32."""
-    lengths, present = micro_batch.batch.lengths.to(z_w.dtype), None
-    if micro_batch.batch.present is not None:
-        has_w, has_l = (lengths > 0).to(z_w.dtype).chunk(2)
-        lengths, present = lengths.clamp(min=1), (has_w, has_l)
-    len_w, len_l = lengths.chunk(2)
+    batch = micro_batch.batch
+    len_w, len_l, present = sides_there(batch.lengths.to(z_w.dtype), batch.present is None)
     return PairLogProbs(
         z_w, z_l, micro_batch.ref_w, micro_batch.ref_l, len_w, len_l, objective_state,
         mean_tokens=micro_batch.mean_tokens, partners=micro_batch.partners, present=present,

@@ -1,6 +1,7 @@
 """Single answers with a label: which losses take them, by hand and by autograd, and that a step does not
 depend on how its answers are cut into micro-batches or laid out."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from helpers.tiny_models import make_llama, make_pairs
 from rcpo.data.batch import collate
 from rcpo.data.joint import collate_joint
 from rcpo.data.mismatched import Mismatch, MismatchedPairs
-from rcpo.data.pairs import NO_SIDE, SideLogProbs, TokenizedPair, pack, without_missing
+from rcpo.data.pairs import NO_SIDE, SideLogProbs, TokenizedPair, pack, present_in_pairs, without_missing
 from rcpo.method.incentives import incentives, loss_and_incentives
 from rcpo.method.metrics import QUANTITIES, balance_row, displacement_row, means_of, pair_sums
 from rcpo.models.policy import Policy
@@ -112,17 +113,20 @@ def test_held_out_answers_are_compared_two_by_two() -> None:
         TokenizedPair(NO_SIDE, make_pairs(1)[0].rejected, 0),
     )
     pairs = [pair[0], pair[0], pair[1], pair[1], pair[1]]
-    now = without_missing(
-        SideLogProbs(torch.tensor([3.0, 0, 9, 9, 9]), torch.tensor([9.0, 9, 1, 0, -2])), pairs
-    )
-    start = without_missing(SideLogProbs(torch.zeros(5), torch.zeros(5)), pairs)
-    row = displacement_row(*now, *start, num_probed=3)
+    now = torch.tensor([3.0, 0, 9, 9, 9]), torch.tensor([9.0, 9, 1, 0, -2])
+    start = torch.zeros(5), torch.zeros(5)
+    row = displacement_row(*now, *start, num_probed=3, present=present_in_pairs(pairs))
     assert row["displacement/accuracy"] == pytest.approx(4.5 / 6)
     assert (row["displacement/chosen"], row["displacement/chosen_down"]) == (1.5, 0)
     assert row["displacement/rejected"] == pytest.approx(-1 / 3)
     assert (row["probed/chosen"], row["probed/rejected"], row["unprobed/rejected"]) == (1.5, 1, -1)
     assert "displacement/both_down" not in row
     assert "unprobed/chosen" not in row
+    kept = without_missing(SideLogProbs(*now), present_in_pairs(pairs))
+    assert kept.z_w.isnan().tolist() == [False, False, True, True, True]
+    lost = torch.tensor([torch.nan, 0, 9, 9, 9])
+    row = displacement_row(*now, lost, start[1], present=present_in_pairs(pairs))
+    assert math.isnan(row["displacement/chosen"])  # a number that was lost is not a response that is missing
 
 
 @pytest.mark.parametrize("layout", ["rows", "packed", "shared", "shared and packed"])
