@@ -11,8 +11,11 @@ from helpers.cases import Case, Layout, make_config
 from helpers.same_run import assert_equal_rows
 from helpers.small_engine import SmallEngine, train_small
 from helpers.tiny_models import make_llama, make_pairs
+from rcpo.config.schema import DataConfig
+from rcpo.config.validate import section_of
 from rcpo.data.batch import collate
 from rcpo.data.joint import collate_joint
+from rcpo.data.labels import drawn_to_flip
 from rcpo.data.mismatched import Mismatch, MismatchedPairs
 from rcpo.data.pairs import NO_SIDE, SideLogProbs, TokenizedPair, pack, present_in_pairs, without_missing
 from rcpo.method.incentives import incentives, loss_and_incentives
@@ -202,3 +205,16 @@ def test_pairs_are_taken_apart_and_labels_exchanged() -> None:
     assert flipped[0] == pairs[0]
     assert pairs.flipped([]) == pairs
     assert apart.flipped([0])[0] == TokenizedPair(NO_SIDE, pairs[0].chosen, 0)
+
+
+def test_the_draw_of_label_noise() -> None:
+    """As many as the share says, by the data's seed; a larger share has all of a smaller one's."""
+
+    def drawn(flip: float, seed: int = 0) -> list[int]:
+        return drawn_to_flip(40, section_of(DataConfig, {"source": "arithmetic", "flip": flip, "seed": seed}))
+
+    assert drawn(0.0) == []
+    assert drawn(1.0) == list(range(40))
+    assert len(drawn(0.1)) == 4
+    assert drawn(0.1) == drawn(0.1) != drawn(0.1, seed=1)
+    assert set(drawn(0.1)) < set(drawn(0.3))
