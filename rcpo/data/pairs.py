@@ -160,6 +160,17 @@ class PackedPairs(Sequence[TokenizedPair]):
         return int((rows != rows[0]).argmax()) or len(rows)
 
     @property
+    def num_lists(self) -> int:
+        """Lists of responses; of pairs their number."""
+        return len(self) // self.slots
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the source that these are of, each row's pairs one after the other."""
+        rows = self.arrays.rows
+        return len(rows) and 1 + int((rows[1:] != rows[:-1]).sum())
+
+    @property
     def present(self) -> NDArray[np.bool_]:
         """(n, 2) which responses are there."""
         return self.arrays.lengths > 0

@@ -121,7 +121,7 @@ def preview_of(config: ResolvedConfig, num_pairs: int, rows: Sequence[int]) -> P
     read.records.report.extend(split_notes)
     inputs = filtered_inputs(config, tokenizer, read.tokens)
     try:
-        check_sizes(config, read.tokens, len(inputs.train))
+        check_sizes(config, read.tokens, inputs.num_train)
         refused = None
     except UserError as error:
         refused = str(error)

@@ -29,7 +29,7 @@ class Method:
     objective: Objective
     aggregate: Aggregate
     pairs_per_step: int
-    """B of the global batch, over all ranks."""
+    """B of the global batch, over all ranks; with lists of responses their slots as a step has them."""
 
 
 @dataclass
