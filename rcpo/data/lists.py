@@ -33,7 +33,9 @@ def num_ties(scores: Sequence[float]) -> int:
     return sum(one == other for one, other in itertools.combinations(scores, 2))
 
 
-def pairs_of_list(sides: Sequence[TokenizedSide], record: PreferenceRecord, lists: str) -> list[TokenizedPair]:
+def pairs_of_list(
+    sides: Sequence[TokenizedSide], record: PreferenceRecord, lists: str
+) -> list[TokenizedPair]:
     """What `lists` (data.lists) makes of a record's responses, the best first."""
     row, weight, scores, num = record.row, record.weight, record.scores, len(sides)
     if lists == "best_worst":
@@ -127,5 +129,5 @@ def by_sign(pairs: Sequence[TokenizedPair], lists: Lists, is_up: Tensor) -> BySi
                 places[which, number * 2 * num_slots + slot] = old[rank]
                 kept[which][slot] = sides[old[rank]]
         first = pairs[number * num_slots]
-        made += [TokenizedPair(*both, first.row, first.weight) for both in zip(*kept, strict=True)]
+        made += [TokenizedPair(up, down, first.row, first.weight) for up, down in zip(*kept, strict=True)]
     return BySign(made, lists._replace(order=order), places.flatten())

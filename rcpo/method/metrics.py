@@ -74,8 +74,8 @@ def _of_lists(pair: PairLogProbs) -> list[Tensor]:
         ranked = lists.ranked(of_chosen, of_rejected)
         return pair.of_lists(ranked[:, 0]), pair.of_lists(ranked.gather(1, lists.last())[:, 0])
 
-    both = (ends(pair.z_w, pair.z_l), ends(pair.ref_w, pair.ref_l), ends(pair.len_w, pair.len_l))
-    columns = _of_pairs(PairLogProbs(*(side for sides in both for side in sides)))
+    z, ref, length = ends(pair.z_w, pair.z_l), ends(pair.ref_w, pair.ref_l), ends(pair.len_w, pair.len_l)
+    columns = _of_pairs(PairLogProbs(z[0], z[1], ref[0], ref[1], length[0], length[1]))
     of_all = accuracy_in_lists(lists.ranked(pair.r_w, pair.r_l), lists)
     return [*columns[:6], pair.of_lists(of_all), *columns[7:]]
 
@@ -99,16 +99,16 @@ def means_of(
     num_chosen: float,
     num_rejected: float,
     num_whole: float,
-    of_lists: bool = False,
+    slots: int = 1,
 ) -> dict[str, float]:
     """Of the global batch's sums of `QUANTITIES`: means over the responses that are there, of what takes both
-    over whole pairs, of the loss over all; left out where there is nothing. `of_lists`: every pair has what
-    its list has, but for incentives."""
+    over whole pairs, of the loss over all; left out where there is nothing. With `slots` of each, of
+    lists: every pair has what its list has, and incentives are by the loss of a list."""
     means = {}
     for name, total in zip(QUANTITIES, sums, strict=True):
-        num, of_list = float(num_pairs), of_lists and not name.startswith("incentive/")
+        num, by_side = float(num_pairs), slots == 1 or name.startswith("incentive/")
         for names, of_these in ((OF_CHOSEN, num_chosen), (OF_REJECTED, num_rejected), (OF_PAIRS, num_whole)):
-            num = of_these if name in names and not of_list else num
+            num = of_these * slots if name in names and by_side else num
         if num:
             means[name] = total / num
     return means

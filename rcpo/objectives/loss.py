@@ -44,8 +44,8 @@ class Lists(NamedTuple):
         return both.gather(1, self.order)
 
     def worse(self) -> Tensor:
-        """(L, N, N) bool: whether response j of a list is worse than its response k, at [list, k, j]. Of equal
-        scores neither is."""
+        """(L, N, N) bool: whether response j of a list is worse than its response k, at [list, k, j]. Of
+        equal scores neither is."""
         is_there = self.there[:, :, None] & self.there[:, None, :]
         return is_there & (self.scores[:, None, :] < self.scores[:, :, None])
 

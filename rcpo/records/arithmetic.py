@@ -99,7 +99,8 @@ def arithmetic_records(
 
     The responses of a pair differ in the number word only. With more than two `responses` a record is a list
     of the right answer and as many near misses as there are and are wanted; an answer's score is the
-    negative of its distance from the right one. The same arguments give the same pairs. Raises UserError where there are not that many different problems.
+    negative of its distance from the right one. The same arguments give the same pairs.
+    Raises UserError where there are not that many different problems.
     """
     train, held_out = problem_split(train_pairs, eval_pairs, seed)
     seeds = f"training misses {seed}", f"held-out misses {seed}"

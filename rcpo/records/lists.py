@@ -42,7 +42,9 @@ def read_list(
     order = sorted(range(len(found)), key=lambda idx: (-values[idx], json.dumps(found[idx], default=str)))
     best, *others = (found[idx] for idx in order)
     try:
-        records = [read_record(prompt, best, other, row, tools, documents, template_kwargs) for other in others]
+        records = [
+            read_record(prompt, best, other, row, tools, documents, template_kwargs) for other in others
+        ]
     except BadRowError as error:
         raise BadRowError(_of_responses(str(error))) from None
     first, last = records[0], records[-1]
@@ -61,7 +63,9 @@ def read_list(
 
 def _scores_of(scores: Any, ranks: Any, num: int) -> list[float]:
     if (scores is None) == (ranks is None):
-        raise BadRowError("scores and ranks are both null" if scores is None else "there are scores and ranks")
+        raise BadRowError(
+            "scores and ranks are both null" if scores is None else "there are scores and ranks"
+        )
     name, sign = ("ranks", -1.0) if scores is None else ("scores", 1.0)
     values = _list_of(name, ranks if scores is None else scores)
     if len(values) != num:

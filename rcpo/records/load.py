@@ -272,14 +272,15 @@ def _read_records(
             values = shape.values(row)
             if shape.prompt and values["prompt"] is None:
                 raise BadRowError("prompt is null")
-            for_template = [values[part] for part in FOR_TEMPLATES]
+            tools, documents, kwargs = (values[part] for part in FOR_TEMPLATES)
             if shape.is_list:
-                listed = (values.get(part) for part in LISTED)
-                record = read_list(values["prompt"], *listed, number, *for_template)
+                responses, scores, ranks = (values.get(part) for part in LISTED)
+                listed = (values["prompt"], responses, scores, ranks)
+                record = read_list(*listed, number, tools, documents, kwargs)
             else:
                 sides = (values["prompt"], values["chosen"], values["rejected"])
                 label = values["label"] if shape.is_single else None
-                record = read_record(*sides, number, *for_template, label)
+                record = read_record(*sides, number, tools, documents, kwargs, label)
             if config.as_chat:
                 record = as_messages(record, bool(shape.prompt))
             records.append(dataclasses.replace(record, weight=weighing.weight(values)))

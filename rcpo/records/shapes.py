@@ -141,8 +141,10 @@ def with_one_order(
 ) -> dict[str, str]:
     """The names without scores or without ranks, since a list is read by one of the two: by the one that is
     named, or that there is, else by scores."""
-    has = {part: part in named or (not {"scores", "ranks"} & set(named) and names.get(part) in set(columns))
-           for part in ("scores", "ranks")}
+    has = {
+        part: part in named or (not {"scores", "ranks"} & set(named) and names.get(part) in set(columns))
+        for part in ("scores", "ranks")
+    }
     other = "scores" if has["ranks"] and not has["scores"] else "ranks"
     return {part: name for part, name in names.items() if part != other}
 

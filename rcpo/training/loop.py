@@ -94,11 +94,12 @@ def train(
     if rank() == 0:
         load_beside(config.tracking)
     check_agreement(config, inputs, engine)
-    pairs_per_step = config.train.pairs_per_step * slots_of_step(inputs.train.slots)
-    measurements = Measurements(config, engine, pairs_per_step)
+    slots = slots_of_step(inputs.train.slots)
+    measurements = Measurements(config, engine, slots)
     state = TrainState(0, calibrator, _initial_state(objective, inputs, sampler))
     reference, start = maker.open(engine)
-    method = Method(engine, objective, aggregate_of(config.composition), pairs_per_step)
+    pairs_per_step = config.train.pairs_per_step * slots
+    method = Method(engine, objective, aggregate_of(config.composition), pairs_per_step, slots)
     rehearse(config, inputs, method, sampler, num_steps, reference, measurements, state)
     if checkpoint is not None:
         values, scores = load_checkpoint(checkpoint, engine)

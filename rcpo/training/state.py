@@ -29,7 +29,9 @@ class Method:
     objective: Objective
     aggregate: Aggregate
     pairs_per_step: int
-    """B of the global batch, over all ranks; with lists of responses their slots as a step has them."""
+    """B of the global batch, over all ranks; with lists of responses all their slots."""
+    slots: int = 1
+    """Pairs that a list of responses is in a step; 1 where pairs are trained on."""
 
 
 @dataclass

@@ -150,8 +150,7 @@ def train_step(
         gradient_norms=engine.gradient_norms(),
         products=measurement.products(engine, alpha),
     )
-    of_lists = micro_batches[0].lists is not None
-    means = means_of(totals["quantities"], num_pairs, *totals["present"], of_lists)
+    means = means_of(totals["quantities"], num_pairs, *totals["present"], slots=method.slots)
     measured = measurement.read(totals["products"])
     seen = statistics_of(means, measured.geometry, probe, engine.lr_share())
     of_ranks = dict(zip(of_rank, totals["of_ranks"], strict=True))
@@ -236,7 +235,9 @@ def with_sides_by_sign(
         is_up.append(torch.cat([d_w >= 0, d_l < 0]))
     known = torch.cat(is_up).cpu().split([len(each) for each in is_up])
     return [
-        each.by_sign(signs) for each, signs in zip(micro_batches, known, strict=True) if each.by_sign is not None
+        each.by_sign(signs)
+        for each, signs in zip(micro_batches, known, strict=True)
+        if each.by_sign is not None
     ]
 
 

@@ -19,6 +19,7 @@ from rcpo.engine.optimizer import build_optimizer
 from rcpo.method.calibrators import build_calibrator
 from rcpo.models.policy import Policy
 from rcpo.training.aggregate import aggregate_of
+from rcpo.training.by_sign import slots_of_step, with_lists
 from rcpo.training.measurements import Measurements
 from rcpo.training.state import Method, TrainState
 from rcpo.training.step import MicroBatch, train_step
@@ -77,28 +78,36 @@ def train_small(
     num_steps: int,
     split: Sequence[int],
     reference: SmallEngine | None = None,
+    slots: int = 1,
 ) -> list[dict[str, float]]:
     """Train `model` in place against `reference`, or what it was, each step on all of `pairs`, cut into
     micro-batches of equal `split`; returns the metrics rows. A pair meets the responses of the one after it,
-    where the objective needs mismatched pairs."""
+    where the objective needs mismatched pairs. With `slots` pairs are those of lists, and `split` counts
+    lists."""
     engine = SmallEngine(model, config, len(split))
     frozen = reference or engine
     objective = config.objective_function
-    measurements = Measurements(config, engine)  # type: ignore[arg-type]
+    measurements = Measurements(config, engine, slots_of_step(slots))  # type: ignore[arg-type]
     state = TrainState(0, build_calibrator(config.calibration), objective.initial_state(8.0))
-    method = Method(engine, objective, aggregate_of(config.composition), len(pairs))  # type: ignore[arg-type]
+    in_step = slots_of_step(slots)
+    num_pairs, aggregate = len(pairs) // slots * in_step, aggregate_of(config.composition)
+    method = Method(engine, objective, aggregate, num_pairs, in_step)  # type: ignore[arg-type]
     which = [Mismatch(idx, (idx + 1) % len(pairs)) for idx in range(len(pairs))]
     mismatched = MismatchedPairs(pack(pairs), which, config.train.max_length)
     made: list[list[MicroBatch]] = []
     for all_pairs in (pairs, mismatched if objective.needs_mismatched else []):
         made.append([])
         start = 0
-        for size in split if all_pairs else ():
+        for num in split if all_pairs else ():
+            size = num * slots
             batch = collate(all_pairs[start : start + size], 0)
             if objective.weighs_tokens:
                 batch = batch._replace(ref_token_logps=frozen.logprobs_without_grad(batch, tokens=True))
             ref_w, ref_l = frozen.logprobs_without_grad(batch).chunk(2)
             made[-1].append(MicroBatch(batch, ref_w, ref_l, torch.ones(size)))
+            if all_pairs[0].scores is not None:
+                of_lists = all_pairs[start : start + size]
+                made[-1][-1] = with_lists(made[-1][-1], of_lists, slots, lambda each: collate(each, 0))
             start += size
     rows = []
     for step in range(num_steps):
