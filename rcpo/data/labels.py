@@ -22,8 +22,8 @@ def with_noise(train: PackedPairs, config: DataConfig) -> tuple[PackedPairs, int
     drawn, slots = drawn_to_flip(train.num_lists, config), train.slots
     which = [place for idx in drawn for place in range(idx * slots, (idx + 1) * slots)]
     if slots > 1:  # the middle one of an odd list stays where it is
-        is_whole = train.present.all(axis=1)
-        which = [place for place in which if bool(is_whole[place])]
+        is_whole = train.present.all(axis=1).tolist()
+        which = [place for place in which if is_whole[place]]
     return train.flipped(which), len(drawn)
 
 

@@ -5,6 +5,7 @@ tokenised (`rcpo.data.tokenize`). Called by `rcpo.records.load`.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 from typing import Any
@@ -59,6 +60,13 @@ def read_list(
     if len(set(said)) < len(said):
         raise BadRowError("two responses are identical")
     return record
+
+
+def num_pairs(record: PreferenceRecord, lists: str) -> int:
+    """How many training pairs `lists` (data.lists) makes of a record; a whole list counts as one."""
+    if lists != "all_pairs" or not record.scores:
+        return 1
+    return sum(better > worse for better, worse in itertools.combinations(record.scores, 2))
 
 
 def _scores_of(scores: Any, ranks: Any, num: int) -> list[float]:

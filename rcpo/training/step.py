@@ -150,13 +150,14 @@ def train_step(
         gradient_norms=engine.gradient_norms(),
         products=measurement.products(engine, alpha),
     )
-    means = means_of(totals["quantities"], num_pairs, *totals["present"], slots=method.slots)
+    num_chosen, num_rejected, num_whole = totals["present"]
+    means = means_of(totals["quantities"], num_pairs, num_chosen, num_rejected, num_whole, method.slots)
     measured = measurement.read(totals["products"])
     seen = statistics_of(means, measured.geometry, probe, engine.lr_share())
     of_ranks = dict(zip(of_rank, totals["of_ranks"], strict=True))
     alpha = of_ranks.get("calibration/alpha", alpha)
     row = step_row(means, seen, alpha, state.calibrator, measured.population) | of_ranks
-    row |= balance_row(num_pairs, *totals["present"])
+    row |= balance_row(num_pairs, num_chosen, num_rejected, num_whole)
     if any(totals["lost"]):
         raise NonFiniteStepError(row, _numbers(sums.lost))
     if not math.isfinite(whole_norm(totals["gradient_norms"])):
