@@ -69,7 +69,10 @@ def test_responses_are_what_sides_of_pairs_may_be(tmp_path: Path) -> None:
         ({"responses": ["a", "b"], "scores": [1, 2, 3]}, "there are 3 scores of 2 responses"),
         ({"responses": ["a", "b"], "scores": [1, math.nan]}, "one of the scores is not a finite number"),
         ({"responses": ["a", "b"], "scores": [True, 1]}, "one of the scores is not a finite number"),
-        ({"responses": ["a", "b"], "scores": [1, 1]}, "all responses are scored alike, so that none is better"),
+        (
+            {"responses": ["a", "b"], "scores": [1, 1]},
+            "all responses are scored alike, so that none is better",
+        ),
         ({"responses": ["a", "b"], "scores": None}, "scores and ranks are both null"),
         ({"responses": "a, b", "scores": [1, 2]}, "responses is null, or text that is no list"),
         ({"responses": {"a": 1}, "scores": [1, 2]}, "responses is dict, not a list"),
@@ -90,7 +93,9 @@ def test_columns_of_other_names_and_of_both_kinds(tmp_path: Path) -> None:
     rows = [{"q": f"q{n}", "answers": ["a", "b"], "rewards": [1, 2], "ranks": [1, 2]} for n in range(2)]
     data = load(tmp_path, rows, columns={"prompt": "q", "responses": "answers", "scores": "rewards"})
     assert data.train[0].chosen == "b"
-    named = [{"prompt": f"q{n}", "responses": ["a", "b"], "scores": [1, 2], "ranks": [1, 2]} for n in range(2)]
+    named = [
+        {"prompt": f"q{n}", "responses": ["a", "b"], "scores": [1, 2], "ranks": [1, 2]} for n in range(2)
+    ]
     assert load(tmp_path, named).train[0].chosen == "b"
     assert load(tmp_path, named, columns={"responses": "responses", "ranks": "ranks"}).train[0].chosen == "a"
     with pytest.raises(UserError, match="has no column scores, but"):
