@@ -49,10 +49,10 @@ class PlackettLuceDPOConfig:
 
 @objective("pl_dpo", PlackettLuceDPOConfig, needs_reference=True, listwise=True)
 def pl_dpo(pair: PairLogProbs, config: PlackettLuceDPOConfig) -> Tensor:
-    """-sum_k log(e^(beta r_k) / sum_{j >= k} e^(beta r_j)), r sorted best first, (B,): DPO of an order.
+    """-sum_k log(e^(beta r_k) / sum_{j >= k} e^(beta r_j)), r sorted best first, per pair (B,).
 
-    Of two responses it is dpo. Rafailov et al. 2023 (arXiv 2305.18290), appendix A.3. Equal scores are ours:
-    the sum over j is then over k itself and what is worse than it."""
+    DPO of an order; of two responses it is dpo. Rafailov et al. 2023 (arXiv 2305.18290), appendix A.3. Equal
+    scores are ours: the sum over j is then over k itself and what is worse than it."""
     lists = pair.as_lists()
     return pair.of_lists(plackett_luce(lists.ranked(pair.u_w, pair.u_l), lists, config.beta))
 
@@ -71,11 +71,10 @@ class PlackettLuceSimPOConfig:
 
 @objective("pl_simpo", PlackettLuceSimPOConfig, needs_reference=False, listwise=True)
 def pl_simpo(pair: PairLogProbs, config: PlackettLuceSimPOConfig) -> Tensor:
-    """sum_k log(1 + sum_{j worse than k} e^(beta (z_j/|y_j| - z_k/|y_k|) + gamma)), (B,): pl_dpo's order of
-    simpo's rewards.
+    """sum_k log(1 + sum_{j worse than k} e^(beta (z_j/|y_j| - z_k/|y_k|) + gamma)), per pair (B,).
 
-    Of two responses it is simpo. Not published: the margin gamma stands before each worse response, as simpo
-    has it before the one."""
+    pl_dpo's order of simpo's rewards; of two responses it is simpo. Not published: the margin gamma stands
+    before each worse response, as simpo has it before the one."""
     lists = pair.as_lists()
     x = lists.ranked(pair.z_w / pair.len_w, pair.z_l / pair.len_l)
     return pair.of_lists(plackett_luce(x, lists, config.beta, config.gamma))
@@ -95,7 +94,8 @@ class LireConfig:
 
 @objective("lire", LireConfig, needs_reference=False, listwise=True)
 def lire(pair: PairLogProbs, config: LireConfig) -> Tensor:
-    """-sum_i P_i R_i + sft_weight (-z_best/|y_best|), P = softmax(z / T) over the list, R the scores, (B,).
+    """-sum_i P_i R_i + sft_weight (-z_best/|y_best|), P = softmax(z / T) over the list, R the scores,
+    per pair (B,).
 
     The expected score, with its sign changed, of a response drawn from the list by the policy. d_i = P_i (R_i
     - sum_j P_j R_j) / T: what is scored above the policy's mean is pulled up. Ranks count as their negatives,
@@ -121,7 +121,7 @@ class RRHFConfig:
 
 @objective("rrhf", RRHFConfig, needs_reference=False, listwise=True)
 def rrhf(pair: PairLogProbs, config: RRHFConfig) -> Tensor:
-    """rank_weight sum_{i better than j} max(0, p_j - p_i) + sft_weight (-p_best), p = z/|y|, (B,).
+    """rank_weight sum_{i better than j} max(0, p_j - p_i) + sft_weight (-p_best), p = z/|y|, per pair (B,).
 
     Yuan et al. 2023 (arXiv 2304.05302), eq. 2 to 4. The published code divides the likelihood by the tokens
     of prompt, response and padding; this by those of the response."""

@@ -66,6 +66,10 @@ DATA: dict[str, str | bytes] = {
     "kto.jsonl": json_lines([{"prompt": f"a{n}", "completion": "b", "label": n % 2 == 0} for n in range(40)]),
     "ratings.jsonl": json_lines([{"prompt": "a", "completion": "b", "label": "good"}] * 4),
     "good_alone.jsonl": json_lines([{"prompt": f"a{n}", "completion": "b", "label": 1} for n in range(40)]),
+    "lists.jsonl": json_lines(
+        [{"prompt": f"a{n}", "responses": ["b", "c", "d"], "scores": [n, 0, 1.5]} for n in range(40)]
+    ),
+    "unordered.jsonl": json_lines([{"prompt": "a", "responses": ["b", "c"], "scores": [1, 1]}] * 4),
     "scored.jsonl": json_lines([{"instruction": "a", "completions": [{"response": "b"}]}]),
     "conversations.jsonl": json_lines([{"conversations": [{"from": "human", "value": "a"}]}]),
     "implicit.jsonl": json_lines([{"chosen": "It is seven", "rejected": "It is eight"}]),

@@ -35,6 +35,10 @@ COMPARE_RANKS = {"aot", "aot_unpaired"}
 single pairs."""
 
 
+KINKED = {"rrhf"}
+"""Objectives with a kink at z_w/|y_w| = z_l/|y_l|, where pair A stands; `off_kinks` moves away from it."""
+
+
 class Case(NamedTuple):
     a: float
     """Loss of pair A with the default parameters."""
@@ -54,6 +58,11 @@ def pair_of(
     return PairLogProbs(*(torch.tensor([float(x)], dtype=dtype) for x in (*z, *ref, *length)))
 
 
+def off_kinks(name: str, pairs: PairLogProbs) -> PairLogProbs:
+    """Pairs at which the objective has a derivative."""
+    return pairs._replace(z_w=pairs.z_w - 0.01) if name in KINKED else pairs
+
+
 PAIR_A = pair_of((-4, -6), (-5, -5), (2, 3))
 PAIR_B = pair_of((-9, -8), (-7, -9), (3, 4))
 
@@ -65,6 +74,13 @@ CASES: dict[str, Case] = {
     # a pair alone is its own rank: dpo
     "aot": Case(nls(0.2), nls(-0.3), mirror=True),
     "aot_unpaired": Case(nls(0.2), nls(-0.3), mirror=True),
+    # of two responses: dpo and simpo
+    "pl_dpo": Case(nls(0.2), nls(-0.3), mirror=True),
+    "pl_simpo": Case(nls(-1.0), nls(-3.0), mirror=True),
+    # scores 1 and 0: minus the chosen one's share, s(m)
+    "lire": Case(-s(2.0), -s(-1.0), mirror=True),
+    # max(0, z_l/|y_l| - z_w/|y_w|) - z_w/|y_w|: 0 + 2; 1 + 3
+    "rrhf": Case(2.0, 4.0),
     # dpo of log-ratios that are weighted before the objective sees them
     "ti_dpo": Case(nls(0.2), nls(-0.3), mirror=True),
     # beta (1/2 + 1/3) = 5 * 5/6; 5 (-2/3 - 1/4) = -5 * 11/12

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from helpers.objective_cases import COMPARE_RANKS, PAIR_A, PAIR_B, s
+from helpers.objective_cases import COMPARE_RANKS, PAIR_A, PAIR_B, off_kinks, s
 from rcpo.method.incentives import incentives, loss_and_incentives
 from rcpo.objectives import REGISTRY, PairLogProbs, load_objective
 
@@ -27,10 +27,10 @@ PAIRS = PairLogProbs(
 @pytest.mark.parametrize("name", sorted(set(NAMES) - COMPARE_RANKS))
 def test_incentives_match_central_differences(name):
     """d_w = -(L(z_w + h) - L(z_w - h))/2h and d_l = +(L(z_l + h) - L(z_l - h))/2h, fp64, h = 1e-5."""
-    loss, h = load_objective(name), 1e-5
-    d_w, d_l = incentives(loss, PAIRS)
-    up_w, down_w = loss(PAIRS._replace(z_w=PAIRS.z_w + h)), loss(PAIRS._replace(z_w=PAIRS.z_w - h))
-    up_l, down_l = loss(PAIRS._replace(z_l=PAIRS.z_l + h)), loss(PAIRS._replace(z_l=PAIRS.z_l - h))
+    loss, h, pairs = load_objective(name), 1e-5, off_kinks(name, PAIRS)
+    d_w, d_l = incentives(loss, pairs)
+    up_w, down_w = loss(pairs._replace(z_w=pairs.z_w + h)), loss(pairs._replace(z_w=pairs.z_w - h))
+    up_l, down_l = loss(pairs._replace(z_l=pairs.z_l + h)), loss(pairs._replace(z_l=pairs.z_l - h))
     scale = max(1e-3, d_w.abs().max().item(), d_l.abs().max().item())
     assert torch.allclose(d_w, -(up_w - down_w) / (2 * h), rtol=1e-6, atol=1e-6 * scale)
     assert torch.allclose(d_l, (up_l - down_l) / (2 * h), rtol=1e-6, atol=1e-6 * scale)

@@ -34,7 +34,7 @@ AND_MORE = {"cpo", "rpo", "orpo", "cal_dpo", "bco", "dil_bce", "mix"}
 """Losses of a sigmoid and something else, or of two sigmoids."""
 OF_MARGIN = {
     "dpo", "ti_dpo", "dpo_norm", "cdpo", "robust_dpo", "ipo", "hinge", "exo", "discopop", "r_dpo", "dpop",
-    "rpo", "mix",
+    "rpo", "mix", "pl_dpo",
 }  # fmt: skip
 LIKELIHOOD = {"sft", "cpo", "slic", "rpo", "orpo", "mix"}
 

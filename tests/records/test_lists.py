@@ -126,7 +126,7 @@ def tokenized(lists: str, records: list[PreferenceRecord] = RECORDS) -> PackedPa
 
 
 def test_what_becomes_of_lists() -> None:
-    """Of all pairs the tie is none; 5, 3 and 1 pairs a row, so weights 3/5, 1 and 3. Whole: two slots each."""
+    """Of all pairs the tie is none; 5, 3 and 1 pairs a row, so weights 3/5, 1 and 3. Whole: two slots."""
     assert texts(tokenized("best_worst")) == [("a", "dd"), ("bb", "a"), ("a", "b")]
     found = tokenized("all_pairs")
     assert texts(found) == [

@@ -138,7 +138,7 @@ def test_lists_as_pairs_and_what_does_not_take_lists(tmp_path: Path) -> None:
     for more, fault in (
         (
             (),
-            r"objective=dpo: takes pairs, and the training data are lists .*; type data\.lists=best_worst or ",
+            r"objective=dpo: takes pairs, and the training data are lists .*; type data\.lists=best_worst ",
         ),
         (
             ("objective=pl_dpo", "data.unpair=true"),
