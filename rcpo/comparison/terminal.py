@@ -1,5 +1,6 @@
 """The table of a comparison on a terminal: as many columns as fit, a table for each model and data."""
 
+import re
 from collections.abc import Sequence
 
 from rich import box
@@ -17,6 +18,9 @@ from rcpo.comparison.view import Shown, View
 
 LONGEST_WORDS = 30
 """Columns of a terminal that a run's name or a setting may take before it goes on in the next line."""
+LONGEST_DATED = 20
+"""The same of a name that ends with a date, as rcpo makes them: the date goes on in the next line."""
+DATE = re.compile(r"-(?=\d{8}-\d{6}\b)")
 
 
 def print_table(console: Console, lines: Sequence[GroupLine], comparison: Comparison, view: View) -> None:
@@ -54,7 +58,7 @@ def _table(
         box=box.SIMPLE_HEAD, header_style="dim", padding=(0, 1, 0, 0), pad_edge=False, show_edge=False
     )
     for column in columns:
-        texts = [column.head, *(column.text(line, pm) for line in everything)]
+        texts = [column.head, *(_text(column, line, pm) for line in everything)]
         parts = [part for text in texts for part in (text.split() if column.is_words else [text])]
         width = max(map(len, parts))
         if column.is_words:
@@ -63,7 +67,7 @@ def _table(
             table.add_column(column.head, justify="right", no_wrap=True, width=width)
     previous = None
     for line in lines:
-        cells = [Text(column.text(line, pm)) for column in columns]
+        cells = [Text(_text(column, line, pm)) for column in columns]
         chosen = line.means["chosen"][0]
         for cell, column in zip(cells, columns, strict=True):
             if column.name == "chosen" and abs(chosen) >= KEPT_NATS:
@@ -74,3 +78,8 @@ def _table(
         previous = objective
         table.add_row(*cells)
     return table
+
+
+def _text(column: Shown, line: GroupLine, pm: str) -> str:
+    text = column.text(line, pm)
+    return DATE.sub("-\n", text) if column.is_words and len(text) > LONGEST_DATED else text

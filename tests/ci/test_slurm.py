@@ -159,8 +159,8 @@ def play_lost_node(stage: Stage) -> tuple[Sweep, list[str]]:
 
 
 def play_growth(stage: Stage) -> tuple[Sweep, list[str], list[bytes]]:
-    """Two short cells that end, then a file with one more value, by the same command both times; what it said,
-    and the configs of the first two before and after."""
+    """Two short cells that end, then a file with one more value, by the same command both times; what it
+    said, and the configs and rows of the first two before and after."""
     file, profile = stage.write("growth", ONE_RANK, overrides=["train.steps=3"], axes={"seed": [0, 1]})
     out, texts = stage.folder / "sweeps/growth", []
 
@@ -358,7 +358,8 @@ def test_a_sweep_that_grows_submits_its_new_cell_alone(played: Played) -> None:
     assert "submitted 2 cells" in first
     assert "3 cells" in second
     assert "1 of them new" in second
-    assert "submitted 1 cells" in second
+    assert "submitted 1 cell as" in second
+    assert "left alone: 2 done" in second
     assert [cell.name for cell in sweep.folder.read_cells()] == ["seed0", "seed1", "seed2"]
     assert after == before
     for name in ("seed0", "seed1", "seed2"):
