@@ -1,6 +1,5 @@
 """The table of a comparison on a terminal: as many columns as fit, a table for each model and data."""
 
-import re
 from collections.abc import Sequence
 
 from rich import box
@@ -9,7 +8,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from rcpo.common.console import KEPT_NATS, fitted
+from rcpo.common.console import KEPT_NATS, date_below, fitted
 from rcpo.comparison.forms import as_markdown
 from rcpo.comparison.groups import Comparison
 from rcpo.comparison.summary import headline, sentences
@@ -18,9 +17,6 @@ from rcpo.comparison.view import Shown, View
 
 LONGEST_WORDS = 30
 """Columns of a terminal that a run's name or a setting may take before it goes on in the next line."""
-LONGEST_DATED = 20
-"""The same of a name that ends with a date, as rcpo makes them: the date goes on in the next line."""
-DATE = re.compile(r"-(?=\d{8}-\d{6}\b)")
 
 
 def print_table(console: Console, lines: Sequence[GroupLine], comparison: Comparison, view: View) -> None:
@@ -82,4 +78,4 @@ def _table(
 
 def _text(column: Shown, line: GroupLine, pm: str) -> str:
     text = column.text(line, pm)
-    return DATE.sub("-\n", text) if column.is_words and len(text) > LONGEST_DATED else text
+    return date_below(text) if column.is_words else text
