@@ -47,7 +47,7 @@ def check_combinations(config: Config) -> None:
             "or calibration.scope=full"
         )
     _check_optimizer(config)
-    check_conditions(config, objective_of(config.objective).weighs_tokens)
+    check_conditions(config, objective_of(config.objective).reads_tokens)
     _check_answers(config)
     check_option(config.train.evaluate, config.evaluation.name)
 

@@ -44,10 +44,11 @@ from rcpo.training.checkpoint import checkpoint_to_resume, load_checkpoint
 from rcpo.training.held_out_loss import held_out_loss
 from rcpo.training.measurement import Measurement
 from rcpo.training.measurements import Measurements, kind_at
+from rcpo.training.micro_batch import MicroBatch, made_for
 from rcpo.training.rehearsal import rehearse, told_when_full
 from rcpo.training.setbacks import save_or_go_on, skip_or_stop, stop_with_checkpoint
 from rcpo.training.state import Method, Training, TrainState
-from rcpo.training.step import MicroBatch, NonFiniteStepError, TrainedStep, train_step
+from rcpo.training.step import NonFiniteStepError, TrainedStep, train_step
 
 
 class StepWatch:
@@ -264,11 +265,9 @@ def _micro_batches(training: Training, measurement: Measurement) -> list[MicroBa
     for indices in cut:
         pairs = [training.inputs.train[idx] for idx in indices]
         batch = lay_out(config.train, pairs, training.inputs.pad_id, measurement.takes_joint_layouts)
-        ref_w, ref_l, ref_token_logps = training.reference.rows(indices, batch, apart)
-        batch = batch._replace(ref_token_logps=ref_token_logps)
-        weight = torch.tensor([pair.weight for pair in pairs])
-        ref_w, ref_l, weight = (to_device(each, device) for each in (ref_w, ref_l, weight))
-        micro_batches.append(MicroBatch(batch.to(device), ref_w, ref_l, weight))
+        rows = training.reference.rows(indices, batch, apart)
+        made = made_for(training.method.objective, pairs, batch, rows, training.inputs.pad_id)
+        micro_batches.append(made.to(device))
     return micro_batches
 
 

@@ -30,8 +30,9 @@ from rcpo.reference.table import Reference
 from rcpo.reference.weights import has_own_weights
 from rcpo.training.measurement import Measurement
 from rcpo.training.measurements import Measurements
+from rcpo.training.micro_batch import MicroBatch
 from rcpo.training.state import Method, TrainState
-from rcpo.training.step import MicroBatch, backward_apart, backward_together
+from rcpo.training.step import backward_apart, backward_together
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ def _forward_and_back(
     for _ in range(min(2, engine.accumulation_steps)):  # the second finds the gradient of the first
         with torch.random.fork_rng(devices=devices), engine.rehearsing():
             priced = backward(method, state, micro_batch, measurement)
-    return torch.cat([priced.pair.z_w, priced.pair.z_l])
+    return torch.cat([priced.plain.z_w, priced.plain.z_l])
 
 
 def largest_micro_batch(

@@ -18,10 +18,12 @@ from rcpo.engine.gradient_norm import group_norms
 from rcpo.engine.optimizer import build_optimizer
 from rcpo.method.calibrators import build_calibrator
 from rcpo.models.policy import Policy
+from rcpo.reference.table import ReferenceRows
 from rcpo.training.aggregate import aggregate_of
 from rcpo.training.measurements import Measurements
+from rcpo.training.micro_batch import MicroBatch, made_for
 from rcpo.training.state import Method, TrainState
-from rcpo.training.step import MicroBatch, train_step
+from rcpo.training.step import train_step
 
 
 class SmallEngine:
@@ -94,11 +96,16 @@ def train_small(
         made.append([])
         start = 0
         for size in split if all_pairs else ():
-            batch = collate(all_pairs[start : start + size], 0)
-            if objective.weighs_tokens:
-                batch = batch._replace(ref_token_logps=frozen.logprobs_without_grad(batch, tokens=True))
+            part = all_pairs[start : start + size]
+            batch = collate(part, 0)
             ref_w, ref_l = frozen.logprobs_without_grad(batch).chunk(2)
-            made[-1].append(MicroBatch(batch, ref_w, ref_l, torch.ones(size)))
+            if all_pairs is pairs:
+                tokens = None
+                if objective.needs_reference_tokens:
+                    tokens = frozen.logprobs_without_grad(batch, tokens=True)
+                made[-1].append(made_for(objective, part, batch, ReferenceRows(ref_w, ref_l, tokens), 0))
+            else:
+                made[-1].append(MicroBatch(batch, ref_w, ref_l, torch.ones(size)))
             start += size
     rows = []
     for step in range(num_steps):

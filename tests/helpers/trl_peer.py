@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from helpers.tiny_models import make_llama
 from helpers.tiny_tokenizers import make_words
-from rcpo.data.tokenize import TokenizedPair, TokenizedSide
+from rcpo.data.pairs import NO_SIDE, TokenizedPair, TokenizedSide
 
 TEXTS = (
     ("a b c", " d e f g", " h i"),
@@ -46,16 +46,18 @@ def policy_and_reference() -> tuple[PreTrainedModel, PreTrainedModel]:
     return policy, reference
 
 
-def peer(trainer: str, keys: dict[str, Any], folder: Path) -> Peer:
-    """`keys` are of the trainer's own config class."""
+def peer(trainer: str, keys: dict[str, Any], folder: Path, unpaired: bool = False) -> Peer:
+    """`keys` are of the trainer's own config class; `unpaired`: of single answers, more chosen ones than
+    rejected ones."""
     policy, reference = policy_and_reference()
-    made = MAKERS[trainer](policy, reference, keys, folder)
+    maker, reader = (_kto_unpaired, _of_answers) if unpaired else (MAKERS[trainer], READERS[trainer])
+    made = maker(policy, reference, keys, folder)
     batch = made.data_collator([made.train_dataset[row] for row in range(len(made.train_dataset))])
     policy.train()
     loss = made.compute_loss(policy, batch)
     loss.backward()
     gradient = {name: weight.grad for name, weight in policy.named_parameters() if weight.grad is not None}
-    return Peer(READERS[trainer](batch), float(loss.detach()), gradient)
+    return Peer(reader(batch), float(loss.detach()), gradient)
 
 
 def _arguments(folder: Path, rows: int, keys: dict[str, Any]) -> dict[str, Any]:
@@ -96,13 +98,44 @@ def _cpo(policy: PreTrainedModel, reference: PreTrainedModel, keys: dict[str, An
     )  # fmt: skip
 
 
+def _orpo(policy: PreTrainedModel, reference: PreTrainedModel, keys: dict[str, Any], folder: Path) -> Any:
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    return ORPOTrainer(
+        model=policy, args=ORPOConfig(**_arguments(folder, len(TEXTS), keys)),
+        train_dataset=_paired(), processing_class=_tokenizer(),
+    )  # fmt: skip
+
+
 def _kto(policy: PreTrainedModel, reference: PreTrainedModel, keys: dict[str, Any], folder: Path) -> Any:
     """TRL takes a row's mismatched response from the row before it. In this order, chosen responses from the
     last pair to the first and then the rejected ones likewise, those are the responses of the pair after."""
-    from trl import KTOConfig, KTOTrainer
-
     rows = [{"prompt": text[0], "completion": text[1], "label": True} for text in reversed(TEXTS)]
     rows += [{"prompt": text[0], "completion": text[2], "label": False} for text in reversed(TEXTS)]
+    return _kto_of(rows, policy, reference, keys, folder)
+
+
+def _kto_unpaired(
+    policy: PreTrainedModel, reference: PreTrainedModel, keys: dict[str, Any], folder: Path
+) -> Any:
+    """Six chosen and three rejected answers, in a mixed order."""
+    rows = []
+    for number, (prompt, chosen, rejected) in enumerate(TEXTS):
+        rows.append({"prompt": prompt, "completion": chosen, "label": True})
+        if number % 2:
+            rows.append({"prompt": prompt, "completion": rejected, "label": False})
+    return _kto_of(rows, policy, reference, keys, folder)
+
+
+def _kto_of(
+    rows: list[dict[str, Any]],
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    keys: dict[str, Any],
+    folder: Path,
+) -> Any:
+    from trl import KTOConfig, KTOTrainer
+
     return KTOTrainer(
         model=policy, ref_model=reference,
         args=KTOConfig(
@@ -112,7 +145,7 @@ def _kto(policy: PreTrainedModel, reference: PreTrainedModel, keys: dict[str, An
     )  # fmt: skip
 
 
-MAKERS = {"DPOTrainer": _dpo, "CPOTrainer": _cpo, "KTOTrainer": _kto}
+MAKERS = {"DPOTrainer": _dpo, "CPOTrainer": _cpo, "ORPOTrainer": _orpo, "KTOTrainer": _kto}
 
 
 def _sides(ids: Tensor, is_response: Tensor) -> list[TokenizedSide]:
@@ -146,8 +179,19 @@ def _of_kto(batch: dict[str, Tensor]) -> list[TokenizedPair]:
     return [TokenizedPair(pair.chosen, pair.rejected, row=row) for row, pair in enumerate(backwards[::-1])]
 
 
+def _of_answers(batch: dict[str, Tensor]) -> list[TokenizedPair]:
+    """Single answers from the last row to the first: of each the one after it is then the row before."""
+    sides = _sides(batch["input_ids"], batch["completion_mask"].bool())
+    both = [
+        (side, NO_SIDE) if label else (NO_SIDE, side)
+        for side, label in zip(sides, batch["label"], strict=True)
+    ]
+    return [TokenizedPair(*sides, row=row) for row, sides in enumerate(reversed(both))]
+
+
 READERS = {
     "DPOTrainer": _of_masks,
     "CPOTrainer": _of_labels,
+    "ORPOTrainer": _of_labels,
     "KTOTrainer": _of_kto,
 }

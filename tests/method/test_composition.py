@@ -31,8 +31,9 @@ from rcpo.objectives import (
 from rcpo.objectives.composition import composition_defaults
 from rcpo.training.aggregate import Aggregate, KlDro, Mean, aggregate_of, tilt
 from rcpo.training.held_out_loss import held_out_loss
+from rcpo.training.micro_batch import MicroBatch
 from rcpo.training.state import Method, TrainState
-from rcpo.training.step import MicroBatch, price, tilted, with_mean_tokens, with_partners
+from rcpo.training.step import price, tilted, with_mean_tokens, with_partners
 
 NAMES = sorted(set(REGISTRY) - COMPARE_RANKS)
 DEFAULTS = composition_defaults()
@@ -122,7 +123,8 @@ def test_a_weight_multiplies_loss_and_incentives_by_hand() -> None:
     """dpo, pairs A and B: beta mt = 0.2 and -0.3; d = 0.1 s(-0.2) and 0.1 s(0.3). Weights 3 and 0."""
     pairs = PairLogProbs(*(torch.cat(both) for both in zip(PAIR_A[:6], PAIR_B[:6], strict=True)))
     batch = micro_batches(pairs, (3.0, 0.0), (2,))[0]
-    _, loss, (d_w, d_l), _ = price(load_objective("dpo"), (), batch, pairs.z_w, pairs.z_l)
+    priced = price(load_objective("dpo"), (), batch, pairs.z_w, pairs.z_l)
+    loss, (d_w, d_l) = priced.loss, priced.incentives
     single = load_objective("dpo")(pairs)
     assert loss.tolist() == [pytest.approx(3 * single[0].item()), 0.0]
     assert d_w.tolist() == d_l.tolist() == [pytest.approx(0.3 * s(-0.2)), 0.0]
