@@ -47,6 +47,11 @@ def check_combinations(config: Config) -> None:
             "or calibration.scope=full"
         )
     _check_optimizer(config)
+    if config.model.router_loss and config.train.share_prefix:
+        raise UserError(
+            f"model.router_loss={config.model.router_loss}: counts the tokens of both responses' rows, and "
+            "train.share_prefix=true computes prompts once; type train.share_prefix=false"
+        )
     check_conditions(config, objective_of(config.objective).reads_tokens)
     _check_answers(config)
     check_option(config.train.evaluate, config.evaluation.name)

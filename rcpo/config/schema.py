@@ -90,6 +90,9 @@ class ModelConfig:
     response: Literal["template", "verbatim"] = IN_CONF
     """template: a response is what the chat template makes of it. verbatim: its content as it is, behind the
     generation prompt; for templates that cut reasoning out."""
+    router_loss: Annotated[float, Field(ge=0, le=1e3)] = IN_CONF
+    """What the load-balancing loss of a mixture of experts counts beside the objective's; 0: nothing, and no
+    pass for it."""
     lora: LoraConfig = Field(default_factory=LoraConfig)
     """Train a low-rank adapter in place of the weights."""
     quantization: Literal["4bit"] | None = IN_CONF

@@ -87,6 +87,8 @@ class PairBatch(NamedTuple):
     """(N,) fp32: what each target counts in z; None: 1."""
     gives_log_weights: bool = False
     """Whether a pass tells how likely the responses are to the model (WPO's weights)."""
+    expert_costs: Tensor | None = None
+    """(E,) fp32: what the router's summed probability of each expert costs, where a pass is to tell that."""
     present: Present | None = None
     """How many responses are there; None: all of them."""
 
@@ -102,11 +104,13 @@ class PairBatch(NamedTuple):
             ref_token_logps=_moved(self.ref_token_logps, device),
             token_weights=_moved(self.token_weights, device),
             gives_log_weights=self.gives_log_weights,
+            expert_costs=_moved(self.expert_costs, device),
             present=self.present,
         )
 
     def side(self, chosen: bool) -> "PairBatch":
-        """The rows of one side alone, (B, T), on the same grid; not of a joint layout."""
+        """The rows of one side alone, (B, T), on the same grid, whose experts cost nothing; not of a joint
+        layout."""
         assert self.segments is None
         num_pairs, width = self.num_pairs, self.input_ids.shape[1]
         num_rows = num_pairs if self.present is None else max(1, self.present.chosen)

@@ -3,7 +3,7 @@ logits.
 
 Does not own loading (`rcpo.models.load`) or training: `rcpo.engine.engine` wraps it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from rcpo.data.batch import PairBatch
 from rcpo.models.attention import attention_inputs
 from rcpo.models.logit_transform import body_of, logit_transform
 from rcpo.models.logprobs import TokenLogProbHead, importance_weighted, score_shares, sum_per_side
+from rcpo.models.router import cost_of, expert_sums
 
 
 class Read(NamedTuple):
@@ -26,13 +27,16 @@ class Read(NamedTuple):
     log_weights: Tensor | None
     """Mean over the response's tokens of log p - log sum_v p_v^2, detached, where the batch asks for it: how
     likely the response is, beside one that the model writes itself (arXiv 2406.11827)."""
+    router: Tensor | None = None
+    """() what the batch's experts cost, attached, where it says so."""
 
 
 def read(made: Tensor, batch: PairBatch) -> Read:
     """The parts of what a policy has made of `batch`."""
     z, *rest = made.view(-1, len(batch.lengths))
     sums = z if batch.token_weights is None else rest.pop(0)
-    return Read(z, sums, rest.pop(0) if batch.gives_log_weights else None)
+    log_weights = rest.pop(0) if batch.gives_log_weights else None
+    return Read(z, sums, log_weights, None if batch.expert_costs is None else rest.pop(0)[0])
 
 
 class Policy(nn.Module):
@@ -50,9 +54,12 @@ class Policy(nn.Module):
         """From token ids to last hidden states."""
         return self._body[0]
 
-    def forward(self, batch: PairBatch, tokens: bool = False, own_logits: bool = False) -> Tensor:
+    def forward(
+        self, batch: PairBatch, tokens: bool = False, own_logits: bool = False, experts: bool = False
+    ) -> Tensor:
         """z (2B,) fp32: 0..B-1 chosen, B..2B-1 rejected; with `tokens` the token log-probs (N,), with
-        `own_logits` by the model's own forward method, logits and all. Where the batch has the reference's,
+        `own_logits` by the model's own forward method, logits and all, with `experts` the sums over the
+        router's choices (`rcpo.models.router`). Where the batch has the reference's,
         z is weighted by importance. Where the batch asks for more than z, that stands behind it (`read`).
 
         Rows are padded on the right, so causal attention keeps padding out of every real position without a
@@ -60,8 +67,14 @@ class Policy(nn.Module):
         """
         if own_logits:
             return self._by_own_logits(batch)
-        layout = attention_inputs(self.model, batch)
-        hidden = self.body(input_ids=batch.input_ids, use_cache=False, **layout).last_hidden_state
+        layout: dict[str, Any] = attention_inputs(self.model, batch)
+        if experts or batch.expert_costs is not None:
+            layout = layout | {"output_router_logits": True}
+        found = self.body(input_ids=batch.input_ids, use_cache=False, **layout)
+        if experts:
+            top_k = int(self.model.config.get_text_config().num_experts_per_tok)
+            return expert_sums(found.router_logits, batch, top_k)
+        hidden = found.last_hidden_state
         scores = self.head.scores
         if scores is not None:
             scores.importance = score_shares(batch, None, scores.averages)
@@ -80,6 +93,8 @@ class Policy(nn.Module):
         else:
             z = sum_per_side(token_logps, batch)
         more = self._more(token_logps.detach(), batch)
+        if batch.expert_costs is not None:
+            more.append(cost_of(found.router_logits, batch, batch.expert_costs).expand_as(z))
         return torch.cat([z, *more]) if more else z
 
     def _more(self, token_logps: Tensor, batch: PairBatch) -> list[Tensor]:

@@ -78,6 +78,14 @@ def takes_single_answers(objective: Objective) -> bool:
     )
 
 
+def labels_read(objective: Objective) -> tuple[bool, bool]:
+    """Whether a loss that takes single answers pulls chosen ones, and rejected ones, tried out on three."""
+    z_w, z_l = PAIRS.z_w.clone().requires_grad_(), PAIRS.z_l.clone().requires_grad_()
+    pairs = PAIRS._replace(z_w=z_w, z_l=z_l, state=objective.initial_state(20.0))
+    pulls = torch.autograd.grad(objective(pairs).sum(), (z_w, z_l), allow_unused=True, materialize_grads=True)
+    return bool(pulls[0].any()), bool(pulls[1].any())
+
+
 def _alone(idx: int) -> PairLogProbs:
     one = slice(idx, idx + 1)
     z_w, z_l, ref_w, ref_l, len_w, len_l = PAIRS[:6]

@@ -95,7 +95,13 @@ def train(
     measurements = Measurements(config, engine)
     state = TrainState(0, calibrator, _initial_state(objective, inputs, sampler))
     reference, start = maker.open(engine)
-    method = Method(engine, objective, aggregate_of(config.composition), config.train.pairs_per_step)
+    method = Method(
+        engine,
+        objective,
+        aggregate_of(config.composition),
+        config.train.pairs_per_step,
+        config.model.router_loss,
+    )
     rehearse(config, inputs, method, sampler, num_steps, reference, measurements, state)
     if checkpoint is not None:
         values, scores = load_checkpoint(checkpoint, engine)

@@ -30,6 +30,8 @@ class Method:
     aggregate: Aggregate
     pairs_per_step: int
     """B of the global batch, over all ranks."""
+    router_loss: float = 0.0
+    """What the load-balancing loss of experts counts beside the objective's."""
 
 
 @dataclass

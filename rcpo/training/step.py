@@ -8,6 +8,7 @@
     d_w, d_l    = -dL/dz_w, +dL/dz_l                         method.incentives, by autograd
     partners    of the global batch's sorted numbers         losses that compare ranks: a pass more
     tilt        = what the mean is not: KL-DRO               training.aggregate, scales loss and incentives
+    experts     whose tokens the global batch counts         a router's loss: a pass more, and a term beside
     surrogate   = mean(-alpha d_w z_w + (d_l/alpha) z_l)     its gradient is the loss's, calibrated
     guard       every loss, z and gradient is finite         or nothing is updated: NonFiniteStepError
     geometry    = products of the sides' score vectors       training.measurement, where this step is measured
@@ -38,6 +39,7 @@ from rcpo.method.metrics import QUANTITIES, balance_row, means_of, pair_sums, st
 from rcpo.method.scores import CHOSEN, REJECTED
 from rcpo.method.statistics import Probe
 from rcpo.models.policy import Read, read
+from rcpo.models.router import expert_costs
 from rcpo.objectives import Objective, PairLogProbs
 from rcpo.objectives.loss import sides_there
 from rcpo.ranks.distributed import rank, sum_over_ranks, sum_parts_over_ranks, world_size
@@ -133,6 +135,7 @@ def train_step(
     seeing = with_mismatched(method, state, mismatched)
     micro_batches = with_partners(method, with_mean_tokens(method, micro_batches))
     micro_batches = tilted(method, seeing, micro_batches)
+    router_loss, micro_batches = with_expert_costs(method, micro_batches)
     sums = forward_and_back(method, seeing, micro_batches, measurement)
 
     of_rank = state.calibrator.of_rank(world_size())
@@ -154,6 +157,9 @@ def train_step(
     alpha = of_ranks.get("calibration/alpha", alpha)
     row = step_row(means, seen, alpha, state.calibrator, measured.population) | of_ranks
     row |= balance_row(num_pairs, *totals["present"])
+    if router_loss is not None:
+        row["train/loss"] += method.router_loss * router_loss
+        row["train/router_loss"] = router_loss
     if any(totals["lost"]):
         raise NonFiniteStepError(row, _numbers(sums.lost))
     if not math.isfinite(whole_norm(totals["gradient_norms"])):
@@ -235,6 +241,38 @@ def with_partners(method: Method, micro_batches: Sequence[MicroBatch]) -> Sequen
     return [
         each._replace(partners=(both[0], both[1])) for each, both in zip(micro_batches, of_rank, strict=True)
     ]
+
+
+def with_expert_costs(
+    method: Method, micro_batches: Sequence[MicroBatch]
+) -> tuple[float | None, Sequence[MicroBatch]]:
+    """The load-balancing loss of the global batch, and the micro-batches with what each expert's probability
+    costs in it, where model.router_loss asks for it: a pass over all of them without gradients and one
+    reduction of 2E + 1 numbers. Which tokens an expert gets has no gradient, so that the loss is then a sum
+    over tokens, exact however the batch is split. It is of neither side, and calibration does not scale it.
+    Collective then."""
+    if not method.router_loss:
+        return None, micro_batches
+    sums = torch.stack([method.engine.expert_sums(each.batch) for each in micro_batches]).sum(0)
+    loss, costs = expert_costs(sum_over_ranks(sums))
+    made = []
+    for each in micro_batches:
+        # The engine takes the mean over micro-batches, of which there are pairs_per_step / num_pairs.
+        scale = method.router_loss * method.pairs_per_step / each.batch.num_pairs
+        made.append(each._replace(batch=each.batch._replace(expert_costs=scale * costs)))
+    return loss, made
+
+
+def _with_router(total: Tensor, seen: Read) -> Tensor:
+    return total if seen.router is None else total + seen.router
+
+
+def _router_backward(method: Method, micro_batch: MicroBatch) -> None:
+    """The share of the router's loss by a pass of its own, where the sides go one after the other."""
+    if micro_batch.batch.expert_costs is not None:
+        cost = read(method.engine.logprobs(micro_batch.batch), micro_batch.batch).router
+        assert cost is not None
+        method.engine.backward(cost, is_last=False)
 
 
 def pairs_of(
@@ -369,7 +407,7 @@ def backward_together(
         geometry = measurement.of_micro_batch(micro_batch.batch)
         c_w, c_l = surrogate(priced, state.calibrator.alpha_of(of_present(priced, micro_batch), geometry))
         is_last = not measurement.has_passes_beside
-        engine.backward((c_w * z_w + c_l * z_l).mean(), is_last and likely is None)
+        engine.backward(_with_router((c_w * z_w + c_l * z_l).mean(), seen), is_last and likely is None)
     _likely_backward(method, micro_batch, priced, likely, is_last)
     measurement.passes_beside(engine, micro_batch.batch, priced.pulls)
     return priced
@@ -384,6 +422,7 @@ def backward_apart(
     engine = method.engine
     chosen, rejected = micro_batch.batch.side(chosen=True), micro_batch.batch.side(chosen=False)
     goes_again = engine.stage == 3
+    _router_backward(method, micro_batch)
     likely = _likely_as_trained(method, micro_batch)
     with torch.no_grad() if goes_again else nullcontext():
         of_rejected = read(engine.logprobs(rejected), rejected)
@@ -429,7 +468,7 @@ def with_lost_gradients(method: Method, state: TrainState, micro_batches: Sequen
             z_w, z_l = seen.z.chunk(2)
             priced = priced_pass(method, state, micro_batch, seen, likely)
             c_w, c_l = surrogate(priced, alpha=1.0)
-            engine.backward((c_w * z_w + c_l * z_l).mean(), is_last=likely is None)
+            engine.backward(_with_router((c_w * z_w + c_l * z_l).mean(), seen), is_last=likely is None)
             _likely_backward(method, micro_batch, priced, likely, is_last=True)
         largest.append(torch.stack(found).isfinite().all())
     return _numbers(~torch.stack(largest))

@@ -53,6 +53,13 @@ class SmallEngine:
         self.policy.train()
         return z
 
+    @torch.no_grad()
+    def expert_sums(self, batch: PairBatch) -> Tensor:
+        self.policy.eval()
+        sums: Tensor = self.policy(batch, experts=True)
+        self.policy.train()
+        return sums
+
     def backward(self, loss: Tensor, is_last: bool = True) -> None:
         (loss / self._num_micro_batches).backward()
 
@@ -88,7 +95,13 @@ def train_small(
     objective = config.objective_function
     measurements = Measurements(config, engine)  # type: ignore[arg-type]
     state = TrainState(0, build_calibrator(config.calibration), objective.initial_state(8.0))
-    method = Method(engine, objective, aggregate_of(config.composition), len(pairs))  # type: ignore[arg-type]
+    method = Method(
+        engine,  # type: ignore[arg-type]
+        objective,
+        aggregate_of(config.composition),
+        len(pairs),
+        config.model.router_loss,
+    )
     which = [Mismatch(idx, (idx + 1) % len(pairs)) for idx in range(len(pairs))]
     mismatched = MismatchedPairs(pack(pairs), which, config.train.max_length)
     made: list[list[MicroBatch]] = []

@@ -4,6 +4,7 @@ TRL tokenises and collates its own data sets of words; what it made of them is r
 both see the same token ids. Imports TRL, which is an optional package.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from helpers.tiny_models import make_llama
+from helpers.tiny_models import make_llama, make_mixtral
 from helpers.tiny_tokenizers import make_words
 from rcpo.data.pairs import NO_SIDE, TokenizedPair, TokenizedSide
 
@@ -36,10 +37,11 @@ class Peer(NamedTuple):
     """By parameter, of the loss."""
 
 
-def policy_and_reference() -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Two models that are neither equal nor far apart."""
-    policy, reference = make_llama(), make_llama()
-    other = make_llama(seed=1).state_dict()
+def policy_and_reference(experts: bool = False) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Two models that are neither equal nor far apart; `experts`: mixtures of them."""
+    make: Callable[..., PreTrainedModel] = make_mixtral if experts else make_llama
+    policy, reference = make(), make()
+    other = make(seed=1).state_dict()
     with torch.no_grad():
         for name, weight in policy.named_parameters():
             weight.lerp_(other[name], 0.2)
@@ -49,7 +51,7 @@ def policy_and_reference() -> tuple[PreTrainedModel, PreTrainedModel]:
 def peer(trainer: str, keys: dict[str, Any], folder: Path, unpaired: bool = False) -> Peer:
     """`keys` are of the trainer's own config class; `unpaired`: of single answers, more chosen ones than
     rejected ones."""
-    policy, reference = policy_and_reference()
+    policy, reference = policy_and_reference("router_aux_loss_coef" in keys)
     maker, reader = (_kto_unpaired, _of_answers) if unpaired else (MAKERS[trainer], READERS[trainer])
     made = maker(policy, reference, keys, folder)
     batch = made.data_collator([made.train_dataset[row] for row in range(len(made.train_dataset))])

@@ -49,7 +49,7 @@ def test_a_line_is_true(line: tuple[str, str, str], tmp_path: Path) -> None:
     trainer, keys, words = line
     unpaired = "data.unpair=true" in words
     found = peer(trainer, keys_of(keys), tmp_path, unpaired)
-    policy, reference = policy_and_reference()
+    policy, reference = policy_and_reference("model.router_loss" in words)
     before = {name: weight.detach().clone() for name, weight in policy.named_parameters()}
     config = make_config(
         tmp_path, tmp_path / "run", Case("dpo", "off", "llama", "sgd"), Layout(1, 2), *shlex.split(words),
