@@ -29,7 +29,7 @@ from rcpo.objectives.registry import TOP, load_at, one_line
 from rcpo.objectives.trial import losses_of_trial
 
 SAMPLE_WEIGHTS = (None, "weight", "dora")
-AGGREGATES = ("mean", "kl_dro")
+AGGREGATES = ("mean", "kl_dro", "dr_dpo")
 LOG_PROBS = ("sum", "mean")
 SHARED = "every_objective"
 """The file of conf/ with the defaults."""
@@ -86,9 +86,11 @@ class Composition:
     """DoRA's a_i >= 0: the share of the distribution that the pair comes from. Published code: 1/2 for
     pairs."""
     aggregate: str = IN_CONF
-    """mean, or kl_dro: lambda log mean exp(loss/lambda) over the global batch (`rcpo.training.aggregate`)."""
+    """mean; kl_dro: lambda log mean exp(loss/lambda) over the global batch; dr_dpo: -lambda log mean
+    exp(-loss/lambda), by which pairs of large loss count little (`rcpo.training.aggregate`)."""
     dro_lambda: float = IN_CONF
-    """lambda of kl_dro, > 0, in units of the loss: towards infinity the mean, towards 0 the worst pair.
+    """lambda of kl_dro and dr_dpo, > 0, in units of the loss: towards infinity the mean, towards 0 the worst
+    pair, or the best one.
     Published code: 1."""
     module: str | None = IN_CONF
     """File or Python module of a user's own that registers objectives (`rcpo.objectives.own`); null: none."""
@@ -99,7 +101,7 @@ class Composition:
         if self.sample_weight not in SAMPLE_WEIGHTS:
             raise ParameterError("sample_weight", self.sample_weight, "null, weight or dora", "weight")
         if self.aggregate not in AGGREGATES:
-            raise ParameterError("aggregate", self.aggregate, "mean or kl_dro", "mean")
+            raise ParameterError("aggregate", self.aggregate, "mean, kl_dro or dr_dpo", "mean")
         if self.divergence not in DIVERGENCES:
             raise ParameterError("divergence", self.divergence, "reverse_kl, forward_kl, js or alpha", "js")
         if self.sft_mean not in SFT_MEANS:
@@ -116,13 +118,14 @@ class Composition:
         for key, switch, option in (
             ("dora_a", "sample_weight", "dora"),
             ("dora_a_i", "sample_weight", "dora"),
-            ("dro_lambda", "aggregate", "kl_dro"),
+            ("dro_lambda", "aggregate", ("kl_dro", "dr_dpo")),
             ("divergence_alpha", "divergence", "alpha"),
         ):
-            if getattr(self, key) != defaults[key] and getattr(self, switch) != option:
+            options = (option,) if isinstance(option, str) else option
+            if getattr(self, key) != defaults[key] and getattr(self, switch) not in options:
                 raise UserError(
-                    f"{TOP}.{key}={getattr(self, key)}: has no effect without {option}; type "
-                    f"{TOP}.{switch}={option}, or {TOP}.{key}={defaults[key]}"
+                    f"{TOP}.{key}={getattr(self, key)}: has no effect without {' or '.join(options)}; type "
+                    f"{TOP}.{switch}={options[0]}, or {TOP}.{key}={defaults[key]}"
                 )
 
     def describe(self) -> str:
@@ -151,6 +154,8 @@ class Composition:
             parts.append(f"each pair's loss times DoRA's weight 1/({self.dora_a} + {self.dora_a_i} (1-p)/p)")
         if self.aggregate == "kl_dro":
             parts.append(f"{self.dro_lambda} log mean exp(loss/{self.dro_lambda}) in place of the mean")
+        if self.aggregate == "dr_dpo":
+            parts.append(f"-{self.dro_lambda} log mean exp(-loss/{self.dro_lambda}) in place of the mean")
         return "; ".join(parts)
 
 
