@@ -11,6 +11,7 @@ from helpers.cases import Case, Layout, make_config, make_run, write_inputs
 from helpers.plain_loop import summed
 from helpers.rank_runs import Job, do_jobs
 from helpers.same_run import final_weights, metrics
+from helpers.selection import asked_for, matrix
 from helpers.tiny_models import make_llama
 from rcpo.common.errors import UserError
 from rcpo.config.compose import compose
@@ -29,13 +30,20 @@ LAYOUTS = {
 }
 
 
+ALWAYS = ("one",)
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunFolder]:
-    """By name; KILLED: killed after step 4, whose checkpoint is of step 3, and resumed."""
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunFolder]:
+    """By name, those that are asked for; killed: when the row of step 5 was written, and resumed from the
+    checkpoint of step 3."""
+    asked = {params["name"] for params in asked_for(request) if "name" in params}
     inputs, folder = tmp_path_factory.mktemp("inputs"), tmp_path_factory.mktemp("runs")
     write_inputs(inputs)
     made, jobs = {}, {1: [], 2: []}
     for name, (layout, words) in LAYOUTS.items():
+        if name not in asked:
+            continue
         for killed in (False, True) if SAVES in words else (False,):
             key = f"{name}-killed" if killed else name
             made[key] = make_run(make_config(inputs, folder / key, CASE, layout, *WORDS, *words))
@@ -45,13 +53,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunFolder]:
             else:
                 jobs[layout.ranks] += [Job(path)]
     for num_ranks in (1, 2):
-        do_jobs(jobs[num_ranks], num_ranks, 1500)
+        if jobs[num_ranks]:
+            do_jobs(jobs[num_ranks], num_ranks, 400)
     made["inputs"] = RunFolder(str(inputs))
     return made
 
 
-@pytest.mark.timeout(3000)
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", matrix(LAYOUTS, ALWAYS.__contains__, "rows of matrices"))
 def test_it_is_the_plain_loop(name: str, runs: dict[str, RunFolder], tmp_path: Path) -> None:
     """Six steps: loss by the reference of the moment, displacement against the weights of the start, and the
     loss of the held-out pairs by the reference of the moment too."""
@@ -87,8 +96,8 @@ def test_it_is_the_plain_loop(name: str, runs: dict[str, RunFolder], tmp_path: P
         torch.testing.assert_close(weights[key], weight, atol=1e-5, rtol=0, msg=key)
 
 
-@pytest.mark.timeout(3000)
-@pytest.mark.parametrize("name", ["one", "two"])
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", matrix(["one", "two"], ALWAYS.__contains__, "kills and resumes"))
 def test_killed_and_resumed_is_never_killed(name: str, runs: dict[str, RunFolder]) -> None:
     """Bit for bit: the checkpoint of step 3 has the reference of step 2."""
     whole, resumed = runs[name], runs[f"{name}-killed"]
