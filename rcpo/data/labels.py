@@ -10,7 +10,7 @@ from rcpo.common.errors import UserError
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.config.schema import DataConfig
 from rcpo.data.pairs import PackedPairs
-from rcpo.objectives.trial import takes_single_answers
+from rcpo.objectives.trial import labels_read, takes_single_answers
 
 EXAMPLE = "type objective=kto, bco, dil_bce or another that judges each answer by itself"
 PROBED = "calibration.probe_pairs"
@@ -41,6 +41,8 @@ def check_labels(config: ResolvedConfig, train: PackedPairs, held_out: PackedPai
             f"objective={config.objective['name']}: compares the two responses of a pair, and the training "
             f"data are single answers with a label; {cure}"
         )
+    if train.has_single_answers:
+        _check_both_labels(config, train)
     if not held_out.has_single_answers:
         return
     for num, key in ((len(held_out), "data.eval_pairs"), (config.calibration.probe_pairs, PROBED)):
@@ -51,3 +53,20 @@ def check_labels(config: ResolvedConfig, train: PackedPairs, held_out: PackedPai
                 f"{key}={num}: none of these held-out answers is a {lacking} one; give more, or rows in a "
                 "mixed order"
             )
+
+
+def _check_both_labels(config: ResolvedConfig, train: PackedPairs) -> None:
+    """Raise UserError where all training answers have one label, and the objective reads the other one: half
+    of its loss would be missing, with nothing to hold the rest, and calibration would have nothing to
+    balance."""
+    has_chosen, has_rejected = (bool(column.any()) for column in train.present.T)
+    reads_chosen, reads_rejected = labels_read(config.objective_function)
+    if (has_chosen or not reads_chosen) and (has_rejected or not reads_rejected):
+        return
+    there, lacking = ("chosen", "rejected") if has_chosen else ("rejected", "chosen")
+    reads = "judges answers of both labels" if reads_rejected else "reads chosen answers alone"
+    cure = ", or type objective=sft, which reads chosen answers alone" if has_chosen else ""
+    raise UserError(
+        f"objective={config.objective['name']}: {reads}, and all {len(train)} training answers are {there} "
+        f"ones; give {lacking} ones too (or look at the labels){cure}"
+    )

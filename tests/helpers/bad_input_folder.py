@@ -66,6 +66,7 @@ DATA: dict[str, str | bytes] = {
     "kto.jsonl": json_lines([{"prompt": f"a{n}", "completion": "b", "label": n % 2 == 0} for n in range(40)]),
     "ratings.jsonl": json_lines([{"prompt": "a", "completion": "b", "label": "good"}] * 4),
     "good_alone.jsonl": json_lines([{"prompt": f"a{n}", "completion": "b", "label": 1} for n in range(40)]),
+    "bad_alone.jsonl": json_lines([{"prompt": f"a{n}", "completion": "b", "label": 0} for n in range(40)]),
     "scored.jsonl": json_lines([{"instruction": "a", "completions": [{"response": "b"}]}]),
     "conversations.jsonl": json_lines([{"conversations": [{"from": "human", "value": "a"}]}]),
     "implicit.jsonl": json_lines([{"chosen": "It is seven", "rejected": "It is eight"}]),
