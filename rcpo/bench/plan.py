@@ -126,7 +126,13 @@ class _Bench:
         if options.baselines and config.world_size() > 1:
             raise UserError("--baseline: baselines run on one rank; leave it out, or type launch.processes=1")
         if options.lengths is None:
-            pairs = list(read_inputs(config).train)
+            inputs = read_inputs(config)
+            if inputs.train.slots > 1:
+                raise UserError(
+                    "data.lists=whole: lists of responses have no bench; type data.lists=best_worst and an "
+                    "objective of pairs"
+                )
+            pairs = list(inputs.train)
         else:
             tokenizer = load_tokenizer(config.model)
             check_vocabulary(config.model, tokenizer)

@@ -71,7 +71,8 @@ def _tokens(subject: "Subject", settings: argparse.Namespace, console: Any) -> d
 
     assert subject.config is not None
     first = Loaded(initial_of(subject))
-    pairs = tokenise(subject.config, first.tokenizer).held_out.pairs[: settings.pairs]
+    held_out = tokenise(subject.config, first.tokenizer).held_out.pairs
+    pairs = held_out[:: held_out.slots][: settings.pairs]  # of a list its best and its worst response
     console.print(f"{len(pairs)} held-out pairs under the initial model and {subject.when}", soft_wrap=True)
     policies = Policy(first.model), Policy(subject.load())
     ids = refusal_ids(first.tokenizer), first.asking.stop_ids

@@ -85,11 +85,14 @@ def _check_out(out: Path, overwrite: bool) -> Path:
 
 
 def _to_score(config: "ResolvedConfig") -> "tuple[ResolvedConfig, list[str]]":
-    """Rows that cannot train are counted, and nothing is filtered; with notes about the held-out split."""
+    """Rows that cannot train are counted, and nothing is filtered; with notes about the held-out split. Of a
+    whole list the best and the worst response are a pair."""
     from rcpo.records.held_out_split import with_held_out_split
 
     unfiltered = dataclasses.replace(config.data.filter, scores=None)
-    data, notes = with_held_out_split(dataclasses.replace(config.data, on_bad_row="drop", filter=unfiltered))
+    lists = "all_pairs" if config.data.lists == "all_pairs" else "best_worst"
+    data = dataclasses.replace(config.data, on_bad_row="drop", filter=unfiltered, lists=lists)
+    data, notes = with_held_out_split(data)
     return dataclasses.replace(config, data=data), notes
 
 

@@ -81,7 +81,9 @@ def held_out_records(run: ComparedRun) -> "list[PreferenceRecord] | str":
     columns = tree.get("columns")
     if isinstance(columns, dict):
         tree["columns"] = {
-            part: name for part, name in columns.items() if part in ("prompt", "chosen", "rejected")
+            part: name
+            for part, name in columns.items()
+            if part in ("prompt", "chosen", "rejected", "responses", "scores", "ranks")
         }
     try:
         config = _section(DataConfig, tree)
@@ -109,7 +111,8 @@ def _if_same(run: ComparedRun, records: "list[PreferenceRecord]") -> "list[Prefe
     origin = origin_of(run)
     if run.held_out is None or not origin.has_tokenizer_here:
         return records
-    if pairs_digest(tokenized(origin, records)) == run.held_out:
+    lists = str(run.settings.get("data.lists", "best_worst"))
+    if pairs_digest(tokenized(origin, records, lists)) == run.held_out:
         return records
     return "the data, or the tokenizer, has changed since the run measured its held-out pairs"
 
@@ -159,15 +162,19 @@ def origin_of(run: ComparedRun) -> Origin:
     return Origin(model, length, prompt_length)
 
 
-def tokenized(origin: Origin, records: "Sequence[PreferenceRecord]") -> "Sequence[TokenizedPair]":
-    """Those of `records` that can be measured, as the run saw them. Raises UserError where there is no
+def tokenized(
+    origin: Origin, records: "Sequence[PreferenceRecord]", lists: str = "best_worst"
+) -> "Sequence[TokenizedPair]":
+    """Those of `records` that can be measured, as the run saw them; of a list its best and its worst
+    response, or all with data.lists=whole. Raises UserError where there is no
     tokenizer."""
     from rcpo.data.tokenize import tokenize_records
     from rcpo.models.load import load_tokenizer
 
     tokenizer = load_tokenizer(origin.model)
     limits = (origin.max_length, origin.max_prompt_length, "drop")
-    return tokenize_records(records, tokenizer, *limits, origin.model.chat_template_kwargs).pairs
+    lists = "whole" if lists == "whole" else "best_worst"
+    return tokenize_records(records, tokenizer, *limits, origin.model.chat_template_kwargs, lists).pairs
 
 
 def _section(kind: type[Section], tree: dict[str, Any]) -> Section:

@@ -181,6 +181,11 @@ def _check_places(data: DataConfig) -> None:
         if data.mix is not None:
             raise UserError("data.mix: data=arithmetic reads no file; type data=file")
         return
+    if data.responses != 2:
+        raise UserError(
+            f"data.responses={data.responses}: is of data=arithmetic; a file has as many as its rows; type "
+            "data.responses=2"
+        )
     if data.path is None and data.mix is None:
         raise UserError("data.path: has no value and data=file needs one; type data.path=PAIRS.jsonl")
     if data.mix is None:

@@ -210,11 +210,19 @@ class DataConfig:
     drop: it is left out."""
     columns: dict[str, str] | None = IN_CONF
     """{prompt: NAME, chosen: NAME, rejected: NAME} where a file uses other names, {prompt: NAME, completion:
-    NAME, label: NAME} for single answers; also {weight: NAME} or
+    NAME, label: NAME} for single answers, {prompt: NAME, responses: NAME, scores: NAME} for lists (or ranks
+    in the place of scores); also {weight: NAME} or
     {probability: NAME} with objective.sample_weight."""
     unpair: bool = IN_CONF
     """true: each training pair is read as two single answers, the chosen and the rejected one, which are
     drawn by themselves. Held-out pairs stay pairs."""
+    lists: Literal["whole", "best_worst", "all_pairs"] = IN_CONF
+    """What becomes of rows of several responses. best_worst: a pair of the best and the worst one. all_pairs:
+    a pair of every two of which one is better, weighed so that each row counts alike. whole: a list, for a
+    listwise objective. Held-out rows are lists with whole, else pairs of the best and the worst one."""
+    responses: Annotated[int, Field(ge=2, le=5)] = IN_CONF
+    """Answers to each problem of source=arithmetic: the right one and wrong ones, of which there may be too
+    few; from 3 on a row is a list, scored by how near an answer is."""
     flip: Annotated[float, Field(ge=0, le=1)] = IN_CONF
     """Label noise: share of the training pairs, drawn by data.seed, whose chosen and rejected are
     exchanged."""

@@ -180,9 +180,9 @@ def collate(pairs: Sequence[TokenizedPair], pad_id: int) -> PairBatch:
     lengths = torch.tensor([side.num_tokens - side.num_prompt for of_side in both for side in of_side])
     # A side of which nothing is there keeps a row of padding, so that it can go through the model alone.
     sides = [side for of_side in both for side in _rows_of(of_side)]
-    width = max(side.num_tokens for side in sides)
+    width = max(1, *(side.num_tokens for side in sides))
     input_ids = torch.full((len(sides), width), pad_id, dtype=torch.int64)
-    positions, targets = [], []
+    positions, targets = [torch.zeros(0, dtype=torch.int64)], [input_ids.new_zeros(0)]
     for row, side in enumerate(sides):
         if not side.num_tokens:
             continue

@@ -26,7 +26,7 @@ def describe_lengths(pairs: PackedPairs) -> list[str]:
     if not len(pairs):
         return []
     lengths, num_prompt = pairs.arrays.lengths, pairs.arrays.num_prompt
-    prompt = int(num_prompt.max(axis=1).sum()) / len(pairs)
+    prompt = int(num_prompt.max(axis=1).sum()) / int(pairs.present.any(axis=1).sum())
     present = pairs.present.sum(axis=0).clip(min=1)
     chosen, rejected = (
         int(num) / int(of) for num, of in zip((lengths - num_prompt).sum(axis=0), present, strict=True)

@@ -21,6 +21,27 @@ class Inputs:
     """What was read, dropped and cut, and one example; for the log."""
     account: Account
     """What became of every row."""
+    held_out_slots: int = 1
+    """How many held-out pairs, one after the other, hold a list of responses (`rcpo.data.lists`)."""
+
+    @property
+    def kind(self) -> str:
+        """What is trained on, in a word."""
+        return "pairs" if self.train.slots == 1 else "lists"
+
+    @property
+    def num_train(self) -> int:
+        """Training pairs, or lists."""
+        return self.train.num_lists
+
+    @property
+    def num_held_out(self) -> int:
+        """Held-out pairs, or lists."""
+        return len(self.held_out) // self.held_out_slots
+
+    def num_probed(self, config: ResolvedConfig) -> int:
+        """Held-out pairs of the probe: its pairs, or all slots of its lists."""
+        return config.calibration.probe_pairs * self.held_out_slots
 
     @property
     def pad_id(self) -> int:
@@ -29,7 +50,10 @@ class Inputs:
         return 0 if pad is None else int(pad)
 
     def sampler(self, config: ResolvedConfig) -> PairSampler:
-        return PairSampler(len(self.train), config.train.pairs_per_step, config.seed, self.train.widths())
+        slots = self.train.slots
+        widths = self.train.widths()
+        of_lists = [max(widths[first : first + slots]) for first in range(0, len(widths), slots)]
+        return PairSampler(self.num_train, config.train.pairs_per_step, config.seed, of_lists, slots)
 
     def mismatched(self, which: Sequence[Mismatch], config: ResolvedConfig) -> MismatchedPairs:
         """Prompts and responses of these training pairs, put together."""

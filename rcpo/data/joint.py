@@ -32,9 +32,9 @@ def collate_joint(
     if packing:
         num_rows, width = 1, sum(lengths)
         starts = [sum(lengths[:number]) for number in range(len(pairs))]
-    else:
-        num_rows, width = len(pairs), max(lengths)
-        starts = [number * width for number in range(len(pairs))]
+    else:  # a pair of which nothing is there has no row
+        num_rows, width = sum(map(bool, lengths)), max(lengths)
+        starts = [sum(map(bool, lengths[:number])) * width for number in range(len(pairs))]
     input_ids, position_ids, pair_of, part_of = (
         torch.full((num_rows * width,), fill, dtype=torch.int64) for fill in (pad_id, 0, PADDING, PADDING)
     )

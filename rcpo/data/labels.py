@@ -14,6 +14,18 @@ from rcpo.objectives.trial import labels_read, takes_single_answers
 
 EXAMPLE = "type objective=kto, bco, dil_bce or another that judges each answer by itself"
 PROBED = "calibration.probe_pairs"
+SYNC_NEVER = "reference.sync_every=0"
+
+
+def with_noise(train: PackedPairs, config: DataConfig) -> tuple[PackedPairs, int]:
+    """The pairs with those flipped that `drawn_to_flip` draws, and how many these are; a list that is drawn
+    has its order turned round."""
+    drawn, slots = drawn_to_flip(train.num_lists, config), train.slots
+    which = [place for idx in drawn for place in range(idx * slots, (idx + 1) * slots)]
+    if slots > 1:  # the middle one of an odd list stays where it is
+        is_whole = train.present.all(axis=1).tolist()
+        which = [place for place in which if is_whole[place]]
+    return train.flipped(which), len(drawn)
 
 
 def drawn_to_flip(num_pairs: int, config: DataConfig) -> list[int]:
@@ -26,15 +38,47 @@ def drawn_to_flip(num_pairs: int, config: DataConfig) -> list[int]:
 
 def labels_line(train: PackedPairs) -> list[str]:
     """How many answers of each label are trained on; nothing where all are in pairs."""
-    if not train.has_single_answers:
+    if train.slots > 1 or not train.has_single_answers:
         return []
     chosen, rejected = train.present.sum(axis=0).tolist()
     return [f"single answers to train on: {chosen} chosen, {rejected} rejected"]
 
 
+def check_lists(config: ResolvedConfig, train: PackedPairs, held_out: PackedPairs) -> None:
+    """Raise UserError for what cannot be with lists of responses, where these are such of more than two."""
+    which = "training" if train.slots > 1 else "held-out"
+    if max(train.slots, held_out.slots) == 1:
+        return
+    objective, data = config.objective_function, config.data
+    if not objective.listwise:
+        raise UserError(
+            f"objective={objective.name}: takes pairs, and the {which} data are lists of responses; type "
+            "data.lists=best_worst or data.lists=all_pairs, or objective=pl_dpo or another of lists"
+        )
+    if data.unpair:
+        raise UserError(
+            "data.unpair=true: takes pairs apart, and the data are lists of responses; type data.unpair=false"
+        )
+    if data.filter.scores is not None:
+        raise UserError(
+            f"data.filter.scores={data.filter.scores}: has scores of pairs, and the data are lists of "
+            "responses; type data.lists=best_worst, or data.filter.scores=null"
+        )
+    for word, plain, is_set in (
+        (f"objective.ld_alpha={objective.ld_alpha:g}", "objective.ld_alpha=1", objective.ld_alpha != 1),
+        ("objective.wpo=true", "objective.wpo=false", objective.wpo),
+        ("objective.sft_of=text", "objective.sft_of=response", objective.reading.sft_of == "text"),
+        (f"reference.sync_every={config.reference.sync_every}", SYNC_NEVER, config.reference.sync_every),
+    ):
+        if is_set:
+            raise UserError(f"{word}: is of pairs, and the data are lists of responses; type {plain}")
+
+
 def check_labels(config: ResolvedConfig, train: PackedPairs, held_out: PackedPairs) -> None:
     """Raise UserError where the objective compares the two responses of a pair and some are single, and where
     a label that must be measured is not there."""
+    if max(train.slots, held_out.slots) > 1:
+        return  # `check_lists` has looked
     if train.has_single_answers and not takes_single_answers(config.objective_function):
         cure = f"{EXAMPLE}{', or data.unpair=false' if config.data.unpair else ''}"
         raise UserError(

@@ -64,6 +64,8 @@ class TokenizedPair:
     """Row number in the source."""
     weight: float = 1.0
     """What multiplies the pair's loss, finite and >= 0."""
+    scores: tuple[float, float] | None = None
+    """Of a slot of a list (`rcpo.data.lists`): of its two responses, 0 where one is missing; None: a pair."""
 
     @property
     def sides(self) -> tuple[TokenizedSide, ...]:
@@ -91,6 +93,8 @@ class PairArrays(NamedTuple):
     """(n,) row numbers in the source."""
     weights: NDArray[np.float64]
     """(n,)"""
+    scores: NDArray[np.float32]
+    """(n, 2) of a list's responses; nan where these are pairs."""
 
 
 class PackedPairs(Sequence[TokenizedPair]):
@@ -119,7 +123,9 @@ class PackedPairs(Sequence[TokenizedPair]):
                 strict=True,
             )
         ]
-        return TokenizedPair(sides[0], sides[1], int(of.rows[where]), float(of.weights[where]))
+        score_w, score_l = of.scores[where].tolist()
+        scores = None if math.isnan(score_w) else (score_w, score_l)
+        return TokenizedPair(sides[0], sides[1], int(of.rows[where]), float(of.weights[where]), scores)
 
     def __iter__(self) -> Iterator[TokenizedPair]:
         return (self[idx] for idx in range(len(self)))
@@ -141,8 +147,28 @@ class PackedPairs(Sequence[TokenizedPair]):
                 of.num_prompt[where],
                 of.rows[where],
                 of.weights[where],
+                of.scores[where],
             )
         )
+
+    @property
+    def slots(self) -> int:
+        """How many of these pairs, one after the other, hold a list of responses; 1 where each is a pair."""
+        rows = self.arrays.rows
+        if not len(rows) or math.isnan(self.arrays.scores[0, 0]):
+            return 1
+        return int((rows != rows[0]).argmax()) or len(rows)
+
+    @property
+    def num_lists(self) -> int:
+        """Lists of responses; of pairs their number."""
+        return len(self) // self.slots
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the source that these are of, each row's pairs one after the other."""
+        rows = self.arrays.rows
+        return len(rows) and 1 + int((rows[1:] != rows[:-1]).sum())
 
     @property
     def present(self) -> NDArray[np.bool_]:
@@ -197,6 +223,9 @@ class Packer:
                 ).reshape(-1, 2),
                 rows=np.array([pair.row for pair in pairs], dtype=np.int64),
                 weights=np.array([pair.weight for pair in pairs], dtype=np.float64),
+                scores=np.array(
+                    [pair.scores or (math.nan, math.nan) for pair in pairs], dtype=np.float32
+                ).reshape(-1, 2),
             )
         )
 

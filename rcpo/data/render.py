@@ -32,12 +32,12 @@ _OPENED = re.compile(r"<([\w:]*(?:think|thought|reason)[\w:]*)>\s*$")
 
 @dataclass(frozen=True)
 class Rendered:
-    """Both sides of a record as whole texts."""
+    """The responses of a record, each with its prompt as a whole text."""
 
-    chosen: str
-    rejected: str
+    texts: tuple[str, ...]
+    """The chosen one and the rejected one; of a list all, the best first."""
     split: int
-    """Characters of the prompt, with which both texts begin."""
+    """Characters of the prompt, with which all texts begin."""
     is_closed: bool
     """Whether the texts end with the token that ends the response."""
     is_chat: bool
@@ -58,24 +58,22 @@ def render_messages(
     record: PreferenceRecord,
     kwargs: Mapping[str, Any] = MappingProxyType({}),
 ) -> Rendered:
-    """Both sides as the template writes them, given `kwargs`. Raises BadRowError where it refuses the row, or
+    """All sides as the template writes them, given `kwargs`. Raises BadRowError where it refuses the row, or
     leaves out a part of a response.
 
     With model.response=verbatim each side is the generation prompt, the response's content as it is, and the
     template's end of turn."""
     assert isinstance(record.prompt, list)
-    assert isinstance(record.chosen, list)
-    assert isinstance(record.rejected, list)
-    turns, *sides = record.prompt, record.chosen, record.rejected
+    turns, sides = record.prompt, [side for side in record.responses if isinstance(side, list)]
     if template.takes_apart and generation_of(tokenizer).response == "template":
-        turns, *sides = ([taken_apart(turn) for turn in part] for part in (turns, *sides))
+        turns, *sides = [[taken_apart(turn) for turn in part] for part in (turns, *sides)]
     given = (kwargs, record.tools, record.documents)
     prompt = apply(tokenizer, turns, True, *given)
     turn_start = len(prompt) - template.header
     if generation_of(tokenizer).response == "verbatim":
         opened, ends = _OPENED.search(prompt, turn_start), tuple(end_tokens(tokenizer))
         texts = [prompt + _verbatim(side[-1], opened, template.closing, ends) for side in sides]
-        return Rendered(texts[0], texts[1], len(prompt), template.is_closed, True)
+        return Rendered(tuple(texts), len(prompt), template.is_closed, True)
     wholes = [apply(tokenizer, turns + side, False, *given) for side in sides]
     split = len(prompt)
     if not all(whole.startswith(prompt) for whole in wholes):
@@ -88,7 +86,7 @@ def render_messages(
         _check_whole(side[-1], whole[start - split + turn_start :], whole[start:], prompt)
         closing = template.closing_of_calls if "tool_calls" in side[-1] else template.closing
         texts.append(prompt[:split] + _up_to_end(tokenizer, template, whole[start:], closing))
-    return Rendered(texts[0], texts[1], split, template.is_closed, True)
+    return Rendered(tuple(texts), split, template.is_closed, True)
 
 
 def _start_once_answered(
@@ -229,9 +227,6 @@ def ignores(
 
 def render_text(record: PreferenceRecord) -> Rendered:
     assert isinstance(record.prompt, str)
-    assert isinstance(record.chosen, str)
-    assert isinstance(record.rejected, str)
     prompt = record.prompt
-    return Rendered(
-        prompt + record.chosen, prompt + record.rejected, len(prompt), is_closed=False, is_chat=False
-    )
+    texts = tuple(f"{prompt}{side}" for side in record.responses)
+    return Rendered(texts, len(prompt), is_closed=False, is_chat=False)

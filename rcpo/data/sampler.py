@@ -2,7 +2,8 @@
 state.
 
 The stream is one shuffled pass over the pairs after another. Nothing is dropped: where a pass does not divide
-by the global batch, a batch takes the end of one pass and the start of the next.
+by the global batch, a batch takes the end of one pass and the start of the next. Lists of responses are drawn
+whole (`rcpo.data.lists`): what is said of pairs here is true of lists, and indices are those of their slots.
 """
 
 import math
@@ -33,13 +34,19 @@ class PairSampler:
     """Global batches of pair indices; the same on every rank."""
 
     def __init__(
-        self, num_pairs: int, pairs_per_step: int, seed: int, widths: Sequence[int] | None = None
+        self,
+        num_pairs: int,
+        pairs_per_step: int,
+        seed: int,
+        widths: Sequence[int] | None = None,
+        slots: int = 1,
     ) -> None:
         """`num_pairs` training pairs, at least 1, in batches of `pairs_per_step`; `seed` fixes every pass's
         order. `widths` are the pairs' lengths in tokens: with them, micro-batches hold pairs of similar
-        length."""
+        length. `slots` are those of a list: with more than 1 `num_pairs` and `pairs_per_step` count lists,
+        and `widths` has one of each."""
         self._num_pairs, self._pairs_per_step, self._seed = num_pairs, pairs_per_step, seed
-        self._widths = widths
+        self._widths, self._slots = widths, slots
         self._passes: dict[int, list[int]] = {}
 
     @property
@@ -54,16 +61,23 @@ class PairSampler:
 
     def global_batch(self, step: int) -> list[int]:
         """Indices of optimizer step `step`, counted from 0, in training order."""
+        return self._slots_of(self._drawn(step))
+
+    def _drawn(self, step: int) -> list[int]:
         start = step * self._pairs_per_step
         return [self._at(position) for position in range(start, start + self._pairs_per_step)]
+
+    def _slots_of(self, drawn: Sequence[int]) -> list[int]:
+        slots = self._slots
+        return [slot for idx in drawn for slot in range(idx * slots, (idx + 1) * slots)]
 
     def micro_batches(
         self, step: int, rank: int, world_size: int, pairs_per_device: int
     ) -> Iterator[list[int]]:
         """This rank's micro-batches of the global batch, as `dealt` says."""
-        batch = self.global_batch(step)
+        batch = self._drawn(step)
         widths = None if self._widths is None else [self._widths[idx] for idx in batch]
-        yield from dealt(batch, widths, rank, world_size, pairs_per_device)
+        yield from map(self._slots_of, dealt(batch, widths, rank, world_size, pairs_per_device))
 
     def mismatches(self, step: int) -> list[Mismatch]:
         """Which pairs of the global batch meet: each prompt with the responses of the pair after it in
@@ -79,7 +93,7 @@ class PairSampler:
     def visited(self, num_steps: int) -> list[int]:
         """Indices that the first `num_steps` steps train on, each once, sorted."""
         if num_steps * self._pairs_per_step >= self._num_pairs:
-            return list(range(self._num_pairs))
+            return list(range(self._num_pairs * self._slots))
         return sorted({idx for step in range(num_steps) for idx in self.global_batch(step)})
 
     def epoch(self, num_steps: int) -> float:

@@ -12,6 +12,7 @@ text. Tokenizers without offsets (not "fast") take the common beginning of promp
 which is the same but for odd tokenizers.
 """
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 from rcpo.common.errors import UserError
 from rcpo.data.describe import describe_lengths
 from rcpo.data.generation import special_ids, tokens_in_front
+from rcpo.data.lists import listed, num_ties, pairs_of_list, weighed_by_row
 from rcpo.data.pairs import NO_SIDE, PackedPairs, Packer, TokenizedPair, TokenizedSide
 from rcpo.data.render import (
     LostPartError,
@@ -83,7 +85,8 @@ class Tokeniser:
     one prompt. Each response is then cut from the right to what is left of `max_length` (EOS is cut too), and
     is never empty. Raises UserError where records are messages and the tokenizer has no chat template, and
     with `on_bad_row` "error" for the first row that cannot train (a template's refusal, sides that the
-    tokenizer or the cut made identical)."""
+    tokenizer or the cut made identical). All responses of a list share one prompt likewise; `lists` says what
+    becomes of it (data.lists)."""
 
     def __init__(
         self,
@@ -92,10 +95,14 @@ class Tokeniser:
         max_prompt_length: int | None,
         on_bad_row: str,
         template_kwargs: Mapping[str, Any] = MappingProxyType({}),
+        lists: str = "best_worst",
     ) -> None:
-        self._work = _Work(tokenizer, max_length, max_prompt_length, template_kwargs)
-        self._on_bad_row = on_bad_row
+        self._work = _Work(tokenizer, max_length, max_prompt_length, template_kwargs, lists)
+        self._on_bad_row, self._lists = on_bad_row, lists
         self._packer = Packer()
+        self._num_pairs = 0
+        self._places: dict[int, range] = {}
+        """Where the pairs of each record are among those that are packed, by the record's id."""
         self._kept: list[PreferenceRecord] = []
         self._dropped: dict[str, list[int]] = {}
 
@@ -106,8 +113,10 @@ class Tokeniser:
             batch = records[start : start + _RECORDS_PER_BATCH]
             outcomes = self._work.tokenize_batch(batch)
             for record, outcome in zip(batch, outcomes, strict=True):
-                if isinstance(outcome, TokenizedPair):
+                if isinstance(outcome, list):
                     self._kept.append(record)
+                    self._places[id(record)] = range(self._num_pairs, self._num_pairs + len(outcome))
+                    self._num_pairs += len(outcome)
                     reasons.append(None)
                     continue
                 if self._on_bad_row == "error":
@@ -120,16 +129,20 @@ class Tokeniser:
                     )
                 reasons.append(str(outcome))
                 self._dropped.setdefault(str(outcome), []).append(record.row)
-            self._packer.add([outcome for outcome in outcomes if isinstance(outcome, TokenizedPair)])
+            self._packer.add([pair for outcome in outcomes if isinstance(outcome, list) for pair in outcome])
         return reasons
 
     def data(self, records: Sequence[PreferenceRecord]) -> TokenizedData:
         """The pairs of `records`, in their order: of those that could be used."""
         packed = self._packer.packed()
-        places = {id(record): place for place, record in enumerate(self._kept)}
-        order = [places[id(record)] for record in records]
-        if order != list(range(len(self._kept))):  # drawn in several goes, or some of them were given back
+        places = [self._places[id(record)] for record in records]
+        order = [place for of_record in places for place in of_record]
+        if self._lists == "whole" and any(record.scores for record in records):
+            packed = listed(packed, places)
+        elif order != list(range(self._num_pairs)):  # drawn in several goes, or some of them were given back
             packed = packed.take(order)
+        if self._lists == "all_pairs":
+            packed = weighed_by_row(packed, [len(of_record) for of_record in places])
         report = [*self._work.report(), *describe_lengths(packed)]
         return TokenizedData(packed, report, self._dropped, self._work.cuts(), self._work.notes())
 
@@ -141,9 +154,10 @@ def tokenize_records(
     max_prompt_length: int | None,
     on_bad_row: str,
     template_kwargs: Mapping[str, Any] = MappingProxyType({}),
+    lists: str = "best_worst",
 ) -> TokenizedData:
     """`Tokeniser` over these records; those that cannot train are left out and counted."""
-    tokenise = Tokeniser(tokenizer, max_length, max_prompt_length, on_bad_row, template_kwargs)
+    tokenise = Tokeniser(tokenizer, max_length, max_prompt_length, on_bad_row, template_kwargs, lists)
     reasons = tokenise(records)
     return tokenise.data([record for record, reason in zip(records, reasons, strict=True) if reason is None])
 
@@ -157,8 +171,9 @@ class _Work:
         max_length: int,
         max_prompt_length: int | None,
         template_kwargs: Mapping[str, Any],
+        lists: str,
     ) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._lists = tokenizer, lists
         self._max_length, self._max_prompt_length = max_length, max_prompt_length
         self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         self._special, self._in_front = special_ids(tokenizer), tokens_in_front(tokenizer)
@@ -170,9 +185,9 @@ class _Work:
         self._unused = Counter[str]()
         self._notes: dict[str, str] = {}
 
-    def tokenize_batch(self, records: Sequence[PreferenceRecord]) -> list[TokenizedPair | BadRowError]:
-        """For each record its pair, or the reason why it has none."""
-        outcomes: list[TokenizedPair | BadRowError] = []
+    def tokenize_batch(self, records: Sequence[PreferenceRecord]) -> list[list[TokenizedPair] | BadRowError]:
+        """For each record its pair, or what becomes of its list; else the reason why it has none."""
+        outcomes: list[list[TokenizedPair] | BadRowError] = []
         rendered = [self._render(record) for record in records]
         encoded = iter(self._encode([whole for whole in rendered if isinstance(whole, Rendered)]))
         for record, whole in zip(records, rendered, strict=True):
@@ -182,9 +197,9 @@ class _Work:
                     said = f"row {record.row} (counted from 0), for one: {whole}; it leaves out "
                     self._notes.setdefault(str(whole), said + _start_of(whole))
                 continue
+            sides = [next(encoded) for _ in whole.texts]
             try:
-                pair = self._make_pair(next(encoded), next(encoded), whole, record)
-                outcomes.append(pair)
+                outcomes.append(self._make_pairs(sides, whole, record))
             except BadRowError as error:
                 outcomes.append(error)
         return outcomes
@@ -206,6 +221,10 @@ class _Work:
             lines.append(
                 f"{num['chosen']} chosen and {num['rejected']} rejected responses cut from the right "
                 f"(train.max_length={self._max_length})"
+            )
+        if num["ties"]:
+            lines.append(
+                f"{num['ties']} times two responses of a list are scored alike: they are not compared"
             )
         if num["spanning"]:
             lines.append(f"{num['spanning']} sides have a token that spans prompt and response (scored)")
@@ -249,7 +268,7 @@ class _Work:
         except BadRowError as error:
             return self._with_cure(error, template, record, kwargs)
         self._count_unused(record, key, kwargs)
-        for part in unwritten(record.prompt, rendered.chosen[: rendered.split]):
+        for part in unwritten(record.prompt, rendered.texts[0][: rendered.split]):
             self._unused[f"{part}, which the chat template does not write"] += 1
         return rendered
 
@@ -271,11 +290,11 @@ class _Work:
         return error if "system" in reason.lower() else BadRowError(f"{reason}, as it has a system turn")
 
     def _encode(self, rendered: list[Rendered]) -> list[TokenizedSide]:
-        """Whole texts as ids with the index of the first response token: chosen and rejected side in turn."""
+        """Whole texts as ids with the index of the first response token: a record's sides one by one."""
         if not rendered:
             return []
-        texts = [text for item in rendered for text in (item.chosen, item.rejected)]
-        splits = [item.split for item in rendered for _ in range(2)]
+        texts = [text for item in rendered for text in item.texts]
+        splits = [item.split for item in rendered for _ in item.texts]
         # verbose=False: rows longer than the model's limit are cut below, so a warning would mislead.
         batch = self._tokenizer(texts, add_special_tokens=False, verbose=False)
         all_ids = batch["input_ids"]
@@ -304,29 +323,37 @@ class _Work:
             return int(token)
         return len(batch["input_ids"][idx])
 
-    def _make_pair(
-        self, chosen: TokenizedSide, rejected: TokenizedSide, rendered: Rendered, record: PreferenceRecord
-    ) -> TokenizedPair:
-        # Both sides share one prompt: where a merge across its end makes their ids differ, the shorter one.
+    def _make_pairs(
+        self, encoded: Sequence[TokenizedSide], rendered: Rendered, record: PreferenceRecord
+    ) -> list[TokenizedPair]:
+        # All sides share one prompt: where a merge across its end makes their ids differ, the shortest one.
+        first = encoded[0].input_ids
         num_prompt = min(
-            chosen.num_prompt, rejected.num_prompt, num_common(chosen.input_ids, rejected.input_ids)
+            min(side.num_prompt for side in encoded),
+            *(num_common(first, side.input_ids) for side in encoded[1:]),
         )
-        sides = [self._close(side.input_ids, num_prompt, rendered) for side in (chosen, rejected)]
+        sides = [self._close(side.input_ids, num_prompt, rendered) for side in encoded]
         if record.label is not None:
-            return self._make_single(sides[0], record)
-        if sides[0] == sides[1]:
-            raise BadRowError("the sides are identical once tokenised")
-        cut = self._cut(*sides)
-        if cut[0] == cut[1]:
-            raise BadRowError(f"the sides are identical once cut to train.max_length={self._max_length}")
-        for name, before, after in zip(("chosen", "rejected"), sides, cut, strict=True):
+            return [self._make_single(sides[0], record)]
+        what = "two responses" if record.scores else "the sides"
+        if _has_equal(sides):
+            raise BadRowError(f"{what} are identical once tokenised")
+        cut = self._cut(sides)
+        if _has_equal(cut):
+            raise BadRowError(f"{what} are identical once cut to train.max_length={self._max_length}")
+        for number, (before, after) in enumerate(zip(sides, cut, strict=True)):
+            name = "rejected" if number else "chosen"
             self._counts[name] += _num_response(after) < _num_response(before)
         self._counts["prompt"] += cut[0].num_prompt < sides[0].num_prompt
-        return TokenizedPair(cut[0], cut[1], record.row, record.weight)
+        if not record.scores:
+            return [TokenizedPair(cut[0], cut[1], record.row, record.weight)]
+        if self._lists != "best_worst":
+            self._counts["ties"] += num_ties(record.scores)
+        return pairs_of_list(cut, record, self._lists)
 
     def _make_single(self, side: TokenizedSide, record: PreferenceRecord) -> TokenizedPair:
         """A single answer: the side that its label says, and none."""
-        cut = self._cut(side, side)[0]
+        cut = self._cut([side])[0]
         self._counts["chosen" if record.label else "rejected"] += _num_response(cut) < _num_response(side)
         self._counts["prompt"] += cut.num_prompt < side.num_prompt
         both = (cut, NO_SIDE) if record.label else (NO_SIDE, cut)
@@ -361,13 +388,13 @@ class _Work:
             f"was trained with it, begin {place} with it"
         )
 
-    def _cut(self, chosen: TokenizedSide, rejected: TokenizedSide) -> tuple[TokenizedSide, TokenizedSide]:
-        """The pair within the limits; the prompt is cut from the left, each response from the right."""
+    def _cut(self, sides: Sequence[TokenizedSide]) -> list[TokenizedSide]:
+        """The sides within the limits; the prompt is cut from the left, each response from the right."""
         limit = self._max_prompt_length
         if limit is None:
-            longer = max(_num_response(chosen), _num_response(rejected))
-            limit = self._max_length - min(longer, self._max_length // 2)
-        return self._cut_side(chosen, limit), self._cut_side(rejected, limit)
+            longest = max(map(_num_response, sides))
+            limit = self._max_length - min(longest, self._max_length // 2)
+        return [self._cut_side(side, limit) for side in sides]
 
     def _cut_side(self, side: TokenizedSide, prompt_limit: int) -> TokenizedSide:
         prompt, response = side.input_ids[: side.num_prompt], side.input_ids[side.num_prompt :]
@@ -382,6 +409,10 @@ class _Work:
         if self._in_front and prompt[: len(self._in_front)] == self._in_front:
             return self._in_front
         return [self._bos] if self._bos is not None and prompt[:1] == [self._bos] else []
+
+
+def _has_equal(sides: Sequence[TokenizedSide]) -> bool:
+    return any(one == other for one, other in itertools.combinations(sides, 2))
 
 
 def _num_response(side: TokenizedSide) -> int:

@@ -108,11 +108,12 @@ def _lines(config: ResolvedConfig, inputs: Inputs, origins: Origins) -> Iterator
     train, optim, of = config.train, config.optim, origins.of
     tiny, ranks = config.model.path == TINY, config.world_size()
     adapter = config.model.lora.rank is not None
+    kind = inputs.kind
     yield Line("run_dir", config.run_dir, of("run_dir", "runs/NAME"))
     yield Line("objective", shown(_loss(config)), "its option and your words")
     yield Line("calibration", config.calibration.name, f"scope {config.calibration.scope}")
     yield Line(
-        "data", f"{len(inputs.train)} training pairs, {len(inputs.held_out)} held out", _held_out(config)
+        "data", f"{inputs.num_train} training {kind}, {inputs.num_held_out} held out", _held_out(config)
     )
     device = _auto(of("train.device", ""), "a GPU where there is one")
     yield Line("train.device", f"{train.device}, ranks: {ranks}", device)
@@ -125,7 +126,7 @@ def _lines(config: ResolvedConfig, inputs: Inputs, origins: Origins) -> Iterator
     yield Line("optim.lr", f"{optim.lr:g}", of("optim.lr", f"for {kind}"))
     steps = inputs.num_steps(config)
     length = "train.epochs" if train.epochs is not None else "train.steps"
-    passes = f"{steps * train.pairs_per_step / len(inputs.train):.3g} passes over the pairs"
+    passes = f"{steps * train.pairs_per_step / inputs.num_train:.3g} passes over the {kind}"
     rule = "150 for data=arithmetic" if train.epochs is None else "one pass"
     yield Line("train.steps", f"{steps} ({passes})", of(length, rule))
     yield Line("train.pairs_per_step", str(train.pairs_per_step), of("train.pairs_per_step", ""))
@@ -140,7 +141,7 @@ def _lines(config: ResolvedConfig, inputs: Inputs, origins: Origins) -> Iterator
     yield Line("reference", *_reference(config, inputs))
     model = shapes_of(config.model)
     live = live_reference_bytes(config, model, config.zero_stage)
-    rows = 2 * train.pairs_per_device
+    rows = 2 * train.pairs_per_device * inputs.train.slots
     budget = memory_budget(config, model, rows, max(inputs.train.widths()), reference=live)
     yield Line("memory of a rank", f"about {in_bytes(sum(budget.values()))}", in_words(budget))
     name = config.tracking.name

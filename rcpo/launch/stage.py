@@ -22,7 +22,7 @@ def with_stage(config: ResolvedConfig, inputs: Inputs) -> ResolvedConfig:
     if config.deepspeed.stage is not None:
         return config
     model = shapes_of(config.model)
-    num_rows, width = 2 * config.train.pairs_per_device, max(inputs.train.widths())
+    num_rows, width = 2 * config.train.pairs_per_device * inputs.train.slots, max(inputs.train.widths())
     stage = fitting_stage(config, model, num_rows, width, smallest_memory())
     budget = memory_budget(config, model, num_rows, width, stage=stage)
     logger.info("deepspeed.stage=%d of itself; memory of a rank: %s", stage, in_words(budget))

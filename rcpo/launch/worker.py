@@ -120,7 +120,7 @@ def _train(
         logger.info("%s", line)
     if rank() == 0:
         console = RunConsole()
-        print_start(console, config, len(inputs.train), len(inputs.held_out))
+        print_start(console, config, inputs.num_train, inputs.num_held_out, inputs.kind)
         said = inputs.account.lines() if inputs.account.has_losses else []
         # What a user asked to be left out is said where he looks.
         said += [line for line in inputs.report if line.startswith(("data.filter", NOTE))]

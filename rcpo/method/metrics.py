@@ -18,6 +18,7 @@ from rcpo.method.population import PopulationGeometry
 from rcpo.method.scores import ScoreGeometry
 from rcpo.method.statistics import Probe, StepStatistics
 from rcpo.objectives import PairLogProbs
+from rcpo.objectives.loss import Lists
 
 QUANTITIES = (
     "train/loss",
@@ -33,7 +34,10 @@ QUANTITIES = (
     "incentive/chosen",
     "incentive/rejected",
 )
-"""What `pair_sums` sums, in its order; each becomes a mean over the pairs of the global batch."""
+"""What `pair_sums` sums, in its order; each becomes a mean over the pairs of the global batch. Of lists of
+responses logps/* and displacement/* are of the best response (chosen) and the worst one (rejected), and
+accuracy is the share of all better and worse ones in a list; incentive/* are of all that are pulled up
+(chosen) and of all that are pushed down (rejected)."""
 
 
 def _displacement(r_w: Tensor, r_l: Tensor, present: tuple[Tensor, Tensor] | None = None) -> list[Tensor]:
@@ -47,18 +51,41 @@ def _displacement(r_w: Tensor, r_l: Tensor, present: tuple[Tensor, Tensor] | Non
 
 def pair_sums(loss: Tensor, pair: PairLogProbs, incentives: Incentives) -> Tensor:
     """Sums over a micro-batch of `QUANTITIES`: (len(QUANTITIES),) fp64, detached, on the device."""
+    columns = [loss, *(_of_pairs(pair) if pair.lists is None else _of_lists(pair)), *incentives]
+    return torch.stack([column.detach().double().sum() for column in columns])
+
+
+def _of_pairs(pair: PairLogProbs) -> list[Tensor]:
     r_w, r_l = pair.z_w - pair.ref_w, pair.z_l - pair.ref_l
-    columns = [
-        loss,
+    return [
         pair.z_w,
         pair.z_l,
         pair.z_w / pair.len_w,
         pair.z_l / pair.len_l,
         *_displacement(r_w, r_l, pair.present),
-        incentives.d_w,
-        incentives.d_l,
     ]
-    return torch.stack([column.detach().double().sum() for column in columns])
+
+
+def _of_lists(pair: PairLogProbs) -> list[Tensor]:
+    """The same of each list, for each of its pairs."""
+    lists = pair.as_lists()
+
+    def ends(of_chosen: Tensor, of_rejected: Tensor) -> tuple[Tensor, Tensor]:
+        ranked = lists.ranked(of_chosen, of_rejected)
+        return pair.of_lists(ranked[:, 0]), pair.of_lists(ranked.gather(1, lists.last())[:, 0])
+
+    z, ref, length = ends(pair.z_w, pair.z_l), ends(pair.ref_w, pair.ref_l), ends(pair.len_w, pair.len_l)
+    columns = _of_pairs(PairLogProbs(z[0], z[1], ref[0], ref[1], length[0], length[1]))
+    of_all = accuracy_in_lists(lists.ranked(pair.r_w, pair.r_l), lists)
+    return [*columns[:6], pair.of_lists(of_all), *columns[7:]]
+
+
+def accuracy_in_lists(r: Tensor, lists: Lists) -> Tensor:
+    """Of each list (L,): the share of its better and worse responses, two by two, of which the better one has
+    the larger of `r` (L, N); a tie counts half."""
+    worse = lists.worse()
+    above, even = r[:, :, None] > r[:, None, :], r[:, :, None] == r[:, None, :]
+    return ((above.double() + 0.5 * even.double()) * worse).sum((1, 2)) / worse.sum((1, 2))
 
 
 OF_CHOSEN = frozenset(name for name in QUANTITIES if name.partition("/")[2].startswith("chosen"))
@@ -67,22 +94,29 @@ OF_PAIRS = frozenset(["displacement/accuracy", "displacement/both_down"])
 
 
 def means_of(
-    sums: Sequence[float], num_pairs: int, num_chosen: float, num_rejected: float, num_whole: float
+    sums: Sequence[float],
+    num_pairs: int,
+    num_chosen: float,
+    num_rejected: float,
+    num_whole: float,
+    slots: int = 1,
 ) -> dict[str, float]:
     """Of the global batch's sums of `QUANTITIES`: means over the responses that are there, of what takes both
-    over whole pairs, of the loss over all; left out where there is nothing."""
+    over whole pairs, of the loss over all; left out where there is nothing. With `slots` of each, of
+    lists: every pair has what its list has, and incentives are by the loss of a list."""
     means = {}
     for name, total in zip(QUANTITIES, sums, strict=True):
-        num = float(num_pairs)
+        num, by_side = float(num_pairs), slots == 1 or name.startswith("incentive/")
         for names, of_these in ((OF_CHOSEN, num_chosen), (OF_REJECTED, num_rejected), (OF_PAIRS, num_whole)):
-            num = of_these if name in names else num
+            num = of_these * slots if name in names and by_side else num
         if num:
             means[name] = total / num
     return means
 
 
 def balance_row(num_pairs: int, num_chosen: float, num_rejected: float, num_whole: float) -> dict[str, float]:
-    """`batch/*` of a step with single answers: how many responses of each side it had; empty without."""
+    """`batch/*` of a step with single answers, or lists: how many responses of each side it had; empty
+    without."""
     if num_whole == num_pairs:
         return {}
     return {"batch/chosen": num_chosen, "batch/rejected": num_rejected}
@@ -123,6 +157,29 @@ def displacement_row(
     if 0 < num_probed < len(r_w):
         row["unprobed/chosen"] = float(r_w[num_probed:].double().mean())
         row["unprobed/rejected"] = float(r_l[num_probed:].double().mean())
+    return row
+
+
+def list_row(
+    z_w: Tensor,
+    z_l: Tensor,
+    start_w: Tensor,
+    start_l: Tensor,
+    lists: Lists,
+    num_probed: int = 0,
+    noise: float | None = None,
+) -> dict[str, float]:
+    """`displacement_row` of held-out lists, on (n,) pairs: chosen is a list's best response, rejected its
+    worst one, and accuracy the mean over lists of `accuracy_in_lists`. displacement/rank_K is the mean of the
+    K-th best responses, over the lists that have one."""
+    z, start = lists.ranked(z_w, z_l), lists.ranked(start_w, start_l)
+    last = lists.last()
+    worst_z, worst_start = (each.gather(1, last)[:, 0] for each in (z, start))
+    row = displacement_row(z[:, 0], worst_z, start[:, 0], worst_start, num_probed, noise)
+    r = z - start
+    row["displacement/accuracy"] = float(accuracy_in_lists(r, lists).mean())
+    for place in range(r.shape[1]):
+        row[f"displacement/rank_{place + 1}"] = float(r[lists.there[:, place], place].double().mean())
     return row
 
 

@@ -127,12 +127,14 @@ def _nats(value: float) -> str:
     return f"{nats(value)} nats"
 
 
-def print_start(console: Console, config: ResolvedConfig, num_train: int, num_held_out: int) -> None:
+def print_start(
+    console: Console, config: ResolvedConfig, num_train: int, num_held_out: int, kind: str = "pairs"
+) -> None:
     """One line before anything takes time: what is trained on what."""
     console.print(
         Text.assemble(
             (title(config), "bold"),
-            f"  {model_label(config)} on {data_label(config)}: {num_train} training pairs, "
+            f"  {model_label(config)} on {data_label(config)}: {num_train} training {kind}, "
             f"{num_held_out} held out, {config.train.pairs_per_step} a step",
         ),
         soft_wrap=True,

@@ -17,6 +17,7 @@ values.
     pointwise.py       each side judged by itself against the reference
     ratio.py           density-ratio estimation
     transport.py       comparisons of ranks within a batch
+    listwise.py        lists of several responses, of which a pair is the shortest
     anchored.py        made to hold the chosen response up
     mix.py             weighted sums of all of these
     composition.py     what every objective accepts: means of log-probs, weights of pairs, what takes the
@@ -27,7 +28,7 @@ r_l, m = z_w - z_l, a bar divides by the side's length |y|.
 """
 
 # Importing a family registers its objectives.
-from rcpo.objectives import anchored, mix, pairwise, pointwise, ratio, reference_free, transport
+from rcpo.objectives import anchored, listwise, mix, pairwise, pointwise, ratio, reference_free, transport
 from rcpo.objectives.composition import Composition, composition_of, objective_of
 from rcpo.objectives.loss import BatchStatistic, Objective, PairLogProbs
 from rcpo.objectives.parameters import config_key
@@ -45,6 +46,7 @@ __all__ = [
     "anchored",
     "composition_of",
     "config_key",
+    "listwise",
     "load_objective",
     "mix",
     "objective",

@@ -26,6 +26,37 @@ def sides_there(lengths: Tensor, are_whole: bool) -> tuple[Tensor, Tensor, tuple
     return len_w, len_l, (has_w, has_l)
 
 
+class Lists(NamedTuple):
+    """Which of a batch's responses make a list: L lists of at most N responses, on S pairs each, which stand
+    one after the other (`rcpo.data.lists`)."""
+
+    order: Tensor
+    """(L, N) int64, best first: which of a list's 2S sides, the chosen ones first, each response is."""
+    there: Tensor
+    """(L, N) bool: whether there is a response of this rank."""
+    scores: Tensor
+    """(L, N) floating: the responses' scores, the highest is best; 0 where there is none."""
+
+    def ranked(self, of_chosen: Tensor, of_rejected: Tensor) -> Tensor:
+        """Numbers of a batch's sides, (B,) each, as (L, N), best response first."""
+        num_lists = len(self.order)
+        both = torch.cat([of_chosen.view(num_lists, -1), of_rejected.view(num_lists, -1)], dim=1)
+        return both.gather(1, self.order)
+
+    def worse(self) -> Tensor:
+        """(L, N, N) bool: whether response j of a list is worse than its response k, at [list, k, j]. Of
+        equal scores neither is."""
+        is_there = self.there[:, :, None] & self.there[:, None, :]
+        return is_there & (self.scores[:, None, :] < self.scores[:, :, None])
+
+    def last(self) -> Tensor:
+        """(L, 1) int64: the rank of each list's worst response."""
+        return self.there.sum(1, keepdim=True) - 1
+
+    def to(self, device: torch.device) -> "Lists":
+        return Lists(*(each.to(device) for each in self))
+
+
 class PairLogProbs(NamedTuple):
     """What an objective sees of a batch of B pairs; every tensor is (B,) and floating point."""
 
@@ -62,6 +93,8 @@ class PairLogProbs(NamedTuple):
     tokens, (B,): the prompt, or a gold response (`Reading.sft_of`). None where there is none."""
     likely_tokens: Tensor | None = None
     """Tokens of that text, (B,)."""
+    lists: Lists | None = None
+    """Which pairs make a list, for a listwise loss; None: each pair is a list of two."""
 
     @property
     def r_w(self) -> Tensor:
@@ -124,6 +157,18 @@ class PairLogProbs(NamedTuple):
         if (wanted or mean) == "sum":
             return total
         return total / (tokens.mean() if self.mean_tokens is None else self.mean_tokens)
+
+    def as_lists(self) -> Lists:
+        """The lists; of pairs those of two responses, with scores 1 and 0."""
+        if self.lists is not None:
+            return self.lists
+        order = torch.arange(2, device=self.z_w.device).expand(len(self.z_w), 2)
+        return Lists(order, torch.ones_like(order, dtype=torch.bool), (1 - order).to(self.z_w.dtype))
+
+    def of_lists(self, values: Tensor) -> Tensor:
+        """A number of each list (L,) for each of its pairs (B,): a listwise loss gives every pair its list's,
+        so that the mean over pairs is that over lists, and so are its derivatives."""
+        return values.repeat_interleave(len(self.z_w) // len(values))
 
     def extra_tokens(self) -> Tensor:
         """Tokens of the chosen response less those of the rejected one, (B,), whatever z is: for a loss that
@@ -201,6 +246,8 @@ class Objective:
     """What a response's tokens past the length of the shorter one count in z and ref; 1: as the others do."""
     wpo: bool = False
     """Whether each pair's loss is times how likely its responses are to the policy, WPO's weight."""
+    listwise: bool = False
+    """Whether the loss is of a list of responses (`PairLogProbs.lists`), of which a pair is the shortest."""
     match: Match | None = None
     """For a loss that compares ranks within the global batch: what a step asks of all its pairs before it
     begins. A pair's derivatives are those of the batch's loss; its own loss is its share of that."""

@@ -75,7 +75,11 @@ def _statistics(config: MixConfig) -> tuple[BatchStatistic, ...]:
     return tuple(statistic for term in config.loaded for statistic in term.objective.statistics)
 
 
-@objective("mix", MixConfig, needs_reference=_needs_reference, statistics=_statistics)
+def _listwise(config: MixConfig) -> bool:
+    return all(term.objective.listwise for term in config.loaded)
+
+
+@objective("mix", MixConfig, needs_reference=_needs_reference, statistics=_statistics, listwise=_listwise)
 def mix(pair: PairLogProbs, config: MixConfig) -> Tensor:
     """sum_k weight_k * L_k, per pair (B,); each L_k reads its own part of the state."""
     total, start = torch.zeros_like(pair.z_w), 0

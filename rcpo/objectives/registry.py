@@ -33,6 +33,7 @@ class Entry:
     statistics: tuple[BatchStatistic, ...] | Callable[[Any], tuple[BatchStatistic, ...]]
     weighs_tokens: bool = False
     match: Match | None = None
+    listwise: bool | Callable[[Any], bool] = False
 
     def defaults(self, name: str) -> dict[str, Any]:
         """Value of every parameter by its key. Raises UserError where conf/objective/NAME.yaml lacks one."""
@@ -44,7 +45,7 @@ class Entry:
         return {key: value_in_conf((f"{TOP}/{name}",), key) for key in keys}
 
     def build(self, name: str, config: Any) -> Objective:
-        needs, statistics = self.needs_reference, self.statistics
+        needs, statistics, listwise = self.needs_reference, self.statistics, self.listwise
         return Objective(
             name,
             self.loss,
@@ -52,6 +53,7 @@ class Entry:
             needs if isinstance(needs, bool) else needs(config),
             statistics if isinstance(statistics, tuple) else statistics(config),
             self.weighs_tokens,
+            listwise=listwise if isinstance(listwise, bool) else listwise(config),
             match=self.match,
         )
 
@@ -76,6 +78,7 @@ def objective(
     statistics: tuple[BatchStatistic, ...] | Callable[[Any], tuple[BatchStatistic, ...]] = (),
     weighs_tokens: bool = False,
     match: Match | None = None,
+    listwise: bool | Callable[[Any], bool] = False,
 ) -> Callable[[LossFunction], LossFunction]:
     """Register a loss function under `name`, which is also its name in a config: objective=NAME.
 
@@ -96,7 +99,7 @@ def objective(
         if is_own:
             _check_config_type(name, config_type)
         table = OWN if is_own else REGISTRY
-        table[name] = Entry(loss, config_type, needs_reference, statistics, weighs_tokens, match)
+        table[name] = Entry(loss, config_type, needs_reference, statistics, weighs_tokens, match, listwise)
         return loss
 
     return register

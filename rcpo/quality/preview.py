@@ -5,7 +5,7 @@ prints it. Needs the model's tokenizer and config.json, and no weights.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,11 +121,12 @@ def preview_of(config: ResolvedConfig, num_pairs: int, rows: Sequence[int]) -> P
     read.records.report.extend(split_notes)
     inputs = filtered_inputs(config, tokenizer, read.tokens)
     try:
-        check_sizes(config, read.tokens, len(inputs.train))
+        check_sizes(config, read.tokens, inputs.num_train)
         refused = None
     except UserError as error:
         refused = str(error)
-    wanted = [(pair, "trained") for pair in inputs.train[:num_pairs]]
+    first = inputs.train[:: inputs.train.slots]  # of a list its best and its worst response
+    wanted = [(pair, "trained") for pair in first[:num_pairs]]
     wanted += [_pair_of_row(row, inputs) for row in rows]
     notes = [line for line in inputs.report if line.startswith(("data.filter", NOTE))]
     shown = _shown(wanted, read, config)
@@ -159,11 +160,18 @@ def _shown(
     records = {"trained": _by_row(read.records.train), "held out": _by_row(read.records.held_out)}
     originals = [records[use][pair.row] for pair, use in wanted]
     kwargs = config.model.chat_template_kwargs
-    whole = tokenize_records(originals, read.tokenizer, UNCUT, UNCUT, "error", kwargs).pairs
     return [
-        _shown_pair(pair, uncut, use, read.tokenizer)
-        for (pair, use), uncut in zip(wanted, whole, strict=True)
+        _shown_pair(pair, _whole(record, read.tokenizer, kwargs), use, read.tokenizer)
+        for (pair, use), record in zip(wanted, originals, strict=True)
     ]
+
+
+def _whole(
+    record: PreferenceRecord, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]
+) -> list[TokenizedSide]:
+    """All responses of a record without limits."""
+    pairs = tokenize_records([record], tokenizer, UNCUT, UNCUT, "error", kwargs, "whole").pairs
+    return [side for pair in pairs for side in pair.sides]
 
 
 def _by_row(records: Sequence[PreferenceRecord]) -> dict[int, PreferenceRecord]:
@@ -171,26 +179,24 @@ def _by_row(records: Sequence[PreferenceRecord]) -> dict[int, PreferenceRecord]:
 
 
 def _shown_pair(
-    pair: TokenizedPair, whole: TokenizedPair, use: str, tokenizer: PreTrainedTokenizerBase
+    pair: TokenizedPair, whole: Sequence[TokenizedSide], use: str, tokenizer: PreTrainedTokenizerBase
 ) -> ShownPair:
     prompt = pair.prompt_ids
-    cut = whole.sides[0].num_prompt - len(prompt)
+    cut = whole[0].num_prompt - len(prompt)
     responses = [
-        _shown_response(side, _uncut(side, whole, is_chosen), tokenizer)
-        for side, is_chosen in ((pair.chosen, True), (pair.rejected, False))
+        _shown_response(side, _uncut(side, whole), tokenizer) for side in (pair.chosen, pair.rejected)
     ]
     return ShownPair(pair.row, use, ShownPart(decoded(prompt, tokenizer), len(prompt), cut), *responses)
 
 
-def _uncut(side: TokenizedSide, whole: TokenizedPair, is_chosen: bool) -> TokenizedSide:
-    """The side that this one is cut from: its own, or where data.flip has exchanged them the other; itself
-    where it is missing."""
-    own, other = (whole.chosen, whole.rejected) if is_chosen else (whole.rejected, whole.chosen)
+def _uncut(side: TokenizedSide, whole: Sequence[TokenizedSide]) -> TokenizedSide:
+    """The side that this one is cut from, on whichever side data.flip has put it; itself where it is
+    missing."""
     response = side.input_ids[side.num_prompt :]
     if not response:
         return side
-    is_own = own.input_ids[own.num_prompt :][: len(response)] == response
-    return own if is_own else other
+    starts_so = (each for each in whole if each.input_ids[each.num_prompt :][: len(response)] == response)
+    return next(starts_so, side)
 
 
 def _shown_response(

@@ -4,12 +4,14 @@ Owns the sentences of `data=arithmetic`, their words (the vocabulary of `model=t
 training and held-out problems. Does not tokenise. Called by `rcpo.records.load` and `rcpo.builtin.make_tiny`.
 """
 
+import functools
 import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rcpo.common.errors import UserError
+from rcpo.records.lists import read_list
 from rcpo.records.record import Messages, PreferenceRecord
 
 NAMES = ("alice", "bob", "carol", "dave", "emma", "frank")
@@ -91,15 +93,30 @@ def problem_split(train: int, held_out: int, seed: int) -> tuple[list[Problem], 
 
 
 def arithmetic_records(
-    train_pairs: int, eval_pairs: int, seed: int
+    train_pairs: int, eval_pairs: int, seed: int, responses: int = 2
 ) -> tuple[list[PreferenceRecord], list[PreferenceRecord]]:
     """Training and held-out pairs, disjoint by prompt, as messages; each set's rows are counted from 0.
 
-    The two responses of a pair differ in the number word only. The same arguments give the same pairs.
+    The responses of a pair differ in the number word only. With more than two `responses` a record is a list
+    of the right answer and as many near misses as there are and are wanted; an answer's score is the
+    negative of its distance from the right one. The same arguments give the same pairs.
     Raises UserError where there are not that many different problems.
     """
     train, held_out = problem_split(train_pairs, eval_pairs, seed)
-    return _records(train, f"training misses {seed}"), _records(held_out, f"held-out misses {seed}")
+    seeds = f"training misses {seed}", f"held-out misses {seed}"
+    make = _records if responses == 2 else functools.partial(_lists, num_misses=responses - 1)
+    return make(train, seeds[0]), make(held_out, seeds[1])
+
+
+def _lists(problems: list[Problem], seed: str, num_misses: int) -> list[PreferenceRecord]:
+    rng, records = random.Random(seed), []
+    for row, problem in enumerate(problems):
+        misses = problem.near_misses()
+        numbers = [problem.answer, *rng.sample(misses, min(num_misses, len(misses)))]
+        responses = [assistant_turn(problem.response(number)) for number in numbers]
+        scores = [-abs(number - problem.answer) for number in numbers]
+        records.append(read_list(user_turn(problem.prompt()), responses, scores, None, row))
+    return records
 
 
 def _records(problems: list[Problem], seed: str) -> list[PreferenceRecord]:

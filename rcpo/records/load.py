@@ -13,6 +13,7 @@ from rcpo.config.schema import DataConfig
 from rcpo.records import shapes
 from rcpo.records.account import Account, RowAccount, why
 from rcpo.records.arithmetic import arithmetic_records
+from rcpo.records.lists import LISTED, read_list
 from rcpo.records.messages import parsed_quietly, unused_keys, without_system
 from rcpo.records.mixture import drawn
 from rcpo.records.places import Place, held_out_place, mixed_place, training_place
@@ -25,6 +26,8 @@ from rcpo.records.weights import UNWEIGHTED, WEIGHT_PARTS, Weighing, describe_we
 PARTS = ("prompt", "chosen", "rejected")
 FOR_TEMPLATES = ("tools", "documents", "chat_template_kwargs")
 """Columns that a chat template is handed, where they are there."""
+NAMED = PARTS + shapes.SINGLE + LISTED
+"""Parts whose names in data.columns say what a row is."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def _load_arithmetic(config: DataConfig, train: Judge, held_out: Judge) -> Prefe
         raise UserError("data.columns: data=arithmetic has no columns; type data=file data.path=PAIRS.jsonl")
     if config.train_pairs is None:
         raise UserError("data.train_pairs=null: data=arithmetic needs a number; type data.train_pairs=2048")
-    both = arithmetic_records(config.train_pairs, config.eval_pairs, config.seed)
+    both = arithmetic_records(config.train_pairs, config.eval_pairs, config.seed, config.responses)
     for records, judge in zip(both, (train, held_out), strict=True):
         for reason in filter(None, judge(records)):
             raise UserError(f"data=arithmetic: {reason}; type model=tiny, or data=file data.path=PAIRS.jsonl")
@@ -113,10 +116,12 @@ def _read_place(place: Place, config: DataConfig, report: list[str], weighing: W
     says."""
     parts = (*PARTS, *FOR_TEMPLATES, *weighing.parts)
     names = {part: (config.columns or {}).get(part, part) for part in parts}
-    is_named = any(part in PARTS + shapes.SINGLE for part in config.columns or {})
-    if any(part in shapes.SINGLE for part in config.columns or {}):
-        names |= {part: (config.columns or {}).get(part, part) for part in shapes.SINGLE}
+    is_named = any(part in NAMED for part in config.columns or {})
+    for kind in (shapes.SINGLE, LISTED):
+        if any(part in kind for part in config.columns or {}):
+            names |= {part: (config.columns or {}).get(part, part) for part in kind}
     source = read_rows(place, set(names.values()) | (set() if is_named else shapes.COLUMNS))
+    names = shapes.with_one_order(names, source.columns, config.columns or {})
     shape = (
         shapes.own_shape(source, names)
         if is_named
@@ -219,8 +224,8 @@ def _doubled(records: list[PreferenceRecord], place: Place) -> list[str]:
 def _check_parts(config: DataConfig, weighing: Weighing) -> None:
     """Parts that data.columns names: known, and those of a weight also read."""
     for part, name in (config.columns or {}).items():
-        if part not in PARTS + shapes.SINGLE + FOR_TEMPLATES + WEIGHT_PARTS:
-            known = ", ".join(PARTS + shapes.SINGLE + FOR_TEMPLATES + WEIGHT_PARTS)
+        if part not in NAMED + FOR_TEMPLATES + WEIGHT_PARTS:
+            known = ", ".join(NAMED + FOR_TEMPLATES + WEIGHT_PARTS)
             raise UserError(
                 f"data.columns.{part}: no such part; the parts are {known}; "
                 "type data.columns='{prompt: NAME, chosen: NAME, rejected: NAME}'"
@@ -243,7 +248,7 @@ def _check_columns(seen: list[str], shape: Shape, place: Place, config: DataConf
     optional = {"prompt", *FOR_TEMPLATES} - set(config.columns or {})
     if shape.is_single:
         optional -= {"prompt"}
-    if shape.choice is not None or shape.is_single:
+    if shape.choice is not None or shape.is_single or shape.is_list:
         optional |= {"chosen", "rejected"}
     names = shape.names
     needed = [part for part in names if part not in optional]
@@ -267,10 +272,15 @@ def _read_records(
             values = shape.values(row)
             if shape.prompt and values["prompt"] is None:
                 raise BadRowError("prompt is null")
-            sides = (values["prompt"], values["chosen"], values["rejected"])
-            label = values["label"] if shape.is_single else None
             tools, documents, kwargs = (values[part] for part in FOR_TEMPLATES)
-            record = read_record(*sides, number, tools, documents, kwargs, label)
+            if shape.is_list:
+                responses, scores, ranks = (values.get(part) for part in LISTED)
+                listed = (values["prompt"], responses, scores, ranks)
+                record = read_list(*listed, number, tools, documents, kwargs)
+            else:
+                sides = (values["prompt"], values["chosen"], values["rejected"])
+                label = values["label"] if shape.is_single else None
+                record = read_record(*sides, number, tools, documents, kwargs, label)
             if config.as_chat:
                 record = as_messages(record, bool(shape.prompt))
             records.append(dataclasses.replace(record, weight=weighing.weight(values)))

@@ -28,7 +28,9 @@ _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 @dataclass(frozen=True)
 class PreferenceRecord:
-    """One preference pair. Either all three parts are plain text, or all three are messages."""
+    """One preference pair. Either all three parts are plain text, or all three are messages.
+
+    Of a list of responses chosen is the best one and rejected the worst one."""
 
     prompt: str | Messages
     chosen: str | Messages
@@ -47,6 +49,15 @@ class PreferenceRecord:
     """Of a single answer: whether it is a chosen one; it then stands on both sides. None: a pair."""
     template_kwargs: dict[str, Any] | None = None
     """What else this row's chat template is given: {"enable_thinking": false}, say."""
+    between: tuple[str | Messages, ...] = ()
+    """The other responses of a list, the best first."""
+    scores: tuple[float, ...] = ()
+    """Of a list: of each response, the best first, the highest is best; empty: a pair."""
+
+    @property
+    def responses(self) -> list[str | Messages]:
+        """All of them, the best first."""
+        return [self.chosen, *self.between, self.rejected]
 
 
 class BadRowError(Exception):
@@ -135,10 +146,12 @@ def as_messages(record: PreferenceRecord, has_prompt: bool) -> PreferenceRecord:
     if not has_prompt:
         raise BadRowError("data.as_chat=true needs a prompt of its own, and the sides only begin alike")
     turn = {"role": "user", "content": record.prompt.rstrip()}
-    sides = [
-        [{"role": "assistant", "content": str(side).lstrip()}] for side in (record.chosen, record.rejected)
-    ]
-    chat = dataclasses.replace(record, prompt=[turn], chosen=sides[0], rejected=sides[1])
+    chosen, *between, rejected = (
+        [{"role": "assistant", "content": str(side).lstrip()}] for side in record.responses
+    )
+    chat = dataclasses.replace(
+        record, prompt=[turn], chosen=chosen, rejected=rejected, between=tuple(between)
+    )
     _check_parts(chat)
     return chat
 

@@ -215,7 +215,8 @@ def content(record: PreferenceRecord) -> str:
     """Equal for pairs that are equal in all but their row number."""
     for_template = (record.tools, record.documents, record.template_kwargs)
     label = [] if record.label is None else [record.label]
-    return _key([record.prompt, record.chosen, record.rejected, *for_template, *label])
+    listed = [record.between, record.scores] if record.scores else []
+    return _key([record.prompt, record.chosen, record.rejected, *for_template, *label, *listed])
 
 
 def _key(parts: Iterable[Any]) -> str:

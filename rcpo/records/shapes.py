@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from rcpo.records.lists import LISTED
 from rcpo.records.messages import num_sharegpt, parsed_quietly
 from rcpo.records.readers import Rows
 from rcpo.records.record import BadRowError, label_of
@@ -37,7 +38,7 @@ CONVERSATIONS = ("conversations", "messages")
 SINGLE = ("completion", "label")
 """Columns of a single answer with its label (TRL's format for KTO)."""
 COLUMNS = frozenset(
-    [*PROMPTS, *SINGLE, *CONVERSATIONS, "system", "history"]
+    [*PROMPTS, *SINGLE, *LISTED, *CONVERSATIONS, "system", "history"]
     + [name for choice in CHOICES for name in (*choice.answers, choice.by)]
 )
 """All that a shape may read beside prompt, chosen and rejected."""
@@ -60,7 +61,9 @@ _NO_PAIRS = {
     ("messages",): "one conversation a row",
     ("instruction", "output"): "one answer a row",
 }
-_WRITE_PAIRS = "write two answers to one prompt a row: prompt, chosen, rejected"
+_WRITE_PAIRS = (
+    "write two answers to one prompt a row (prompt, chosen, rejected), or several (prompt, responses, scores)"
+)
 
 
 @dataclass(frozen=True)
@@ -78,11 +81,13 @@ class Shape:
     """What is read in another way than by names alone, for the log and the console."""
     is_single: bool = False
     """Whether rows are single answers with a label, in the columns of `completion` and `label`."""
+    is_list: bool = False
+    """Whether rows are lists of responses, in the columns of `responses` and `scores` or `ranks`."""
 
     def columns(self) -> set[str]:
         """Those that are read."""
         found = {*self.names.values(), *self.prompt, *filter(None, (self.system, self.history))}
-        if self.is_single:
+        if self.is_single or self.is_list:
             found -= {self.names["chosen"], self.names["rejected"]}
         return found | ({*self.choice.answers, self.choice.by} if self.choice else set())
 
@@ -122,7 +127,26 @@ class Shape:
 def own_shape(source: Rows, names: Mapping[str, str]) -> Shape:
     """Columns as they are called, or as data.columns says."""
     prompt = (names["prompt"],) if names["prompt"] in source.columns else ()
-    return Shape(names, prompt, is_single="completion" in names)
+    return Shape(names, prompt, is_single="completion" in names, is_list="responses" in names)
+
+
+def is_listed(columns: Iterable[str]) -> bool:
+    """Whether these are the columns of lists of responses."""
+    seen = set(columns)
+    return "responses" in seen and bool({"scores", "ranks"} & seen)
+
+
+def with_one_order(
+    names: Mapping[str, str], columns: Iterable[str], named: Mapping[str, str]
+) -> dict[str, str]:
+    """The names without scores or without ranks, since a list is read by one of the two: by the one that is
+    named, or that there is, else by scores."""
+    has = {
+        part: part in named or (not {"scores", "ranks"} & set(named) and names.get(part) in set(columns))
+        for part in ("scores", "ranks")
+    }
+    other = "scores" if has["ranks"] and not has["scores"] else "ranks"
+    return {part: name for part, name in names.items() if part != other}
 
 
 def shape_of(source: Rows, names: Mapping[str, str], as_text: bool) -> Shape:
@@ -136,6 +160,9 @@ def shape_of(source: Rows, names: Mapping[str, str], as_text: bool) -> Shape:
     elif {"completion", "label"} <= set(columns):
         own = own_shape(source, {**names, **{name: name for name in SINGLE}})
         return replace(own, is_single=True, said=("completion is one answer, chosen where label is true",))
+    elif is_listed(columns):
+        listed = {name: name for name in LISTED}
+        return own_shape(source, with_one_order({**names, **listed}, columns, {}))
     elif choice is None:
         return own_shape(source, names)
     side = "chosen" if choice is None else choice.answers[0]

@@ -168,7 +168,7 @@ class ReferenceMaker:
     def open(self, engine: Engine) -> tuple[Reference, Start]:
         """The reference, and what displacement of held-out pairs is measured against; `engine` has its
         initial weights."""
-        num_probed, own_weights = self._config.calibration.probe_pairs, has_own_weights(self._config)
+        num_probed, own_weights = self._inputs.num_probed(self._config), has_own_weights(self._config)
         if self._kept is not None and self._is_complete:
             table = self._kept
             live = self._live(engine) if self._is_live else None
@@ -193,7 +193,7 @@ class ReferenceMaker:
             return torch.stack([*evaluate_logprobs(engine, pairs, self._inputs.pad_id, size)])
 
         table.held_out = SideLogProbs(*evaluated(len(self._inputs.held_out)))
-        num_probed = self._config.calibration.probe_pairs
+        num_probed = self._inputs.num_probed(self._config)
         if num_probed:
             table.probe = SideLogProbs(*evaluated(num_probed))
         found = evaluated(NOISE_PAIRS)

@@ -86,10 +86,12 @@ def _check(config: ResolvedConfig, fetch: bool) -> Checked:
 
 def _count_pairs(config: ResolvedConfig) -> int:
     """Training pairs before tokenising: what can be said without the model's tokenizer."""
+    from rcpo.records.lists import num_pairs
     from rcpo.records.load import load_records
     from rcpo.records.weights import weighing_of
 
-    return len(load_records(config.data, weighing_of(config.composition)).train)
+    records = load_records(config.data, weighing_of(config.composition)).train
+    return sum(num_pairs(record, config.data.lists) for record in records)
 
 
 def hub_ids(config: ResolvedConfig) -> list[str]:

@@ -49,7 +49,7 @@ def check_agreement(config: ResolvedConfig, inputs: Inputs, engine: Engine) -> N
 def _short_pair(inputs: Inputs) -> TokenizedPair:
     """The pair with the fewest tokens, cut to NUM_TOKENS a side."""
     widths = inputs.train.widths()
-    pair = inputs.train[min(range(len(widths)), key=widths.__getitem__)]
+    pair = inputs.train[min((idx for idx, width in enumerate(widths) if width), key=widths.__getitem__)]
 
     def cut(side: TokenizedSide) -> TokenizedSide:
         num_prompt = min(side.num_prompt, NUM_TOKENS // 2)

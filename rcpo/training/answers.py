@@ -25,7 +25,7 @@ def note_answers(training: "Training") -> None:
     if not metrics.answers:
         return
     tokenizer = inputs.tokenizer
-    prompts = [pair.prompt_ids for pair in inputs.held_out[: metrics.answers]]
+    prompts = [pair.prompt_ids for pair in inputs.held_out[:: inputs.held_out_slots][: metrics.answers]]
     kwargs = training.config.model.chat_template_kwargs
     template = None if tokenizer.chat_template is None else look_at_template(tokenizer, kwargs)
     ends = ends_of_answers(tokenizer, template)

@@ -42,6 +42,8 @@ def pairs_digest(pairs: Iterable[TokenizedPair]) -> str:
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for pair in pairs:
         digest.update(np.float64(pair.weight).tobytes())
+        if pair.scores is not None:
+            digest.update(np.array(pair.scores, dtype=np.float64).tobytes())
         for side in (pair.chosen, pair.rejected):
             digest.update(np.array([side.num_tokens, side.num_prompt], dtype=np.int64).tobytes())
             digest.update(np.asarray(side.ids, dtype=np.int32).tobytes())

@@ -13,13 +13,15 @@ import torch
 
 from rcpo.common.files import replacing
 from rcpo.config.resolved import ResolvedConfig
+from rcpo.data.batch import PairBatch
 from rcpo.data.inputs import Inputs
 from rcpo.data.joint import lay_out
-from rcpo.data.pairs import SideLogProbs, present_in_pairs, without_missing
+from rcpo.data.lists import lists_of
+from rcpo.data.pairs import SideLogProbs, TokenizedPair, present_in_pairs, without_missing
 from rcpo.data.sampler import PairSampler, dealt
 from rcpo.engine.engine import Engine
 from rcpo.method.calibrators import Calibrator, build_calibrator
-from rcpo.method.metrics import displacement_row
+from rcpo.method.metrics import displacement_row, list_row
 from rcpo.method.statistics import Probe
 from rcpo.models.evaluation import eval_batch, evaluate_logprobs, peak_memory_gb
 from rcpo.models.load import save_model
@@ -41,6 +43,7 @@ from rcpo.training.after_evaluation import after_evaluation, end_of_summary, rea
 from rcpo.training.aggregate import aggregate_of
 from rcpo.training.agreement import check_agreement
 from rcpo.training.answers import note_answers
+from rcpo.training.by_sign import slots_of_step, with_lists
 from rcpo.training.checkpoint import REFERENCE, checkpoint_to_resume, load_checkpoint
 from rcpo.training.held_out_loss import held_out_loss
 from rcpo.training.measurement import Measurement
@@ -93,14 +96,16 @@ def train(
     if rank() == 0:
         load_beside(config.tracking)
     check_agreement(config, inputs, engine)
-    measurements = Measurements(config, engine)
+    slots = slots_of_step(inputs.train.slots)
+    measurements = Measurements(config, engine, slots)
     state = TrainState(0, calibrator, _initial_state(objective, inputs, sampler))
     reference, start = maker.open(engine)
     method = Method(
         engine,
         objective,
         aggregate_of(config.composition),
-        config.train.pairs_per_step,
+        config.train.pairs_per_step * slots,
+        slots,
         config.model.router_loss,
     )
     moving = MovingReference(config, inputs, engine) if config.reference.sync_every else None
@@ -235,10 +240,13 @@ def _due(step: int, every: int) -> bool:
 
 def _evaluate_probe(training: Training) -> Probe:
     """Displacement of the probe pairs, the first of the held-out ones. Collective."""
-    pairs = training.inputs.held_out[: training.config.calibration.probe_pairs]
+    inputs = training.inputs
+    pairs = inputs.held_out[: inputs.num_probed(training.config)]
     result = evaluate_logprobs(training.engine, pairs, training.inputs.pad_id, eval_batch(training.config))
-    r_w, r_l = (now - start for now, start in zip(result, training.start.probe, strict=True))
-    has_w, has_l = present_in_pairs(pairs)
+    # Of a list its best and its worst response, which its first slot has.
+    first = slice(None, None, inputs.held_out_slots)
+    r_w, r_l = ((now - start)[first] for now, start in zip(result, training.start.probe, strict=True))
+    has_w, has_l = present_in_pairs(pairs[first])
     return Probe(float(r_w[has_w].double().mean()), float(r_l[has_l].double().mean()))
 
 
@@ -278,14 +286,21 @@ def _micro_batches(training: Training, measurement: Measurement) -> list[MicroBa
     cut = training.sampler.micro_batches(
         training.state.step, rank(), world_size(), config.train.pairs_per_device
     )
+
+    def lay(pairs: Sequence[TokenizedPair]) -> PairBatch:
+        return lay_out(config.train, pairs, training.inputs.pad_id, measurement.takes_joint_layouts)
+
     micro_batches = []
     for indices in cut:
         pairs = [training.inputs.train[idx] for idx in indices]
-        batch = lay_out(config.train, pairs, training.inputs.pad_id, measurement.takes_joint_layouts)
+        batch = lay(pairs)
         rows = training.reference.rows(indices, batch, apart)
         read = None if training.moving is None else training.moving.rows(indices, batch, apart)
         made = made_for(training.method.objective, pairs, batch, rows, training.inputs.pad_id, read)
-        micro_batches.append(made.to(device))
+        made = made.to(device)
+        if pairs[0].scores is not None:
+            made = with_lists(made, pairs, training.inputs.train.slots, lay)
+        micro_batches.append(made)
     return micro_batches
 
 
@@ -321,14 +336,21 @@ def _note_evaluation(training: Training, result: SideLogProbs, of_reference: Sid
     if rank() != 0:
         return
     step, start, held_out = training.state.step, training.start, training.inputs.held_out
-    num_probed = training.config.calibration.probe_pairs
+    num_probed, num_slots = training.config.calibration.probe_pairs, training.inputs.held_out_slots
     present = present_in_pairs(held_out)
-    row = displacement_row(*result, start.z_w, start.z_l, num_probed, start.noise, present)
+    if num_slots > 1:
+        lists = lists_of(held_out, num_slots)
+        row = list_row(*result, start.z_w, start.z_l, lists, num_probed, start.noise)
+    else:
+        row = displacement_row(*result, start.z_w, start.z_l, num_probed, start.noise, present)
     method, numbers = training.method, training.state.objective_state
-    loss = held_out_loss(method.objective, method.aggregate, numbers, held_out, result, of_reference)
+    loss = held_out_loss(
+        method.objective, method.aggregate, numbers, held_out, result, of_reference, num_slots
+    )
     if loss is not None:
         row["loss"] = loss
-    training.run.save_pair_results(step, without_missing(result, present))
+    of_pairs = SideLogProbs(*(z[::num_slots] for z in without_missing(result, present)))
+    training.run.save_pair_results(step, of_pairs)
     for sink in training.sinks:
         sink.log_eval({"step": step} | row)
 

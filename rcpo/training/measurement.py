@@ -170,10 +170,15 @@ class BesideMeasurement(Measurement):
     has_passes_beside = True
 
     def __init__(
-        self, scores: ParameterScores, reader: "ParameterReader", weighted: bool, averages: bool
+        self,
+        scores: ParameterScores,
+        reader: "ParameterReader",
+        weighted: bool,
+        averages: bool,
+        slots: int = 1,
     ) -> None:
         self._scores, self._reader = scores, reader
-        self._weighted, self._averages = weighted, averages
+        self._weighted, self._averages, self._slots = weighted, averages, slots
 
     def begin(self) -> None:
         self._scores.reset()
@@ -181,9 +186,9 @@ class BesideMeasurement(Measurement):
     def passes_beside(self, engine: Engine, batch: PairBatch, pulls: Incentives) -> None:
         weights: Sequence[Tensor] = pulls
         if not self._weighted:
-            weights = [torch.ones_like(pulls.d_w)] * 2
+            weights = [torch.full_like(pulls.d_w, self._slots)] * 2
             if self._averages:
-                weights = batch.lengths.clamp(min=1).to(pulls.d_w.dtype).reciprocal().chunk(2)
+                weights = (self._slots / batch.lengths.clamp(min=1).to(pulls.d_w.dtype)).chunk(2)
         for side, is_last in ((CHOSEN, False), (REJECTED, True)):
             of_side = batch.side(chosen=side == CHOSEN)
             z = read(engine.logprobs(of_side), of_side).z

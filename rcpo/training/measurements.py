@@ -38,8 +38,9 @@ def kind_at(config: ResolvedConfig, calibrator: Calibrator, step: int) -> type[M
 class Measurements:
     """The measurements of a run; buffers are made when the first one is due, and never where none is."""
 
-    def __init__(self, config: ResolvedConfig, engine: Engine) -> None:
-        self._config, self._engine = config, engine
+    def __init__(self, config: ResolvedConfig, engine: Engine, slots: int = 1) -> None:
+        """`slots`: pairs that a list of responses is in a step, so that scores are means over lists."""
+        self._config, self._engine, self._slots = config, engine, slots
         self._unmeasured = Measurement()
         self._head: HeadMeasurement | None = None
         self._apart: ApartMeasurement | None = None
@@ -86,8 +87,8 @@ class Measurements:
 
     def _of_head(self) -> HeadMeasurement:
         if self._head is None:
-            pairs_per_step = self._config.train.pairs_per_step
-            self._head = HeadMeasurement(self._engine, self._make_reader(), pairs_per_step, self._averages)
+            num_pairs, reader = self._config.train.pairs_per_step, self._make_reader()
+            self._head = HeadMeasurement(self._engine, reader, num_pairs, self._averages)
         return self._head
 
     def _of_each(self) -> EachMicroBatch:
@@ -111,5 +112,5 @@ class Measurements:
             scores = ParameterScores(parameters, self._engine.device, others)
             reader = ParameterReader(parameters, scores, self._make_reader())
             self._apart = ApartMeasurement(scores, reader)
-            self._beside = BesideMeasurement(scores, reader, self._weighted, self._averages)
+            self._beside = BesideMeasurement(scores, reader, self._weighted, self._averages, self._slots)
         return self._apart, self._beside

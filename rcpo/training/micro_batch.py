@@ -4,7 +4,7 @@ Owns how that is put together from pairs and the reference's rows. Made by `rcpo
 `rcpo.training.step`, which adds what is known of the global batch alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from rcpo.data.batch import PairBatch, collate_sides, prompt_as_response, tail_w
 from rcpo.data.pairs import TokenizedPair
 from rcpo.models.logprobs import sum_per_side
 from rcpo.objectives import Objective
+from rcpo.objectives.loss import Lists
 from rcpo.ranks.transfer import to_device
 from rcpo.reference.table import ReferenceRows
 from rcpo.training.aggregate import Tilt
@@ -38,6 +39,10 @@ class MicroBatch(NamedTuple):
     measured against."""
     likely: PairBatch | None = None
     """One side alone: a text for each pair that a likelihood term is of, beside the chosen response."""
+    lists: Lists | None = None
+    """Which pairs make a list of responses; None: each is a pair."""
+    by_sign: "Callable[[Tensor], MicroBatch] | None" = None
+    """Of lists of more than two: the same with the responses of which (2B,) is True as its chosen side."""
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on the device; before the step has added to it."""

@@ -13,7 +13,7 @@ from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.describe import describe_pair
 from rcpo.data.filter import filter_pairs
 from rcpo.data.inputs import Inputs
-from rcpo.data.labels import check_labels, drawn_to_flip, labels_line
+from rcpo.data.labels import check_labels, check_lists, labels_line, with_noise
 from rcpo.data.mismatched import longest_mismatched
 from rcpo.data.pairs import PackedPairs
 from rcpo.data.token_key import content_of, token_key
@@ -112,7 +112,10 @@ def _checked_tokenizer(config: ResolvedConfig) -> PreTrainedTokenizerBase:
 def tokenise(config: ResolvedConfig, tokenizer: PreTrainedTokenizerBase) -> PairsRead:
     """Read and tokenise the data of a config; of the model its tokenizer alone is needed."""
     limits = (config.train.max_length, config.train.max_prompt_length, config.data.on_bad_row)
-    train, held_out = (Tokeniser(tokenizer, *limits, config.model.chat_template_kwargs) for _ in range(2))
+    kwargs, lists = config.model.chat_template_kwargs, config.data.lists
+    train = Tokeniser(tokenizer, *limits, kwargs, lists)
+    # One pair a row, so that runs with best_worst and with all_pairs are measured on the same.
+    held_out = Tokeniser(tokenizer, *limits, kwargs, "whole" if lists == "whole" else "best_worst")
     records = load_records(config.data, weighing_of(config.composition), train, held_out)
     if tokenizer.chat_template is not None:
         records.report.extend(note_on_text(records, config.data))
@@ -157,24 +160,26 @@ def _kept_tokens(config: ResolvedConfig, tokenizer: PreTrainedTokenizerBase, kee
 
 def filtered_inputs(config: ResolvedConfig, tokenizer: PreTrainedTokenizerBase, tokens: Tokens) -> Inputs:
     """What of these tokens is trained on and held out, with the account of all rows."""
+    check_lists(config, tokens.train, tokens.held_out)
     train, filtered = filter_pairs(tokens.train, config)
-    account = tokens.account.after_filter(len(train))
-    flipped = drawn_to_flip(len(train), config.data)
-    train, account = train.flipped(flipped), account.after_flip(len(flipped))
-    num_rows = len(train)
+    account = tokens.account.after_filter(train.num_rows)
+    train, num_flipped = with_noise(train, config.data)
+    account = account.after_flip(num_flipped)
+    kind, num_train = ("pairs", len(train)) if train.slots == 1 else ("lists", train.num_lists)
     if config.data.unpair:
         train = train.unpaired()
     check_labels(config, train, tokens.held_out)
+    slots = tokens.held_out.slots
     report = [
         *account.lines(),
         *(f"{NOTE}{line}" for line in account.warnings()),
         *tokens.report,
         *filtered,
-        f"{num_rows} training pairs, {len(tokens.held_out)} held-out pairs",
+        f"{num_train} training {kind}, {tokens.held_out.num_lists} held-out {kind}",
         *labels_line(train),
         "one training pair as the model sees it:\n" + describe_pair(train[0], tokenizer),
     ]
-    return Inputs(tokenizer, train, list(tokens.held_out), report, account)
+    return Inputs(tokenizer, train, list(tokens.held_out), report, account, slots)
 
 
 def check_sizes(config: ResolvedConfig, tokens: Tokens, num_pairs: int) -> None:
@@ -196,5 +201,5 @@ def read_inputs(config: ResolvedConfig, keep: bool = True) -> Inputs:
     tokens = _kept_tokens(config, tokenizer, keep)
     check_reference(config, tokenizer, _longest(config, tokens.train, tokens.held_out))
     inputs = filtered_inputs(config, tokenizer, tokens)
-    check_sizes(config, tokens, len(inputs.train))
+    check_sizes(config, tokens, inputs.num_train)
     return inputs

@@ -57,7 +57,8 @@ def _rows_of(training: "Training", lost: list[int]) -> list[int]:
     """Row numbers in the source of the pairs in these micro-batches of the current step."""
     per_device = training.config.train.pairs_per_device
     batches = list(training.sampler.micro_batches(training.state.step, rank(), world_size(), per_device))
-    return [training.inputs.train[idx].row for number in lost for idx in batches[number]]
+    rows = [training.inputs.train[idx].row for number in lost for idx in batches[number]]
+    return list(dict.fromkeys(rows))
 
 
 def save_or_go_on(training: "Training", time_left: stopping.TimeLeft) -> None:

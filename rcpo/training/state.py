@@ -30,7 +30,9 @@ class Method:
     objective: Objective
     aggregate: Aggregate
     pairs_per_step: int
-    """B of the global batch, over all ranks."""
+    """B of the global batch, over all ranks; with lists of responses all their slots."""
+    slots: int = 1
+    """Pairs that a list of responses is in a step; 1 where pairs are trained on."""
     router_loss: float = 0.0
     """What the load-balancing loss of experts counts beside the objective's."""
 

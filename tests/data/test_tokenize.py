@@ -434,11 +434,11 @@ def test_templates_that_cannot_be_are_one_line(tmp_path: Path, content: bytes | 
 
 
 def test_pairs_are_held_as_flat_arrays() -> None:
-    """100,000 pairs are held in memory by every rank: 4 bytes a token, and 64 bytes a pair."""
+    """100,000 pairs are held in memory by every rank: 4 bytes a token, and 72 bytes a pair."""
     records = [read_record("q1", "é" * 40, "😀" * 9, n) for n in range(3)]
     data = tokenize(records, make_bpe())
     num_tokens = sum(len(side.input_ids) for pair in data.pairs for side in sides_of(pair))
-    assert sum(column.nbytes for column in data.pairs.arrays) == 4 * num_tokens + 64 * len(records)
+    assert sum(column.nbytes for column in data.pairs.arrays) == 4 * num_tokens + 72 * len(records)
 
 
 CUT_THINKING = TURNS.replace("m['content']", "m['content'].split('</think>')[-1]") + GENERATION

@@ -20,6 +20,7 @@ from rcpo.method.calibrators import build_calibrator
 from rcpo.models.policy import Policy
 from rcpo.reference.table import ReferenceRows
 from rcpo.training.aggregate import aggregate_of
+from rcpo.training.by_sign import slots_of_step, with_lists
 from rcpo.training.measurements import Measurements
 from rcpo.training.micro_batch import MicroBatch, made_for
 from rcpo.training.state import Method, TrainState
@@ -86,20 +87,24 @@ def train_small(
     num_steps: int,
     split: Sequence[int],
     reference: SmallEngine | None = None,
+    slots: int = 1,
 ) -> list[dict[str, float]]:
     """Train `model` in place against `reference`, or what it was, each step on all of `pairs`, cut into
     micro-batches of equal `split`; returns the metrics rows. A pair meets the responses of the one after it,
-    where the objective needs mismatched pairs."""
+    where the objective needs mismatched pairs. With `slots` pairs are those of lists, and `split` counts
+    lists."""
     engine = SmallEngine(model, config, len(split))
     frozen = reference or engine
     objective = config.objective_function
-    measurements = Measurements(config, engine)  # type: ignore[arg-type]
+    measurements = Measurements(config, engine, slots_of_step(slots))  # type: ignore[arg-type]
     state = TrainState(0, build_calibrator(config.calibration), objective.initial_state(8.0))
+    in_step = slots_of_step(slots)
     method = Method(
         engine,  # type: ignore[arg-type]
         objective,
         aggregate_of(config.composition),
-        len(pairs),
+        len(pairs) // slots * in_step,
+        in_step,
         config.model.router_loss,
     )
     which = [Mismatch(idx, (idx + 1) % len(pairs)) for idx in range(len(pairs))]
@@ -108,7 +113,8 @@ def train_small(
     for all_pairs in (pairs, mismatched if objective.needs_mismatched else []):
         made.append([])
         start = 0
-        for size in split if all_pairs else ():
+        for num in split if all_pairs else ():
+            size = num * slots
             part = all_pairs[start : start + size]
             batch = collate(part, 0)
             ref_w, ref_l = frozen.logprobs_without_grad(batch).chunk(2)
@@ -119,6 +125,8 @@ def train_small(
                 made[-1].append(made_for(objective, part, batch, ReferenceRows(ref_w, ref_l, tokens), 0))
             else:
                 made[-1].append(MicroBatch(batch, ref_w, ref_l, torch.ones(size)))
+            if part[0].scores is not None:
+                made[-1][-1] = with_lists(made[-1][-1], part, slots, lambda each: collate(each, 0))
             start += size
     rows = []
     for step in range(num_steps):

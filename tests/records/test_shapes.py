@@ -251,7 +251,8 @@ def test_what_is_no_pairs_is_called_so(tmp_path: Path, name: str) -> None:
     row, kind = NO_PAIRS[name]
     assert fault(tmp_path, row).endswith(
         f"has no column chosen and no column rejected, but {', '.join(row)}; these are {kind} and no pairs; "
-        "write two answers to one prompt a row: prompt, chosen, rejected"
+        "write two answers to one prompt a row (prompt, chosen, rejected), or several (prompt, responses, "
+        "scores)"
     )
 
 
