@@ -243,6 +243,11 @@ def _contenders(options: Options, words: list[str]) -> list[Contender]:
                 f"--baseline {name}: does not know the tokens of the whole batch, which "
                 "objective.sft_mean=tokens divides by; leave it out, or type objective.sft_mean=pairs"
             )
+        if objective.reads_tokens and not objective.weighs_tokens:
+            raise UserError(
+                f"--baseline {name}: has sums of the responses' log-probs alone; leave it out, or type "
+                "objective.ld_alpha=1, objective.wpo=false and objective.sft_of=response"
+            )
         if name == "trl":
             if importlib.util.find_spec("trl") is None:
                 raise UserError(

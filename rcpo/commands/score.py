@@ -90,8 +90,9 @@ def _to_score(config: "ResolvedConfig") -> "tuple[ResolvedConfig, list[str]]":
     from rcpo.records.held_out_split import with_held_out_split
 
     unfiltered = dataclasses.replace(config.data.filter, scores=None)
-    lists = "all_pairs" if config.data.lists == "all_pairs" else "best_worst"
-    data = dataclasses.replace(config.data, on_bad_row="drop", filter=unfiltered, lists=lists)
+    data = dataclasses.replace(config.data, on_bad_row="drop", filter=unfiltered)
+    if data.lists == "whole":
+        data = dataclasses.replace(data, lists="best_worst")
     data, notes = with_held_out_split(data)
     return dataclasses.replace(config, data=data), notes
 

@@ -128,12 +128,13 @@ def run(options: argparse.Namespace) -> int:
 
     tree = None
     if joined_world_size() is None:  # else rank 0 alone composes, and speaks for all
-        from rcpo.launch.first_look import look
+        from rcpo.launch.first_look import ask_hub, look
 
         tree = compose(words)
         if tree is None:
             return 0
         look(tree, options.overwrite)
+        ask_hub(tree)
         doing("loading torch and transformers")
     from rcpo.launch.start import start
 

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -20,6 +21,9 @@ NOISE_MARK = "~"
 """Behind a mean change that rounding alone may have made."""
 UNLIMITED = 10_000
 """Columns of a console that cuts nothing."""
+LONGEST_DATED = 20
+"""Letters of a name that keeps its date in its line."""
+DATE = re.compile(r"-(?=\d{8}-\d{6}\b)")
 
 
 class RunConsole(Console):
@@ -79,6 +83,11 @@ def work_shown(console: Console, what: str, total: int, unit: str) -> Iterator[C
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task(what, total=total)
         yield lambda num_done: progress.advance(task, num_done)
+
+
+def date_below(name: str) -> str:
+    """A long name with the date that ends it, as rcpo makes them, in a second line: a table is less wide."""
+    return DATE.sub("-\n", name) if len(name) > LONGEST_DATED else name
 
 
 def number(value: float) -> str:

@@ -6,6 +6,7 @@ others are fetched, is for those who read them: `rcpo.models.hub`, `rcpo.records
 import contextlib
 import logging
 import re
+import textwrap
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -91,7 +92,7 @@ def unreachable(name: HubName, error: Exception | str) -> str:
     command = "hf download " + ("--repo-type dataset " if is_data else "") + name.path
     command += f" --revision {name.revision}" if name.revision is not None else ""
     command += " --local-dir FOLDER" if is_data else ""
-    reason = " ".join(str(error).split())[:100] or type(error).__name__
+    reason = textwrap.shorten(str(error), 100, placeholder=" ...") or type(error).__name__
     home = f"bring HF_HOME here (it is {constants.HF_HOME}), or give a {name.kind} folder"
     return (
         f"is not on this machine, and the hub cannot be reached ({reason}); type `{command}` where there is "

@@ -172,7 +172,9 @@ def _read_held_out(path: Path) -> str | None:
 
 
 def one_line(value: object) -> str:
-    """A value as text for tables: no line breaks, and nothing that moves a terminal's cursor."""
+    """A value for tables, as it is typed: no line breaks, and nothing that moves a terminal's cursor."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
     return " ".join("".join(char if char.isprintable() else " " for char in str(value)).split())
 
 

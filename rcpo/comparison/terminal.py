@@ -8,7 +8,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from rcpo.common.console import KEPT_NATS, fitted
+from rcpo.common.console import KEPT_NATS, date_below, fitted
 from rcpo.comparison.forms import as_markdown
 from rcpo.comparison.groups import Comparison
 from rcpo.comparison.summary import headline, sentences
@@ -54,7 +54,7 @@ def _table(
         box=box.SIMPLE_HEAD, header_style="dim", padding=(0, 1, 0, 0), pad_edge=False, show_edge=False
     )
     for column in columns:
-        texts = [column.head, *(column.text(line, pm) for line in everything)]
+        texts = [column.head, *(_text(column, line, pm) for line in everything)]
         parts = [part for text in texts for part in (text.split() if column.is_words else [text])]
         width = max(map(len, parts))
         if column.is_words:
@@ -63,7 +63,7 @@ def _table(
             table.add_column(column.head, justify="right", no_wrap=True, width=width)
     previous = None
     for line in lines:
-        cells = [Text(column.text(line, pm)) for column in columns]
+        cells = [Text(_text(column, line, pm)) for column in columns]
         chosen = line.means["chosen"][0]
         for cell, column in zip(cells, columns, strict=True):
             if column.name == "chosen" and abs(chosen) >= KEPT_NATS:
@@ -74,3 +74,8 @@ def _table(
         previous = objective
         table.add_row(*cells)
     return table
+
+
+def _text(column: Shown, line: GroupLine, pm: str) -> str:
+    text = column.text(line, pm)
+    return date_below(text) if column.is_words else text

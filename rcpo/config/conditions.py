@@ -117,10 +117,10 @@ def _bare(key: str) -> str:
     return key.removeprefix(PREFIX) if key.startswith(PREFIX) else f"!{key}"
 
 
-def check_conditions(config: Config, weighs_tokens: bool = False) -> None:
+def check_conditions(config: Config, reads_tokens: bool = False) -> None:
     """Raise UserError where train.stop_when or train.keep_best cannot be read, or names what this run's
-    evaluations do not have; `weighs_tokens`: whether the objective is known to."""
-    train, known = config.train, keys_of(config, weighs_tokens)
+    evaluations do not have; `reads_tokens`: whether the objective is known to."""
+    train, known = config.train, keys_of(config, reads_tokens)
     if train.stop_when is not None:
         for key in parse_condition(train.stop_when).names():
             seen = f"train.stop_when={train.stop_when}"
@@ -137,7 +137,8 @@ def _check_key(config: Config, known: tuple[str, ...], key: str, seen: str, type
     name = key.removeprefix("!") if key.startswith("!") else PREFIX + key
     named = [PREFIX + each for each in known]
     if key == LOSS:
-        why = f"is not measured with objective={config.objective['name']}, which weighs tokens"
+        name_of = config.objective["name"]
+        why = f"is not measured with objective={name_of}, whose loss reads more than the responses' log-probs"
     elif key in OF_BF16:
         why = "is measured in bfloat16 alone"
     elif key in OF_PROBED:
@@ -158,13 +159,13 @@ def _alike(name: str, named: list[str]) -> list[str]:
     return same or difflib.get_close_matches(name, named, n=2, cutoff=0.6)
 
 
-def keys_of(config: Config, weighs_tokens: bool) -> tuple[str, ...]:
+def keys_of(config: Config, reads_tokens: bool) -> tuple[str, ...]:
     """What an evaluation of this run has, without `PREFIX`; where the dtype is not decided yet, what it may
-    have. `weighs_tokens`: whether the objective does."""
+    have. `reads_tokens`: whether the objective does."""
     calibration = config.calibration
     return (
         *KEYS,
-        *(() if weighs_tokens else (LOSS,)),
+        *(() if reads_tokens else (LOSS,)),
         *(OF_BF16 if config.model.dtype != "float32" else ()),
         *(OF_PROBED if calibration.probe_pairs else ()),
     )

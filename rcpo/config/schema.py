@@ -90,6 +90,9 @@ class ModelConfig:
     response: Literal["template", "verbatim"] = IN_CONF
     """template: a response is what the chat template makes of it. verbatim: its content as it is, behind the
     generation prompt; for templates that cut reasoning out."""
+    router_loss: Annotated[float, Field(ge=0, le=1e3)] = IN_CONF
+    """What the load-balancing loss of a mixture of experts counts beside the objective's; 0: nothing, and no
+    pass for it."""
     lora: LoraConfig = Field(default_factory=LoraConfig)
     """Train a low-rank adapter in place of the weights."""
     quantization: Literal["4bit"] | None = IN_CONF
@@ -263,6 +266,12 @@ class ReferenceConfig:
     pairs_per_device: Positive | None = IN_CONF
     """Pairs of one forward pass of the reference on a rank, to rounding without effect; null: four
     micro-batches where cached, one where live, which takes at most one."""
+    sync_every: NonNegative = IN_CONF
+    """Optimizer steps after which the reference that the loss reads takes in the policy's weights (TR-DPO,
+    arXiv 2404.09656), as a frozen model in memory; 0: never. Displacement is measured against the one of the
+    start."""
+    sync_mix: Annotated[float, Field(gt=0, le=1)] = IN_CONF
+    """The policy's share in what the reference's weights then become; 1: a copy of the policy."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rcpo.data.pairs import TokenizedPair, TokenizedSide
+from rcpo.data.pairs import NO_SIDE, TokenizedPair, TokenizedSide
 from rcpo.ranks.transfer import to_device
 
 PREFIX, OF_CHOSEN, OF_REJECTED = 0, 1, 2
@@ -83,6 +83,12 @@ class PairBatch(NamedTuple):
     """Who may see whom in a joint layout."""
     ref_token_logps: Tensor | None = None
     """(N,) fp32: the reference's log-probability of each target, where the objective weighs tokens."""
+    token_weights: Tensor | None = None
+    """(N,) fp32: what each target counts in z; None: 1."""
+    gives_log_weights: bool = False
+    """Whether a pass tells how likely the responses are to the model (WPO's weights)."""
+    expert_costs: Tensor | None = None
+    """(E,) fp32: what the router's summed probability of each expert costs, where a pass is to tell that."""
     present: Present | None = None
     """How many responses are there; None: all of them."""
 
@@ -96,11 +102,15 @@ class PairBatch(NamedTuple):
             position_ids=_moved(self.position_ids, device),
             segments=None if self.segments is None else self.segments.to(device),
             ref_token_logps=_moved(self.ref_token_logps, device),
+            token_weights=_moved(self.token_weights, device),
+            gives_log_weights=self.gives_log_weights,
+            expert_costs=_moved(self.expert_costs, device),
             present=self.present,
         )
 
     def side(self, chosen: bool) -> "PairBatch":
-        """The rows of one side alone, (B, T), on the same grid; not of a joint layout."""
+        """The rows of one side alone, (B, T), on the same grid, whose experts cost nothing; not of a joint
+        layout."""
         assert self.segments is None
         num_pairs, width = self.num_pairs, self.input_ids.shape[1]
         num_rows = num_pairs if self.present is None else max(1, self.present.chosen)
@@ -112,7 +122,9 @@ class PairBatch(NamedTuple):
                 self.targets[:num_chosen],
                 self.lengths[:num_pairs],
                 num_chosen,
-                ref_token_logps=None if self.ref_token_logps is None else self.ref_token_logps[:num_chosen],
+                ref_token_logps=_part(self.ref_token_logps, slice(num_chosen)),
+                token_weights=_part(self.token_weights, slice(num_chosen)),
+                gives_log_weights=self.gives_log_weights,
             )
         return PairBatch(
             self.input_ids[num_rows:],
@@ -120,7 +132,9 @@ class PairBatch(NamedTuple):
             self.targets[num_chosen:],
             self.lengths[num_pairs:],
             0,
-            ref_token_logps=None if self.ref_token_logps is None else self.ref_token_logps[num_chosen:],
+            ref_token_logps=_part(self.ref_token_logps, slice(num_chosen, None)),
+            token_weights=_part(self.token_weights, slice(num_chosen, None)),
+            gives_log_weights=self.gives_log_weights,
         )
 
     @property
@@ -139,6 +153,20 @@ class PairBatch(NamedTuple):
 def width(pair: TokenizedPair) -> int:
     """Tokens of the longer side."""
     return max(pair.chosen.num_tokens, pair.rejected.num_tokens)
+
+
+def _part(tensor: Tensor | None, which: slice) -> Tensor | None:
+    return None if tensor is None else tensor[which]
+
+
+def tail_weights(lengths: Tensor, alpha: float) -> Tensor:
+    """(N,) fp32 of responses of these (2B,) tokens on the CPU, chosen ones first: 1 for a token within the
+    length of its pair's shorter response, `alpha` past it. LD-DPO, Liu et al. 2024 (arXiv 2409.06411)."""
+    shorter = torch.minimum(*lengths.chunk(2)).repeat(2)
+    weights = []
+    for num_tokens, num_shared in zip(lengths.tolist(), shorter.tolist(), strict=True):
+        weights += [torch.ones(num_shared), torch.full((num_tokens - num_shared,), alpha)]
+    return torch.cat(weights)
 
 
 def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
@@ -163,12 +191,28 @@ def collate(pairs: Sequence[TokenizedPair], pad_id: int) -> PairBatch:
         targets.append(input_ids[row, side.num_prompt : side.num_tokens])
     return PairBatch(
         input_ids=input_ids,
-        token_positions=torch.cat(positions),
-        targets=torch.cat(targets),
+        token_positions=torch.cat([NO_IDS, *positions]),
+        targets=torch.cat([NO_IDS, *targets]),
         lengths=lengths,
         num_chosen_tokens=int(lengths[: len(pairs)].sum()),
         present=present_in(lengths),
     )
+
+
+NO_IDS = torch.zeros(0, dtype=torch.int64)
+
+
+def collate_sides(sides: Sequence[TokenizedSide], pad_id: int) -> PairBatch:
+    """B responses without others beside them, some of which may be `NO_SIDE`, on one grid: as one side of a
+    batch."""
+    pairs = [TokenizedPair(side, NO_SIDE, row) for row, side in enumerate(sides)]
+    return collate(pairs, pad_id).side(chosen=True)
+
+
+def prompt_as_response(side: TokenizedSide) -> TokenizedSide:
+    """The prompt's tokens from the second on, which a model predicts, behind its first; `NO_SIDE` where there
+    are none."""
+    return TokenizedSide(side.ids[: side.num_prompt], 1) if side.num_prompt > 1 else NO_SIDE
 
 
 def _rows_of(sides: Sequence[TokenizedSide]) -> Sequence[TokenizedSide]:

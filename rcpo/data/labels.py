@@ -10,10 +10,11 @@ from rcpo.common.errors import UserError
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.config.schema import DataConfig
 from rcpo.data.pairs import PackedPairs
-from rcpo.objectives.trial import takes_single_answers
+from rcpo.objectives.trial import labels_read, takes_single_answers
 
 EXAMPLE = "type objective=kto, bco, dil_bce or another that judges each answer by itself"
 PROBED = "calibration.probe_pairs"
+SYNC_NEVER = "reference.sync_every=0"
 
 
 def with_noise(train: PackedPairs, config: DataConfig) -> tuple[PackedPairs, int]:
@@ -22,8 +23,7 @@ def with_noise(train: PackedPairs, config: DataConfig) -> tuple[PackedPairs, int
     drawn, slots = drawn_to_flip(train.num_lists, config), train.slots
     which = [place for idx in drawn for place in range(idx * slots, (idx + 1) * slots)]
     if slots > 1:  # the middle one of an odd list stays where it is
-        is_whole = train.present.all(axis=1).tolist()
-        which = [place for place in which if is_whole[place]]
+        which = [place for place in which if train.present[place].all()]
     return train.flipped(which), len(drawn)
 
 
@@ -63,6 +63,14 @@ def check_lists(config: ResolvedConfig, train: PackedPairs, held_out: PackedPair
             f"data.filter.scores={data.filter.scores}: has scores of pairs, and the data are lists of "
             "responses; type data.lists=best_worst, or data.filter.scores=null"
         )
+    for word, plain, is_set in (
+        (f"objective.ld_alpha={objective.ld_alpha:g}", "objective.ld_alpha=1", objective.ld_alpha != 1),
+        ("objective.wpo=true", "objective.wpo=false", objective.wpo),
+        ("objective.sft_of=text", "objective.sft_of=response", objective.reading.sft_of == "text"),
+        (f"reference.sync_every={config.reference.sync_every}", SYNC_NEVER, config.reference.sync_every),
+    ):
+        if is_set:
+            raise UserError(f"{word}: is of pairs, and the data are lists of responses; type {plain}")
 
 
 def check_labels(config: ResolvedConfig, train: PackedPairs, held_out: PackedPairs) -> None:
@@ -76,6 +84,8 @@ def check_labels(config: ResolvedConfig, train: PackedPairs, held_out: PackedPai
             f"objective={config.objective['name']}: compares the two responses of a pair, and the training "
             f"data are single answers with a label; {cure}"
         )
+    if train.has_single_answers:
+        _check_both_labels(config, train)
     if not held_out.has_single_answers:
         return
     for num, key in ((len(held_out), "data.eval_pairs"), (config.calibration.probe_pairs, PROBED)):
@@ -86,3 +96,20 @@ def check_labels(config: ResolvedConfig, train: PackedPairs, held_out: PackedPai
                 f"{key}={num}: none of these held-out answers is a {lacking} one; give more, or rows in a "
                 "mixed order"
             )
+
+
+def _check_both_labels(config: ResolvedConfig, train: PackedPairs) -> None:
+    """Raise UserError where all training answers have one label, and the objective reads the other one: half
+    of its loss would be missing, with nothing to hold the rest, and calibration would have nothing to
+    balance."""
+    has_chosen, has_rejected = (bool(column.any()) for column in train.present.T)
+    reads_chosen, reads_rejected = labels_read(config.objective_function)
+    if (has_chosen or not reads_chosen) and (has_rejected or not reads_rejected):
+        return
+    there, lacking = ("chosen", "rejected") if has_chosen else ("rejected", "chosen")
+    reads = "judges answers of both labels" if reads_rejected else "reads chosen answers alone"
+    cure = ", or type objective=sft, which reads chosen answers alone" if has_chosen else ""
+    raise UserError(
+        f"objective={config.objective['name']}: {reads}, and all {len(train)} training answers are {there} "
+        f"ones; give {lacking} ones too (or look at the labels){cure}"
+    )

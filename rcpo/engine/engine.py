@@ -176,6 +176,15 @@ class Engine:
         return z
 
     @torch.no_grad()
+    def expert_sums(self, batch: PairBatch) -> Tensor:
+        """What the router did with the batch's tokens, as `rcpo.models.router` says, in evaluation mode.
+        Collective at stage 3."""
+        self._deepspeed.eval()
+        sums: Tensor = self._deepspeed(batch, experts=True)
+        self._deepspeed.train()
+        return sums
+
+    @torch.no_grad()
     def logprobs_as_trained(self, batch: PairBatch) -> Tensor:
         """z (2B,) fp32 in training mode, dropout and all. Collective at stage 3."""
         z: Tensor = self._deepspeed(batch)

@@ -10,8 +10,11 @@ from rcpo.config.evaluation import check_option, refuse_missing_harness
 from rcpo.config.names import TINY, absolute, absolute_run_dir, all_absolute, check_name
 from rcpo.config.schema import Config
 from rcpo.config.validate import section_of
+from rcpo.models.hub import commit_of, is_hub_id
 from rcpo.models.places import check_config_file, refuse_no_place
 from rcpo.monitor.other_trackers import refuse_missing_tracker
+from rcpo.ranks.environment import joined_world_size
+from rcpo.records.hub import revisions_at_commits
 from rcpo.records.places import files_of, held_out_place, refuse_absent, training_place
 from rcpo.runs.folder import RunFolder
 
@@ -50,3 +53,15 @@ def _look_at_data(config: Config) -> None:
     for place in filter(None, places):
         for one in files_of(place):
             refuse_absent(one)
+
+
+def ask_hub(tree: dict[str, Any]) -> None:
+    """Ask the hub which commits it has of the model and the data; the start of the run, in this process, does
+    not ask again. Raises UserError where it cannot be reached and none is here. Ranks that torchrun or srun
+    started do not ask here, but once for all of them."""
+    if joined_world_size() is not None:
+        return
+    config = section_of(Config, tree)
+    if is_hub_id(absolute(config.model.path) or config.model.path):
+        commit_of(config.model.path, config.model.revision)
+    revisions_at_commits(config.data)

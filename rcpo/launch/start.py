@@ -23,7 +23,7 @@ from rcpo.launch.overwrite import old_set_aside, refuse_irreplaceable, run_lock_
 from rcpo.launch.processes import run_ranks
 from rcpo.launch.stage import with_stage
 from rcpo.launch.worker import run_worker, train_raising
-from rcpo.models.hub import at_commit
+from rcpo.models.commits import at_commit
 from rcpo.monitor.other_trackers import refuse_missing_tracker
 from rcpo.ranks.distributed import initialize, rank, spoken_for, world_size
 from rcpo.ranks.environment import joined_world_size

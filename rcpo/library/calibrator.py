@@ -292,6 +292,9 @@ class Calibrator:
         return dist.get_world_size(self._group) if is_joined else 1
 
 
+NEUTRAL = ("objective.ld_alpha=1", "objective.wpo=false", "objective.sft_of=response")
+
+
 def _refuse_whole_batches(objective: Objective) -> None:
     """Raise UserError for an objective that reads more than z of a part of the batch."""
     if objective.weighs_tokens:
@@ -313,6 +316,11 @@ def _refuse_whole_batches(objective: Objective) -> None:
         raise UserError(
             "objective.sft_mean=tokens: is a mean over the global batch, which a loop of your own gives "
             "in parts; type objective.sft_mean=pairs"
+        )
+    if objective.reads_tokens:
+        raise UserError(
+            f"objective={objective.name}: its loss reads more than the responses' log-probs, which is all "
+            f"that a loop of your own gives; type {', '.join(NEUTRAL)}"
         )
 
 

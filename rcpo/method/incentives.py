@@ -24,19 +24,35 @@ class LossAndIncentives(NamedTuple):
     incentives: Incentives
 
 
+class Derivatives(NamedTuple):
+    """`LossAndIncentives`, and -dL by the log-probability of a text beside the two responses
+    (`PairLogProbs.likely`), (B,); None where there is none."""
+
+    loss: Tensor
+    incentives: Incentives
+    likely: Tensor | None
+
+
 def loss_and_incentives(objective: Objective, pair: PairLogProbs) -> LossAndIncentives:
-    """Evaluate the objective on detached leaves; returns loss and incentives, each (B,) and detached.
+    """Evaluate the objective on detached leaves; returns loss and incentives, each (B,) and detached."""
+    loss, incentives, _ = derivatives(objective, pair)
+    return LossAndIncentives(loss, incentives)
+
+
+def derivatives(objective: Objective, pair: PairLogProbs) -> Derivatives:
+    """The same, with that of a text beside.
 
     The pairs of a batch do not interact, so the gradient of the summed loss holds each pair's own derivative.
     """
     z_w = pair.z_w.detach().requires_grad_()
     z_l = pair.z_l.detach().requires_grad_()
+    likely = () if pair.likely is None else (pair.likely.detach().requires_grad_(),)
     with torch.enable_grad():
-        loss = objective(pair._replace(z_w=z_w, z_l=z_l))
-        grad_w, grad_l = torch.autograd.grad(
-            loss.sum(), (z_w, z_l), allow_unused=True, materialize_grads=True
+        loss = objective(pair._replace(z_w=z_w, z_l=z_l, likely=likely[0] if likely else None))
+        grad_w, grad_l, *rest = torch.autograd.grad(
+            loss.sum(), (z_w, z_l, *likely), allow_unused=True, materialize_grads=True
         )
-    return LossAndIncentives(loss.detach(), Incentives(-grad_w, grad_l))
+    return Derivatives(loss.detach(), Incentives(-grad_w, grad_l), -rest[0] if rest else None)
 
 
 def incentives(objective: Objective, pair: PairLogProbs) -> Incentives:

@@ -12,6 +12,7 @@ from rcpo.models.adapter_files import refuse_adapter
 from rcpo.models.adapters import add_adapters
 from rcpo.models.load import from_pretrained, model_place, one_line_errors, quiet_transformers, read_config
 from rcpo.models.policy import Policy
+from rcpo.models.router import check_router
 
 
 def check_model(config: ModelConfig) -> None:
@@ -36,6 +37,7 @@ def check_model(config: ModelConfig) -> None:
                 f"{type(model).__name__}; give weights and config.json of one and the same model"
             )
     Policy(model)
+    check_router(model, config.router_loss)
     _adapt_on_meta(model, config, place)
 
 

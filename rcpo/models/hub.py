@@ -3,9 +3,9 @@
 Of one commit: the first process of a run that reads it asks the hub, and the run keeps the commit
 (`model.revision`), so that its ranks, its resumed runs and the nodes of a cluster read the same files. A
 commit that is here is read without the network; one that is not is fetched once a node, since the hub's
-client holds a lock. Called by `rcpo.models.load` and `rcpo.launch.start`."""
+client holds a lock. Called by `rcpo.models.load`, by `rcpo.launch.first_look` before torch is loaded, and by
+`rcpo.models.commits`."""
 
-import dataclasses
 import functools
 import json
 import os
@@ -13,8 +13,6 @@ from pathlib import Path
 
 from rcpo.common.hub import SECONDS, HubName, commit_now, one_line_faults
 from rcpo.config.names import TINY
-from rcpo.config.resolved import ResolvedConfig
-from rcpo.records.hub import revisions_at_commits
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")
@@ -60,6 +58,11 @@ def commit_of(path: str, revision: str | None) -> str:
     return _commit_of(HubName(path, revision), CONFIG)
 
 
+def commit_of_adapter(path: str, revision: str | None) -> str:
+    """Likewise of an adapter's repository."""
+    return _commit_of(_adapter_name(path, revision), ADAPTER_CONFIG)
+
+
 @functools.cache
 def _commit_of(name: HubName, config: str) -> str:
     if name.is_commit:
@@ -73,22 +76,6 @@ def _commit_of(name: HubName, config: str) -> str:
     return commit_now(
         name, lambda: HfApi().model_info(name.path, revision=name.revision, timeout=SECONDS), here
     )
-
-
-def at_commit(config: ResolvedConfig) -> ResolvedConfig:
-    """The config with the commits of all that the run reads from the hub: what it keeps."""
-    model, reference, lora = config.model, config.reference, config.model.lora
-    if is_hub_id(model.path):
-        model = dataclasses.replace(model, revision=commit_of(model.path, model.revision))
-    if lora.adapter is not None and is_hub_id(lora.adapter):
-        commit = _commit_of(_adapter_name(lora.adapter, lora.adapter_revision), ADAPTER_CONFIG)
-        model = dataclasses.replace(model, lora=dataclasses.replace(lora, adapter_revision=commit))
-    is_read = reference.path is not None and config.objective_function.needs_reference
-    if is_read and is_hub_id(str(reference.path)):
-        commit = commit_of(str(reference.path), reference.revision)
-        reference = dataclasses.replace(reference, revision=commit)
-    data = dataclasses.replace(config.data, revision=revisions_at_commits(config.data))
-    return dataclasses.replace(config, model=model, reference=reference, data=data)
 
 
 def is_hub_id(path: str) -> bool:

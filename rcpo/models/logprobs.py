@@ -68,6 +68,7 @@ class _TokenLogProbs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
         num_chosen: int, scores: HeadScores | None, transform: LogitTransform, sizes: HeadSizes,
+        collisions: Tensor | None,
     ) -> Tensor:  # fmt: skip
         token_logps = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         log_norms = torch.empty_like(token_logps)
@@ -83,6 +84,8 @@ class _TokenLogProbs(torch.autograd.Function):
             sums = exps.sub_(largest[:, None]).exp_().sum(1)
             log_norms[part] = largest + sums.log()
             token_logps[part] = target - log_norms[part]
+            if collisions is not None:
+                collisions[part] = 2 * (torch.linalg.vector_norm(exps, dim=1).log() - sums.log())
             num_kept += exps.numel() * (weight.element_size() if keeps_rounded else exps.element_size())
             is_kept, error = may_keep and num_kept <= sizes.kept_bytes, None
             if in_forward or (is_kept and keeps_rounded):
@@ -139,7 +142,7 @@ class _TokenLogProbs(torch.autograd.Function):
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
-            None, None, None, None, None,
+            None, None, None, None, None, None,
         )  # fmt: skip
 
 
@@ -200,6 +203,9 @@ class TokenLogProbHead(nn.Module):
         """Where the next backward passes add their score statistics; None costs nothing."""
         self.sizes: HeadSizes | None = None
         """How the work is divided; None: as suits the device."""
+        self.collisions: Tensor | None = None
+        """Where the next pass writes log sum_v p_v^2 of each token's distribution (N,), without a gradient;
+        None: nowhere."""
 
     def forward(self, hidden: Tensor, batch: PairBatch) -> Tensor:
         """Token log-probs (N,) fp32 for `batch`'s response tokens from hidden states (R, T, H)."""
@@ -213,6 +219,7 @@ class TokenLogProbHead(nn.Module):
             self.scores,
             self.transform,
             self.sizes or head_sizes(hidden.device.type, self.weight.shape[0]),
+            self.collisions,
         )
         return token_logps
 
@@ -259,8 +266,9 @@ def importance_weighted(
 
 
 def score_shares(batch: PairBatch, omega: Tensor | None, averages: bool) -> Tensor | None:
-    """What multiplies each token's score in that of its response (N,): `omega`, over |y| where the objective
-    `averages` log-probs; None: 1."""
+    """What multiplies each token's score in that of its response (N,): `omega`, or what tokens count in z;
+    over |y| where the objective `averages` log-probs; None: 1."""
+    omega = batch.token_weights if omega is None else omega
     if not averages:
         return omega
     shares = batch.lengths.float().reciprocal()[side_of_token(batch)]

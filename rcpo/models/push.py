@@ -6,6 +6,7 @@ Asks nothing. The token comes from $HF_TOKEN alone, the hub's address from $HF_E
 import os
 import re
 from collections.abc import Iterator, Mapping
+from http import HTTPStatus
 from pathlib import Path
 
 from rcpo.common.errors import UserError
@@ -34,12 +35,22 @@ def push_folder(folder: Path, repository: str, is_public: bool, message: str) ->
         commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
     # Each layer of the client raises classes of its own.
     except Exception as error:
-        said = " ".join(str(error).split())[:300] or type(error).__name__
+        private = "" if is_public else " --private"  # a repository that hf upload makes is public without
         raise UserError(
-            f"--push {repository}: the hub did not take it ({said}); {folder} is written: mend that and type "
-            f"hf upload {repository} {folder}"
+            f"--push {repository}: {_said(error)}; {folder} is written: mend that and type hf upload "
+            f"{repository} {folder}{private}"
         ) from None
     return str(commit.commit_url)
+
+
+def _said(error: Exception) -> str:
+    """What the hub said, without the address that its client adds to a refused token."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status == HTTPStatus.UNAUTHORIZED:
+        return "the hub does not take the token in HF_TOKEN (401 Unauthorized)"
+    if status == HTTPStatus.FORBIDDEN:
+        return "the token in HF_TOKEN may not write there (403 Forbidden)"
+    return f"the hub did not take it ({' '.join(str(error).split())[:300] or type(error).__name__})"
 
 
 def listed(files: Mapping[str, int]) -> Iterator[str]:

@@ -24,12 +24,12 @@ from rcpo.objectives.parameters import (
     require_not_negative,
     require_positive,
 )
-from rcpo.objectives.reading import AS_WRITTEN, DIVERGENCES, SFT_MEANS, Reading
+from rcpo.objectives.reading import AS_WRITTEN, DIVERGENCES, SFT_MEANS, SFT_OF, Reading
 from rcpo.objectives.registry import TOP, load_at, one_line
 from rcpo.objectives.trial import losses_of_trial
 
 SAMPLE_WEIGHTS = (None, "weight", "dora")
-AGGREGATES = ("mean", "kl_dro")
+AGGREGATES = ("mean", "kl_dro", "dr_dpo")
 LOG_PROBS = ("sum", "mean")
 SHARED = "every_objective"
 """The file of conf/ with the defaults."""
@@ -67,6 +67,15 @@ class Composition:
     sft_mean: str | None = IN_CONF
     """What a likelihood term is: pairs: -z_w/|y_w|. tokens: -z_w over the global batch's mean of |y_w|, whose
     mean over pairs is that over tokens. sum: -z_w. null: as the formula has it."""
+    sft_of: str = IN_CONF
+    """response: a likelihood term is of the chosen response. text: of prompt and chosen response, which takes
+    a pass of the chosen side more."""
+    ld_alpha: float = IN_CONF
+    """In [0, 1]: what the tokens of the longer response of a pair past the length of the shorter one count in
+    z and ref (LD-DPO, arXiv 2409.06411); 1: as all others."""
+    wpo: bool = IN_CONF
+    """true: each pair's loss times WPO's weight (arXiv 2406.11827): of either response e to the mean over its
+    tokens of log p - log sum_v p_v^2, multiplied, without a gradient."""
     sample_weight: str | None = IN_CONF
     """null: every pair counts alike. weight: by the column `weight`. dora: by 1/(a + a_i (1-p)/p) of the
     column `probability` (`rcpo.records.weights`)."""
@@ -77,9 +86,11 @@ class Composition:
     """DoRA's a_i >= 0: the share of the distribution that the pair comes from. Published code: 1/2 for
     pairs."""
     aggregate: str = IN_CONF
-    """mean, or kl_dro: lambda log mean exp(loss/lambda) over the global batch (`rcpo.training.aggregate`)."""
+    """mean; kl_dro: lambda log mean exp(loss/lambda) over the global batch; dr_dpo: -lambda log mean
+    exp(-loss/lambda), by which pairs of large loss count little (`rcpo.training.aggregate`)."""
     dro_lambda: float = IN_CONF
-    """lambda of kl_dro, > 0, in units of the loss: towards infinity the mean, towards 0 the worst pair.
+    """lambda of kl_dro and dr_dpo, > 0, in units of the loss: towards infinity the mean, towards 0 the worst
+    pair, or the best one.
     Published code: 1."""
     module: str | None = IN_CONF
     """File or Python module of a user's own that registers objectives (`rcpo.objectives.own`); null: none."""
@@ -90,11 +101,14 @@ class Composition:
         if self.sample_weight not in SAMPLE_WEIGHTS:
             raise ParameterError("sample_weight", self.sample_weight, "null, weight or dora", "weight")
         if self.aggregate not in AGGREGATES:
-            raise ParameterError("aggregate", self.aggregate, "mean or kl_dro", "mean")
+            raise ParameterError("aggregate", self.aggregate, "mean, kl_dro or dr_dpo", "mean")
         if self.divergence not in DIVERGENCES:
             raise ParameterError("divergence", self.divergence, "reverse_kl, forward_kl, js or alpha", "js")
         if self.sft_mean not in SFT_MEANS:
             raise ParameterError("sft_mean", self.sft_mean, "null, pairs, tokens or sum", "tokens")
+        if self.sft_of not in SFT_OF:
+            raise ParameterError("sft_of", self.sft_of, "response or text", "text")
+        require(self, "ld_alpha", 0 <= self.ld_alpha <= 1, "at least 0 and at most 1")
         smoothing = self.label_smoothing
         require(self, "label_smoothing", 0 <= smoothing < 0.5, "at least 0 and less than 0.5")
         require(self, "divergence_alpha", self.divergence_alpha != 1, "other than 1, where it is reverse_kl")
@@ -104,13 +118,14 @@ class Composition:
         for key, switch, option in (
             ("dora_a", "sample_weight", "dora"),
             ("dora_a_i", "sample_weight", "dora"),
-            ("dro_lambda", "aggregate", "kl_dro"),
+            ("dro_lambda", "aggregate", ("kl_dro", "dr_dpo")),
             ("divergence_alpha", "divergence", "alpha"),
         ):
-            if getattr(self, key) != defaults[key] and getattr(self, switch) != option:
+            options = (option,) if isinstance(option, str) else option
+            if getattr(self, key) != defaults[key] and getattr(self, switch) not in options:
                 raise UserError(
-                    f"{TOP}.{key}={getattr(self, key)}: has no effect without {option}; type "
-                    f"{TOP}.{switch}={option}, or {TOP}.{key}={defaults[key]}"
+                    f"{TOP}.{key}={getattr(self, key)}: has no effect without {' or '.join(options)}; type "
+                    f"{TOP}.{switch}={options[0]}, or {TOP}.{key}={defaults[key]}"
                 )
 
     def describe(self) -> str:
@@ -127,12 +142,20 @@ class Composition:
             parts.append(f"log-ratios as the divergence {self.divergence}{alpha} has them")
         if self.sft_mean is not None:
             parts.append(f"likelihood terms {OF_SFT_MEAN[self.sft_mean]}")
+        if self.sft_of == "text":
+            parts.append("likelihood terms of prompt and chosen response")
+        if self.ld_alpha != 1:
+            parts.append(f"tokens past the shorter response's length count {self.ld_alpha}")
+        if self.wpo:
+            parts.append("each pair's loss times how likely its responses are to the policy (WPO)")
         if self.sample_weight == "weight":
             parts.append("each pair's loss times its weight in the data")
         if self.sample_weight == "dora":
             parts.append(f"each pair's loss times DoRA's weight 1/({self.dora_a} + {self.dora_a_i} (1-p)/p)")
         if self.aggregate == "kl_dro":
             parts.append(f"{self.dro_lambda} log mean exp(loss/{self.dro_lambda}) in place of the mean")
+        if self.aggregate == "dr_dpo":
+            parts.append(f"-{self.dro_lambda} log mean exp(-loss/{self.dro_lambda}) in place of the mean")
         return "; ".join(parts)
 
 
@@ -173,13 +196,18 @@ def objective_of(section: Mapping[str, Any], fresh: bool = False) -> Objective:
         composition.divergence,
         composition.divergence_alpha if composition.divergence == "alpha" else 0.0,
         composition.sft_mean,
+        composition.sft_of,
     )
     _check_reading(loaded, reading)
     _check_match(loaded, composition)
+    _check_ld_alpha(loaded, composition)
+    _check_listwise(loaded, composition)
     return dataclasses.replace(
         loaded,
         averages=composition.log_probs == "mean",
         reading=reading,
+        ld_alpha=composition.ld_alpha,
+        wpo=composition.wpo,
         needs_reference=loaded.needs_reference and not reading.reference_free,
     )
 
@@ -188,12 +216,45 @@ def _check_match(objective: Objective, composition: Composition) -> None:
     """Raise UserError for what needs a loss of each pair by itself, where the loss compares ranks."""
     if objective.match is None:
         return
-    for key, neutral in (("aggregate", "mean"), ("sample_weight", None)):
+    for key, neutral in (("aggregate", "mean"), ("sample_weight", None), ("wpo", False)):
         value = getattr(composition, key)
         if value != neutral:
+            shown, right = (_as_typed(each) for each in (value, neutral))
             raise UserError(
-                f"{TOP}.{key}={value}: takes a loss of each pair by itself, and objective={objective.name} "
-                f"compares ranks within the batch; type {TOP}.{key}={'null' if neutral is None else neutral}"
+                f"{TOP}.{key}={shown}: takes a loss of each pair by itself, and objective={objective.name} "
+                f"compares ranks within the batch; type {TOP}.{key}={right}"
+            )
+
+
+def _as_typed(value: Any) -> str:
+    """As the command line has it."""
+    return str("null" if value is None else value).lower()
+
+
+def _check_ld_alpha(objective: Objective, composition: Composition) -> None:
+    """Raise UserError where tokens cannot count less for their place."""
+    if composition.ld_alpha == 1:
+        return
+    reason = None
+    if objective.weighs_tokens:
+        reason = f"objective={objective.name} weighs the tokens by itself"
+    elif objective.needs_mismatched:
+        reason = f"objective={objective.name} reads mismatched pairs, which are not scored token by token"
+    if reason is not None:
+        raise UserError(f"{TOP}.ld_alpha={composition.ld_alpha}: {reason}; type {TOP}.ld_alpha=1")
+
+
+def _check_listwise(objective: Objective, composition: Composition) -> None:
+    """Raise UserError for what is of the two responses of a pair, where the loss is of a list."""
+    if not objective.listwise:
+        return
+    for key, neutral in (("ld_alpha", 1.0), ("wpo", False)):
+        value = getattr(composition, key)
+        if value != neutral:
+            shown, right = (_as_typed(each) for each in (value, neutral))
+            raise UserError(
+                f"{TOP}.{key}={shown}: is of the two responses of a pair, and objective={objective.name} "
+                f"takes lists; type {TOP}.{key}={right}"
             )
 
 
@@ -202,6 +263,7 @@ SWITCHES = {
     "label_smoothing": (Reading(label_smoothing=0.25), "has no sigmoid of its own to smooth"),
     "divergence": (Reading(divergence="js"), "is no function of the margin r_w - r_l"),
     "sft_mean": (Reading(sft_mean="sum"), "has no likelihood term"),
+    "sft_of": (Reading(sft_of="text"), "has no likelihood term"),
 }
 """A key of a reading, a reading with it, and why a formula is not changed by that."""
 
@@ -213,7 +275,7 @@ def _check_reading(objective: Objective, reading: Reading) -> None:
         neutral = getattr(AS_WRITTEN, key)
         if value == neutral:
             continue
-        shown, right = (str("null" if each is None else each).lower() for each in (value, neutral))
+        shown, right = (_as_typed(each) for each in (value, neutral))
         if key == "reference_free" and objective.weighs_tokens:
             raise UserError(
                 f"{TOP}.{key}=true: objective={objective.name} weighs tokens by log-ratios to the reference; "

@@ -88,6 +88,11 @@ class PairLogProbs(NamedTuple):
     present: tuple[Tensor, Tensor] | None = None
     """1 where the chosen, and where the rejected response is there, else 0, (B,) each; None: all are. Of one
     that is missing z and ref are 0 and |y| is 1."""
+    likely: Tensor | None = None
+    """Log-probability of the text beside the chosen response that a likelihood term is of, summed over its
+    tokens, (B,): the prompt, or a gold response (`Reading.sft_of`). None where there is none."""
+    likely_tokens: Tensor | None = None
+    """Tokens of that text, (B,)."""
     lists: Lists | None = None
     """Which pairs make a list, for a listwise loss; None: each pair is a list of two."""
 
@@ -136,13 +141,20 @@ class PairLogProbs(NamedTuple):
             whole = self._replace(present=None).likelihood_loss(weight, mean)
             return self.present[0] * whole
         wanted = self.reading.sft_mean
-        if (wanted or mean) == "pairs":
-            return -(weight * self.z_w) / self.len_w
-        if wanted is None:
-            return -(weight * self.z_w)
+        if self.reading.sft_of == "response":
+            if (wanted or mean) == "pairs":
+                return -(weight * self.z_w) / self.len_w
+            if wanted is None:
+                return -(weight * self.z_w)
         tokens = self.len_w if self.tokens is None else self.tokens[0]
         total = -(weight * self.z_w) if self.tokens is None else -(weight * self.z_w) * tokens
-        if wanted == "sum":
+        if self.reading.sft_of != "response":
+            if self.likely is None or self.likely_tokens is None:
+                raise ValueError(f"sft_of={self.reading.sft_of} needs the log-probs of that text")
+            total, tokens = total - weight * self.likely, tokens + self.likely_tokens
+            if (wanted or mean) == "pairs":
+                return total / tokens
+        if (wanted or mean) == "sum":
             return total
         return total / (tokens.mean() if self.mean_tokens is None else self.mean_tokens)
 
@@ -230,6 +242,10 @@ class Objective:
     (objective.log_probs=mean)."""
     reading: Reading = AS_WRITTEN
     """Switches that formulas share, as this one is read."""
+    ld_alpha: float = 1.0
+    """What a response's tokens past the length of the shorter one count in z and ref; 1: as the others do."""
+    wpo: bool = False
+    """Whether each pair's loss is times how likely its responses are to the policy, WPO's weight."""
     listwise: bool = False
     """Whether the loss is of a list of responses (`PairLogProbs.lists`), of which a pair is the shortest."""
     match: Match | None = None
@@ -269,6 +285,18 @@ class Objective:
     def needs_mismatched(self) -> bool:
         """Whether a step must score mismatched pairs before it begins."""
         return any(statistic.of_mismatched for statistic in self.statistics)
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the loss needs more of a response's token log-probs than their sum: then an evaluation,
+        which has sums, has no loss."""
+        is_plain = self.ld_alpha == 1 and self.reading.sft_of == "response"
+        return self.weighs_tokens or self.wpo or not is_plain
+
+    @property
+    def needs_reference_tokens(self) -> bool:
+        """Whether the reference's log-probs must be known token by token."""
+        return self.weighs_tokens or (self.ld_alpha != 1 and self.needs_reference)
 
     @property
     def needs_mean_tokens(self) -> bool:

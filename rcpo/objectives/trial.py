@@ -18,6 +18,8 @@ PAIRS = PairLogProbs(
     ref_l=torch.tensor([-13.5, -31.0, -20.5]),
     len_w=torch.tensor([6.0, 15.0, 9.0]),
     len_l=torch.tensor([7.0, 12.0, 11.0]),
+    likely=torch.tensor([-8.0, -3.0, -11.0]),
+    likely_tokens=torch.tensor([4.0, 2.0, 5.0]),
 )
 
 
@@ -58,7 +60,7 @@ def losses_of_trial(objective: Objective) -> Tensor:
 def takes_single_answers(objective: Objective) -> bool:
     """Whether the loss is a sum of two, each of one response alone, tried out on three pairs: of a pair
     without its rejected response it is one of them, of a pair without its chosen one the other."""
-    if objective.match is not None:
+    if objective.match is not None or objective.ld_alpha != 1:
         return False
     pairs = PAIRS._replace(state=objective.initial_state(20.0))
     there, missing = torch.ones(3), torch.zeros(3)
@@ -74,6 +76,14 @@ def takes_single_answers(objective: Objective) -> bool:
         and torch.equal(loss_of(other_w, missing, there), of_rejected)
         and torch.allclose(of_chosen + of_rejected, objective(pairs), rtol=1e-4, atol=1e-5)
     )
+
+
+def labels_read(objective: Objective) -> tuple[bool, bool]:
+    """Whether a loss that takes single answers pulls chosen ones, and rejected ones, tried out on three."""
+    z_w, z_l = PAIRS.z_w.clone().requires_grad_(), PAIRS.z_l.clone().requires_grad_()
+    pairs = PAIRS._replace(z_w=z_w, z_l=z_l, state=objective.initial_state(20.0))
+    pulls = torch.autograd.grad(objective(pairs).sum(), (z_w, z_l), allow_unused=True, materialize_grads=True)
+    return bool(pulls[0].any()), bool(pulls[1].any())
 
 
 def _alone(idx: int) -> PairLogProbs:

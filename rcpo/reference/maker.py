@@ -117,7 +117,7 @@ class ReferenceMaker:
         reference's are now."""
         self._config, self._run, self._inputs = config, run, inputs
         self._visited, self._mismatches = visited, mismatches
-        self._tokens = tokens = config.objective_function.weighs_tokens
+        self._tokens = tokens = config.objective_function.needs_reference_tokens
         self._trained = inputs.train.take(visited)
         self._batch = config.reference.pairs_per_device or eval_batch(config)
         self._rounds = config.model.dtype == "bfloat16"  # and a pair's z depends on the pairs beside it

@@ -149,8 +149,9 @@ def heat_map(comparison: Comparison) -> Figure | None:
             },
         }
     )  # fmt: skip
+    most_lines = 1 + max(_in_lines(name).count("<br>") for name in by_label)
     figure.layout = {
-        "height": 90 + sum(max(46, 15 * (1 + _in_lines(name).count("<br>"))) for name in by_label),
+        "height": 90 + len(by_label) * max(46, 15 * most_lines),  # all rows are of one height
         "yaxis": {"autorange": "reversed", "automargin": True, "type": "category"},
         "xaxis": {"side": "top", "type": "category", "showgrid": False, "automargin": True},
         "margin": {"t": 40, "b": 10},

@@ -17,7 +17,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from rcpo.common.console import KEPT_NATS, duration, fitted, nats, number
+from rcpo.common.console import KEPT_NATS, date_below, duration, fitted, nats, number
 from rcpo.common.errors import UserError
 from rcpo.comparison.load import read_settings, read_status
 from rcpo.monitor.step_line import RECENT_STEPS
@@ -160,6 +160,8 @@ def _table(runs: Sequence[LiveRun], columns: Sequence[int], ascii_only: bool, fo
     bars, mark = (ASCII_BARS, "o") if ascii_only else (BARS, "●")
     for run in runs:
         texts = run_texts(run, bars, mark)
+        if folds:
+            texts[0] = Text(date_below(run.path.name))
         table.add_row(*(texts[column] for column in columns))
     return table
 

@@ -16,7 +16,7 @@ from rcpo.common.errors import UserError
 from rcpo.config.compose import compose
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.config.validate import validate
-from rcpo.models.hub import at_commit
+from rcpo.models.commits import at_commit
 from rcpo.runs.frozen import config_tree
 from rcpo.sweep.definition import Definition
 from rcpo.sweep.expand import Point, expand

@@ -70,8 +70,8 @@ def look(definition: Definition, sweep: SweepFolder, fetch: bool) -> list[str]:
 
 def _check_metric(search: Search, frozen: FrozenCell) -> None:
     """Raise UserError where the evaluations of a cell will not have the metric."""
-    weighs_tokens = frozen.config.objective_function.weighs_tokens
-    known = [f"{EVAL}{key}" for key in keys_of(frozen.config, weighs_tokens)]
+    reads_tokens = frozen.config.objective_function.reads_tokens
+    known = [f"{EVAL}{key}" for key in keys_of(frozen.config, reads_tokens)]
     if search.metric not in known:
         raise UserError(
             f"search.metric: {search.metric}: no such key in the evaluations of {frozen.cell.name}; choose "

@@ -71,6 +71,18 @@ class KlDro:
         return self._lambda * (float(exponents.logsumexp(0)) - math.log(len(losses)))
 
 
+class DrDpo(KlDro):
+    """L = -lambda log((1/B) sum_i exp(-loss_i / lambda)): the smallest mean loss of any reweighting q of the
+    pairs, plus lambda KL(q, uniform). A pair whose loss is large, as where its label is wrong, counts little.
+
+    KL-DRO with -lambda in the place of lambda, and so exact and as dear as that. Dr. DPO, Wu et al. 2024
+    (arXiv 2407.07880), whose beta' is lambda.
+    """
+
+    def __init__(self, dro_lambda: float) -> None:
+        super().__init__(-dro_lambda)
+
+
 Aggregate: TypeAlias = Mean | KlDro
 
 
@@ -86,4 +98,5 @@ def tilt(losses: Tensor, dro_lambda: float) -> tuple[Tensor, Tensor]:
 
 def aggregate_of(composition: Composition) -> Aggregate:
     """The aggregate that a composition names."""
-    return KlDro(composition.dro_lambda) if composition.aggregate == "kl_dro" else Mean()
+    kind = {"kl_dro": KlDro, "dr_dpo": DrDpo}.get(composition.aggregate)
+    return Mean() if kind is None else kind(composition.dro_lambda)

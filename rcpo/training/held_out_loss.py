@@ -29,10 +29,10 @@ def held_out_loss(
     those of the whole set, however it went through the model. Batch statistics are those of the newest
     training step, `state`. Lists of responses are on `num_slots` pairs each.
 
-    None without the reference's z, for an objective that weighs tokens, since an evaluation has sums alone,
-    and of single answers for one that compares the two responses of a pair.
+    None without the reference's z, for an objective that reads more than sums of log-probs, which is what an
+    evaluation has, and of single answers for one that compares the two responses of a pair.
     """
-    if ref is None or objective.weighs_tokens:
+    if ref is None or objective.reads_tokens:
         return None
     are_whole = bool(present_in_pairs(pairs).all())
     is_listed = objective.listwise and pairs[0].scores is not None

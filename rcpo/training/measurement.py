@@ -33,6 +33,7 @@ from rcpo.method.scores import (
     ScoreGeometry,
     Sides,
 )
+from rcpo.models.policy import read
 from rcpo.ranks.distributed import world_size
 from rcpo.training.reader import Measured, Reader
 
@@ -189,7 +190,8 @@ class BesideMeasurement(Measurement):
             if self._averages:
                 weights = (self._slots / batch.lengths.clamp(min=1).to(pulls.d_w.dtype)).chunk(2)
         for side, is_last in ((CHOSEN, False), (REJECTED, True)):
-            z = engine.logprobs(batch.side(chosen=side == CHOSEN))
+            of_side = batch.side(chosen=side == CHOSEN)
+            z = read(engine.logprobs(of_side), of_side).z
             with self._scores.capture(side, keep_gradient=False):
                 engine.backward((weights[side] * z).mean(), is_last)
 

@@ -30,8 +30,9 @@ from rcpo.reference.table import Reference
 from rcpo.reference.weights import has_own_weights
 from rcpo.training.measurement import Measurement
 from rcpo.training.measurements import Measurements
+from rcpo.training.micro_batch import MicroBatch
 from rcpo.training.state import Method, TrainState
-from rcpo.training.step import MicroBatch, backward_apart, backward_together
+from rcpo.training.step import backward_apart, backward_together
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +50,11 @@ def rehearse(
     reference: Reference,
     measurements: Measurements,
     state: TrainState,
+    reference_bytes: int,
 ) -> None:
-    """Print the memory budget, run the largest micro-batch on every rank, and warn where z and ref differ.
-    Collective; the engine has its initial weights, `state` is that before the first step.
+    """Print the memory budget with `reference_bytes` of models beside the policy, run the largest micro-batch
+    on every rank, and warn where z and ref differ. Collective; the engine has its initial weights, `state` is
+    that before the first step.
 
     Raises UserError when the micro-batch does not fit.
     """
@@ -66,7 +69,7 @@ def rehearse(
             config.train, [inputs.train[idx] for idx in indices], inputs.pad_id, may_join=may_join
         )
         num_rows, num_columns = batch.input_ids.shape
-        budget = memory_budget(config, engine.policy.model, num_rows, num_columns, reference.num_bytes)
+        budget = memory_budget(config, engine.policy.model, num_rows, num_columns, reference_bytes)
         if rank() == 0 and not differences:
             line = f"memory of a rank: {in_words(budget)}"
             RunConsole().print(line, style="dim", soft_wrap=True, highlight=False)
@@ -138,7 +141,7 @@ def _forward_and_back(
     for _ in range(min(2, engine.accumulation_steps)):  # the second finds the gradient of the first
         with torch.random.fork_rng(devices=devices), engine.rehearsing():
             priced = backward(method, state, micro_batch, measurement)
-    return torch.cat([priced.pair.z_w, priced.pair.z_l])
+    return torch.cat([priced.plain.z_w, priced.plain.z_l])
 
 
 def largest_micro_batch(

@@ -158,6 +158,31 @@ def play_lost_node(stage: Stage) -> tuple[Sweep, list[str]]:
     return sweep, [node, *last]
 
 
+def play_growth(stage: Stage) -> tuple[Sweep, list[str], list[bytes]]:
+    """Two short cells that end, then a file with one more value, by the same command both times; what it
+    said, and the configs and rows of the first two before and after."""
+    file, profile = stage.write("growth", ONE_RANK, overrides=["train.steps=3"], axes={"seed": [0, 1]})
+    out, texts = stage.folder / "sweeps/growth", []
+
+    def submit() -> Sweep:
+        with said() as text:
+            assert dispatch(["sweep", str(file), "--slurm", str(profile), "--out", str(out)]) == 0
+        texts.append(text.getvalue())
+        sweep = Sweep(SweepFolder(out), stage)
+        sweep.wait_for(State.DONE)
+        return sweep
+
+    def first_two() -> bytes:
+        runs = [sweep.run(name) for name in ("seed0", "seed1")]
+        return b"".join(run.config.read_bytes() + run.metrics.read_bytes() for run in runs)
+
+    sweep = submit()
+    before = first_two()
+    file.write_text(file.read_text().replace("- 1\n", "- 1\n  - 2\n"))
+    sweep = submit()
+    return sweep, texts, [before, first_two()]
+
+
 SCENARIOS: dict[str, Callable[[Stage], Any]] = {
     "limit": play_time_limit,  # the one that takes longest starts first
     "lost node": play_lost_node,
@@ -165,6 +190,7 @@ SCENARIOS: dict[str, Callable[[Stage], Any]] = {
     "preemption": play_preemption,
     "crash": play_crash,
     "cancel": play_cancel,
+    "growth": play_growth,
 }
 
 
@@ -324,6 +350,21 @@ def test_cancel_ends_exactly_its_jobs(played: Played) -> None:
     assert not any(status.queued for status in statuses.values())
     jobs = played.stage.cluster.run("squeue", "--array", "-h", "-t", "cancelled", "-o", "%F_%K").split()
     assert sorted(jobs) == [cancelled]
+
+
+def test_a_sweep_that_grows_submits_its_new_cell_alone(played: Played) -> None:
+    """The second submission is an array of one; the two that are done keep names, configs and rows."""
+    sweep, (first, second), (before, after) = played["growth"]
+    assert "submitted 2 cells" in first
+    assert "3 cells" in second
+    assert "1 of them new" in second
+    assert "submitted 1 cell as" in second
+    assert "left alone: 2 done" in second
+    assert [cell.name for cell in sweep.folder.read_cells()] == ["seed0", "seed1", "seed2"]
+    assert after == before
+    for name in ("seed0", "seed1", "seed2"):
+        assert [line.split(": ")[-1] for line in events(sweep.log(name))[1:]] == ["done"]
+        assert sweep.num_rows(name) == 3
 
 
 def test_a_lost_node_costs_the_steps_since_the_checkpoint(played: Played) -> None:

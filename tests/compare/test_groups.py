@@ -59,7 +59,7 @@ def test_what_differs_is_named_where_it_belongs(tmp_path: Path) -> None:
         ("simpo", "on ema_beta=0.98", 1),
         ("simpo optim.lr=0.01", "on ema_beta=0.98", 1),
     ]
-    assert comparison.usual == {"optim.lr": "None"}
+    assert comparison.usual == {"optim.lr": "null"}
     assert set(comparison.differing) >= {"objective.beta", "calibration.ema_beta", "optim.lr"}
     assert "train.pairs_per_step" in comparison.common
 

@@ -64,6 +64,19 @@ def test_a_folder_of_mixed_runs_fits_the_terminal_and_names_every_run(mixed: Pat
     assert ("rejected" in said[kinds[0] + 1].split()) == (width == 160)
 
 
+@pytest.mark.parametrize("width", [80, 160])
+def test_the_date_of_a_name_goes_on_in_the_next_line_and_leaves_room(tmp_path: Path, width: int) -> None:
+    for seed in (0, 1):
+        make_run(tmp_path / f"simpo-balance-tiny-20261129-02343{seed}", "simpo", "balance", seed=seed)
+    make_run(tmp_path / "dpo-off-tiny-20261129-023531", settings={"optim.lr": 1e-4})
+    make_run(tmp_path / "dpo-off-tiny-20261129-023532")
+    said = on_terminal(tmp_path, width)
+    at = next(idx for idx, line in enumerate(said) if line.startswith("simpo-balance-tiny- "))
+    assert said[at + 1].split()[:2] == ["20261129-023430", "+1"]
+    assert "settings" in next(line for line in said if line.startswith("run "))
+    assert max(map(len, said)) <= width
+
+
 def test_groups_that_differ_in_their_speed_alone_have_labels_of_their_own(mixed: Path) -> None:
     labels = [group.label for group in compare(mixed).groups]
     assert len(set(labels)) == len(labels) == 12

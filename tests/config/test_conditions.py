@@ -87,8 +87,8 @@ def test_the_keys_are_those_that_evaluations_have() -> None:
     for row, given in zip(rows, words, strict=True):
         config = prepare(["train.device=cpu", *given])
         assert config is not None
-        assert set(keys_of(config, weighs_tokens=False)) == {*row, "loss"}
-        assert set(keys_of(config, weighs_tokens=True)) == set(row)
+        assert set(keys_of(config, reads_tokens=False)) == {*row, "loss"}
+        assert set(keys_of(config, reads_tokens=True)) == set(row)
 
 
 def test_a_condition_needs_no_quotes_for_hydra() -> None:

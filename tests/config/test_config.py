@@ -97,7 +97,7 @@ WRONG = {
     "`rcpo train --help` lists them",
     "objective.agregate=kl_dro": "objective.agregate: objective=dpo has no such key; did you mean "
     "objective.aggregate? `rcpo train --help` lists them",
-    "objective.aggregate=max": "objective.aggregate=max: must be mean or kl_dro; "
+    "objective.aggregate=max": "objective.aggregate=max: must be mean, kl_dro or dr_dpo; "
     "type objective.aggregate=mean",
     "calibration.ema_beta=0.5": "calibration.ema_beta: calibration=off has no such key; calibration=exact, "
     "on, published have calibration.ema_beta",

@@ -70,6 +70,7 @@ DATA: dict[str, str | bytes] = {
         [{"prompt": f"a{n}", "responses": ["b", "c", "d"], "scores": [n, 0, 1.5]} for n in range(40)]
     ),
     "unordered.jsonl": json_lines([{"prompt": "a", "responses": ["b", "c"], "scores": [1, 1]}] * 4),
+    "bad_alone.jsonl": json_lines([{"prompt": f"a{n}", "completion": "b", "label": 0} for n in range(40)]),
     "scored.jsonl": json_lines([{"instruction": "a", "completions": [{"response": "b"}]}]),
     "conversations.jsonl": json_lines([{"conversations": [{"from": "human", "value": "a"}]}]),
     "implicit.jsonl": json_lines([{"chosen": "It is seven", "rejected": "It is eight"}]),

@@ -29,7 +29,8 @@ FIRST_RUN = "runs/RUN"
 STANDS_FOR = {
     "RUN": FIRST_RUN, "FILE": "sweeps/demo.yaml", "SWEEP": "sweeps-out/demo", "PICTURE": "picture.png",
     "TITLE": "a title", "demo": "sweeps/demo.yaml", "seed=range(3)": "seed=range(1)",
-    "step-000100": "step-000002",
+    "step-000100": "step-000002", "calibration=off,balance": "calibration=balance",
+    "optim.lr=7.5e-5,3e-4,1.2e-3": "optim.lr=3e-4", "train.pairs_per_step=4,16,32": "train.pairs_per_step=4",
 }  # fmt: skip
 SECONDS = 120
 """The longest that a command may take."""

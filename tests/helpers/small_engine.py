@@ -18,11 +18,13 @@ from rcpo.engine.gradient_norm import group_norms
 from rcpo.engine.optimizer import build_optimizer
 from rcpo.method.calibrators import build_calibrator
 from rcpo.models.policy import Policy
+from rcpo.reference.table import ReferenceRows
 from rcpo.training.aggregate import aggregate_of
 from rcpo.training.by_sign import slots_of_step, with_lists
 from rcpo.training.measurements import Measurements
+from rcpo.training.micro_batch import MicroBatch, made_for
 from rcpo.training.state import Method, TrainState
-from rcpo.training.step import MicroBatch, train_step
+from rcpo.training.step import train_step
 
 
 class SmallEngine:
@@ -51,6 +53,13 @@ class SmallEngine:
         z: Tensor = self.policy(batch, tokens)
         self.policy.train()
         return z
+
+    @torch.no_grad()
+    def expert_sums(self, batch: PairBatch) -> Tensor:
+        self.policy.eval()
+        sums: Tensor = self.policy(batch, experts=True)
+        self.policy.train()
+        return sums
 
     def backward(self, loss: Tensor, is_last: bool = True) -> None:
         (loss / self._num_micro_batches).backward()
@@ -90,8 +99,14 @@ def train_small(
     measurements = Measurements(config, engine, slots_of_step(slots))  # type: ignore[arg-type]
     state = TrainState(0, build_calibrator(config.calibration), objective.initial_state(8.0))
     in_step = slots_of_step(slots)
-    num_pairs, aggregate = len(pairs) // slots * in_step, aggregate_of(config.composition)
-    method = Method(engine, objective, aggregate, num_pairs, in_step)  # type: ignore[arg-type]
+    method = Method(
+        engine,  # type: ignore[arg-type]
+        objective,
+        aggregate_of(config.composition),
+        len(pairs) // slots * in_step,
+        in_step,
+        config.model.router_loss,
+    )
     which = [Mismatch(idx, (idx + 1) % len(pairs)) for idx in range(len(pairs))]
     mismatched = MismatchedPairs(pack(pairs), which, config.train.max_length)
     made: list[list[MicroBatch]] = []
@@ -100,14 +115,18 @@ def train_small(
         start = 0
         for num in split if all_pairs else ():
             size = num * slots
-            batch = collate(all_pairs[start : start + size], 0)
-            if objective.weighs_tokens:
-                batch = batch._replace(ref_token_logps=frozen.logprobs_without_grad(batch, tokens=True))
+            part = all_pairs[start : start + size]
+            batch = collate(part, 0)
             ref_w, ref_l = frozen.logprobs_without_grad(batch).chunk(2)
-            made[-1].append(MicroBatch(batch, ref_w, ref_l, torch.ones(size)))
-            if all_pairs[0].scores is not None:
-                of_lists = all_pairs[start : start + size]
-                made[-1][-1] = with_lists(made[-1][-1], of_lists, slots, lambda each: collate(each, 0))
+            if all_pairs is pairs:
+                tokens = None
+                if objective.needs_reference_tokens:
+                    tokens = frozen.logprobs_without_grad(batch, tokens=True)
+                made[-1].append(made_for(objective, part, batch, ReferenceRows(ref_w, ref_l, tokens), 0))
+            else:
+                made[-1].append(MicroBatch(batch, ref_w, ref_l, torch.ones(size)))
+            if part[0].scores is not None:
+                made[-1][-1] = with_lists(made[-1][-1], part, slots, lambda each: collate(each, 0))
             start += size
     rows = []
     for step in range(num_steps):

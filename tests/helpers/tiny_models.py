@@ -9,6 +9,8 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     set_seed,
 )
@@ -50,6 +52,19 @@ def make_neox(*, tied: bool = False, seed: int = 0) -> GPTNeoXForCausalLM:
         attn_implementation="eager",
     )  # fmt: skip
     return GPTNeoXForCausalLM(config)
+
+
+def make_mixtral(*, seed: int = 0) -> MixtralForCausalLM:
+    """A random mixture of 4 experts, of which 2 take a token, of 2 layers in fp32. Not among `MODELS`, since
+    experts change the shape of what is compared."""
+    set_seed(seed)
+    config = MixtralConfig(
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=12, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.3,
+        num_local_experts=4, num_experts_per_tok=2, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        attn_implementation="eager",
+    )  # fmt: skip
+    return MixtralForCausalLM(config)
 
 
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {

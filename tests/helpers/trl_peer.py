@@ -4,6 +4,7 @@ TRL tokenises and collates its own data sets of words; what it made of them is r
 both see the same token ids. Imports TRL, which is an optional package.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +13,9 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from helpers.tiny_models import make_llama
+from helpers.tiny_models import make_llama, make_mixtral
 from helpers.tiny_tokenizers import make_words
-from rcpo.data.tokenize import TokenizedPair, TokenizedSide
+from rcpo.data.pairs import NO_SIDE, TokenizedPair, TokenizedSide
 
 TEXTS = (
     ("a b c", " d e f g", " h i"),
@@ -36,26 +37,29 @@ class Peer(NamedTuple):
     """By parameter, of the loss."""
 
 
-def policy_and_reference() -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Two models that are neither equal nor far apart."""
-    policy, reference = make_llama(), make_llama()
-    other = make_llama(seed=1).state_dict()
+def policy_and_reference(experts: bool = False) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Two models that are neither equal nor far apart; `experts`: mixtures of them."""
+    make: Callable[..., PreTrainedModel] = make_mixtral if experts else make_llama
+    policy, reference = make(), make()
+    other = make(seed=1).state_dict()
     with torch.no_grad():
         for name, weight in policy.named_parameters():
             weight.lerp_(other[name], 0.2)
     return policy, reference
 
 
-def peer(trainer: str, keys: dict[str, Any], folder: Path) -> Peer:
-    """`keys` are of the trainer's own config class."""
-    policy, reference = policy_and_reference()
-    made = MAKERS[trainer](policy, reference, keys, folder)
+def peer(trainer: str, keys: dict[str, Any], folder: Path, unpaired: bool = False) -> Peer:
+    """`keys` are of the trainer's own config class; `unpaired`: of single answers, more chosen ones than
+    rejected ones."""
+    policy, reference = policy_and_reference("router_aux_loss_coef" in keys)
+    maker, reader = (_kto_unpaired, _of_answers) if unpaired else (MAKERS[trainer], READERS[trainer])
+    made = maker(policy, reference, keys, folder)
     batch = made.data_collator([made.train_dataset[row] for row in range(len(made.train_dataset))])
     policy.train()
     loss = made.compute_loss(policy, batch)
     loss.backward()
     gradient = {name: weight.grad for name, weight in policy.named_parameters() if weight.grad is not None}
-    return Peer(READERS[trainer](batch), float(loss.detach()), gradient)
+    return Peer(reader(batch), float(loss.detach()), gradient)
 
 
 def _arguments(folder: Path, rows: int, keys: dict[str, Any]) -> dict[str, Any]:
@@ -96,13 +100,55 @@ def _cpo(policy: PreTrainedModel, reference: PreTrainedModel, keys: dict[str, An
     )  # fmt: skip
 
 
+def _orpo(policy: PreTrainedModel, reference: PreTrainedModel, keys: dict[str, Any], folder: Path) -> Any:
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    return ORPOTrainer(
+        model=policy, args=ORPOConfig(**_arguments(folder, len(TEXTS), keys)),
+        train_dataset=_paired(), processing_class=_tokenizer(),
+    )  # fmt: skip
+
+
+def _tpo(policy: PreTrainedModel, reference: PreTrainedModel, keys: dict[str, Any], folder: Path) -> Any:
+    """With the chosen response as the gold one, which TRL calls the reference."""
+    from trl.experimental.tpo import TPOConfig, TPOTrainer
+
+    rows = _paired()
+    return TPOTrainer(
+        model=policy, args=TPOConfig(**_arguments(folder, len(TEXTS), keys)),
+        train_dataset=rows.add_column("reference", rows["chosen"]), processing_class=_tokenizer(),
+    )  # fmt: skip
+
+
 def _kto(policy: PreTrainedModel, reference: PreTrainedModel, keys: dict[str, Any], folder: Path) -> Any:
     """TRL takes a row's mismatched response from the row before it. In this order, chosen responses from the
     last pair to the first and then the rejected ones likewise, those are the responses of the pair after."""
-    from trl import KTOConfig, KTOTrainer
-
     rows = [{"prompt": text[0], "completion": text[1], "label": True} for text in reversed(TEXTS)]
     rows += [{"prompt": text[0], "completion": text[2], "label": False} for text in reversed(TEXTS)]
+    return _kto_of(rows, policy, reference, keys, folder)
+
+
+def _kto_unpaired(
+    policy: PreTrainedModel, reference: PreTrainedModel, keys: dict[str, Any], folder: Path
+) -> Any:
+    """Six chosen and three rejected answers, in a mixed order."""
+    rows = []
+    for number, (prompt, chosen, rejected) in enumerate(TEXTS):
+        rows.append({"prompt": prompt, "completion": chosen, "label": True})
+        if number % 2:
+            rows.append({"prompt": prompt, "completion": rejected, "label": False})
+    return _kto_of(rows, policy, reference, keys, folder)
+
+
+def _kto_of(
+    rows: list[dict[str, Any]],
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    keys: dict[str, Any],
+    folder: Path,
+) -> Any:
+    from trl import KTOConfig, KTOTrainer
+
     return KTOTrainer(
         model=policy, ref_model=reference,
         args=KTOConfig(
@@ -112,7 +158,13 @@ def _kto(policy: PreTrainedModel, reference: PreTrainedModel, keys: dict[str, An
     )  # fmt: skip
 
 
-MAKERS = {"DPOTrainer": _dpo, "CPOTrainer": _cpo, "KTOTrainer": _kto}
+MAKERS = {
+    "DPOTrainer": _dpo,
+    "CPOTrainer": _cpo,
+    "ORPOTrainer": _orpo,
+    "TPOTrainer": _tpo,
+    "KTOTrainer": _kto,
+}
 
 
 def _sides(ids: Tensor, is_response: Tensor) -> list[TokenizedSide]:
@@ -130,7 +182,7 @@ def _pairs(chosen: list[TokenizedSide], rejected: list[TokenizedSide]) -> list[T
 
 def _of_masks(batch: dict[str, Tensor]) -> list[TokenizedPair]:
     sides = _sides(batch["input_ids"], batch["completion_mask"].bool())
-    return _pairs(sides[: len(sides) // 2], sides[len(sides) // 2 :])
+    return _pairs(sides[: len(TEXTS)], sides[len(TEXTS) : 2 * len(TEXTS)])
 
 
 def _of_labels(batch: dict[str, Tensor]) -> list[TokenizedPair]:
@@ -146,8 +198,20 @@ def _of_kto(batch: dict[str, Tensor]) -> list[TokenizedPair]:
     return [TokenizedPair(pair.chosen, pair.rejected, row=row) for row, pair in enumerate(backwards[::-1])]
 
 
+def _of_answers(batch: dict[str, Tensor]) -> list[TokenizedPair]:
+    """Single answers from the last row to the first: of each the one after it is then the row before."""
+    sides = _sides(batch["input_ids"], batch["completion_mask"].bool())
+    both = [
+        (side, NO_SIDE) if label else (NO_SIDE, side)
+        for side, label in zip(sides, batch["label"], strict=True)
+    ]
+    return [TokenizedPair(*sides, row=row) for row, sides in enumerate(reversed(both))]
+
+
 READERS = {
     "DPOTrainer": _of_masks,
     "CPOTrainer": _of_labels,
+    "ORPOTrainer": _of_labels,
+    "TPOTrainer": _of_masks,
     "KTOTrainer": _of_kto,
 }

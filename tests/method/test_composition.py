@@ -29,10 +29,11 @@ from rcpo.objectives import (
     objective_of,
 )
 from rcpo.objectives.composition import composition_defaults
-from rcpo.training.aggregate import Aggregate, KlDro, Mean, aggregate_of, tilt
+from rcpo.training.aggregate import Aggregate, DrDpo, KlDro, Mean, aggregate_of, tilt
 from rcpo.training.held_out_loss import held_out_loss
+from rcpo.training.micro_batch import MicroBatch
 from rcpo.training.state import Method, TrainState
-from rcpo.training.step import MicroBatch, price, tilted, with_mean_tokens, with_partners
+from rcpo.training.step import price, tilted, with_mean_tokens, with_partners
 
 NAMES = sorted(set(REGISTRY) - COMPARE_RANKS)
 DEFAULTS = composition_defaults()
@@ -122,7 +123,8 @@ def test_a_weight_multiplies_loss_and_incentives_by_hand() -> None:
     """dpo, pairs A and B: beta mt = 0.2 and -0.3; d = 0.1 s(-0.2) and 0.1 s(0.3). Weights 3 and 0."""
     pairs = PairLogProbs(*(torch.cat(both) for both in zip(PAIR_A[:6], PAIR_B[:6], strict=True)))
     batch = micro_batches(pairs, (3.0, 0.0), (2,))[0]
-    _, loss, (d_w, d_l), _ = price(load_objective("dpo"), (), batch, pairs.z_w, pairs.z_l)
+    priced = price(load_objective("dpo"), (), batch, pairs.z_w, pairs.z_l)
+    loss, (d_w, d_l) = priced.loss, priced.incentives
     single = load_objective("dpo")(pairs)
     assert loss.tolist() == [pytest.approx(3 * single[0].item()), 0.0]
     assert d_w.tolist() == d_l.tolist() == [pytest.approx(0.3 * s(-0.2)), 0.0]
@@ -139,6 +141,24 @@ def test_a_weight_of_two_is_the_pair_twice_and_of_zero_the_pair_left_out(name: s
     repeated = prices(Mean(), name, rows(0, 0, 2), (1.0, 1.0, 1.0), (3,))
     for one, other in zip(weighted, repeated, strict=True):
         assert torch.allclose(one.sum(), other.sum(), rtol=1e-12)
+
+
+def test_dr_dpo_by_hand() -> None:
+    """Losses 1, 2 and lambda 1: p = 2 (e^-1, e^-2) / (e^-1 + e^-2), L = -log mean (e^-1, e^-2); far away the
+    mean, near 0 the smaller one. And its derivatives are those of L: sum p_i / B = 1."""
+    ((p, total),) = DrDpo(1.0).tilts([torch.tensor([1.0, 2.0])])
+    powers = [exp(-1), exp(-2)]
+    assert p.tolist() == pytest.approx([2 * power / sum(powers) for power in powers])
+    assert total.item() == pytest.approx(-log(sum(powers) / 2))
+    assert DrDpo(1.0).of_all(torch.tensor([1.0, 2.0])) == pytest.approx(total.item())
+    assert DrDpo(1e4).of_all(torch.tensor([1.0, 2.0])) == pytest.approx(1.5, abs=1e-4)
+    assert DrDpo(0.01).of_all(torch.tensor([1.0, 2.0])) == pytest.approx(1 + 0.01 * log(2))
+    prices_of = prices(DrDpo(0.5), "dpo")
+    h = 1e-5
+    moved = torch.tensor([h, 0, 0, 0], dtype=torch.float64)
+    up, down = (prices(DrDpo(0.5), "dpo", PAIRS._replace(z_w=PAIRS.z_w + step * moved)) for step in (1, -1))
+    slope = (up.loss.mean() - down.loss.mean()) / (2 * h)
+    assert prices_of.d_w[0].item() == pytest.approx(-4 * slope.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -255,6 +275,7 @@ def test_the_shipped_keys_are_the_composition() -> None:
     assert composition_of({"name": "dpo"}) == composition_of({"name": "dpo", **DEFAULTS}) == Composition()
     assert isinstance(aggregate_of(Composition()), Mean)
     assert isinstance(aggregate_of(Composition(aggregate="kl_dro")), KlDro)
+    assert isinstance(aggregate_of(Composition(aggregate="dr_dpo")), DrDpo)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -280,7 +301,7 @@ def test_a_users_own_option_may_set_them_and_the_command_line_wins(tmp_path: Pat
     [
         (
             {"aggregate": "max"},
-            "objective.aggregate=max: must be mean or kl_dro; type ",
+            "objective.aggregate=max: must be mean, kl_dro or dr_dpo; type ",
         ),
         ({"sample_weight": True}, "objective.sample_weight=True: must be null, weight or dora; type "),
         ({"aggregate": "kl_dro", "dro_lambda": 0}, "objective.dro_lambda=0: must be greater than 0; type "),
@@ -292,8 +313,8 @@ def test_a_users_own_option_may_set_them_and_the_command_line_wins(tmp_path: Pat
         ({"sample_weight": "dora", "dora_a_i": -1}, "objective.dora_a_i=-1: must be 0 or greater; type "),
         (
             {"dro_lambda": 0.1},
-            "objective.dro_lambda=0.1: has no effect without kl_dro; type objective.aggregate=kl_dro, or "
-            "objective.dro_lambda=1.0",
+            "objective.dro_lambda=0.1: has no effect without kl_dro or dr_dpo; type "
+            "objective.aggregate=kl_dro, or objective.dro_lambda=1.0",
         ),
         (
             {"sample_weight": "weight", "dora_a": 0.1},

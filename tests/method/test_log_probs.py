@@ -19,7 +19,8 @@ from rcpo.data.batch import collate
 from rcpo.library.calibrator import Calibrator
 from rcpo.method.incentives import incentives
 from rcpo.objectives import REGISTRY, Objective, PairLogProbs, load_objective, objective_of
-from rcpo.training.step import MicroBatch, price
+from rcpo.training.micro_batch import MicroBatch
+from rcpo.training.step import price
 
 NAMES = sorted(set(REGISTRY) - COMPARE_RANKS)
 PAIRS = PairLogProbs(

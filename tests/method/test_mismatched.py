@@ -19,8 +19,9 @@ from rcpo.method.calibrators import FixedCalibration
 from rcpo.objectives import load_objective
 from rcpo.training.aggregate import Mean
 from rcpo.training.measurement import Measurement
+from rcpo.training.micro_batch import MicroBatch
 from rcpo.training.state import Method, TrainState
-from rcpo.training.step import MicroBatch, NonFiniteStepError, price, train_step, with_mismatched
+from rcpo.training.step import NonFiniteStepError, price, train_step, with_mismatched
 
 MISMATCHED = "objective.kl=mismatched"
 PAIRS = make_pairs(4, seed=3)

@@ -27,8 +27,9 @@ from rcpo.ranks.transfer import to_device
 from rcpo.training.aggregate import aggregate_of
 from rcpo.training.measurement import Measurement
 from rcpo.training.measurements import Measurements
+from rcpo.training.micro_batch import MicroBatch
 from rcpo.training.state import Method, TrainState
-from rcpo.training.step import MicroBatch, train_step
+from rcpo.training.step import train_step
 
 META = torch.device("meta")
 

@@ -47,15 +47,17 @@ def test_a_line_is_true(line: tuple[str, str, str], tmp_path: Path) -> None:
     from helpers.trl_peer import peer, policy_and_reference
 
     trainer, keys, words = line
-    found = peer(trainer, keys_of(keys), tmp_path)
-    policy, reference = policy_and_reference()
+    unpaired = "data.unpair=true" in words
+    found = peer(trainer, keys_of(keys), tmp_path, unpaired)
+    policy, reference = policy_and_reference("model.router_loss" in words)
     before = {name: weight.detach().clone() for name, weight in policy.named_parameters()}
     config = make_config(
         tmp_path, tmp_path / "run", Case("dpo", "off", "llama", "sgd"), Layout(1, 2), *shlex.split(words),
         f"optim.lr={LEARNING_RATE}", "train.grad_clip=0",
     )  # fmt: skip
     frozen = SmallEngine(reference, config, 1)
-    (row,) = train_small(policy, found.pairs, config, 1, (2, 2, 2), frozen)
+    parts = (3, 3, 3) if unpaired else (2, 2, 2)
+    (row,) = train_small(policy, found.pairs, config, 1, parts, frozen)
     assert row["train/loss"] == pytest.approx(found.loss, rel=1e-5)
     difference = squared = 0.0
     for name, weight in policy.named_parameters():

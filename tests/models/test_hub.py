@@ -23,6 +23,7 @@ from rcpo.config.schema import ModelConfig
 from rcpo.config.validate import validate
 from rcpo.models import hub
 from rcpo.models.adapter_files import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
+from rcpo.models.commits import at_commit
 from rcpo.models.hub import hub_folder
 from rcpo.models.load import load_model, model_place
 from rcpo.records import hub as records_hub
@@ -141,7 +142,7 @@ def test_a_hub_that_is_not_reached_is_told_of(
     tree = compose(["objective=simpo", "reference.path=org/unread"])
     assert tree is not None
     config = resolve(validate(tree), None)
-    assert hub.at_commit(config) == config
+    assert at_commit(config) == config
     assert asked == ["org/name"]
 
 
@@ -202,7 +203,7 @@ def test_a_run_keeps_its_commit(cache: Path, tmp_path: Path) -> None:
     assert revision("first") == OLD
     tree = compose([*words, f"run_dir={tmp_path / 'second'}"])
     assert tree is not None
-    assert hub.at_commit(resolve(validate(tree), None)).model.revision == NEW
+    assert at_commit(resolve(validate(tree), None)).model.revision == NEW
 
 
 def test_a_run_keeps_the_commits_of_its_adapter_and_its_data(
@@ -222,10 +223,10 @@ def test_a_run_keeps_the_commits_of_its_adapter_and_its_data(
         "model.lora.on_adapter=stack", "data=file", "data.path=org/pairs",
     ])  # fmt: skip
     assert tree is not None
-    kept = hub.at_commit(resolve(validate(tree), None))
+    kept = at_commit(resolve(validate(tree), None))
     assert (kept.model.revision, kept.model.lora.adapter_revision) == (OLD, NEW)
     assert kept.data.revision == {"org/pairs": OLD}
-    assert hub.at_commit(kept) == kept
+    assert at_commit(kept) == kept
     assert [read_adapter_config("org/adapter", revision)["r"] for revision in (OLD, NEW, None)] == [1, 2, 2]
     with pytest.raises(UserError, match=r"^model\.lora\.adapter=org/other: is not on this machine, and the"):
         read_adapter_config("org/other")

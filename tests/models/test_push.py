@@ -1,6 +1,10 @@
-"""`rcpo export --push`: what is asked of the hub's client, what a dry run prints, and what faults say."""
+"""`rcpo export --push`: what is asked of the hub's client, what a dry run prints, what faults say, and what
+arrives at a small hub on this machine through the client itself."""
 
+import contextlib
 import shutil
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +12,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 
+from helpers.loopback_hub import TOKEN, LoopbackHub, a_hub
 from rcpo.cli import dispatch
 from rcpo.commands.train import prepare
 from rcpo.common.errors import UserError
@@ -37,8 +42,8 @@ class FakeHub:
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
-    """A run that is done, with the embedded model for its own; the hub is a fake."""
+def real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    """A run that is done, with the embedded model for its own."""
     config = prepare(["name=done", "train.device=cpu", f"run_dir={tmp_path / 'run'}"])
     assert config is not None
     made = RunFolder(tmp_path / "run")
@@ -46,12 +51,27 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     shutil.copytree(model_place("builtin:tiny"), made.final)
     made.metrics.write_text('{"step": 7}\n')
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(huggingface_hub, "HfApi", FakeHub)
-    monkeypatch.setattr(FakeHub, "calls", [])
-    monkeypatch.setattr(FakeHub, "fault", None)
     for name in ("HF_TOKEN", "HF_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)
     return made
+
+
+@pytest.fixture
+def run(real_run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    """The same; the hub's client is a fake."""
+    monkeypatch.setattr(huggingface_hub, "HfApi", FakeHub)
+    monkeypatch.setattr(FakeHub, "calls", [])
+    monkeypatch.setattr(FakeHub, "fault", None)
+    return real_run
+
+
+@pytest.fixture
+def hub(real_run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    """A hub on this machine, and its token in the environment."""
+    with a_hub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield hub
 
 
 @pytest.mark.parametrize("words", [[], ["--public"]], ids=" ".join)
@@ -99,10 +119,67 @@ def test_a_push_without_a_token_or_that_the_hub_refuses_is_one_line(
         dispatch(["export", "run", "out", "--push", "me/model"])
     assert str(caught.value) == (
         "--push me/model: the hub did not take it (403 Forbidden); out is written: mend that and type hf "
-        "upload me/model out"
+        "upload me/model out --private"
     )
 
 
 def test_a_whole_model_has_nothing_to_merge(run: RunFolder) -> None:
     with pytest.raises(UserError, match="is a whole model already, without an adapter; leave --merge out"):
         dispatch(["export", "run", "out", "--merge"])
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("storage", ["xet", "lfs"])
+def test_what_arrives_at_a_hub_is_the_folder(
+    hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, storage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Through huggingface_hub over HTTP, both ways in which it sends weights; a second push of another folder
+    goes to the same repository."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", storage == "lfs")
+    assert dispatch(["export", "run", "out", "--push", "me/model"]) == 0
+    repository = hub.repositories["me/model"]
+    assert repository.is_private
+    assert repository.files == bytes_of(Path("out"))
+    assert repository.messages == ["done, step 7, by rcpo"]
+    assert any(path.startswith("/lfs/") for _, path in hub.requests) == (storage == "lfs")
+    assert capsys.readouterr().out.endswith(f"pushed to {hub.url}/me/model/commit/{1:040x}\n")
+    assert dispatch(["export", "run", "again", "--push", "me/model", "--public"]) == 0
+    assert repository.is_private  # --public is of a new one
+    assert repository.files == bytes_of(Path("again"))
+
+
+def test_a_hub_that_says_no_or_is_not_there_gets_nothing(
+    hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dry run asks nothing; a token that may not write, and an address where nobody listens, are one line
+    each, without the token."""
+    assert dispatch(["export", "run", "dry", "--push", "me/model", "--dry-run"]) == 0
+    assert hub.requests == []
+    monkeypatch.setenv("HF_TOKEN", "hf_other")
+    with pytest.raises(UserError) as caught:
+        dispatch(["export", "run", "out", "--push", "me/model"])
+    assert str(caught.value) == (
+        "--push me/model: the hub does not take the token in HF_TOKEN (401 Unauthorized); out is written: "
+        "mend that and type hf upload me/model out --private"
+    )
+    monkeypatch.setattr(hub, "may_write", False)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with pytest.raises(
+        UserError, match="the token in HF_TOKEN may not write there \\(403 Forbidden\\); second"
+    ):
+        dispatch(["export", "run", "second", "--push", "me/model"])
+    assert hub.repositories == {}
+    monkeypatch.setenv("HF_TOKEN", "hf_other")
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as nobody:
+        port = nobody.getsockname()[1]
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
+    with pytest.raises(UserError) as caught:
+        dispatch(["export", "run", "other", "--push", "me/model", "--public"])
+    said = str(caught.value)
+    assert "Connection refused" in said
+    assert said.endswith("; other is written: mend that and type hf upload me/model other")
+    assert "hf_other" not in said
+    assert Path("other/model.safetensors").is_file()
