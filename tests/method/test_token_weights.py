@@ -185,11 +185,12 @@ def test_a_split_changes_nothing(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", sorted(set(REGISTRY) - {"mix"}))
 def test_with_every_objective_or_refused(name: str) -> None:
-    """ld_alpha has no place where tokens are weighed already, wpo none where ranks are compared, sft_of none
-    without a likelihood term; each refusal says what to type."""
+    """ld_alpha has no place where tokens are weighed already, wpo none where ranks are compared, neither of
+    lists, sft_of none without a likelihood term; each refusal says what to type."""
+    is_listwise = load_objective(name).listwise
     for keys, refused in (
-        ({"ld_alpha": 0.5}, name == "ti_dpo"),
-        ({"wpo": True}, name in COMPARE_RANKS),
+        ({"ld_alpha": 0.5}, name == "ti_dpo" or is_listwise),
+        ({"wpo": True}, name in COMPARE_RANKS or is_listwise),
         ({"sft_of": "text"}, name not in {"sft", "cpo", "slic", "rpo", "orpo"}),
     ):
         (key,) = keys
