@@ -3,6 +3,7 @@
 `arithmetic` is rcpo's own; every other name is lm-eval's, or of a folder of the user's. Called by
 `rcpo.commands.evaluate` and, at the end of a run, by `rcpo.launch.at_end`."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -11,7 +12,7 @@ from rcpo.common.code_version import code_hash
 from rcpo.config.evaluation import OWN, EvaluationConfig
 from rcpo.evaluation import arithmetic
 from rcpo.evaluation.harness import Harness
-from rcpo.evaluation.kept import keep, kept
+from rcpo.evaluation.kept import keep, kept, turn
 from rcpo.evaluation.results import INITIAL, Results, TaskResult, result_of
 from rcpo.evaluation.subject import Loaded, Subject, initial_of
 
@@ -43,19 +44,32 @@ class Evaluation:
             if result is None or result.made_with != made_with:
                 key = repr((task, sorted(made_with.items())))
                 is_shared = subject.when == INITIAL  # by runs of other processes, too
-                known = self._known.get(key) or (_shared(key) if is_shared and not again else None)
-                if known is None:
-                    say(f"{subject.name} {subject.when}: {task}")
-                    loaded = loaded or Loaded(subject)
-                    metrics, questions = self._ask(task, loaded)
-                    known = TaskResult(metrics, len(questions), made_with), questions
-                    if is_shared:
-                        keep(KIND, _versioned(key), {"result": asdict(known[0]), "questions": questions})
+                with turn(KIND, _versioned(key)) if is_shared else contextlib.nullcontext():
+                    known = self._known.get(key) or (_shared(key) if is_shared and not again else None)
+                    if known is None:
+                        say(f"{subject.name} {subject.when}: {task}")
+                        loaded = loaded or Loaded(subject)
+                        metrics, questions = self._ask(task, loaded)
+                        known = TaskResult(metrics, len(questions), made_with), questions
+                        if is_shared:
+                            keep(KIND, _versioned(key), {"result": asdict(known[0]), "questions": questions})
                 self._known[key] = result, questions = known
                 if results is not None:
                     results.add(subject.when, task, result, questions)
             found[task] = result
         return found
+
+    @staticmethod
+    def before(subject: Subject) -> dict[str, TaskResult]:
+        """What the run's folder has, of whatever weights and settings."""
+        return {} if subject.run is None else dict(Results(subject.run.path).of(subject.when))
+
+    def knows(self, subject: Subject) -> bool:
+        """Whether the run's folder has all results."""
+        before = self.before(subject)
+        return all(
+            task in before and before[task].made_with == self._made_with(subject, task) for task in self.tasks
+        )
 
     def _ask(self, task: str, loaded: Loaded) -> Any:
         if task == "arithmetic":
