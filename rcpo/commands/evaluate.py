@@ -31,6 +31,7 @@ SETTINGS = (
     ),
     Setting("batch", "prompts at once (default: 32)", whole_number(1)),
     Setting("limit", "only so many of the first questions of lm-eval's tasks", whole_number(1)),
+    Setting("chat_template", "plain, or a jinja file; by default the model's own"),
     Setting("chat", "yes: lm-eval's questions as user turns (default: no)", yes_or_no, None, ("yes", "no")),
 )
 
@@ -103,7 +104,7 @@ def run(options: argparse.Namespace) -> int:
         return _submit(places, options, option)
     from rcpo.evaluation.tasks import Evaluation, with_initial
 
-    subjects = _subjects(places, settings.step)
+    subjects = _subjects(places, settings.step, settings.chat_template)
     evaluation = Evaluation(option)
     console = RunConsole()
     asked_now = [each for each in subjects if options.again or not evaluation.knows(each)]
@@ -182,7 +183,7 @@ def _submit(places: list[str], options: argparse.Namespace, option: "EvaluationC
         return slurm.submit(sweep, options.slurm, options.max_parallel, words)
 
 
-def _subjects(places: list[str], step: str | None) -> "list[Subject]":
+def _subjects(places: list[str], step: str | None, chat_template: str | None) -> "list[Subject]":
     """Runs of folders, sweeps and patterns, and models. Runs without a model yet are an error."""
     from rcpo.comparison.find import find_runs, is_run
     from rcpo.evaluation.subject import find_subject, is_adapter
@@ -195,7 +196,7 @@ def _subjects(places: list[str], step: str | None) -> "list[Subject]":
             words.append(place)
         else:
             words += [str(run) for run in find_runs([place])]
-    return [find_subject(word, step) for word in words]
+    return [find_subject(word, step, chat_template) for word in words]
 
 
 def _print(console: object, tasks: list[str], found: "list[tuple[Subject, dict[str, TaskResult]]]") -> None:

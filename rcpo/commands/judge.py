@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from rcpo.evaluation.answer_files import Duel, Joined
+    from rcpo.evaluation.classifier_judge import ClassifierJudge
     from rcpo.evaluation.judge import Judge
     from rcpo.evaluation.win_rate import Verdicts
 
@@ -106,7 +107,8 @@ def run(options: argparse.Namespace) -> int:
 
     joined = join_answers(Path(places[0]), Path(places[1]))
     console = RunConsole()
-    name, verdicts = _asked(settings, joined.duels, console, options.yes)
+    judge = _load_judge(settings)
+    name, verdicts = _asked(judge, settings, joined.duels, console, options.yes)
     found = summarise(places, name, joined, verdicts)
     if settings.out is not None:
         _write(settings.out, found, joined.duels, verdicts)
@@ -115,11 +117,15 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _asked(
-    settings: argparse.Namespace, duels: "list[Duel]", console: "Console", is_agreed: bool
+    judge: "ClassifierJudge | None",
+    settings: argparse.Namespace,
+    duels: "list[Duel]",
+    console: "Console",
+    is_agreed: bool,
 ) -> "tuple[str, list[Verdicts]]":
     """The judge's name and its verdicts."""
-    if settings.model is not None:
-        return _classifier(settings, duels, console)
+    if judge is not None:
+        return _classifier(judge, duels, console)
     return settings.judge, _api(settings, duels, console, is_agreed)
 
 
@@ -132,20 +138,25 @@ def _judge_runs(places: list[str], settings: argparse.Namespace, is_agreed: bool
     if not places:
         raise UserError("nothing to judge; give a sweep or run folders; `rcpo judge --help`")
     if settings.out is not None:
-        raise UserError(f"out={settings.out}: is for two files; verdicts on runs go into their folders")
+        raise UserError(
+            f"out={settings.out}: is for two files; leave it out: verdicts on runs go into their folders"
+        )
     for key, value in OF_RUNS.items():
         setattr(settings, key, value if getattr(settings, key) is None else getattr(settings, key))
     _check(settings)
     from rcpo.common.console import RunConsole
 
     console = RunConsole()
-    matches, left_out = _matches(places, settings, console)
+    against, left_out = _pairs(places, settings.against)
+    if not against:
+        why = "; ".join(f"{path}: {reason}" for path, reason in list(left_out.items())[:1])
+        raise UserError(f"against={settings.against}: no run here can be judged ({why}); give other runs")
+    judge = _load_judge(settings)
     for path, reason in left_out.items():
         console.print(f"left out: {path}: {reason}", soft_wrap=True, markup=False)
-    if not matches:
-        raise UserError(f"against={settings.against}: no run here can be judged; give other runs")
+    matches = _matches(against, settings, console)
     duels = [duel for match in matches for duel in match.joined.duels]
-    name, verdicts = _asked(settings, duels, console, is_agreed)
+    name, verdicts = _asked(judge, settings, duels, console, is_agreed)
     column = settings.column or f"win_vs_{settings.against}"
     found = []
     for match in matches:
@@ -170,24 +181,28 @@ class _Match(NamedTuple):
     joined: "Joined"
 
 
-def _matches(
-    places: list[str], settings: argparse.Namespace, console: "Console"
-) -> "tuple[list[_Match], dict[Path, str]]":
-    """Runs with the answers of both sides, generated where they are not there; why others are left out."""
-    from rcpo.commands.generate import read
-    from rcpo.common.console import work_shown
+def _pairs(places: list[str], opponent: str) -> tuple[dict[Path, Path | None], dict[Path, str]]:
+    """What each run is judged against, None for the model that it started from; why others are left out."""
     from rcpo.comparison.find import find_runs
     from rcpo.comparison.opponents import against_off
+
+    runs = find_runs(places)
+    if opponent == "off":
+        pairing = against_off(runs)
+        return dict(pairing.against), pairing.left_out
+    without = {run: "has no final/ yet" for run in runs if not (run / "final").is_dir()}
+    return dict.fromkeys(run for run in runs if run not in without), without
+
+
+def _matches(
+    against: dict[Path, Path | None], settings: argparse.Namespace, console: "Console"
+) -> "list[_Match]":
+    """Runs with the answers of both sides, generated where they are not there."""
+    from rcpo.commands.generate import read
+    from rcpo.common.console import work_shown
     from rcpo.evaluation.answer_files import join_answers
     from rcpo.evaluation.kept_answers import answers_file
     from rcpo.evaluation.subject import find_subject
-
-    runs, left_out = find_runs(places), dict[Path, str]()
-    against: dict[Path, Path | None] = dict.fromkeys(run for run in runs if (run / "final").is_dir())
-    left_out = {run: "has no final/ yet" for run in runs if run not in against}
-    if settings.against == "off":
-        pairing = against_off(runs)
-        against, left_out = dict(pairing.against), left_out | pairing.left_out
 
     def answers(word: Path, step: str | None) -> Path:
         subject = find_subject(str(word), step)
@@ -201,7 +216,7 @@ def _matches(
     for run, other in against.items():
         theirs = answers(run, "0") if other is None else answers(other, None)
         found.append(_Match(run, other, join_answers(answers(run, None), theirs)))
-    return found, left_out
+    return found
 
 
 def _keep(match: _Match, name: str, verdicts: "list[Verdicts]", column: str, against: str) -> dict[str, Any]:
@@ -263,13 +278,23 @@ def _check(settings: argparse.Namespace) -> None:
         check_writable("out", settings.out)
 
 
-def _classifier(
-    settings: argparse.Namespace, duels: "list[Duel]", console: "Console"
-) -> "tuple[str, list[Verdicts]]":
-    from rcpo.common.console import work_shown
+def _load_judge(settings: argparse.Namespace) -> "ClassifierJudge | None":
+    """The reward model. Raises UserError where it, or the client of a server, is not here."""
+    if settings.model is None:
+        from rcpo.evaluation.judge import refuse_missing_client
+
+        refuse_missing_client(settings.url)
+        return None
     from rcpo.evaluation.classifier_judge import ClassifierJudge
 
-    judge = ClassifierJudge(settings.model)
+    return ClassifierJudge(settings.model)
+
+
+def _classifier(
+    judge: "ClassifierJudge", duels: "list[Duel]", console: "Console"
+) -> "tuple[str, list[Verdicts]]":
+    from rcpo.common.console import work_shown
+
     with work_shown(console, "scoring", len(duels), "pairs of answers") as advance:
         return judge.name, judge.ask(duels, advance)
 

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from rcpo.common.code_version import code_hash
+from rcpo.common.errors import UserError
 from rcpo.config.evaluation import OWN, EvaluationConfig
 from rcpo.evaluation import arithmetic
 from rcpo.evaluation.harness import Harness
@@ -27,7 +28,7 @@ class Evaluation:
 
     def __init__(self, asked: EvaluationConfig) -> None:
         """Raises UserError for a task that there is not."""
-        self.tasks, self._batch = list(asked.tasks), asked.batch
+        self.tasks, self._batch, self._is_chat = list(asked.tasks), asked.batch, asked.chat
         self._known: dict[str, Found] = {}
         self._harness: Harness | None = None
         if theirs := [task for task in asked.tasks if task not in OWN]:
@@ -47,6 +48,7 @@ class Evaluation:
                 with turn(KIND, _versioned(key)) if is_shared else contextlib.nullcontext():
                     known = self._known.get(key) or (_shared(key) if is_shared and not again else None)
                     if known is None:
+                        self._refuse_plain(subject, task)
                         say(f"{subject.name} {subject.when}: {task}")
                         loaded = loaded or Loaded(subject)
                         metrics, questions = self._ask(task, loaded)
@@ -70,6 +72,16 @@ class Evaluation:
         return all(
             task in before and before[task].made_with == self._made_with(subject, task) for task in self.tasks
         )
+
+    def _refuse_plain(self, subject: Subject, task: str) -> None:
+        """Raise UserError where questions are user turns and the model has no chat template, before its
+        weights are loaded."""
+        if (task in OWN or self._is_chat) and subject.tokenizer().chat_template is None:
+            what = f"tasks={task}" if task in OWN else "chat=yes"
+            raise UserError(
+                f"{what}: asks user turns, and {subject.name} has no chat template; type chat_template=plain"
+                + ("" if task in OWN else ", or chat=no")
+            )
 
     def _ask(self, task: str, loaded: Loaded) -> Any:
         if task == "arithmetic":
