@@ -30,8 +30,8 @@ def write(path: Path, generator: str, lengths: list[int]) -> str:
 
 def test_alpaca_eval_judges_answers_of_rcpo_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own evaluation reads both files and joins them; a function that prefers the longer answer stands
-    for the judge's server. Of five prompts A is longer to three, and one is a tie: 3.5 of 5, as `rcpo judge` has
-    it."""
+    for the judge's server. Of five prompts A is longer to three, and one is a tie: 3.5 of 5, as `rcpo judge`
+    has it."""
     import alpaca_eval
     from alpaca_eval.annotators import base
 
