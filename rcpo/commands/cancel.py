@@ -32,10 +32,14 @@ def run(options: argparse.Namespace) -> int:
     if not is_sweep(options.sweep):
         return _end_holders([run_lock(given_run(options.sweep).path)], "nothing trains this run")
     sweep = SweepFolder(options.sweep)
-    if sweep.slurm.is_file():
-        from rcpo.sweep.slurm import submit as slurm
+    from rcpo.sweep.slurm.evaluation import record_of
 
-        return slurm.cancel(sweep)
+    if sweep.slurm.is_file() or record_of(sweep).is_file():
+        from rcpo.sweep.slurm.cancel import cancel
+
+        code = cancel(sweep)
+        if sweep.slurm.is_file():
+            return code
     # The process that runs the sweep; then cells that outlived it, or were resumed one by one.
     locks = [sweep.lock, *(run_lock(sweep.run(cell).path) for cell in sweep.read_cells())]
     return _end_holders(locks, "nothing runs this sweep")

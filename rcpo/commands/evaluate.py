@@ -4,11 +4,14 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rcpo.commands.flags import Flags
+from rcpo.commands.flags import Flags, positive_int
 from rcpo.commands.settings import Setting, add_settings, names, split_words, whole_number, yes_or_no
 from rcpo.common.errors import UserError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from rcpo.config.evaluation import EvaluationConfig
     from rcpo.evaluation.results import TaskResult
     from rcpo.evaluation.subject import Subject
 
@@ -28,6 +31,7 @@ SETTINGS = (
     ),
     Setting("batch", "prompts at once (default: 32)", whole_number(1)),
     Setting("limit", "only so many of the first questions of lm-eval's tasks", whole_number(1)),
+    Setting("chat_template", "plain, or a jinja file; by default the model's own"),
     Setting("chat", "yes: lm-eval's questions as user turns (default: no)", yes_or_no, None, ("yes", "no")),
 )
 
@@ -38,14 +42,52 @@ Score models on tasks. Of runs, the scores and their standard errors go into RUN
 every question into RUN/evaluation/, and `rcpo compare` shows them, with differences to calibration=off
 that are paired by question. arithmetic is the held-out word problems of the model that ships: exact
 match of generated answers, without network. Other tasks run through lm-eval (pip install
-'rcpo[evaluate]'). What is known already is not evaluated again."""
+'rcpo[evaluate]'). What is known already is not evaluated again. Of several runs, each GPU of this
+machine evaluates one at a time."""
     parser.epilog = """\
 examples:
   rcpo evaluate RUN
   rcpo evaluate SWEEP evaluation=paper_v1
+  rcpo evaluate SWEEP evaluation=paper_v1 --slurm my_cluster.yaml
   rcpo evaluate RUN MODEL tasks=mine tasks_dir=TASKS"""
     add_settings(parser, SETTINGS, "RUN|SWEEP|MODEL")
-    parser.add_argument("--again", action="store_true", help="evaluate what is known already, too")
+    add = parser.add_argument
+    add("--again", action="store_true", help="evaluate what is known already, too")
+    add(
+        "--parallel",
+        type=positive_int,
+        metavar="N",
+        help="of several runs N at a time here; default: the number of GPUs, or 1",
+    )
+    add(
+        "--slurm",
+        metavar="PROFILE",
+        help="submit a sweep's cells to SLURM, each to start when it is trained: a file in conf/cluster/, "
+        "or a path",
+    )
+    add(
+        "--max-parallel",
+        type=positive_int,
+        metavar="N",
+        help="with --slurm: at most N cells at a time; default: the profile's max_parallel",
+    )
+    add("--print", action="store_true", help="with --slurm: show the batch script; nothing is written")
+    parser.check = check
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise UserError for flags that do not go together."""
+    if options.slurm is None and (options.print or options.max_parallel is not None):
+        raise UserError("--print and --max-parallel: are for SLURM; type --slurm PROFILE as well")
+    if options.slurm is None:
+        return
+    if options.parallel is not None:
+        raise UserError("--parallel: is for this machine; type --max-parallel with --slurm")
+    if options.again:
+        raise UserError(
+            "--again: each of SLURM's tasks would ask the initial model again; leave it out, or leave out "
+            "--slurm"
+        )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -58,26 +100,90 @@ def run(options: argparse.Namespace) -> int:
 
     asked = {key: getattr(settings, key) for key in ("tasks", "tasks_dir", "batch", "limit", "chat")}
     option = with_settings(option_named(settings.evaluation), asked)
+    if options.slurm is not None:
+        return _submit(places, options, option)
     from rcpo.evaluation.tasks import Evaluation, with_initial
 
-    subjects = _subjects(places, settings.step)
+    subjects = _subjects(places, settings.step, settings.chat_template)
     evaluation = Evaluation(option)
     console = RunConsole()
+    asked_now = [each for each in subjects if options.again or not evaluation.knows(each)]
+    done, failed = _side_by_side(places, asked_now, options, console)
+    subjects = [each for each in subjects if each.run is None or each.run.path not in failed]
     found = []
     for subject in with_initial(subjects) if settings.initial else subjects:
+        again = options.again and subject not in done
         try:
-            results = evaluation.of(subject, options.again, lambda line: console.print(line, soft_wrap=True))
+            before = evaluation.before(subject)
+            results = evaluation.of(subject, again, lambda line: console.print(line, soft_wrap=True))
         except OSError as error:
             raise UserError(
                 f"{subject.name}: results cannot be written ({error.strerror}); make room and type the same "
                 "again: finished tasks are kept"
             ) from None
         found.append((subject, results))
+        _send(subject, {task: each for task, each in results.items() if each != before.get(task)})
     _print(console, option.tasks, found)
-    return 0
+    return 1 if failed else 0
 
 
-def _subjects(places: list[str], step: str | None) -> "list[Subject]":
+def _send(subject: "Subject", new: "dict[str, TaskResult]") -> None:
+    """What was found now of a trained model to the tracker of its run."""
+    from rcpo.evaluation.results import FINAL
+
+    if subject.run is None or subject.config is None or subject.when != FINAL or not new:
+        return
+    from rcpo.monitor.sinks import send_scores
+    from rcpo.runs.rows import read_last_rows
+
+    rows = read_last_rows(subject.run.metrics)
+    step = int(rows[-1]["step"]) if rows else 0
+    values = {task: result.main[1].value for task, result in new.items()}
+    send_scores(subject.config, subject.run, step, values)
+
+
+def _side_by_side(
+    places: list[str], subjects: "list[Subject]", options: argparse.Namespace, console: "Console"
+) -> "tuple[list[Subject], dict[Path, str]]":
+    """(runs that processes of their own have evaluated, why others failed): where several runs can be
+    evaluated at the same time. What the runs started from is left to this process, once for all."""
+    from rcpo.evaluation.processes import evaluate_runs, num_processes
+    from rcpo.evaluation.results import INITIAL
+
+    trained = [each for each in subjects if each.run is not None and each.when != INITIAL]
+    num_at_once = num_processes(len(trained), options.parallel)
+    if num_at_once < 2:
+        return [], {}
+    settings = [word for word in options.words if word not in places and not word.startswith("initial=")]
+    words = [*settings, "initial=no", *(["--again"] if options.again else [])]
+    runs = [each.run for each in trained if each.run is not None]
+    failed = evaluate_runs(runs, words, num_at_once, lambda line: console.print(line, soft_wrap=True))
+    return [each for each in trained if each.run is not None and each.run.path not in failed], failed
+
+
+def _submit(places: list[str], options: argparse.Namespace, option: "EvaluationConfig") -> int:
+    """To SLURM; returns the exit code. Tasks are loaded here first, where there is a network."""
+    from rcpo.sweep.folder import SweepFolder, is_sweep
+    from rcpo.sweep.slurm import evaluation as slurm
+
+    if len(places) != 1 or not is_sweep(places[0]):
+        raise UserError(
+            f"--slurm {options.slurm}: is for one sweep, and {' '.join(places)} is none; give its folder"
+        )
+    sweep = SweepFolder(places[0])
+    words = [word for word in options.words if word != places[0]]
+    if options.print:
+        print(slurm.script_of(sweep, options.slurm, options.max_parallel, words), end="")
+        return 0
+    from rcpo.evaluation.tasks import Evaluation
+    from rcpo.sweep.local import sweep_held
+
+    Evaluation(option)
+    with sweep_held(sweep):
+        return slurm.submit(sweep, options.slurm, options.max_parallel, words)
+
+
+def _subjects(places: list[str], step: str | None, chat_template: str | None) -> "list[Subject]":
     """Runs of folders, sweeps and patterns, and models. Runs without a model yet are an error."""
     from rcpo.comparison.find import find_runs, is_run
     from rcpo.evaluation.subject import find_subject, is_adapter
@@ -90,7 +196,7 @@ def _subjects(places: list[str], step: str | None) -> "list[Subject]":
             words.append(place)
         else:
             words += [str(run) for run in find_runs([place])]
-    return [find_subject(word, step) for word in words]
+    return [find_subject(word, step, chat_template) for word in words]
 
 
 def _print(console: object, tasks: list[str], found: "list[tuple[Subject, dict[str, TaskResult]]]") -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import asdict
 
 from rcpo.commands.flags import Flags, given_run
 
@@ -10,7 +11,8 @@ def add_arguments(parser: Flags) -> None:
     parser.description = """\
 One line for each cell of a sweep, or for a run: its state (pending, running, preempted, interrupted, failed,
 lost, done), step, loss, mean change of the held-out chosen log-probability in nats, time left,
-node, and why it failed. Lost: it was running, and nothing runs it now."""
+node, and why it failed. Lost: it was running, and nothing runs it now. Below, what became of an
+evaluation that `rcpo evaluate --slurm` submitted."""
     parser.epilog = """\
 examples:
   rcpo status sweeps-out/demo
@@ -29,18 +31,22 @@ def run(options: argparse.Namespace) -> int:
     from rich.text import Text
 
     from rcpo.common.console import RunConsole
+    from rcpo.sweep.slurm.evaluation import evaluated_lines, read_evaluated
     from rcpo.sweep.status import read_statuses
     from rcpo.sweep.table import counts_line, reason_lines, status_json, status_table
 
     statuses = read_statuses(sweep)
+    evaluated = read_evaluated(sweep)
     if options.json:
-        print(status_json(sweep, statuses))
+        print(status_json(sweep, statuses, [asdict(each) for each in evaluated]))
         return 0
     console = RunConsole()
     console.print(status_table(console, statuses))
     for line in reason_lines(console, statuses):
         console.print(Text(line, style="red"))
     console.print(counts_line(statuses), soft_wrap=True)
+    for line in evaluated_lines(evaluated):
+        console.print(line, soft_wrap=True, markup=False)
     return 0
 
 

@@ -69,6 +69,22 @@ def hold(path: Path) -> Iterator[None]:
         lock.release()
 
 
+@contextlib.contextmanager
+def turn_at(path: Path) -> Iterator[None]:
+    """Wait for the lock, however long another process has it, and hold it while open. On a file system
+    without locks nothing is held. OSError where the file cannot be made."""
+    lock = kernel_lock(path)
+    try:
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _write_holder(descriptor: int) -> None:
     os.truncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": platform.node()}).encode(), 0)

@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from rcpo.common.errors import UserError
-from rcpo.evaluation.results import INITIAL, Results, questions_file
+from rcpo.evaluation.results import FINAL, INITIAL, Results, questions_file
 
 PREFIX = "downstream/"
-FINAL = "final"
 
 
 @dataclass(frozen=True)

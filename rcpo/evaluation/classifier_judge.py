@@ -1,6 +1,7 @@
 """A local reward model as the judge: a sequence classifier with one number, which scores each answer by
 itself. Order and cost play no part."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -56,8 +57,16 @@ class ClassifierJudge:
     def ask(self, duels: Sequence[Duel], advance: Callable[[int], None]) -> list[Verdicts]:
         """The same verdict in both orders."""
         found: list[Verdicts] = []
+        known: dict[str, float | None] = {}  # of a grid many are judged against the same answer
+
+        def score(duel: Duel, answer: str) -> float | None:
+            key = json.dumps([duel.prompt, answer])
+            if key not in known:
+                known[key] = self.score(duel, answer)
+            return known[key]
+
         for duel in duels:
-            a, b = self.score(duel, duel.a), self.score(duel, duel.b)
+            a, b = score(duel, duel.a), score(duel, duel.b)
             advance(1)
             if a is None or b is None:
                 found.append((None, None))

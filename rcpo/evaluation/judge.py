@@ -72,16 +72,21 @@ def messages_of(duel: Duel, is_swapped: bool) -> list[dict[str, str]]:
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
 
 
+def refuse_missing_client(url: str) -> None:
+    """Raise UserError where the openai package is not here."""
+    if importlib.util.find_spec("openai") is None:
+        raise UserError(
+            f"url={url}: needs the openai package; type pip install 'rcpo[judge]', or model=MODEL for a "
+            "local reward model"
+        )
+
+
 class Judge:
     """Asks; what is kept is not asked again."""
 
     def __init__(self, settings: JudgeSettings, duels: Sequence[Duel]) -> None:
         """Raises UserError where the client is not here."""
-        if importlib.util.find_spec("openai") is None:
-            raise UserError(
-                f"url={settings.url}: needs the openai package; type pip install 'rcpo[judge]', or "
-                "model=MODEL for a local reward model"
-            )
+        refuse_missing_client(settings.url)
         self._settings = settings
         # Both orders of a pair of answers, one behind the other.
         self._asked = [messages_of(duel, swapped) for duel in duels for swapped in (False, True)]

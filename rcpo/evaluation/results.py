@@ -1,7 +1,8 @@
 """RUN/evaluation.json and RUN/evaluation/: scores of a run's models on tasks, and of every question.
 
 Owns the two's form. Loads nothing heavy: `rcpo.comparison` reads it. A task's entry is written when the task
-is done, so an evaluation that was stopped goes on with the next task."""
+is done, so an evaluation that was stopped goes on with the next task. Several processes may write other tasks
+of one run."""
 
 import json
 import math
@@ -12,8 +13,11 @@ from typing import Any
 
 from rcpo.common.errors import UserError
 from rcpo.common.files import replacing, write_atomically
+from rcpo.common.locks import turn_at
 
-FILE, FOLDER = "evaluation.json", "evaluation"
+FINAL = "final"
+"""A run's model at its end, in results."""
+FILE, FOLDER, LOCK = "evaluation.json", "evaluation", ".lock"
 INITIAL = "step-000000"
 """The model that a run started from, in results."""
 
@@ -70,13 +74,16 @@ class Results:
 
         place = questions_file(self._run, when, task)
         place.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(place) as beside:
+        with replacing(place, by_many=True) as beside:
             pd.DataFrame(list(questions)).to_parquet(beside)
-        self._tree.setdefault(when, {})[task] = result
-        tree = {
-            when: {task: asdict(each) for task, each in tasks.items()} for when, tasks in self._tree.items()
-        }
-        write_atomically(self._run / FILE, json.dumps(tree, indent=2) + "\n")
+        with turn_at(self._run / FOLDER / LOCK):
+            self._tree = _read(self._run / FILE)  # another process may have added to it
+            self._tree.setdefault(when, {})[task] = result
+            tree = {
+                when: {task: asdict(each) for task, each in tasks.items()}
+                for when, tasks in self._tree.items()
+            }
+            write_atomically(self._run / FILE, json.dumps(tree, indent=2) + "\n")
 
 
 def questions_file(run: Path, when: str, task: str) -> Path:

@@ -17,7 +17,7 @@ from rcpo.config.names import last_part
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.config.schema import LoraConfig, ModelConfig
 from rcpo.evaluation.prompts import Asking
-from rcpo.evaluation.results import INITIAL
+from rcpo.evaluation.results import FINAL, INITIAL
 from rcpo.models.adapter_files import CONFIG_FILE
 from rcpo.models.load import load_frozen_model, load_tokenizer, model_place
 from rcpo.models.merge import merged_model
@@ -25,9 +25,6 @@ from rcpo.reference.cache import weights_fingerprint
 from rcpo.runs.folder import RunFolder
 from rcpo.runs.frozen import open_run
 from rcpo.training.checkpoint import check_manifest, checkpoint_path, complete_checkpoints, step_of
-
-FINAL = "final"
-"""The name of a run's model at its end, in results."""
 
 
 @dataclass(frozen=True)

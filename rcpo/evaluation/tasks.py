@@ -3,15 +3,17 @@
 `arithmetic` is rcpo's own; every other name is lm-eval's, or of a folder of the user's. Called by
 `rcpo.commands.evaluate` and, at the end of a run, by `rcpo.launch.at_end`."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from rcpo.common.code_version import code_hash
+from rcpo.common.errors import UserError
 from rcpo.config.evaluation import OWN, EvaluationConfig
 from rcpo.evaluation import arithmetic
 from rcpo.evaluation.harness import Harness
-from rcpo.evaluation.kept import keep, kept
+from rcpo.evaluation.kept import keep, kept, turn
 from rcpo.evaluation.results import INITIAL, Results, TaskResult, result_of
 from rcpo.evaluation.subject import Loaded, Subject, initial_of
 
@@ -26,7 +28,7 @@ class Evaluation:
 
     def __init__(self, asked: EvaluationConfig) -> None:
         """Raises UserError for a task that there is not."""
-        self.tasks, self._batch = list(asked.tasks), asked.batch
+        self.tasks, self._batch, self._is_chat = list(asked.tasks), asked.batch, asked.chat
         self._known: dict[str, Found] = {}
         self._harness: Harness | None = None
         if theirs := [task for task in asked.tasks if task not in OWN]:
@@ -43,19 +45,43 @@ class Evaluation:
             if result is None or result.made_with != made_with:
                 key = repr((task, sorted(made_with.items())))
                 is_shared = subject.when == INITIAL  # by runs of other processes, too
-                known = self._known.get(key) or (_shared(key) if is_shared and not again else None)
-                if known is None:
-                    say(f"{subject.name} {subject.when}: {task}")
-                    loaded = loaded or Loaded(subject)
-                    metrics, questions = self._ask(task, loaded)
-                    known = TaskResult(metrics, len(questions), made_with), questions
-                    if is_shared:
-                        keep(KIND, _versioned(key), {"result": asdict(known[0]), "questions": questions})
+                with turn(KIND, _versioned(key)) if is_shared else contextlib.nullcontext():
+                    known = self._known.get(key) or (_shared(key) if is_shared and not again else None)
+                    if known is None:
+                        self._refuse_plain(subject, task)
+                        say(f"{subject.name} {subject.when}: {task}")
+                        loaded = loaded or Loaded(subject)
+                        metrics, questions = self._ask(task, loaded)
+                        known = TaskResult(metrics, len(questions), made_with), questions
+                        if is_shared:
+                            keep(KIND, _versioned(key), {"result": asdict(known[0]), "questions": questions})
                 self._known[key] = result, questions = known
                 if results is not None:
                     results.add(subject.when, task, result, questions)
             found[task] = result
         return found
+
+    @staticmethod
+    def before(subject: Subject) -> dict[str, TaskResult]:
+        """What the run's folder has, of whatever weights and settings."""
+        return {} if subject.run is None else dict(Results(subject.run.path).of(subject.when))
+
+    def knows(self, subject: Subject) -> bool:
+        """Whether the run's folder has all results."""
+        before = self.before(subject)
+        return all(
+            task in before and before[task].made_with == self._made_with(subject, task) for task in self.tasks
+        )
+
+    def _refuse_plain(self, subject: Subject, task: str) -> None:
+        """Raise UserError where questions are user turns and the model has no chat template, before its
+        weights are loaded."""
+        if (task in OWN or self._is_chat) and subject.tokenizer().chat_template is None:
+            what = f"tasks={task}" if task in OWN else "chat=yes"
+            raise UserError(
+                f"{what}: asks user turns, and {subject.name} has no chat template; type chat_template=plain"
+                + ("" if task in OWN else ", or chat=no")
+            )
 
     def _ask(self, task: str, loaded: Loaded) -> Any:
         if task == "arithmetic":

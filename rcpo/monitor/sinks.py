@@ -57,6 +57,22 @@ def build_sinks(config: ResolvedConfig, run: RunFolder, num_steps: int, start_st
     return [*sinks, ConsoleSink(RunConsole(), num_steps, start_step, config.train.log_every)]
 
 
+def send_scores(config: ResolvedConfig, run: RunFolder, step: int, scores: dict[str, float]) -> None:
+    """Scores on tasks that were found when the run had ended, after `step` steps, to the run's tracker: as a
+    part of the run that is there, as if it had been resumed."""
+    sinks: list[Sink] = []
+    mode = wandb_mode(config.tracking)
+    if mode != "disabled":
+        sinks.append(WandbSink(config, run, mode, is_over=True))
+    if config.tracking.name == "tensorboard":
+        sinks.append(TensorBoardSink(config, run, step + 1))
+    if config.tracking.name == "trackio":
+        sinks.append(TrackioSink(config, step + 1))
+    for sink in sinks:
+        sink.log_scores(step, scores)
+        sink.close({}, 0)
+
+
 class JsonlSink:
     """RUN/metrics.jsonl and RUN/eval.jsonl: appends one line a row, flushed at once. `RunFolder.rows` reads
     them."""

@@ -133,8 +133,13 @@ class WandbSink:
     warning; at the start it goes on offline, later without W&B, on closing without the table or the model
     that failed."""
 
-    def __init__(self, config: "ResolvedConfig", run: RunFolder, mode: WandbMode) -> None:
+    def __init__(
+        self, config: "ResolvedConfig", run: RunFolder, mode: WandbMode, is_over: bool = False
+    ) -> None:
+        """`is_over`: the run has ended before, and its last step is taken at W&B."""
         self._folder = run
+        # Every start of W&B left a folder: the step that is asked for grows with each.
+        self._behind = len(list((run.path / "wandb").glob("*run-*-*"))) if is_over else 0
         self._log_model = config.tracking.log_model
         self._name = config.name
         self._run = _start(config, run, mode)
@@ -150,8 +155,8 @@ class WandbSink:
         self._attempt(lambda wandb_run: log_answers(wandb_run, self._folder, answers))
 
     def log_scores(self, step: int, scores: dict[str, float]) -> None:
-        named = {f"{SCORES}{task}": value for task, value in scores.items()}
-        self._attempt(lambda wandb_run: wandb_run.log(named | {"step": step}, step=step))
+        named = {f"{SCORES}{task}": value for task, value in scores.items()} | {"step": step}
+        self._attempt(lambda wandb_run: wandb_run.log(named, step=max(step + self._behind, wandb_run.step)))
 
     def alert(self, step: int, line: str) -> None:
         self._attempt(lambda wandb_run: wandb_run.alert(ALERT, f"{self._name}: {line}", level="WARN"))

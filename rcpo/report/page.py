@@ -13,11 +13,12 @@ from plotly.offline import get_plotlyjs
 import rcpo
 from rcpo.common.console import KEPT_NATS, nats
 from rcpo.common.page import TableCell, render
+from rcpo.comparison.downstream import PREFIX
 from rcpo.comparison.groups import Comparison, panels
 from rcpo.comparison.keys import SPEED_ALONE, matches
 from rcpo.comparison.summary import headline, sentences
 from rcpo.comparison.table import GroupLine, notes
-from rcpo.comparison.view import Shown, View, make_view
+from rcpo.comparison.view import TOLD, Shown, View, make_view
 from rcpo.report.answers import answers_of
 from rcpo.report.destinations import destination_figure
 from rcpo.report.fallen import ChesChoice, Fallen, FallenPair, find_fallen
@@ -83,8 +84,9 @@ def make_page(
         time=f"{datetime.now(UTC):%Y-%m-%d %H:%M}",
         heat=heat,
         tables=[
-            (kind if len(view.kinds) > 1 else "", _main_table(own, view.columns))
+            (title, _main_table(own, columns))
             for kind, own in view.kinds.items()
+            for title, columns in _tables_of(kind if len(view.kinds) > 1 else "", view)
         ],
         differing=[key for key in comparison.differing if not matches(key, SPEED_ALONE)],
         notes=notes(comparison, "±"),
@@ -99,6 +101,17 @@ def _title(labels: Iterable[str]) -> str:
     names = list(dict.fromkeys(label.split()[0] for label in labels))
     shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
     return f"rcpo: {shown or 'no finished runs'}"
+
+
+def _tables_of(kind: str, view: View) -> list[tuple[str, list[Shown]]]:
+    """Titles and columns: scores on tasks have a table of their own, since one is wider than a page."""
+    scores = [column for column in view.columns if PREFIX in column.name]
+    if view.is_selected or not scores:
+        return [(kind, view.columns)]
+    told = [column for column in view.columns if column.name in {each.name for each in TOLD}]
+    rest = [column for column in view.columns if PREFIX not in column.name]
+    title = f"{kind}: scores on tasks" if kind else "Scores on tasks"
+    return [(kind, rest), (title, [*told, *scores])]
 
 
 def _main_table(lines: Sequence[GroupLine], columns: Sequence[Shown]) -> Table:

@@ -102,11 +102,14 @@ def counts_line(statuses: Sequence[CellStatus]) -> str:
     return f"{len(statuses)} cells: {shown}"
 
 
-def status_json(sweep: SweepFolder, statuses: Sequence[CellStatus]) -> str:
-    """The same for programs; what is unknown or not finite is null."""
+def status_json(
+    sweep: SweepFolder, statuses: Sequence[CellStatus], evaluated: Sequence[dict[str, Any]] = ()
+) -> str:
+    """The same for programs; what is unknown or not finite is null. `evaluated`: what SLURM has evaluated."""
     cells = [cell_json(status, sweep.run(status.cell)) for status in statuses]
     counts = Counter(str(status.state) for status in statuses)
-    return json.dumps({"sweep": str(sweep.path), "counts": counts, "cells": cells}, indent=2)
+    tree = {"sweep": str(sweep.path), "counts": counts, "cells": cells}
+    return json.dumps(tree | ({"evaluation": list(evaluated)} if evaluated else {}), indent=2)
 
 
 def cell_json(status: CellStatus, run: RunFolder) -> dict[str, Any]:

@@ -24,7 +24,7 @@ PACKAGES = {
 """Debian's packages of a tool."""
 
 
-EXTRAS = {"bitsandbytes": "quantization", "lm_eval": "evaluate", "trl": "bench"}
+EXTRAS = {"bitsandbytes": "quantization", "lm_eval": "evaluate", "trl": "bench", "alpaca_eval": "peers"}
 """Python packages of which no other test has need, and rcpo's extra that brings each."""
 
 

@@ -5,6 +5,7 @@ import logging
 import math
 import netrc
 import os
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from helpers import forked
 from helpers.wandb_records import Records, by_step, wandb_rows
 from rcpo.commands.train import prepare
 from rcpo.config.schema import Config, TrackingConfig
+from rcpo.evaluation.results import Results
 from rcpo.monitor.other_trackers import ALERT
 from rcpo.monitor.tracking import WandbSink, load_beside, wandb_mode
 from rcpo.report import dashboard
@@ -203,6 +205,26 @@ def test_wandb_has_every_number_of_both_files(finished: tuple[RunFolder, str]) -
     assert sorted(rows) == [0, 1, 2, 3]
     for step, row in expected.items():
         assert rows[step] == pytest.approx(row, rel=0, abs=0, nan_ok=True)
+
+
+@pytest.mark.timeout(300)
+def test_scores_that_are_asked_later_go_into_the_same_wandb_run(
+    finished: tuple[RunFolder, str], tmp_path: Path
+) -> None:
+    """A copy of the run without scores, evaluated by hand: a file of the same id, whose one row is over step
+    3 and behind it at W&B, where one start is there before. Asked again, nothing is new or sent."""
+    run = RunFolder(tmp_path / "run")
+    shutil.copytree(finished[0].path, run.path, ignore=shutil.ignore_patterns("wandb", "evaluation*"))
+    (run.path / "wandb/run-before-x").mkdir(parents=True)
+    env = environment() | {"RCPO_CACHE": str(tmp_path / "cache")}
+    for _ in range(2):
+        done = forked.rcpo("evaluate", str(run.path), "initial=no", cwd=tmp_path, env=env)
+        assert done.returncode == 0, done.stderr
+    records = Records(run)
+    assert records.run["run_id"] == run.read_run()["wandb_id"]
+    value = Results(run.path).of("final")["arithmetic"].main[1].value
+    (row,) = records.history
+    assert (row["_step"], row["step"], row["downstream/arithmetic"]) == (4, 3, value)
 
 
 @pytest.mark.timeout(300)

@@ -1,4 +1,4 @@
-"""The batch script of a sweep: slurm/array.sbatch with its @PLACES@ filled in.
+"""The batch scripts of a sweep: slurm/array.sbatch, and slurm/evaluate.sbatch, with their @PLACES@ filled in.
 
 Owns quoting: what comes from the user stands in the script as one quoted word, or is a line that the user's
 profile gives as shell. Submits nothing: `rcpo.sweep.slurm.submit` does.
@@ -43,13 +43,13 @@ fi"""
 """Shell that makes `module load` work."""
 
 
-def template_path() -> Path:
-    """slurm/array.sbatch: inside the package (a wheel), else beside it (a source tree)."""
+def template_path(name: str = "array.sbatch") -> Path:
+    """slurm/NAME: inside the package (a wheel), else beside it (a source tree)."""
     package = Path(rcpo.__file__).resolve().parent
     for folder in (package / "slurm", package.parent / "slurm"):
-        if (folder / "array.sbatch").is_file():
-            return folder / "array.sbatch"
-    raise UserError(f"no slurm/array.sbatch beside or inside {package}; install rcpo again")
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"no slurm/{name} beside or inside {package}; install rcpo again")
 
 
 @dataclass(frozen=True)
@@ -114,30 +114,14 @@ class Script:
 
     def text(self) -> str:
         """The script. Raises UserError when a path cannot stand in it."""
-        for path in (self.sweep.path, self.folder):
-            if re.search(r"[\x00-\x1f\x7f]", str(path)):
-                raise UserError(
-                    f"{str(path)!r}: a path with control characters cannot be used on SLURM; type "
-                    "--out FOLDER"
-                )
-        profile = self.profile
         chunks = chunks_of(range(self.num_cells), self.max_array_size)
-        python = profile.python or ("python" if profile.container else sys.executable)
-        container = shlex.split(profile.container or "")
         places = {
-            "NAME": _safe(self.sweep.path.name),
-            "RANKS": str(profile.ranks),
+            "RANKS": str(self.profile.ranks),
             "BY_HAND": "\n".join(f"#     {line}" for line in self._by_hand(chunks)),
             "SBATCH": "\n".join(f"#SBATCH {option}" for option in self._options(chunks[0])),
-            "SWEEP": shlex.quote(str(self.sweep.path)),
-            "FOLDER": shlex.quote(str(self.folder)),
-            "PYTHON": shlex.quote(python),
-            "REQUEUE_LIMIT": str(profile.requeue_limit),
-            "SETUP": "\n".join(self._setup()),
-            "SRUN": shlex.join(["srun", "--kill-on-bad-exit=1", "--wait=0", *profile.srun, *container]),
+            "REQUEUE_LIMIT": str(self.profile.requeue_limit),
         }
-        template = template_path().read_text(encoding="utf-8")
-        return re.sub(r"@([A-Z_]+)@", lambda match: places[match[1]], template)
+        return filled("array.sbatch", self.profile, self.sweep, self.folder, places)
 
     def _by_hand(self, chunks: Sequence[Chunk]) -> Iterator[str]:
         if len(chunks) == 1:
@@ -150,30 +134,58 @@ class Script:
         """Options of sbatch; of two of a kind the later one counts."""
         profile = self.profile
         yield from profile.sbatch
-        yield f"--job-name=rcpo-{_safe(self.sweep.path.name)}"
+        yield f"--job-name=rcpo-{safe_name(self.sweep)}"
         yield f"--array={first.array(self.max_parallel)}"
         yield f"--comment={COMMENT}:{self.sweep_id}:{first.first}"
-        for key in ("partition", "account", "qos", "constraint", "time", "mem"):
-            if (value := getattr(profile, key)) is not None:
-                yield f"--{key}={value}"
-        yield f"--nodes={profile.nodes}"
-        yield f"--ntasks-per-node={profile.ranks_per_node}"
-        yield f"--cpus-per-task={profile.cpus_per_task}"
-        if profile.gpus_per_node is not None and profile.gpu_request != "none":
-            gpus = ":".join(filter(None, [profile.gpu_type, str(profile.gpus_per_node)]))
-            yield f"--gres=gpu:{gpus}" if profile.gpu_request == "gres" else f"--gpus-per-node={gpus}"
+        yield from machine_options(profile)
         yield "--requeue"
         yield f"--signal=B:USR2@{profile.signal_seconds}"
 
-    def _setup(self) -> Iterator[str]:
-        if self.profile.gpus_per_node is None:
-            yield "export CUDA_VISIBLE_DEVICES=  # the ranks use CPUs, whatever the node has"
-        if self.profile.modules:
-            yield MODULE_THERE
-            yield shlex.join(["module", "load", *self.profile.modules])
-        yield from self.profile.setup
+
+def machine_options(profile: "Profile") -> Iterator[str]:
+    """Options of sbatch for what a job runs on."""
+    for key in ("partition", "account", "qos", "constraint", "time", "mem"):
+        if (value := getattr(profile, key)) is not None:
+            yield f"--{key}={value}"
+    yield f"--nodes={profile.nodes}"
+    yield f"--ntasks-per-node={profile.ranks_per_node}"
+    yield f"--cpus-per-task={profile.cpus_per_task}"
+    if profile.gpus_per_node is not None and profile.gpu_request != "none":
+        gpus = ":".join(filter(None, [profile.gpu_type, str(profile.gpus_per_node)]))
+        yield f"--gres=gpu:{gpus}" if profile.gpu_request == "gres" else f"--gpus-per-node={gpus}"
 
 
-def _safe(name: str) -> str:
-    """A folder's name as it may stand in a comment or in an option."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:60]
+def filled(template: str, profile: "Profile", sweep: SweepFolder, folder: Path, own: dict[str, str]) -> str:
+    """A script of slurm/ with the places that all have, and its `own`. `folder` is where the command was
+    called. Raises UserError when a path cannot stand in it."""
+    for path in (sweep.path, folder):
+        if re.search(r"[\x00-\x1f\x7f]", str(path)):
+            raise UserError(
+                f"{str(path)!r}: a path with control characters cannot be used on SLURM; type --out FOLDER"
+            )
+    python = profile.python or ("python" if profile.container else sys.executable)
+    container = shlex.split(profile.container or "")
+    places = {
+        "NAME": safe_name(sweep),
+        "SWEEP": shlex.quote(str(sweep.path)),
+        "FOLDER": shlex.quote(str(folder)),
+        "PYTHON": shlex.quote(python),
+        "SETUP": "\n".join(_setup(profile)),
+        "SRUN": shlex.join(["srun", "--kill-on-bad-exit=1", "--wait=0", *profile.srun, *container]),
+    } | own
+    text = template_path(template).read_text(encoding="utf-8")
+    return re.sub(r"@([A-Z_]+)@", lambda match: places[match[1]], text)
+
+
+def _setup(profile: "Profile") -> Iterator[str]:
+    if profile.gpus_per_node is None:
+        yield "export CUDA_VISIBLE_DEVICES=  # the ranks use CPUs, whatever the node has"
+    if profile.modules:
+        yield MODULE_THERE
+        yield shlex.join(["module", "load", *profile.modules])
+    yield from profile.setup
+
+
+def safe_name(sweep: SweepFolder) -> str:
+    """Its folder's name as it may stand in a comment or in an option."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", sweep.path.name)[:60]

@@ -1,4 +1,4 @@
-"""A sweep on SLURM: submit its cells as job arrays, ask for their states, submit again, cancel.
+"""A sweep on SLURM: submit its cells as job arrays, ask for their states, submit again.
 
 Owns what is submitted, and that nothing is there twice. SWEEP/slurm.json remembers how and what was
 submitted, SWEEP/array.txt which cell an index means, SWEEP/submit.sbatch is all that a cell needs. Called by
@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import time
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -35,10 +34,6 @@ from rcpo.sweep.states import CellStatus, State, read_status
 
 if TYPE_CHECKING:
     from rcpo.sweep.slurm.profile import SlurmTarget
-
-CANCEL_PATIENCE_SECONDS = 120.0
-"""How long `cancel` waits for jobs to end: they write checkpoints."""
-NUM_IDS_AT_ONCE = 500
 
 
 def submit(sweep: SweepFolder, profile: str, max_parallel: int | None, names: Collection[str]) -> int:
@@ -116,7 +111,7 @@ def _submit_missing(sweep: SweepFolder, names: Collection[str]) -> int:
         submission = {"job": previous, "first": chunk.first, "array": chunk.array(None), "time": now()}
         record["submissions"] = [*record["submissions"], submission]
         _write_record(sweep, record)
-        print(f"submitted {_cells(len(chunk.indices))} as job {previous}", flush=True)
+        print(f"submitted {cells_text(len(chunk.indices))} as job {previous}", flush=True)
     left = Counter(
         "done" if status.state is State.DONE else "queued or running"
         for idx, status in enumerate(statuses)
@@ -125,21 +120,6 @@ def _submit_missing(sweep: SweepFolder, names: Collection[str]) -> int:
     if left:
         print(f"left alone: {', '.join(f'{count} {what}' for what, count in left.items())}")
     print(f"`rcpo status {sweep.path}` says how far they are")
-    return 0
-
-
-def cancel(sweep: SweepFolder) -> int:
-    """Cancel this sweep's jobs, and no others; they have KillWait (30 s by default) for a checkpoint."""
-    jobs = _live_jobs(sweep)
-    for start in range(0, len(jobs), NUM_IDS_AT_ONCE):
-        said_by(["scancel", *(job.id for job in jobs[start : start + NUM_IDS_AT_ONCE])])
-    deadline = time.monotonic() + CANCEL_PATIENCE_SECONDS
-    while left := _live_jobs(sweep):
-        if time.monotonic() > deadline:
-            print(f"{_cells(len(left))} still end: {', '.join(job.id for job in left[:10])}")
-            return 1
-        time.sleep(0.5)
-    print(f"cancelled {len(jobs)} jobs" if jobs else "nothing of this sweep is queued or runs")
     return 0
 
 
@@ -159,7 +139,8 @@ def _read_status(sweep: SweepFolder, cell: Cell, job: Job | None) -> CellStatus:
     return with_job(sweep, read_status(sweep, cell, queue), job)
 
 
-def _live_jobs(sweep: SweepFolder) -> Sequence[Job]:
+def jobs_that_live(sweep: SweepFolder) -> Sequence[Job]:
+    """All jobs that train cells of the sweep, or will."""
     return live_jobs(sweep_id(sweep), _arrays(sweep))
 
 
@@ -207,5 +188,5 @@ def _write_record(sweep: SweepFolder, record: dict[str, Any]) -> None:
     write_atomically(sweep.slurm, json.dumps(record, indent=2) + "\n")
 
 
-def _cells(count: int) -> str:
+def cells_text(count: int) -> str:
     return f"{count} cell{'' if count == 1 else 's'}"
