@@ -7,6 +7,7 @@ machine is in `rcpo.config.resolve`, what on the data and the model in `rcpo.tra
 
 import dataclasses
 
+from rcpo.common.conf import value_in_conf
 from rcpo.common.errors import UserError, shortened
 from rcpo.config.calibration import CalibrationConfig
 from rcpo.config.conditions import check_conditions
@@ -41,6 +42,7 @@ def check_combinations(config: Config) -> None:
     _check_published(config)
     _check_mismatched(config)
     _check_reference(config)
+    _check_sync(config)
     if config.calibration.scope == "lora_last" and config.model.lora.rank is None:
         raise UserError(
             "calibration.scope=lora_last: there is no adapter to measure; type model.lora.rank=16 as well, "
@@ -265,6 +267,30 @@ def _check_reference(config: Config) -> None:
             f"model.quantization={config.model.quantization}; type reference.path=null, or "
             "model.quantization=null"
         )
+
+
+def _check_sync(config: Config) -> None:
+    """What cannot follow the policy."""
+    every = config.reference.sync_every
+    if not every:
+        mix, shipped = config.reference.sync_mix, value_in_conf(("reference/cached",), "sync_mix")
+        if mix != shipped:
+            raise UserError(
+                f"reference.sync_mix={mix}: has no effect without reference.sync_every; type "
+                f"reference.sync_every=512, or reference.sync_mix={shipped}"
+            )
+        return
+    objective, why = objective_of(config.objective), None
+    if not objective.needs_reference:
+        why = f"objective={objective.name} reads no reference"
+    elif objective.weighs_tokens:
+        why = f"objective={objective.name} weighs tokens by log-ratios to the reference of the start"
+    elif config.reference.path is not None:
+        why = f"reference.path={config.reference.path} is another model, and no policy of this run"
+    elif config.model.lora.rank is not None:
+        why = "with model.lora.rank the reference is the policy without its adapter, whose weights stay"
+    if why is not None:
+        raise UserError(f"reference.sync_every={every}: {why}; type reference.sync_every=0")
 
 
 def _check_mismatched(config: Config) -> None:

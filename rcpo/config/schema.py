@@ -258,6 +258,12 @@ class ReferenceConfig:
     pairs_per_device: Positive | None = IN_CONF
     """Pairs of one forward pass of the reference on a rank, to rounding without effect; null: four
     micro-batches where cached, one where live, which takes at most one."""
+    sync_every: NonNegative = IN_CONF
+    """Optimizer steps after which the reference that the loss reads takes in the policy's weights (TR-DPO,
+    arXiv 2404.09656), as a frozen model in memory; 0: never. Displacement is measured against the one of the
+    start."""
+    sync_mix: Annotated[float, Field(gt=0, le=1)] = IN_CONF
+    """The policy's share in what the reference's weights then become; 1: a copy of the policy."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -59,7 +59,7 @@ def _check_both_labels(config: ResolvedConfig, train: PackedPairs) -> None:
     """Raise UserError where all training answers have one label, and the objective reads the other one: half
     of its loss would be missing, with nothing to hold the rest, and calibration would have nothing to
     balance."""
-    has_chosen, has_rejected = train.present.any(axis=0).tolist()
+    has_chosen, has_rejected = (bool(column.any()) for column in train.present.T)
     reads_chosen, reads_rejected = labels_read(config.objective_function)
     if (has_chosen or not reads_chosen) and (has_rejected or not reads_rejected):
         return

@@ -45,6 +45,7 @@ class FrozenModel:
             model = load_frozen_model(of_reference)
             speed_up(model, of_reference)
             self._policy: Any = Policy(model if is_sharded else model.to(device))
+            self._module: Policy | None = self._policy
             if is_sharded:
                 self._engine, *_ = deepspeed.initialize(model=self._policy, config=settings)
                 self._policy = self._engine
@@ -60,6 +61,11 @@ class FrozenModel:
         z: Tensor = self._policy(batch, tokens)
         return z
 
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """In the order of a policy's."""
+        assert self._module is not None
+        return self._module.named_parameters()
+
     def free(self) -> None:
         """Give the memory back. Numbers one by one: DeepSpeed keeps a list of modules for good."""
         for parameter in self._policy.parameters():
@@ -68,7 +74,7 @@ class FrozenModel:
                     tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         if self._engine is not None:
             self._engine.destroy()
-        self._engine = self._policy = self._zero3_marker = None
+        self._engine = self._policy = self._module = self._zero3_marker = None
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -7,6 +7,7 @@ checkpoints/step-000100/engine/...   DeepSpeed's files: weights, optimizer, sche
                         state.json   step, calibrator, batch statistics, world size, ZeRO stage
                         rng/rank-*   random-number states
                         scores/rank-*  sums over measurements (metrics.population)
+                        reference.safetensors  weights of a reference that moves (reference.sync_every)
                         model/       a Hugging Face model folder: an export is a copy of it
                         manifest.json  size and SHA-256 of every other file
 """
@@ -42,6 +43,9 @@ from rcpo.ranks.distributed import done_by_rank_zero, gather, rank, world_size
 from rcpo.runs.folder import RunFolder
 
 logger = logging.getLogger(__name__)
+
+
+REFERENCE = "reference.safetensors"
 
 
 def checkpoint_path(run: RunFolder, step: int) -> Path:
@@ -110,9 +114,11 @@ def save_checkpoint(
     scores: dict[str, torch.Tensor],
     tokenizer: PreTrainedTokenizerBase,
     keep_last: int | None = None,
+    reference: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> Path:
-    """Write engine, `train_state` (JSON; its "step" names the folder) and this rank's `scores`; returns the
-    folder. Of the older checkpoints all but `keep_last` - 1 are removed. Collective.
+    """Write engine, `train_state` (JSON; its "step" names the folder), this rank's `scores` and rank 0's
+    weights of a moving `reference`; returns the folder. Of the older checkpoints all but `keep_last` - 1 are
+    removed. Collective.
 
     Raises SaveError on every rank when any could not write; nothing of the new one is left then.
     """
@@ -137,6 +143,8 @@ def save_checkpoint(
         save_model(engine.policy.model, weights or {}, tokenizer, beside / "model")
         state = train_state | {"world_size": world_size(), "stage": engine.stage}
         write_atomically(beside / "state.json", json.dumps(state, indent=2))
+        if reference:
+            save_file(dict(reference), beside / REFERENCE)
         _complete(beside, place, known)
         if keep_last is not None:
             for path in complete_checkpoints(run)[keep_last:]:

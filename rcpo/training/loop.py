@@ -33,6 +33,7 @@ from rcpo.ranks import stopping
 from rcpo.ranks.distributed import done_by_rank_zero, from_rank_zero, rank, world_size
 from rcpo.ranks.transfer import to_device
 from rcpo.reference.maker import ReferenceMaker
+from rcpo.reference.moving import MovingReference
 from rcpo.reference.visits import Visit
 from rcpo.runs.answers import rewind_answers
 from rcpo.runs.folder import RunFolder
@@ -40,7 +41,7 @@ from rcpo.training.after_evaluation import after_evaluation, end_of_summary, rea
 from rcpo.training.aggregate import aggregate_of
 from rcpo.training.agreement import check_agreement
 from rcpo.training.answers import note_answers
-from rcpo.training.checkpoint import checkpoint_to_resume, load_checkpoint
+from rcpo.training.checkpoint import REFERENCE, checkpoint_to_resume, load_checkpoint
 from rcpo.training.held_out_loss import held_out_loss
 from rcpo.training.measurement import Measurement
 from rcpo.training.measurements import Measurements, kind_at
@@ -102,8 +103,12 @@ def train(
         config.train.pairs_per_step,
         config.model.router_loss,
     )
-    rehearse(config, inputs, method, sampler, num_steps, reference, measurements, state)
+    moving = MovingReference(config, inputs, engine) if config.reference.sync_every else None
+    num_bytes = reference.num_bytes + (0 if moving is None else moving.num_bytes)
+    rehearse(config, inputs, method, sampler, num_steps, reference, measurements, state, num_bytes)
     if checkpoint is not None:
+        if moving is not None:
+            moving.load(checkpoint / REFERENCE)
         values, scores = load_checkpoint(checkpoint, engine)
         state.load_state_dict(values)
         measurements.load_state(scores)
@@ -120,10 +125,11 @@ def train(
         reference=reference,
         start=start,
         sinks=sinks,
+        moving=moving,
     )
     with stopping.deferred(), _closed_on_failure(sinks):
         if checkpoint is None:
-            _note_evaluation(training, SideLogProbs(start.z_w, start.z_l))
+            _note_evaluation(training, SideLogProbs(start.z_w, start.z_l), start.reference)
             note_answers(training)
         reason = _train_steps(training, watch or StepWatch())
         return _finish(training, reason, at_end or dict)
@@ -163,6 +169,8 @@ def _train_steps(training: Training, watch: StepWatch) -> str | None:
         except NonFiniteStepError as error:
             trained = TrainedStep(skip_or_stop(training, error), stop=False)
         else:
+            if training.moving is not None:
+                training.moving.after(state.step)
             watch.after(trained)
         seconds = time.perf_counter() - started
         time_left.longest_step = max(time_left.longest_step, seconds)
@@ -193,7 +201,10 @@ def _evaluate(training: Training) -> str | None:
     """Displacement of the held-out pairs, to every sink; why the run ends with it, if it does. Collective."""
     pairs, pad_id = training.inputs.held_out, training.inputs.pad_id
     result = evaluate_logprobs(training.engine, pairs, pad_id, eval_batch(training.config))
-    _note_evaluation(training, result)
+    of_reference = training.start.reference
+    if training.moving is not None:
+        of_reference = training.moving.logprobs(pairs, eval_batch(training.config))
+    _note_evaluation(training, result, of_reference)
     note_answers(training)
     return after_evaluation(training)
 
@@ -272,7 +283,8 @@ def _micro_batches(training: Training, measurement: Measurement) -> list[MicroBa
         pairs = [training.inputs.train[idx] for idx in indices]
         batch = lay_out(config.train, pairs, training.inputs.pad_id, measurement.takes_joint_layouts)
         rows = training.reference.rows(indices, batch, apart)
-        made = made_for(training.method.objective, pairs, batch, rows, training.inputs.pad_id)
+        read = None if training.moving is None else training.moving.rows(indices, batch, apart)
+        made = made_for(training.method.objective, pairs, batch, rows, training.inputs.pad_id, read)
         micro_batches.append(made.to(device))
     return micro_batches
 
@@ -286,7 +298,7 @@ def _mismatched(training: Training) -> list[MicroBatch]:
     micro_batches = []
     for which in dealt(mismatches, widths, rank(), world_size(), config.train.pairs_per_device):
         batch = lay_out(config.train, inputs.mismatched(which, config), inputs.pad_id, may_join=True)
-        ref_w, ref_l = training.reference.mismatched_rows(which, batch)
+        ref_w, ref_l = training.read_reference.mismatched_rows(which, batch)
         ref_w, ref_l = to_device(ref_w, device), to_device(ref_l, device)
         micro_batches.append(MicroBatch(batch.to(device), ref_w, ref_l, torch.ones_like(ref_w)))
     return micro_batches
@@ -303,9 +315,9 @@ def _start_sinks(config: ResolvedConfig, run: RunFolder, num_steps: int, start_s
     return build_sinks(config, run, num_steps, start_step)
 
 
-def _note_evaluation(training: Training, result: SideLogProbs) -> None:
-    """Displacement of the held-out pairs against step 0 and their loss, to every sink; per-pair results to
-    the run folder."""
+def _note_evaluation(training: Training, result: SideLogProbs, of_reference: SideLogProbs | None) -> None:
+    """Displacement of the held-out pairs against step 0 and their loss by the reference's z, to every sink;
+    per-pair results to the run folder."""
     if rank() != 0:
         return
     step, start, held_out = training.state.step, training.start, training.inputs.held_out
@@ -313,7 +325,7 @@ def _note_evaluation(training: Training, result: SideLogProbs) -> None:
     present = present_in_pairs(held_out)
     row = displacement_row(*result, start.z_w, start.z_l, num_probed, start.noise, present)
     method, numbers = training.method, training.state.objective_state
-    loss = held_out_loss(method.objective, method.aggregate, numbers, held_out, result, start.reference)
+    loss = held_out_loss(method.objective, method.aggregate, numbers, held_out, result, of_reference)
     if loss is not None:
         row["loss"] = loss
     training.run.save_pair_results(step, without_missing(result, present))

@@ -59,13 +59,17 @@ def made_for(
     batch: PairBatch,
     rows: ReferenceRows,
     pad_id: int,
+    read: ReferenceRows | None = None,
 ) -> MicroBatch:
     """A micro-batch of `pairs`, laid out as `batch`, with what this objective reads of its tokens and of the
-    reference's; as yet on the CPU, but for what a live reference gives."""
+    reference's: of `read`, where that is another one than displacement is measured against, `rows`. As yet
+    on the CPU, but for what a live reference gives."""
     ref_w, ref_l, ref_token_logps = rows
     if objective.wpo:
         batch = batch._replace(gives_log_weights=True)
     read_ref = None
+    if read is not None:
+        read_ref, ref_token_logps = (read.ref_w, read.ref_l), read.ref_token_logps
     if objective.weighs_tokens:
         batch = batch._replace(ref_token_logps=ref_token_logps)
     elif objective.ld_alpha != 1:

@@ -50,9 +50,11 @@ def rehearse(
     reference: Reference,
     measurements: Measurements,
     state: TrainState,
+    reference_bytes: int,
 ) -> None:
-    """Print the memory budget, run the largest micro-batch on every rank, and warn where z and ref differ.
-    Collective; the engine has its initial weights, `state` is that before the first step.
+    """Print the memory budget with `reference_bytes` of models beside the policy, run the largest micro-batch
+    on every rank, and warn where z and ref differ. Collective; the engine has its initial weights, `state` is
+    that before the first step.
 
     Raises UserError when the micro-batch does not fit.
     """
@@ -67,7 +69,7 @@ def rehearse(
             config.train, [inputs.train[idx] for idx in indices], inputs.pad_id, may_join=may_join
         )
         num_rows, num_columns = batch.input_ids.shape
-        budget = memory_budget(config, engine.policy.model, num_rows, num_columns, reference.num_bytes)
+        budget = memory_budget(config, engine.policy.model, num_rows, num_columns, reference_bytes)
         if rank() == 0 and not differences:
             line = f"memory of a rank: {in_words(budget)}"
             RunConsole().print(line, style="dim", soft_wrap=True, highlight=False)

@@ -14,6 +14,7 @@ from rcpo.engine.engine import Engine
 from rcpo.method.calibrators import Calibrator
 from rcpo.monitor.sinks import Sink
 from rcpo.objectives import Objective
+from rcpo.reference.moving import MovingReference
 from rcpo.reference.table import Reference, Start
 from rcpo.runs.folder import RunFolder
 from rcpo.training.aggregate import Aggregate
@@ -78,6 +79,13 @@ class Training:
     start: Start
     """Held-out z at step 0: what displacement is measured against."""
     sinks: list[Sink]
+    moving: MovingReference | None = None
+    """What the loss reads in the place of `reference`, where it follows the policy."""
+
+    @property
+    def read_reference(self) -> Reference:
+        """What the loss reads."""
+        return self.reference if self.moving is None else self.moving
 
     @property
     def engine(self) -> Engine:
@@ -92,4 +100,5 @@ class Training:
             self.measurements.state(),
             self.inputs.tokenizer,
             self.config.train.keep_last,
+            {} if self.moving is None else self.moving.state(),
         )

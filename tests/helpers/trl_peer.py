@@ -109,6 +109,17 @@ def _orpo(policy: PreTrainedModel, reference: PreTrainedModel, keys: dict[str, A
     )  # fmt: skip
 
 
+def _tpo(policy: PreTrainedModel, reference: PreTrainedModel, keys: dict[str, Any], folder: Path) -> Any:
+    """With the chosen response as the gold one, which TRL calls the reference."""
+    from trl.experimental.tpo import TPOConfig, TPOTrainer
+
+    rows = _paired()
+    return TPOTrainer(
+        model=policy, args=TPOConfig(**_arguments(folder, len(TEXTS), keys)),
+        train_dataset=rows.add_column("reference", rows["chosen"]), processing_class=_tokenizer(),
+    )  # fmt: skip
+
+
 def _kto(policy: PreTrainedModel, reference: PreTrainedModel, keys: dict[str, Any], folder: Path) -> Any:
     """TRL takes a row's mismatched response from the row before it. In this order, chosen responses from the
     last pair to the first and then the rejected ones likewise, those are the responses of the pair after."""
@@ -147,7 +158,13 @@ def _kto_of(
     )  # fmt: skip
 
 
-MAKERS = {"DPOTrainer": _dpo, "CPOTrainer": _cpo, "ORPOTrainer": _orpo, "KTOTrainer": _kto}
+MAKERS = {
+    "DPOTrainer": _dpo,
+    "CPOTrainer": _cpo,
+    "ORPOTrainer": _orpo,
+    "TPOTrainer": _tpo,
+    "KTOTrainer": _kto,
+}
 
 
 def _sides(ids: Tensor, is_response: Tensor) -> list[TokenizedSide]:
@@ -165,7 +182,7 @@ def _pairs(chosen: list[TokenizedSide], rejected: list[TokenizedSide]) -> list[T
 
 def _of_masks(batch: dict[str, Tensor]) -> list[TokenizedPair]:
     sides = _sides(batch["input_ids"], batch["completion_mask"].bool())
-    return _pairs(sides[: len(sides) // 2], sides[len(sides) // 2 :])
+    return _pairs(sides[: len(TEXTS)], sides[len(TEXTS) : 2 * len(TEXTS)])
 
 
 def _of_labels(batch: dict[str, Tensor]) -> list[TokenizedPair]:
@@ -195,5 +212,6 @@ READERS = {
     "DPOTrainer": _of_masks,
     "CPOTrainer": _of_labels,
     "ORPOTrainer": _of_labels,
+    "TPOTrainer": _of_masks,
     "KTOTrainer": _of_kto,
 }

@@ -313,8 +313,8 @@ def test_a_users_own_option_may_set_them_and_the_command_line_wins(tmp_path: Pat
         ({"sample_weight": "dora", "dora_a_i": -1}, "objective.dora_a_i=-1: must be 0 or greater; type "),
         (
             {"dro_lambda": 0.1},
-            "objective.dro_lambda=0.1: has no effect without kl_dro or dr_dpo; type objective.aggregate=kl_dro, or "
-            "objective.dro_lambda=1.0",
+            "objective.dro_lambda=0.1: has no effect without kl_dro or dr_dpo; type "
+            "objective.aggregate=kl_dro, or objective.dro_lambda=1.0",
         ),
         (
             {"sample_weight": "weight", "dora_a": 0.1},

@@ -90,7 +90,7 @@ def test_what_a_pass_gives_beside_z() -> None:
     model, pairs = make_llama(), make_pairs(5, seed=2)
     policy, batch = Policy(model), collate(pairs, 0)
     asked = batch._replace(token_weights=tail_weights(batch.lengths, 0.3), gives_log_weights=True)
-    z, sums, log_weights = read(policy(asked), asked)
+    z, sums, log_weights, _ = read(policy(asked), asked)
     assert torch.equal(sums, policy(batch))
     assert z.requires_grad
     assert log_weights is not None
