@@ -89,7 +89,7 @@ def test_rows_get_both_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["out=o.jsonl", "target=x", "chosen_source=c"], "chosen_source and rejected_source: give both"),
         (["out=o.jsonl", "target=human"], "rows.jsonl: row 0 (counted from 0) has no source; type"),
         (["out=o.jsonl", "target=humn", *SOURCES], "target=humn: no response has this source; the closest"),
-        (["out=o.jsonl", "target=human", "folds=40", *SOURCES], "60 rows are of the target, and 40 folds need"),
+        (["out=o.jsonl", "target=human", "folds=40", *SOURCES], "60 rows are of the target, and 40 folds"),
         (["out=o.jsonl", "target=human", "calibration=plat"], "calibration=plat: did you mean platt?"),
         (["out=o.jsonl", "target=human", "encoder=/no/such", *SOURCES], "encoder=/no/such: cannot be loaded"),
     ],
