@@ -106,7 +106,7 @@ def out_of_fold(
             )
     p, unknown = np.zeros(len(is_target)), np.flatnonzero(is_target < 0)
     folds = StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed)
-    for train, test in folds.split(known, is_target[known], rows[known]):
+    for train, others in folds.split(known, is_target[known], rows[known]):
         model = LogisticRegression(max_iter=1000)
         if isinstance(features, np.ndarray):  # of an encoder, whose columns have any scale
             model = make_pipeline(StandardScaler(), model)
@@ -118,7 +118,7 @@ def out_of_fold(
         fitted = CalibratedClassifierCV(model, method=CALIBRATIONS[calibration], cv=inner).fit(
             features[known[train]], is_target[known[train]]
         )
-        p[known[test]] = fitted.predict_proba(features[known[test]])[:, 1]
+        p[known[others]] = fitted.predict_proba(features[known[others]])[:, 1]
         if len(unknown):
             p[unknown] += fitted.predict_proba(features[unknown])[:, 1] / num_folds
     return np.clip(p, LEAST, 1 - LEAST)
