@@ -11,6 +11,7 @@ COMMANDS = {
     "export": "write a Hugging Face model folder from a checkpoint",
     "data": "what will be trained on: rows, lengths, pairs as the model sees them",
     "score": "what a model says of preference pairs before training",
+    "weigh": "how likely responses are of a target distribution, for DoRA's weights",
     "generate": "a model's answers to prompts, as AlpacaEval, MT-Bench and Arena-Hard read them",
     "evaluate": "scores of runs and models on tasks: word problems, lm-eval's, your own",
     "judge": "which of two models' answers a judge prefers",

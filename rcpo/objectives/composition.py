@@ -28,7 +28,8 @@ from rcpo.objectives.reading import AS_WRITTEN, DIVERGENCES, SFT_MEANS, SFT_OF, 
 from rcpo.objectives.registry import TOP, load_at, one_line
 from rcpo.objectives.trial import losses_of_trial
 
-SAMPLE_WEIGHTS = (None, "weight", "dora")
+SAMPLE_WEIGHTS = (None, "weight", "dora", "dora_mean", "dora_product")
+OF_DORA = ("dora", "dora_mean", "dora_product")
 AGGREGATES = ("mean", "kl_dro", "dr_dpo")
 LOG_PROBS = ("sum", "mean")
 SHARED = "every_objective"
@@ -78,7 +79,8 @@ class Composition:
     tokens of log p - log sum_v p_v^2, multiplied, without a gradient."""
     sample_weight: str | None = IN_CONF
     """null: every pair counts alike. weight: by the column `weight`. dora: by 1/(a + a_i (1-p)/p) of the
-    column `probability` (`rcpo.records.weights`)."""
+    column `probability` (`rcpo.records.weights`). dora_mean, dora_product: by the mean or the product of both
+    responses' weights, from `probability_chosen` and `probability_rejected`, as `rcpo weigh` writes them."""
     dora_a: float = IN_CONF
     """DoRA's a > 0: the target distribution's share of the data; the weight is at most 1/a. Published code:
     1/2 for pairs."""
@@ -99,7 +101,9 @@ class Composition:
         if self.log_probs not in LOG_PROBS:
             raise ParameterError("log_probs", self.log_probs, "sum or mean", "sum")
         if self.sample_weight not in SAMPLE_WEIGHTS:
-            raise ParameterError("sample_weight", self.sample_weight, "null, weight or dora", "weight")
+            raise ParameterError(
+                "sample_weight", self.sample_weight, "null, weight, dora, dora_mean or dora_product", "weight"
+            )
         if self.aggregate not in AGGREGATES:
             raise ParameterError("aggregate", self.aggregate, "mean, kl_dro or dr_dpo", "mean")
         if self.divergence not in DIVERGENCES:
@@ -115,13 +119,12 @@ class Composition:
         require_positive(self, "dora_a", "dro_lambda")
         require_not_negative(self, "dora_a_i")
         defaults = composition_defaults()
-        for key, switch, option in (
-            ("dora_a", "sample_weight", "dora"),
-            ("dora_a_i", "sample_weight", "dora"),
+        for key, switch, options in (
+            ("dora_a", "sample_weight", OF_DORA),
+            ("dora_a_i", "sample_weight", OF_DORA),
             ("dro_lambda", "aggregate", ("kl_dro", "dr_dpo")),
-            ("divergence_alpha", "divergence", "alpha"),
+            ("divergence_alpha", "divergence", ("alpha",)),
         ):
-            options = (option,) if isinstance(option, str) else option
             if getattr(self, key) != defaults[key] and getattr(self, switch) not in options:
                 raise UserError(
                     f"{TOP}.{key}={getattr(self, key)}: has no effect without {' or '.join(options)}; type "
@@ -150,6 +153,9 @@ class Composition:
             parts.append("each pair's loss times how likely its responses are to the policy (WPO)")
         if self.sample_weight == "weight":
             parts.append("each pair's loss times its weight in the data")
+        if self.sample_weight in OF_DORA[1:]:
+            how = str(self.sample_weight).removeprefix("dora_")
+            parts.append(f"each pair's loss times the {how} of DoRA's weights of both responses")
         if self.sample_weight == "dora":
             parts.append(f"each pair's loss times DoRA's weight 1/({self.dora_a} + {self.dora_a_i} (1-p)/p)")
         if self.aggregate == "kl_dro":

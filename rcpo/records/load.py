@@ -231,7 +231,7 @@ def _check_parts(config: DataConfig, weighing: Weighing) -> None:
                 "type data.columns='{prompt: NAME, chosen: NAME, rejected: NAME}'"
             )
         if part in WEIGHT_PARTS and part not in weighing.parts:
-            kind = "weight" if part == "weight" else "dora"
+            kind = {"weight": "weight", "probability": "dora"}.get(part, "dora_mean")
             raise UserError(
                 f"data.columns.{part}={name}: has no effect without {kind}; "
                 f"type objective.sample_weight={kind} as well"

@@ -14,7 +14,8 @@ from rcpo.objectives.composition import Composition
 from rcpo.records.record import BadRowError
 
 WEIGHT, PROBABILITY = "weight", "probability"
-WEIGHT_PARTS = (WEIGHT, PROBABILITY)
+OF_SIDES = ("probability_chosen", "probability_rejected")
+WEIGHT_PARTS = (WEIGHT, PROBABILITY, *OF_SIDES)
 """Parts of a row that a weight may come from, beside prompt, chosen and rejected."""
 
 
@@ -58,7 +59,7 @@ class DoraWeight:
     DoRA, "distribution-aware optimization for robust alignment", Zhu et al. 2025, arXiv 2504.05831. Checked
     against its published code: the formula, a = a_i = 1/2 for two responses, and that the weight multiplies
     the loss inside the exponential of KL-DRO. Departures: that code has a probability for each response and
-    averages their weights, this has one for each pair (a column of weights can hold the average), and the
+    averages their weights (`DoraSidesWeight`), this has one for each pair, and the
     weight stands alone too, with the mean. From the design alone: what a and a_i are called. The formula
     needs p > 0; p = 1, which a saturated classifier gives, is fit.
     """
@@ -68,10 +69,34 @@ class DoraWeight:
     parts: tuple[str, ...] = (PROBABILITY,)
 
     def weight(self, values: Mapping[str, Any]) -> float:
-        p = _number(PROBABILITY, values[PROBABILITY])
+        return self.of(PROBABILITY, values[PROBABILITY])
+
+    def of(self, part: str, value: Any) -> float:
+        """The weight that the value of this part stands for. Raises BadRowError."""
+        p = _number(part, value)
         if not 0 < p <= 1:
-            raise BadRowError("probability is not above 0 and at most 1")
+            raise BadRowError(f"{part} is not above 0 and at most 1")
         return p / (self.a * p + self.a_i * (1 - p))
+
+
+@dataclass(frozen=True)
+class DoraSidesWeight:
+    """DoRA's weights of both responses, from the columns `probability_chosen` and `probability_rejected`, as
+    one weight of the pair.
+
+    mean: (w_chosen + w_rejected) / 2, as the published code does for DPO (github.com/stevie1023/DoRA,
+    dpo_loss), which has it inside the exponent of KL-DRO. product: w_chosen w_rejected, the pair's density
+    ratio where both responses are drawn independently and a = 0 or the weights are small; not published.
+    """
+
+    a: float
+    a_i: float
+    how: str
+    parts: tuple[str, ...] = OF_SIDES
+
+    def weight(self, values: Mapping[str, Any]) -> float:
+        chosen, rejected = (DoraWeight(self.a, self.a_i).of(part, values[part]) for part in OF_SIDES)
+        return chosen * rejected if self.how == "product" else (chosen + rejected) / 2
 
 
 UNWEIGHTED = Unweighted()
@@ -83,6 +108,9 @@ def weighing_of(composition: Composition) -> Weighing:
         return ColumnWeight()
     if composition.sample_weight == "dora":
         return DoraWeight(composition.dora_a, composition.dora_a_i)
+    if composition.sample_weight in ("dora_mean", "dora_product"):
+        how = str(composition.sample_weight).removeprefix("dora_")
+        return DoraSidesWeight(composition.dora_a, composition.dora_a_i, how)
     return UNWEIGHTED
 
 

@@ -10,12 +10,16 @@ import yaml
 
 from rcpo.common.errors import UserError
 from rcpo.sweep.definition import Definition
+from rcpo.sweep.start import start_of
 
 
 def wandb_sweep(definition: Definition) -> str:
     """YAML for `wandb sweep`. Raises UserError for what W&B's grids cannot say."""
     if definition.exclude or definition.include:
         raise UserError("--wandb-sweep: W&B's grids know no exclude and no include; remove them")
+    every = [word for values in definition.axes.values() for value in values for word in value.words]
+    if definition.first or start_of([*every, *definition.overrides]) is not None:
+        raise UserError("--wandb-sweep: W&B's agents know no cells that start from others; remove them")
     parameters: dict[str, Any] = {}
     for axis, values in definition.axes.items():
         for value in values:

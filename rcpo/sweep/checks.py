@@ -39,10 +39,10 @@ def check_inputs(cells: Iterable[FrozenCell], fetch: bool) -> dict[str, Checked]
     known: dict[str, Checked] = {}
     checked = {}
     for frozen in cells:
-        key = _key(frozen.config)
+        key = _key(frozen.root)
         if key not in known:
             try:
-                known[key] = _check(frozen.config, fetch)
+                known[key] = _check(frozen.root, fetch)
             except UserError as error:
                 raise UserError(f"cell {frozen.cell.name}: {error}") from None
         checked[frozen.cell.name] = known[key]

@@ -10,12 +10,16 @@ A file, every key but `axes` optional (sweeps/demo.yaml is one):
       calibration: [off, on]
     seeds: [0, 1, 2]               # an axis named seed
     exclude: [{objective: dpo, calibration: on}]   # cells that match all that is named are left out
+    first: {sft: [objective=sft]}  # more cells, out of the grid: their names and their own overrides
     include:                       # more cells: an axis not named takes all its values, one named any value
       - {objective: simpo, seed: 7, label: long, overrides: [train.steps=900]}
     order: [seed]                  # the axes that vary slowest; the others follow as the file has them
     cell_name: "{objective}-{calibration}-{seed}"
     search: {metric: eval/displacement/margin, direction: maximize}   # and ranges as axes: `rcpo.sweep.space`
     estimate: {pairs_per_second: 20, start_seconds: 60, train_pairs: {HUB_ID: 61135}}   # for a dry run
+
+`model.path: [cell:sft]` as an axis, or the override model.path=cell:sft, makes cells start from what the cell
+named sft has trained (`rcpo.sweep.start`); NAME may be any cell's.
 
 Every scalar is text, as typed: off stays off, and quotes make no difference.
 """
@@ -32,10 +36,11 @@ import yaml
 import rcpo
 from rcpo.common.errors import UserError
 from rcpo.sweep.space import Range, Search, is_range, range_of, search_of
+from rcpo.sweep.start import KEY, PREFIX
 
 SEED = "seed"
 """The axis that `seeds` makes."""
-RESERVED = ("include", "label", "overrides")
+RESERVED = ("first", "include", "label", "overrides")
 """Names that no axis can have."""
 INCLUDE_KEYS = ("label", "overrides")
 """What an entry of `include` may hold beside axes."""
@@ -93,6 +98,8 @@ class Definition:
     ranges: dict[str, Range] = field(default_factory=dict)
     """Axes that only a search can have."""
     search: Search | None = None
+    first: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Cells beside the grid that others start from: their names and their own overrides."""
 
 
 def read_definition(path: str, more: Sequence[str] = ()) -> Definition:
@@ -185,7 +192,22 @@ def definition_of(tree: Any, stem: str, more: Sequence[str]) -> Definition:
         estimate=_estimate(tree.get("estimate", {})),
         ranges=ranges,
         search=None if tree.get("search") in (None, "null") else search_of(tree["search"]),
+        first=_first(tree.get("first", {}), ranges),
     )
+
+
+def _first(tree: Any, ranges: dict[str, Range]) -> dict[str, tuple[str, ...]]:
+    """Cells out of the grid, by name."""
+    given = _mapping(tree, "first")
+    if given and ranges:
+        raise UserError("first: is for grids, and a search has only its trials; remove it")
+    for name in given:
+        if not _NAME.fullmatch(name):
+            raise UserError(
+                f"first: {name!r}: must be 1 to 100 letters, digits, '.', '_' or '-', and start with a "
+                "letter or digit"
+            )
+    return {name: _words(words, f"first.{name}") for name, words in given.items()}
 
 
 def _ranges(tree: dict[str, Any]) -> dict[str, Range]:
@@ -231,7 +253,7 @@ def _axis_value(key: str, value: Any) -> AxisValue:
         text = _hydra_text(value)
         if not text:
             raise UserError(f"axes.{key}: an empty value; write null where you mean it")
-        return AxisValue(text, (f"{key}={text}",))
+        return AxisValue(text.removeprefix(PREFIX) if key == KEY else text, (f"{key}={text}",))
     if set(value) != set(INCLUDE_KEYS):
         raise UserError(f"axes.{key}: a value with keys must be {{label: NAME, overrides: [KEY=VALUE, ...]}}")
     return AxisValue(

@@ -16,6 +16,8 @@ from rcpo.sweep.definition import AxisValue, Definition
 
 LABEL_AXIS = "include"
 """Key in a cell's axes of the label that `include` gave it."""
+FIRST_AXIS = "first"
+"""The one key in the axes of a cell that `first` names."""
 LONGEST_NAME = 100
 DIGEST_LETTERS = 8
 
@@ -32,7 +34,8 @@ class Point:
 
 
 def expand(definition: Definition) -> list[Point]:
-    """All cells: the grid without what is excluded, the slowest axis first, then what is included.
+    """All cells: those of `first`, the grid without what is excluded, the slowest axis first, then what is
+    included.
 
     Raises UserError when a cell is there twice, or none is left.
     """
@@ -40,14 +43,16 @@ def expand(definition: Definition) -> list[Point]:
         axis = next(iter(definition.ranges))
         raise UserError(f"axes.{axis}: is a range, for a search; type --search optuna, or list its values")
     combinations = [*_grid(definition), *_included(definition)]
+    if not combinations:
+        raise UserError("exclude: leaves no cell")
+    first = [({FIRST_AXIS: name}, list(words)) for name, words in definition.first.items()]
+    combinations = [*first, *combinations]
     seen: set[str] = set()
     for axes, _ in combinations:
         if (key := json.dumps(axes, sort_keys=True)) in seen:
             shown = ", ".join(f"{axis}: {label}" for axis, label in axes.items())
             raise UserError(f"include: the cell {{{shown}}} is there already; give the entry a label")
         seen.add(key)
-    if not combinations:
-        raise UserError("exclude: leaves no cell")
     names = _names(definition, [axes for axes, _ in combinations])
     return [
         Point(name, axes, [*definition.overrides, *words])
@@ -92,7 +97,7 @@ def _words(values: dict[str, AxisValue]) -> list[str]:
 def _names(definition: Definition, cells: list[dict[str, str]]) -> list[str]:
     """A name each. Where other letters had to be replaced, or two names would be one file on a system that
     ignores case, a digest of the cell's labels ends the name."""
-    wished = [_filled(definition.cell_name, axes) for axes in cells]
+    wished = [axes.get(FIRST_AXIS) or _filled(definition.cell_name, axes) for axes in cells]
     slugs = [_slug(name) for name in wished]
     times = Counter(slug.casefold() for slug in slugs)
     names = []

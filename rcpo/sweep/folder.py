@@ -10,7 +10,7 @@
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,13 @@ class Cell:
     """All its overrides but run_dir and name, as on the command line."""
     digest: str
     """Hash of its frozen config, but for the run folder."""
+    after: list[str] = field(default_factory=list)
+    """Names of the cells that it waits for: the one that it starts from, and those before that one."""
 
     def line(self) -> str:
         """Its line of manifest.jsonl."""
-        return json.dumps(asdict(self)) + "\n"
+        fields = asdict(self)
+        return json.dumps({key: value for key, value in fields.items() if key != "after" or value}) + "\n"
 
 
 class SweepFolder:
@@ -50,7 +53,10 @@ class SweepFolder:
         self.slurm = self.path / "slurm.json"
 
     def run(self, cell: Cell) -> RunFolder:
-        return RunFolder(self.cells / cell.name)
+        return self.run_named(cell.name)
+
+    def run_named(self, name: str) -> RunFolder:
+        return RunFolder(self.cells / name)
 
     def read_cells(self) -> list[Cell]:
         """The frozen cells, in the order in which they run. UserError where there are none."""

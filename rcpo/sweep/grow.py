@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import shutil
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -67,18 +68,19 @@ def plan_growth(definition: Definition, sweep: SweepFolder, target: Target) -> G
     taken = {cell.name.casefold() for cell in there}
     mark = _mark_of(target)
     is_same = seen != b"" and _read_mark(sweep) == mark
-    new, differences, names = list["FrozenCell"](), Counter[str](), []
-    for point in points:
-        cell = by_axes.get(digest_of_axes(point.axes))
-        if cell is None:
-            point = with_free_name(point, taken)
-        elif is_same and cell.words == [*point.words, *target.words] and sweep.run(cell).config.is_file():
-            names.append(cell.name)
+    new, differences = list["FrozenCell"](), Counter[str]()
+    cells = [by_axes.get(digest_of_axes(point.axes)) for point in points]
+    points = [
+        with_free_name(point, taken) if cell is None else dataclasses.replace(point, name=cell.name)
+        for point, cell in zip(points, cells, strict=True)
+    ]
+    names = [point.name for point in points]
+    words = {cell.name: cell.words for cell in there} | {point.name: point.words for point in points}
+    for point, cell in zip(points, cells, strict=True):
+        known = [*point.words, *target.words]
+        if is_same and cell is not None and cell.words == known and sweep.run(cell).config.is_file():
             continue
-        else:
-            point = dataclasses.replace(point, name=cell.name)
-        names.append(point.name)
-        frozen = _frozen(point, definition, sweep, target)
+        frozen = _frozen(point, definition, sweep, target, words)
         if cell is None or not sweep.run(cell).config.is_file():
             new.append(frozen)
         elif cell.digest != frozen.cell.digest:
@@ -89,10 +91,16 @@ def plan_growth(definition: Definition, sweep: SweepFolder, target: Target) -> G
     return Growth(new, [*manifest, *again.values()], names, mark, seen)
 
 
-def _frozen(point: Point, definition: Definition, sweep: SweepFolder, target: Target) -> "FrozenCell":
-    from rcpo.sweep.freeze import freeze_cell
+def _frozen(
+    point: Point,
+    definition: Definition,
+    sweep: SweepFolder,
+    target: Target,
+    words: Mapping[str, Sequence[str]],
+) -> "FrozenCell":
+    from rcpo.sweep.freeze import freeze_cell, read_start
 
-    return freeze_cell(point, definition, sweep, target)
+    return freeze_cell(point, definition, sweep, target, read_start(point.name, words))
 
 
 def _changes(sweep: SweepFolder, frozen: "FrozenCell") -> list[str]:
@@ -205,7 +213,7 @@ def mend(sweep: SweepFolder) -> list[str]:
     lost = [cell for cell in sweep.read_cells() if not sweep.run(cell).config.is_file()]
     if not lost:
         return []
-    from rcpo.sweep.freeze import freeze_words, write_cells
+    from rcpo.sweep.freeze import freeze_words, read_start, write_cells
 
     target: Target = Here()
     if sweep.slurm.is_file():
@@ -215,8 +223,17 @@ def mend(sweep: SweepFolder) -> list[str]:
     group = None
     with contextlib.suppress(OSError, yaml.YAMLError, TypeError, KeyError):
         group = str(yaml.safe_load(sweep.sweep_yaml.read_text(encoding="utf-8"))["group"])
+    words = {cell.name: cell.words for cell in sweep.read_cells()}
     frozen = [
-        freeze_words(cell.name, cell.axes, cell.words, group or sweep.path.name, sweep, target)
+        freeze_words(
+            cell.name,
+            cell.axes,
+            cell.words,
+            group or sweep.path.name,
+            sweep,
+            target,
+            read_start(cell.name, words),
+        )
         for cell in lost
     ]
     for item in frozen:

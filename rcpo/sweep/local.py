@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
+from enum import Enum, auto
 from types import FrameType
 from typing import Protocol
 
@@ -57,14 +59,21 @@ def run_unfinished(sweep: SweepFolder, num_parallel: int, names: Collection[str]
     return run_cells(sweep, _Listed(sweep, statuses), num_parallel, statuses)
 
 
+class Later(Enum):
+    """No cell now; ask again."""
+
+    LATER = auto()
+
+
 class Waiting(Protocol):
     """The cells that are to run, one after another."""
 
     num: int
     """How many there are, as far as is known."""
 
-    def next(self) -> Cell | None:
-        """The next one to start; None when there is none left. It is not asked again then."""
+    def next(self) -> "Cell | Later | None":
+        """The next one to start; LATER while all that are left wait for others; None when there is none left.
+        It is not asked again then."""
 
     def ended(self, status: CellStatus) -> None:
         """Take note of what became of one."""
@@ -92,12 +101,36 @@ class _Listed:
         self._sweep = sweep
         self._cells = [status.cell for status in statuses if status.state in UNFINISHED]
         self.num = len(self._cells)
+        self._running = set[str]()
 
-    def next(self) -> Cell | None:
-        return self._cells.pop(0) if self._cells else None
+    def next(self) -> Cell | Later | None:
+        """The first whose start is there. One whose start has ended without being done is left out."""
+        for cell in list(self._cells):
+            if self._waits(cell):
+                continue
+            self._cells.remove(cell)
+            if not self._lacks_start(cell):
+                self._running.add(cell.name)
+                return cell
+        return Later.LATER if self._cells else None
+
+    def _waits(self, cell: Cell) -> bool:
+        """Whether what it starts from runs, or will."""
+        if not cell.after:
+            return False
+        start = cell.after[0]
+        return (
+            start in self._running
+            or any(start == other.name for other in self._cells)
+            or is_held(run_lock(self._sweep.run_named(start).path))
+        )
+
+    def _lacks_start(self, cell: Cell) -> bool:
+        return bool(cell.after) and self._sweep.run_named(cell.after[0]).read_run().get("status") != "done"
 
     def ended(self, status: CellStatus) -> None:
-        """Nothing hangs on it."""
+        """What starts from it may start now."""
+        self._running.discard(status.cell.name)
 
     def last_words(self, statuses: Sequence[CellStatus]) -> tuple[list[str], bool]:
         left = [status for status in statuses if status.state is not State.DONE]
@@ -138,6 +171,8 @@ class _Runner:
         """Start cells while there is room and there are any."""
         while not (self._is_exhausted or self._received) and len(self._running) < self._num_parallel:
             cell = self._waiting.next()
+            if cell is Later.LATER:
+                return
             if cell is None:
                 self._is_exhausted = True
             else:
@@ -170,6 +205,9 @@ class _Runner:
             if status.state is State.FAILED:
                 log = self._sweep.run(status.cell).logs / LOG_NAME
                 self._print(f"{status.cell.name}: {status.state}: {status.reason} ({log})")
+        blocked = Counter(status.reason for status in left if status.state is State.BLOCKED)
+        for reason, count in blocked.items():
+            self._print(f"{count} cell{'' if count == 1 else 's'} blocked: each {reason}")
         self._say(counts_line(statuses))  # the last line of the table
         lines, is_well = self._waiting.last_words(statuses)
         for line in lines:

@@ -4,6 +4,8 @@ Owns the meaning of the states. Here, on this machine, a cell runs while somethi
 (`rcpo.common.locks`); under a scheduler while the queue says so. Nothing is written.
 """
 
+import contextlib
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -25,10 +27,12 @@ RECENT_STEPS = 10
 
 
 class State(StrEnum):
-    """pending: never started. running. preempted: stopped with a checkpoint, to go on (exit code 75).
+    """pending: never started. blocked: pending, and a cell that it starts from has failed. running.
+    preempted: stopped with a checkpoint, to go on (exit code 75).
     interrupted: Ctrl-C. failed. lost: run.json says running, but nothing runs it. done."""
 
     PENDING = "pending"
+    BLOCKED = "blocked"
     RUNNING = "running"
     PREEMPTED = "preempted"
     INTERRUPTED = "interrupted"
@@ -71,7 +75,25 @@ class CellStatus:
 
 def read_status(sweep: SweepFolder, cell: Cell, queue: Mapping[str, QueueEntry] | None) -> CellStatus:
     """The cell's state now. `queue` is what a scheduler says, by the cell's name; None: cells run here."""
-    return status_of(sweep.run(cell), cell, queue)
+    status = status_of(sweep.run(cell), cell, queue)
+    return status if status.state is not State.PENDING else _waiting(sweep, status)
+
+
+def _waiting(sweep: SweepFolder, status: CellStatus) -> CellStatus:
+    """What a cell that has not started waits for, where it starts from another one."""
+    known = {}
+    for name in status.cell.after:
+        with contextlib.suppress(UserError):
+            known[name] = sweep.run_named(name).read_run().get("status")
+    waits = [name for name in status.cell.after if known.get(name) != "done"]
+    if not waits:
+        return status
+    if failed := next((name for name in waits if known.get(name) == "failed"), None):
+        reason = (
+            f"starts from {waits[0]}{f' and so from {failed}' if failed != waits[0] else ''}, which failed"
+        )
+        return dataclasses.replace(status, state=State.BLOCKED, reason=reason)
+    return dataclasses.replace(status, reason=f"waits for {waits[0]}")
 
 
 def status_of(run: RunFolder, cell: Cell, queue: Mapping[str, QueueEntry] | None = None) -> CellStatus:

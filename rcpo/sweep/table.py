@@ -19,6 +19,7 @@ from rcpo.sweep.states import CellStatus, State
 
 STYLES = {
     State.RUNNING: "cyan",
+    State.BLOCKED: "red",
     State.PREEMPTED: "yellow",
     State.INTERRUPTED: "yellow",
     State.FAILED: "red",

@@ -303,7 +303,7 @@ def test_a_users_own_option_may_set_them_and_the_command_line_wins(tmp_path: Pat
             {"aggregate": "max"},
             "objective.aggregate=max: must be mean, kl_dro or dr_dpo; type ",
         ),
-        ({"sample_weight": True}, "objective.sample_weight=True: must be null, weight or dora; type "),
+        ({"sample_weight": True}, "objective.sample_weight=True: must be null, weight, dora, "),
         ({"aggregate": "kl_dro", "dro_lambda": 0}, "objective.dro_lambda=0: must be greater than 0; type "),
         (
             {"aggregate": "kl_dro", "dro_lambda": "x"},

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,17 +101,26 @@ def _submit_missing(sweep: SweepFolder, names: Collection[str]) -> int:
         for idx, status in enumerate(statuses)
         if not status.queued and status.state is not State.DONE and status.cell.name in names
     ]
+    jobs = {statuses[idx].cell.name: job.id for idx, job in jobs_of_sweep(sweep).items() if job.is_live}
     previous = None
-    for chunk in chunks_of(missing, record["max_array_size"]):
-        words = sbatch_words(sweep, sweep_id(sweep), chunk, record["max_parallel"])
-        words.insert(1, "--parsable")
-        if previous is not None and record["max_parallel"] is not None:
-            words.insert(1, f"--dependency=afterany:{previous}")  # a throttle is of one array
-        previous = said_by(words).strip().split(";")[0]
-        submission = {"job": previous, "first": chunk.first, "array": chunk.array(None), "time": now()}
-        record["submissions"] = [*record["submissions"], submission]
-        _write_record(sweep, record)
-        print(f"submitted {cells_text(len(chunk.indices))} as job {previous}", flush=True)
+    for start, indices in _in_order(statuses, missing):
+        for chunk in chunks_of(indices, record["max_array_size"]):
+            words = sbatch_words(sweep, sweep_id(sweep), chunk, record["max_parallel"])
+            words.insert(1, "--parsable")
+            waits = [] if start not in jobs else [f"afterok:{jobs[start]}"]
+            if previous is not None and record["max_parallel"] is not None:
+                waits.append(f"afterany:{previous}")  # a throttle is of one array
+            if waits:
+                words.insert(1, f"--dependency={','.join(waits)}")
+            if start in jobs:  # or it would stand in the queue for ever where its start fails
+                words.insert(1, "--kill-on-invalid-dep=yes")
+            previous = said_by(words).strip().split(";")[0]
+            submission = {"job": previous, "first": chunk.first, "array": chunk.array(None), "time": now()}
+            record["submissions"] = [*record["submissions"], submission]
+            _write_record(sweep, record)
+            jobs |= {statuses[idx].cell.name: f"{previous}_{idx - chunk.first}" for idx in chunk.indices}
+            behind = f", behind {start}" if start in jobs else ""
+            print(f"submitted {cells_text(len(chunk.indices))} as job {previous}{behind}", flush=True)
     left = Counter(
         "done" if status.state is State.DONE else "queued or running"
         for idx, status in enumerate(statuses)
@@ -121,6 +130,18 @@ def _submit_missing(sweep: SweepFolder, names: Collection[str]) -> int:
         print(f"left alone: {', '.join(f'{count} {what}' for what, count in left.items())}")
     print(f"`rcpo status {sweep.path}` says how far they are")
     return 0
+
+
+def _in_order(
+    statuses: Sequence[CellStatus], missing: Sequence[int]
+) -> Iterator[tuple[str | None, list[int]]]:
+    """The cells to submit, by the cell that they start from, those that others start from before these."""
+    groups: dict[tuple[int, str], list[int]] = {}
+    for idx in missing:
+        after = statuses[idx].cell.after
+        groups.setdefault((len(after), after[0] if after else ""), []).append(idx)
+    for (_, start), indices in sorted(groups.items()):
+        yield start or None, indices
 
 
 def read_statuses(sweep: SweepFolder) -> list[CellStatus]:

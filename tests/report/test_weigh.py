@@ -1,0 +1,106 @@
+"""DoRA's weights from `rcpo weigh`: against a known density ratio, and what is refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from helpers.two_sources import draw, recover
+from rcpo.cli import dispatch
+from rcpo.common.errors import UserError
+from rcpo.objectives import Composition
+from rcpo.quality.source import at_equal_shares, reliability
+from rcpo.records.record import BadRowError
+from rcpo.records.weights import OF_SIDES, DoraSidesWeight, weighing_of
+
+
+@pytest.mark.ci("slow")
+@pytest.mark.parametrize("share", [0.5, 0.1])
+def test_weights_are_those_of_the_density_ratio(share: float) -> None:
+    """Within bounds that a wrong prior ratio breaks: at 1 : 9 gamma = 1 makes the weights far too small."""
+    drawn = draw(3000, share)
+    found = recover(drawn, "platt")
+    assert found.correlation > 0.9
+    assert found.error < 0.2
+    assert abs(found.bias) < 0.13
+    if share == 0.1:
+        assert recover(drawn, "platt", 1.0).bias < -0.25
+
+
+def test_the_prior_ratio_by_hand() -> None:
+    """p = .1 where 9 others come to one of the target: 9 * .1/(9 * .1 + .9) = 1/2."""
+    assert at_equal_shares(np.array([0.1, 0.5]), 9.0) == pytest.approx([0.5, 0.9])
+
+
+def test_calibration_error_by_hand() -> None:
+    """Two responses at .2, one of them of the target, and two at .9, both: (2 * .3 + 2 * .1) / 4 = .2."""
+    found = reliability(np.array([0.2, 0.2, 0.9, 0.9]), np.array([0, 1, 1, 1]))
+    assert found.ece == pytest.approx(0.2)
+    assert found.counts.tolist() == [2, 2]
+
+
+def test_weights_of_both_responses_by_hand() -> None:
+    """a = a_i = 1/2: a weight is 2p. p = .5 and .25: the mean of 1 and .5, and their product."""
+    values = dict(zip(OF_SIDES, (0.5, 0.25), strict=True))
+    assert weighing_of(Composition(sample_weight="dora_mean")).weight(values) == pytest.approx(0.75)
+    assert weighing_of(Composition(sample_weight="dora_product")).weight(values) == pytest.approx(0.5)
+    with pytest.raises(BadRowError, match="probability_rejected is not above 0"):
+        DoraSidesWeight(0.5, 0.5, "mean").weight(values | {"probability_rejected": 0})
+
+
+def write_rows(folder: Path, num: int = 60) -> Path:
+    drawn = draw(2 * num, 0.5)
+    rows = [
+        {"prompt": "q", "chosen": drawn.texts[n], "rejected": drawn.texts[-1 - n], "c": "human", "r": "model"}
+        for n in range(num)
+    ]
+    rows[0]["r"] = None  # type: ignore[assignment]  # of unknown source
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+SOURCES = ("chosen_source=c", "rejected_source=r")
+
+
+def test_rows_get_both_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside all that they had, in their order; and a picture."""
+    path, out = write_rows(tmp_path), tmp_path / "weighed.jsonl"
+    assert dispatch(["weigh", str(path), *SOURCES, "target=human", f"out={out}", "folds=2"]) == 0
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    weighed = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [{key: row[key] for key in rows[0]} for row in weighed] == rows
+    p = np.array([[row[name] for name in OF_SIDES] for row in weighed])
+    assert p.min() > 0
+    assert p.max() < 1
+    assert p[:, 0].mean() > p[:, 1].mean()
+    assert (tmp_path / "weighed.png").read_bytes().startswith(b"\x89PNG")
+    said = capsys.readouterr().out
+    assert "120 responses of 60 rows: 60 of human, 59 of others, 1 of unknown source; gamma 0.9833" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        (["target=human"], "out: is missing; type out=FILE.jsonl"),
+        (["out=o.jsonl"], "target: is missing; type target=VALUE"),
+        (["out=o.csv", "target=human"], "out=o.csv: must end in .jsonl; type out=o.jsonl"),
+        (["out=o.jsonl", "target=x", "chosen_source=c"], "chosen_source and rejected_source: give both"),
+        (["out=o.jsonl", "target=human"], "rows.jsonl: row 0 (counted from 0) has no source; type"),
+        (["out=o.jsonl", "target=humn", *SOURCES], "target=humn: no response has this source; the closest"),
+        (["out=o.jsonl", "target=human", "folds=40", *SOURCES], "60 rows are of the target, and 40 folds"),
+        (["out=o.jsonl", "target=human", "calibration=plat"], "calibration=plat: did you mean platt?"),
+        (["out=o.jsonl", "target=human", "encoder=/no/such", *SOURCES], "encoder=/no/such: cannot be loaded"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_weighed_is_one_line(
+    words: list[str], fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        dispatch(["weigh", "rows.jsonl", *words])
+    assert str(caught.value).startswith(fault)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "o.jsonl").exists()
