@@ -29,6 +29,7 @@ class Origin:
     model: "ModelConfig"
     max_length: int
     max_prompt_length: int | None
+    append_eos: bool = True
 
     @property
     def has_tokenizer_here(self) -> bool:
@@ -156,7 +157,7 @@ def origin_of(run: ComparedRun) -> Origin:
     model = dataclasses.replace(
         model, lora=lora, trust_remote_code=False, attention=None, gradient_checkpointing=False
     )
-    return Origin(model, length, prompt_length)
+    return Origin(model, length, prompt_length, run.settings.get("data.append_eos") is not False)
 
 
 def tokenized(origin: Origin, records: "Sequence[PreferenceRecord]") -> "Sequence[TokenizedPair]":
@@ -167,7 +168,8 @@ def tokenized(origin: Origin, records: "Sequence[PreferenceRecord]") -> "Sequenc
 
     tokenizer = load_tokenizer(origin.model)
     limits = (origin.max_length, origin.max_prompt_length, "drop")
-    return tokenize_records(records, tokenizer, *limits, origin.model.chat_template_kwargs).pairs
+    written = (origin.model.chat_template_kwargs, origin.append_eos)
+    return tokenize_records(records, tokenizer, *limits, *written).pairs
 
 
 def _section(kind: type[Section], tree: dict[str, Any]) -> Section:

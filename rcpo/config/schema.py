@@ -209,6 +209,9 @@ class DataConfig:
     """{prompt: NAME, chosen: NAME, rejected: NAME} where a file uses other names, {prompt: NAME, completion:
     NAME, label: NAME} for single answers; also {weight: NAME} or
     {probability: NAME} with objective.sample_weight."""
+    append_eos: bool = IN_CONF
+    """false: a response ends with its own last token. Neither the EOS nor what the chat template writes to
+    end a turn is trained on, of training and held-out pairs alike. For experiments on single tokens."""
     unpair: bool = IN_CONF
     """true: each training pair is read as two single answers, the chosen and the rejected one, which are
     drawn by themselves. Held-out pairs stay pairs."""

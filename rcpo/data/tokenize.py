@@ -76,8 +76,8 @@ class Tokeniser:
     text: prompt and response as they are, one after the other, also where the tokenizer has a chat template
     (as TRL does). In front stands what inference writes there: of messages what the template writes, of plain
     text what the tokenizer writes when it is called on it, and never a BOS twice. EOS: exactly once at the
-    end where the tokenizer has one and the template has not closed the turn with a token of its own. A BOS or
-    EOS that the tokenizer lacks never enters the ids.
+    end where the tokenizer has one and the template has not closed the turn with a token of its own; without
+    `append_eos` neither of these. A BOS or EOS that the tokenizer lacks never enters the ids.
     Truncation, in tokens: a prompt longer than `max_prompt_length` is cut from the left, but keeps BOS; with
     None it may take what the pair's longer response leaves of `max_length`, at least half. Both sides keep
     one prompt. Each response is then cut from the right to what is left of `max_length` (EOS is cut too), and
@@ -92,8 +92,9 @@ class Tokeniser:
         max_prompt_length: int | None,
         on_bad_row: str,
         template_kwargs: Mapping[str, Any] = MappingProxyType({}),
+        append_eos: bool = True,
     ) -> None:
-        self._work = _Work(tokenizer, max_length, max_prompt_length, template_kwargs)
+        self._work = _Work(tokenizer, max_length, max_prompt_length, template_kwargs, append_eos)
         self._on_bad_row = on_bad_row
         self._packer = Packer()
         self._kept: list[PreferenceRecord] = []
@@ -141,9 +142,10 @@ def tokenize_records(
     max_prompt_length: int | None,
     on_bad_row: str,
     template_kwargs: Mapping[str, Any] = MappingProxyType({}),
+    append_eos: bool = True,
 ) -> TokenizedData:
     """`Tokeniser` over these records; those that cannot train are left out and counted."""
-    tokenise = Tokeniser(tokenizer, max_length, max_prompt_length, on_bad_row, template_kwargs)
+    tokenise = Tokeniser(tokenizer, max_length, max_prompt_length, on_bad_row, template_kwargs, append_eos)
     reasons = tokenise(records)
     return tokenise.data([record for record, reason in zip(records, reasons, strict=True) if reason is None])
 
@@ -157,8 +159,9 @@ class _Work:
         max_length: int,
         max_prompt_length: int | None,
         template_kwargs: Mapping[str, Any],
+        append_eos: bool,
     ) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._append_eos = tokenizer, append_eos
         self._max_length, self._max_prompt_length = max_length, max_prompt_length
         self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         self._special, self._in_front = special_ids(tokenizer), tokens_in_front(tokenizer)
@@ -339,9 +342,11 @@ class _Work:
             prompt = [*self._in_front, *prompt]
         while self._bos is not None and prompt[:2] == [self._bos] * 2:
             prompt = prompt[1:]
-        if not rendered.is_closed and self._eos is not None:
+        if not rendered.is_closed and self._eos is not None and self._append_eos:
             response = [*response, self._eos]
         while len(response) > 1 and response[-1] == response[-2] and response[-1] in self._special:
+            response = response[:-1]
+        while not self._append_eos and response and response[-1] in self._special:
             response = response[:-1]
         if not prompt:
             raise BadRowError(

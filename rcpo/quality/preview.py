@@ -158,8 +158,8 @@ def _shown(
     """The pairs decoded; what is cut from them shows beside the same records without limits."""
     records = {"trained": _by_row(read.records.train), "held out": _by_row(read.records.held_out)}
     originals = [records[use][pair.row] for pair, use in wanted]
-    kwargs = config.model.chat_template_kwargs
-    whole = tokenize_records(originals, read.tokenizer, UNCUT, UNCUT, "error", kwargs).pairs
+    written = (config.model.chat_template_kwargs, config.data.append_eos)
+    whole = tokenize_records(originals, read.tokenizer, UNCUT, UNCUT, "error", *written).pairs
     return [
         _shown_pair(pair, uncut, use, read.tokenizer)
         for (pair, use), uncut in zip(wanted, whole, strict=True)

@@ -112,7 +112,8 @@ def _checked_tokenizer(config: ResolvedConfig) -> PreTrainedTokenizerBase:
 def tokenise(config: ResolvedConfig, tokenizer: PreTrainedTokenizerBase) -> PairsRead:
     """Read and tokenise the data of a config; of the model its tokenizer alone is needed."""
     limits = (config.train.max_length, config.train.max_prompt_length, config.data.on_bad_row)
-    train, held_out = (Tokeniser(tokenizer, *limits, config.model.chat_template_kwargs) for _ in range(2))
+    written = (config.model.chat_template_kwargs, config.data.append_eos)
+    train, held_out = (Tokeniser(tokenizer, *limits, *written) for _ in range(2))
     records = load_records(config.data, weighing_of(config.composition), train, held_out)
     if tokenizer.chat_template is not None:
         records.report.extend(note_on_text(records, config.data))
