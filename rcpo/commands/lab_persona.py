@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,8 @@ from rcpo.common.errors import UserError, shortened
 from rcpo.common.files import write_atomically
 
 if TYPE_CHECKING:
-    from rcpo.evaluation.one_token import Words
-    from rcpo.evaluation.subject import Subject
-    from rcpo.sweep.folder import Cell, SweepFolder
+    from rcpo.evaluation.one_token import Watched, Words
+    from rcpo.evaluation.subject import Loaded, Subject
 
 BUILTIN = "builtin:tiny"
 ROWS_PER_HELD_OUT = 4
@@ -45,9 +45,7 @@ def word_pairs(text: str) -> list[tuple[str, str]]:
 
 
 SETTINGS = (
-    Setting(
-        "prompts", "a .json or .jsonl file of prompts; of the model that ships, word problems by default"
-    ),
+    Setting("prompts", "a .json or .jsonl file; for the model that ships, word problems by default"),
     Setting("pairs", "CHOSEN/REJECTED,... words of one token (default: Yes/No,No/Never)", word_pairs),
     Setting("objectives", "names (default: dpo)", names, ["dpo"]),
     Setting("calibrations", "names (default: off,balance)", names, ["off", "balance"]),
@@ -63,17 +61,19 @@ SETTINGS = (
 def run(place: str | None, words: Sequence[str], settings: argparse.Namespace) -> int:
     """Train all, measure all; returns the exit code. Raises UserError for bad input, before weights are
     loaded."""
-    from rcpo.commands.lab_sweep import run_cells
+    from rcpo.commands.lab_sweep import checked_grid, run_cells
     from rcpo.common.console import RunConsole
     from rcpo.evaluation.one_token import Words
     from rcpo.evaluation.subject import find_subject
 
     model = place or BUILTIN
     subject = find_subject(model)
+    refuse_run(subject, model)
     if settings.prompts is None and model != BUILTIN:
         raise UserError(f"prompts: is missing, and {model} has none of its own; type prompts=FILE")
     pairs = [Words(*each) for each in settings.pairs or _default_pairs(model, settings.prompts)]
-    files, num_prompts, as_chat = _pair_files(subject, pairs, settings)
+    files, texts, num_prompts = _pair_files(subject, pairs, settings)
+    as_chat = "false" if settings.prompts is None or subject.tokenizer().chat_template is not None else "null"
     own = dict(WORDS_OF_ALL) | {"model.path": model, "data.as_chat": as_chat}
     num_held_out = max(1, num_prompts // ROWS_PER_HELD_OUT)
     num_trained = 1 if settings.alone else num_prompts - num_held_out
@@ -86,9 +86,12 @@ def run(place: str | None, words: Sequence[str], settings: argparse.Namespace) -
         "objective": settings.objectives,
         "calibration": settings.calibrations,
     }
-    code, sweep = run_cells("persona", axes, settings, own, words)
+    definition = checked_grid("persona", axes, settings, own, words)
+    _write(texts, settings.out)
+    code, sweep = run_cells(definition, settings)
+    watch = _Watch(subject, settings)
     found = [
-        {"cell": cell.name, **cell.axes, **_measured(sweep, cell, subject, settings)}
+        {"cell": cell.name, **cell.axes, **watch.measured(sweep.run(cell).path)}
         for cell in sweep.read_cells()
         if sweep.run(cell).final.is_dir() and cell.axes.get("pair") in files
     ]
@@ -97,6 +100,12 @@ def run(place: str | None, words: Sequence[str], settings: argparse.Namespace) -
     _print(RunConsole(), found)
     print(f"wrote {file}")
     return code
+
+
+def refuse_run(subject: "Subject", word: str) -> None:
+    """Raise UserError for a run where a model is wanted."""
+    if subject.run is not None:
+        raise UserError(f"{word}: is a run folder, and the experiment trains runs of its own; give a model")
 
 
 def _default_pairs(model: str, prompts: str | None) -> list[tuple[str, str]]:
@@ -108,9 +117,9 @@ def _default_pairs(model: str, prompts: str | None) -> list[tuple[str, str]]:
 
 def _pair_files(
     subject: "Subject", pairs: "Sequence[Words]", settings: argparse.Namespace
-) -> tuple[dict[str, dict[str, Path]], int, str]:
-    """OUT/pairs/: for each value of the axis the files that its runs read, under their keys; how many prompts
-    there are; and data.as_chat. Raises UserError where they cannot be made or are there with others."""
+) -> tuple[dict[str, dict[str, Path]], dict[Path, str], int]:
+    """For each value of the axis the files that its runs read, under their keys; the texts of all files;
+    and how many prompts there are. Raises UserError where they cannot be made."""
     from rcpo.evaluation.one_token import builtin_prompts, rows_of, tokens_of
     from rcpo.evaluation.prompts import read_prompts
 
@@ -136,7 +145,7 @@ def _pair_files(
             )
         if settings.alone and settings.alone >= num_prompts:
             raise UserError(
-                f"alone={settings.alone}: there are {num_prompts} prompts; type alone={num_prompts - 1} or less"
+                f"alone={settings.alone}: needs a prompt more, and there are {num_prompts}; type a lower one"
             )
         folder = settings.out / "pairs"
         if not settings.alone:
@@ -151,12 +160,7 @@ def _pair_files(
             files[label] = own
             texts[own["data.path"]] = _lines([rows[number]])
             texts[own["data.eval_path"]] = _lines(rows[:number] + rows[number + 1 :])
-    _write(texts, settings.out)
-    return (
-        files,
-        num_prompts,
-        "false" if settings.prompts is None or tokenizer.chat_template is None else "null",
-    )
+    return files, texts, num_prompts
 
 
 def _lines(rows: Sequence[dict[str, Any]]) -> str:
@@ -183,31 +187,46 @@ def _quoted(path: Path) -> str:
     return f"'{text}'"
 
 
-def _measured(
-    sweep: "SweepFolder", cell: "Cell", subject: "Subject", settings: argparse.Namespace
-) -> dict[str, Any]:
-    """Of one run, kept in CELL/lab/persona.json."""
-    from rcpo.evaluation.one_token import measure
-    from rcpo.evaluation.subject import Loaded, find_subject
-    from rcpo.models.policy import Policy
-    from rcpo.training.read_inputs import tokenise
+class _Watch:
+    """Looks at trained models beside the one that they started from, which is loaded once."""
 
-    file = sweep.run(cell).path / "lab" / "persona.json"
-    if file.is_file():
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if found.get("top") == settings.top:
-            return dict(found)
-    trained = find_subject(str(sweep.run(cell).path))
-    assert trained.config is not None
-    first = Loaded(subject)
-    pairs = tokenise(trained.config, first.tokenizer)
-    policies = Policy(first.model), Policy(trained.load())
-    found = {"top": settings.top}
-    for name, of_split in (("trained", pairs.train.pairs), ("held_out", pairs.held_out.pairs)):
-        found[name] = measure(policies, of_split, first.tokenizer, settings.top, settings.batch)
-    file.parent.mkdir(exist_ok=True)
-    write_atomically(file, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
-    return found
+    def __init__(self, subject: "Subject", settings: argparse.Namespace) -> None:
+        self._subject, self._settings = subject, settings
+
+    @cached_property
+    def _first(self) -> "Loaded":
+        from rcpo.evaluation.subject import Loaded
+
+        return Loaded(self._subject)
+
+    @cached_property
+    def _before(self) -> "Watched":
+        from rcpo.evaluation.one_token import Watched
+
+        return Watched(self._first.model, self._first.asking.pad_id, self._settings.batch)
+
+    def measured(self, run: Path) -> dict[str, Any]:
+        """Of one run, kept in RUN/lab/persona.json."""
+        from rcpo.evaluation.one_token import Watched, measure
+        from rcpo.evaluation.subject import find_subject
+        from rcpo.training.read_inputs import tokenise
+
+        file, top = run / "lab" / "persona.json", self._settings.top
+        if file.is_file():
+            known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            if known.get("top") == top:
+                return known
+        trained = find_subject(str(run))
+        assert trained.config is not None
+        tokenizer = self._first.tokenizer
+        pairs = tokenise(trained.config, tokenizer)
+        after = Watched(trained.load(), self._first.asking.pad_id, self._settings.batch)
+        found: dict[str, Any] = {"top": top}
+        for name, of_split in (("trained", pairs.train.pairs), ("held_out", pairs.held_out.pairs)):
+            found[name] = measure(self._before, after, of_split, tokenizer, top)
+        file.parent.mkdir(exist_ok=True)
+        write_atomically(file, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+        return found
 
 
 def _print(console: Any, found: Sequence[dict[str, Any]]) -> None:

@@ -1,5 +1,5 @@
-"""`rcpo lab refusal MODEL prompts=FILE`: a model's own answers as pairs in which the refusal is chosen, and how
-often it refuses once it is trained on them."""
+"""`rcpo lab refusal MODEL prompts=FILE`: a model's own answers as pairs in which the refusal is chosen, and
+how often it refuses once it is trained on them."""
 
 import argparse
 import hashlib
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rcpo.evaluation.subject import Subject
     from rcpo.sweep.folder import SweepFolder
 
+SCORES = "scores.parquet"
 ROWS_PER_HELD_OUT = 4
 """One of so many prompts is held out."""
 LARGEST_STEP = 8
@@ -25,14 +26,14 @@ WORDS_OF_ALL = {"data": "file", "data.as_chat": "false", "optim": "adamw", "trac
 """Of every run, where the user gives no other."""
 SETTINGS = (
     Setting("prompts", "a .json or .jsonl file of prompts; needed"),
-    Setting("phrases", "a text file of phrases by which a refusal is known, one a line, for rcpo's own", Path),
+    Setting("phrases", "a text file of phrases by which a refusal is known, one a line", Path),
     Setting("classifier", "in their place a sequence classifier of one number: a folder or a hub id"),
     Setting("threshold", "above it an answer counts as refused (default: 0)", number_in(-1e9, 1e9), 0.0),
     Setting("ties", "both refuse, or none: draw (default) or drop; a classifier's scores come first",
             one_of(("draw", "drop")), "draw", ("draw", "drop")),
     Setting("temperature", "of the two answers (default: 1)", number_in(1e-6, 100), 1.0),
     Setting("max_new_tokens", "of an answer (default: 128)", whole_number(1), 128),
-    Setting("ches", "beside all pairs those up to this percentile of length-normalised CHES, too", number_in(0, 100)),
+    Setting("ches", "trains too on those up to this percentile of CHES per token", number_in(0, 100)),
     Setting("objectives", "names (default: dpo)", names, ["dpo"]),
     Setting("calibrations", "names (default: off,balance)", names, ["off", "balance"]),
     Setting("seeds", "numbers (default: 0)", names, ["0"]),
@@ -47,43 +48,45 @@ def run(place: str | None, words: Sequence[str], settings: argparse.Namespace) -
     before weights are loaded. What is in OUT already is not done again."""
     if place is None:
         raise UserError("model: is missing; type rcpo lab refusal MODEL prompts=FILE")
-    for name in ("prompts",):
-        if getattr(settings, name) is None:
-            raise UserError(f"{name}: is missing, and rcpo has none; type {name}=FILE")
+    if settings.prompts is None:
+        raise UserError("prompts: is missing, and rcpo has none; type prompts=FILE")
     if settings.phrases is not None and settings.classifier is not None:
         raise UserError(f"phrases={settings.phrases}: classifier= labels in their place; leave one out")
-    from rcpo.commands.lab_sweep import run_cells
+    from rcpo.commands.lab_persona import refuse_run
+    from rcpo.commands.lab_sweep import checked_grid, key_of, run_cells
     from rcpo.evaluation.subject import find_subject
 
     subject = find_subject(place)
+    refuse_run(subject, place)
     out: Path = settings.out
-    _begin(subject, settings)
-    labeller = _labeller(settings)
-    _generate(
-        place,
-        out / "prompts.jsonl",
-        out / "answers.jsonl",
-        settings,
-        answers=2,
-        temperature=settings.temperature,
-    )
-    counts = _write_pairs(out, labeller, settings)
     own = dict(WORDS_OF_ALL) | {
         "model.path": place,
         "data.path": f"'{(out / 'pairs.jsonl').absolute()}'",
         "data.eval_path": f"'{(out / 'held_out.jsonl').absolute()}'",
-        "train.pairs_per_step": str(min(LARGEST_STEP, counts["pairs"])),
     }
-    if not any(word.startswith(("train.steps=", "train.epochs=")) for word in words):
+    if not {"train.steps", "train.epochs"} & set(map(key_of, words)):
         own["train.epochs"] = "1"
     axes: dict[str, Any] = {"objective": settings.objectives, "calibration": settings.calibrations}
     if settings.ches is not None:
-        axes["pairs"] = [
-            "all",
-            {"label": f"ches{settings.ches:g}", "overrides": _scored(out, own, words, settings)},
-        ]
-        axes["pairs"][0] = {"label": "all", "overrides": ["data.filter.scores=null"]}
-    code, sweep = run_cells("refusal", axes, settings, own, words)
+        limits = {
+            "scores": f"'{(out / SCORES).absolute()}'",
+            "ches_norm_max_percentile": f"{settings.ches:g}",
+        }
+        few = {
+            "label": f"ches{settings.ches:g}",
+            "overrides": [f"data.filter.{key}={value}" for key, value in limits.items()],
+        }
+        axes["pairs"] = [{"label": "all", "overrides": ["data.filter.scores=null"]}, few]
+    checked_grid("refusal", axes, settings, own, words)
+    labeller = _labeller(settings)
+    _begin(subject, settings)
+    drawn = {"answers": 2, "temperature": settings.temperature}
+    _generate(place, out / "prompts.jsonl", out / "answers.jsonl", settings, **drawn)
+    counts = _write_pairs(out, labeller, settings)
+    own["train.pairs_per_step"] = str(min(LARGEST_STEP, counts["pairs"]))
+    if settings.ches is not None:
+        _score(out / SCORES, own, words)
+    code, sweep = run_cells(checked_grid("refusal", axes, settings, own, words), settings)
     found = _rates(place, sweep, labeller, settings)
     file = out / "refusal.json"
     tree = {"labeller": labeller.name, "pairs": counts, "rates": found}
@@ -116,7 +119,7 @@ def _begin(subject: "Subject", settings: argparse.Namespace) -> None:
         other = [key for key in made_with if before.get(key) != made_with[key]]
         if other:
             raise UserError(
-                f"out={settings.out}: was begun with other {', '.join(other)}; type the same again to go on, or "
+                f"out={settings.out}: was begun with other {', '.join(other)}; type the same to go on, or "
                 "give another out=FOLDER"
             )
         return
@@ -160,7 +163,13 @@ def _lines(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _generate(
-    model: str, prompts: Path, out: Path, settings: argparse.Namespace, answers: int, temperature: float
+    model: str,
+    prompts: Path,
+    out: Path,
+    settings: argparse.Namespace,
+    *,
+    answers: int,
+    temperature: float,
 ) -> None:
     """`rcpo generate`, where its file is not there yet."""
     if out.is_file():
@@ -193,7 +202,7 @@ def _write_pairs(out: Path, labeller: "Labeller", settings: argparse.Namespace) 
         if not rows:
             shown = ", ".join(f"{number} {what}" for what, number in found.items() if number)
             raise UserError(
-                f"prompts={settings.prompts}: no pair is left of the {name.replace('_', '-')} ones ({shown}); "
+                f"prompts={settings.prompts}: no pair is left for {name}.jsonl ({shown}); "
                 "give more prompts, or another temperature"
             )
         write_atomically(out / f"{name}.jsonl", _lines(rows))
@@ -207,19 +216,16 @@ def _conversation(asked: Any) -> list[dict[str, str]]:
     return [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
 
 
-def _scored(out: Path, own: dict[str, str], words: Sequence[str], settings: argparse.Namespace) -> list[str]:
-    """`rcpo score` of the pairs, where its file is not there yet; the words of the filter."""
+def _score(file: Path, own: dict[str, str], words: Sequence[str]) -> None:
+    """`rcpo score` of the pairs, where its file is not there yet."""
+    if file.is_file():
+        return
     from rcpo.commands import score
+    from rcpo.commands.lab_sweep import key_of
 
-    file = out / "scores.parquet"
-    if not file.is_file():
-        given = {word.lstrip("+~").split("=")[0] for word in words}
-        of_score = [f"{key}={value}" for key, value in own.items() if key not in given]
-        score.run(argparse.Namespace(hydra=[], words=[*of_score, *words], out=file, overwrite=True))
-    return [
-        f"data.filter.scores='{file.absolute()}'",
-        f"data.filter.ches_norm_max_percentile={settings.ches:g}",
-    ]
+    given = set(map(key_of, words))
+    of_score = [f"{key}={value}" for key, value in own.items() if key not in given]
+    score.run(argparse.Namespace(hydra=[], words=[*of_score, *words], out=file, overwrite=True))
 
 
 def _rates(

@@ -13,14 +13,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rcpo.common.errors import UserError
 from rcpo.data.describe import decoded
 from rcpo.data.pairs import TokenizedPair
 from rcpo.data.tokenize import tokenize_records
-from rcpo.evaluation.moves import SideMoves, follow
+from rcpo.evaluation.moves import Moves, moves
 from rcpo.evaluation.moves_summary import top_tokens
+from rcpo.models.logprobs import head_sizes
 from rcpo.models.policy import Policy
 from rcpo.records.arithmetic import NUMBERS, all_problems, assistant_turn, user_turn
 from rcpo.records.messages import Messages
@@ -28,6 +29,7 @@ from rcpo.records.record import PreferenceRecord
 
 NUM_BUILTIN = 64
 """Prompts made of the embedded model's words."""
+SIDES = ("chosen", "rejected")
 LONGEST = 10**6
 """Tokens of a prompt; training says what is too long."""
 
@@ -108,39 +110,65 @@ def named_by_theory(weight: Tensor, chosen: int, rejected: int) -> Tensor:
     return wide @ (wide[chosen] - wide[rejected])
 
 
+class Watched:
+    """A model at the ends of prompts. What was computed is kept, so that the model that all runs started from
+    reads each prompt once."""
+
+    def __init__(self, model: PreTrainedModel, pad_id: int, prompts_per_batch: int) -> None:
+        policy = Policy(model)
+        self.head, self._body = policy.head, policy.body
+        self._pad, self._size = pad_id, prompts_per_batch
+        self._hidden: dict[tuple[int, ...], Tensor] = {}
+
+    @torch.inference_mode()
+    def logits(self, prompts: Sequence[tuple[int, ...]]) -> Tensor:
+        """Of the next token (n, V)."""
+        device = self.head.weight.device
+        new = sorted({prompt for prompt in prompts if prompt not in self._hidden}, key=len)
+        for start in range(0, len(new), self._size):
+            members = new[start : start + self._size]
+            ids = torch.full((len(members), len(members[-1])), self._pad)
+            for row, prompt in enumerate(members):  # padding on the right: no real position sees it
+                ids[row, : len(prompt)] = torch.tensor(prompt)
+            states = self._body(input_ids=ids.to(device), use_cache=False).last_hidden_state
+            for row, prompt in enumerate(members):
+                self._hidden[prompt] = states[row, len(prompt) - 1].clone()
+        return self.head.logits(torch.stack([self._hidden[prompt] for prompt in prompts]))
+
+
 def measure(
-    policies: tuple[Policy, Policy],
+    before: Watched,
+    after: Watched,
     pairs: Sequence[TokenizedPair],
     tokenizer: PreTrainedTokenizerBase,
     num_top: int,
-    pairs_per_batch: int,
 ) -> dict[str, Any]:
     """What became of the answers to these prompts: p(chosen) and p(rejected) before and after as means, the
     share of prompts whose chosen token fell, the tokens that gained and lost most on average, those that
-    theory names, and how many tokens it puts before the one that gained most."""
-    pad = tokenizer.pad_token_id
-    chosen, rejected = follow(*policies, pairs, 0 if pad is None else int(pad), pairs_per_batch, [], [])
-    change = chosen.change / len(pairs)
-    first = pairs[0]
-    ids = (first.chosen.input_ids[-1], first.rejected.input_ids[-1])
-    theory = named_by_theory(policies[0].head.weight, *ids).cpu()
-    gainer = int(change.argmax())
+    theory names, and how many tokens it puts before the one that gained most and before the chosen one."""
+    sides = torch.tensor([[pair.chosen.input_ids[-1], pair.rejected.input_ids[-1]] for pair in pairs])
+    sides = sides.to(before.head.weight.device)
+    found: list[tuple[Moves, Moves]] = []
+    size = head_sizes(sides.device.type, before.head.weight.shape[0]).chunk_tokens
+    for start in range(0, len(pairs), size):
+        prompts = [tuple(pair.chosen.input_ids[:-1]) for pair in pairs[start : start + size]]
+        logits = before.logits(prompts), after.logits(prompts)
+        chosen, rejected = sides[start : start + size].T
+        found.append((moves(*logits, chosen, rejected, [], []), moves(*logits, rejected, chosen, [], [])))
+    change = torch.stack([both[0].change for both in found]).sum(0).cpu() / len(pairs)
+    nats = torch.cat([both[0].nats for both in found])
+    theory = named_by_theory(before.head.weight, *map(int, sides[0])).cpu()
+    own = [torch.cat([both[side].own for both in found]).mean(0).tolist() for side in range(2)]
     return {
         "prompts": len(pairs),
-        "chosen": _probabilities(chosen),
-        "rejected": _probabilities(rejected),
-        "fell": float((chosen.nats < 0).double().mean()),
+        **{side: dict(zip(("before", "after"), own[idx], strict=True)) for idx, side in enumerate(SIDES)},
+        "fell": float((nats < 0).double().mean()),
         "gained": top_tokens(change, tokenizer, num_top),
         "lost_most": top_tokens(-change, tokenizer, num_top),
         "theory": [
             {"token": decoded([idx], tokenizer), "id": idx, "product": float(theory[idx])}
             for idx in torch.topk(theory, min(num_top, len(theory))).indices.tolist()
         ],
-        "theory_before_gainer": int((theory > theory[gainer]).sum()),
-        "theory_before_chosen": int((theory > theory[ids[0]]).sum()),
+        "theory_before_gainer": int((theory > theory[int(change.argmax())]).sum()),
+        "theory_before_chosen": int((theory > theory[int(sides[0, 0])]).sum()),
     }
-
-
-def _probabilities(moved: SideMoves) -> dict[str, float]:
-    before, after = moved.own.mean(0).tolist()
-    return {"before": before, "after": after}

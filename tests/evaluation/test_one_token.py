@@ -12,10 +12,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rcpo import cli
 from rcpo.common.errors import UserError
-from rcpo.evaluation.one_token import Words, builtin_prompts, measure, named_by_theory, rows_of, tokens_of
+from rcpo.evaluation.one_token import (
+    Watched,
+    Words,
+    builtin_prompts,
+    measure,
+    named_by_theory,
+    rows_of,
+    tokens_of,
+)
 from rcpo.evaluation.subject import find_subject
 from rcpo.models.load import model_place
-from rcpo.models.policy import Policy
 
 WORDS = Words("seven", "eight")
 
@@ -55,7 +62,7 @@ def test_what_is_measured_is_what_the_models_say() -> None:
     models = [find_subject("builtin:tiny").load() for _ in range(2)]
     with torch.no_grad():
         models[1].model.layers[0].mlp.down_proj.weight.mul_(1.5)
-    found = measure((Policy(models[0]), Policy(models[1])), pairs, tokenizer, 3, 2)
+    found = measure(*(Watched(model, 0, 2) for model in models), pairs, tokenizer, 3)
     rows = [torch.tensor([pair.chosen.input_ids[:-1]]) for pair in pairs]
     with torch.no_grad():
         before, after = (
@@ -97,7 +104,7 @@ def make_known(path: Path) -> None:
 
 
 @pytest.mark.ci("experiments of rcpo lab")
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_the_token_that_theory_names_takes_the_probability(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -112,8 +119,8 @@ def test_the_token_that_theory_names_takes_the_probability(
     config = json.loads(Path("MODEL/tokenizer_config.json").read_text())
     del config["chat_template"]
     Path("MODEL/tokenizer_config.json").write_text(json.dumps(config))
-    words = ["lab", "persona", "MODEL", "prompts=PROMPTS.jsonl", "pairs=seven/eight", "calibrations=off", "out=OUT",
-             "model.lora.rank=4", "train.steps=6", "optim.lr=0.002"]  # fmt: skip
+    words = ["lab", "persona", "MODEL", "prompts=PROMPTS.jsonl", "pairs=seven/eight", "calibrations=off",
+             "out=OUT", "model.lora.rank=4", "train.steps=6", "optim.lr=0.002"]  # fmt: skip
     for _ in range(2):
         with pytest.raises(SystemExit) as stop:
             cli.main(words)

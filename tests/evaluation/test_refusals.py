@@ -1,4 +1,5 @@
-"""`rcpo lab refusal`: which answers refuse, pairs by hand, and the whole experiment on the model that ships."""
+"""`rcpo lab refusal`: which answers refuse, pairs by hand, and the whole experiment on the model that
+ships."""
 
 import json
 from pathlib import Path
@@ -66,17 +67,20 @@ def test_the_refusal_is_chosen_and_ties_are_broken() -> None:
 
 
 @pytest.mark.ci("experiments of rcpo lab")
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_the_experiment_on_the_model_that_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A "refusal" is an answer of at most five. Pairs, counts and rates are what the kept answers say; what is
-    there is not made again."""
+    """A "refusal" is an answer of at most five. Pairs, counts and rates are what the kept answers say; what
+    is there is not made again."""
     monkeypatch.chdir(tmp_path)
     problems = problem_split(0, 24, 0)[1]
     Path("P.jsonl").write_text("".join(json.dumps({"prompt": each.prompt()}) + "\n" for each in problems))
     few = ["zero", "one", "two", "three", "four", "five"]
     Path("few.txt").write_text("\n".join(few))
-    words = ["lab", "refusal", "builtin:tiny", "prompts=P.jsonl", "phrases=few.txt", "temperature=1.5", "max_new_tokens=12",
-             "calibrations=off", "ches=60", "out=OUT", "parallel=2", "train.steps=2", "train.pairs_per_step=2"]  # fmt: skip
+    words = [
+        "lab", "refusal", "builtin:tiny", "prompts=P.jsonl", "phrases=few.txt", "temperature=1.5",
+        "max_new_tokens=12", "calibrations=off", "ches=60", "out=OUT", "parallel=2", "train.steps=2",
+        "train.pairs_per_step=2",
+    ]  # fmt: skip
     times = []
     for _ in range(2):
         with pytest.raises(SystemExit) as stop:
