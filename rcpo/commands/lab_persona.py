@@ -61,7 +61,7 @@ SETTINGS = (
 def run(place: str | None, words: Sequence[str], settings: argparse.Namespace) -> int:
     """Train all, measure all; returns the exit code. Raises UserError for bad input, before weights are
     loaded."""
-    from rcpo.commands.lab_sweep import checked_grid, run_cells
+    from rcpo.commands.lab_sweep import FINISHED, checked_grid, run_cells
     from rcpo.common.console import RunConsole
     from rcpo.evaluation.one_token import Words
     from rcpo.evaluation.subject import find_subject
@@ -73,7 +73,7 @@ def run(place: str | None, words: Sequence[str], settings: argparse.Namespace) -
         raise UserError(f"prompts: is missing, and {model} has none of its own; type prompts=FILE")
     pairs = [Words(*each) for each in settings.pairs or _default_pairs(model, settings.prompts)]
     files, texts, num_prompts = _pair_files(subject, pairs, settings)
-    as_chat = "false" if settings.prompts is None or subject.tokenizer().chat_template is not None else "null"
+    as_chat = "false" if settings.prompts is None else "null"
     own = dict(WORDS_OF_ALL) | {"model.path": model, "data.as_chat": as_chat}
     num_held_out = max(1, num_prompts // ROWS_PER_HELD_OUT)
     num_trained = 1 if settings.alone else num_prompts - num_held_out
@@ -89,6 +89,8 @@ def run(place: str | None, words: Sequence[str], settings: argparse.Namespace) -
     definition = checked_grid("persona", axes, settings, own, words)
     _write(texts, settings.out)
     code, sweep = run_cells(definition, settings)
+    if code not in FINISHED:
+        return code
     watch = _Watch(subject, settings)
     found = [
         {"cell": cell.name, **cell.axes, **watch.measured(sweep.run(cell).path)}

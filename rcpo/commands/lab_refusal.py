@@ -53,7 +53,7 @@ def run(place: str | None, words: Sequence[str], settings: argparse.Namespace) -
     if settings.phrases is not None and settings.classifier is not None:
         raise UserError(f"phrases={settings.phrases}: classifier= labels in their place; leave one out")
     from rcpo.commands.lab_persona import refuse_run
-    from rcpo.commands.lab_sweep import checked_grid, key_of, run_cells
+    from rcpo.commands.lab_sweep import FINISHED, checked_grid, key_of, run_cells
     from rcpo.evaluation.subject import find_subject
 
     subject = find_subject(place)
@@ -87,6 +87,8 @@ def run(place: str | None, words: Sequence[str], settings: argparse.Namespace) -
     if settings.ches is not None:
         _score(out / SCORES, own, words)
     code, sweep = run_cells(checked_grid("refusal", axes, settings, own, words), settings)
+    if code not in FINISHED:
+        return code
     found = _rates(place, sweep, labeller, settings)
     file = out / "refusal.json"
     tree = {"labeller": labeller.name, "pairs": counts, "rates": found}

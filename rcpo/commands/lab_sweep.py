@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 RUNS = "runs"
 """The sweep folder in the experiment's."""
+FINISHED = (0, 1)
+"""Exit codes of a sweep that nobody has stopped: of 1 a cell has failed, and the others are looked at."""
 
 
 def checked_grid(

@@ -136,4 +136,4 @@ def test_the_token_that_theory_names_takes_the_probability(
         assert found["fell"] == 1.0
     from rcpo.library.compare import compare
 
-    assert len(compare("OUT").table) == 1
+    assert len(compare("OUT/runs").table) == 1
