@@ -72,8 +72,8 @@ def run(options: argparse.Namespace) -> int:
         return _run_tokens(places, settings)
     if len(places) > 1:
         raise UserError(f"{' '.join(places)}: must be one model; type rcpo lab {TYPED[kind]}")
-    experiment = {"persona": lab_persona.run, "refusal": lab_refusal.run}[kind]
-    return experiment(places[0] if places else None, passed_on, settings)
+    of_kind = {"persona": lab_persona.run, "refusal": lab_refusal.run}[kind]
+    return of_kind(places[0] if places else None, passed_on, settings)
 
 
 def _is_of_train(word: str) -> bool:
