@@ -15,7 +15,7 @@ COMMANDS = {
     "generate": "a model's answers to prompts, as AlpacaEval, MT-Bench and Arena-Hard read them",
     "evaluate": "scores of runs and models on tasks: word problems, lm-eval's, your own",
     "judge": "which of two models' answers a judge prefers",
-    "lab": "where the probability of a run's responses went, token by token",
+    "lab": "where probability goes in training: token by token, one-token answers, refusals",
     "compare": "runs side by side: a table, an HTML report, figures",
     "dashboard": "pages in W&B: a workspace, and a report with the table",
     "watch": "what runs are doing now, live",

@@ -78,8 +78,12 @@ def add_settings(parser: Flags, settings: Sequence[Setting], places: str) -> Non
     action = parser.add_argument("words", nargs="+", metavar=places, help="and settings, in any order")
     action.settings = settings  # type: ignore[attr-defined]  # for TAB
     parser.usage = f"%(prog)s {places} NAME=VALUE ..."
-    lines = [f"  {setting.name}=".ljust(20) + setting.text for setting in settings]
-    parser.epilog = "settings:\n" + "\n".join(lines) + "\n\n" + (parser.epilog or "")
+    parser.epilog = f"settings:\n{setting_lines(settings)}\n\n" + (parser.epilog or "")
+
+
+def setting_lines(settings: Sequence[Setting]) -> str:
+    """For the help."""
+    return "\n".join(f"  {setting.name}=".ljust(20) + setting.text for setting in settings)
 
 
 def split_words(words: Sequence[str], settings: Sequence[Setting]) -> tuple[list[str], argparse.Namespace]:

@@ -29,6 +29,7 @@ class Origin:
     model: "ModelConfig"
     max_length: int
     max_prompt_length: int | None
+    append_eos: bool = True
 
     @property
     def has_tokenizer_here(self) -> bool:
@@ -159,7 +160,7 @@ def origin_of(run: ComparedRun) -> Origin:
     model = dataclasses.replace(
         model, lora=lora, trust_remote_code=False, attention=None, gradient_checkpointing=False
     )
-    return Origin(model, length, prompt_length)
+    return Origin(model, length, prompt_length, run.settings.get("data.append_eos") is not False)
 
 
 def tokenized(
@@ -173,8 +174,9 @@ def tokenized(
 
     tokenizer = load_tokenizer(origin.model)
     limits = (origin.max_length, origin.max_prompt_length, "drop")
+    written = (origin.model.chat_template_kwargs, origin.append_eos)
     lists = "whole" if lists == "whole" else "best_worst"
-    return tokenize_records(records, tokenizer, *limits, origin.model.chat_template_kwargs, lists).pairs
+    return tokenize_records(records, tokenizer, *limits, *written, lists).pairs
 
 
 def _section(kind: type[Section], tree: dict[str, Any]) -> Section:

@@ -213,6 +213,9 @@ class DataConfig:
     NAME, label: NAME} for single answers, {prompt: NAME, responses: NAME, scores: NAME} for lists (or ranks
     in the place of scores); also {weight: NAME} or
     {probability: NAME} with objective.sample_weight."""
+    append_eos: bool = IN_CONF
+    """false: a response ends with its own last token. Neither the EOS nor what the chat template writes to
+    end a turn is trained on, of training and held-out pairs alike. For experiments on single tokens."""
     unpair: bool = IN_CONF
     """true: each training pair is read as two single answers, the chosen and the rejected one, which are
     drawn by themselves. Held-out pairs stay pairs."""

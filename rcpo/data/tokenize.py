@@ -78,8 +78,8 @@ class Tokeniser:
     text: prompt and response as they are, one after the other, also where the tokenizer has a chat template
     (as TRL does). In front stands what inference writes there: of messages what the template writes, of plain
     text what the tokenizer writes when it is called on it, and never a BOS twice. EOS: exactly once at the
-    end where the tokenizer has one and the template has not closed the turn with a token of its own. A BOS or
-    EOS that the tokenizer lacks never enters the ids.
+    end where the tokenizer has one and the template has not closed the turn with a token of its own; without
+    `append_eos` neither of these. A BOS or EOS that the tokenizer lacks never enters the ids.
     Truncation, in tokens: a prompt longer than `max_prompt_length` is cut from the left, but keeps BOS; with
     None it may take what the pair's longer response leaves of `max_length`, at least half. Both sides keep
     one prompt. Each response is then cut from the right to what is left of `max_length` (EOS is cut too), and
@@ -95,9 +95,10 @@ class Tokeniser:
         max_prompt_length: int | None,
         on_bad_row: str,
         template_kwargs: Mapping[str, Any] = MappingProxyType({}),
+        append_eos: bool = True,
         lists: str = "best_worst",
     ) -> None:
-        self._work = _Work(tokenizer, max_length, max_prompt_length, template_kwargs, lists)
+        self._work = _Work(tokenizer, max_length, max_prompt_length, template_kwargs, append_eos, lists)
         self._on_bad_row, self._lists = on_bad_row, lists
         self._packer = Packer()
         self._num_pairs = 0
@@ -154,10 +155,13 @@ def tokenize_records(
     max_prompt_length: int | None,
     on_bad_row: str,
     template_kwargs: Mapping[str, Any] = MappingProxyType({}),
+    append_eos: bool = True,
     lists: str = "best_worst",
 ) -> TokenizedData:
     """`Tokeniser` over these records; those that cannot train are left out and counted."""
-    tokenise = Tokeniser(tokenizer, max_length, max_prompt_length, on_bad_row, template_kwargs, lists)
+    tokenise = Tokeniser(
+        tokenizer, max_length, max_prompt_length, on_bad_row, template_kwargs, append_eos, lists
+    )
     reasons = tokenise(records)
     return tokenise.data([record for record, reason in zip(records, reasons, strict=True) if reason is None])
 
@@ -171,9 +175,10 @@ class _Work:
         max_length: int,
         max_prompt_length: int | None,
         template_kwargs: Mapping[str, Any],
+        append_eos: bool,
         lists: str,
     ) -> None:
-        self._tokenizer, self._lists = tokenizer, lists
+        self._tokenizer, self._append_eos, self._lists = tokenizer, append_eos, lists
         self._max_length, self._max_prompt_length = max_length, max_prompt_length
         self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         self._special, self._in_front = special_ids(tokenizer), tokens_in_front(tokenizer)
@@ -366,9 +371,11 @@ class _Work:
             prompt = [*self._in_front, *prompt]
         while self._bos is not None and prompt[:2] == [self._bos] * 2:
             prompt = prompt[1:]
-        if not rendered.is_closed and self._eos is not None:
+        if not rendered.is_closed and self._eos is not None and self._append_eos:
             response = [*response, self._eos]
         while len(response) > 1 and response[-1] == response[-2] and response[-1] in self._special:
+            response = response[:-1]
+        while not self._append_eos and response and response[-1] in self._special:
             response = response[:-1]
         if not prompt:
             raise BadRowError(

@@ -39,6 +39,8 @@ class Moves(NamedTuple):
     """(n,) log p1(y) - log p0(y)."""
     lost: Tensor
     """(n,) p0(y) - p1(y); below 0 where the token gained."""
+    own: Tensor
+    """(n, 2) p0(y) and p1(y)."""
     to: Tensor
     """(n, 4) what `DESTINATIONS` gained together; a row adds up to `lost`."""
     entropy: Tensor
@@ -61,7 +63,8 @@ def moves(
     total = change.sum(0)
     mine = own[:, None]
     nats = (logp[1].gather(1, mine) - logp[0].gather(1, mine)).squeeze(1)
-    lost = -change.gather(1, mine).squeeze(1)
+    both = torch.cat([p0.gather(1, mine), p1.gather(1, mine)], 1)
+    lost = both[:, 0] - both[:, 1]
     others = change.scatter(1, mine, 0.0)
     is_there = (opposite != NOBODY) & (opposite != own)
     place = opposite.clamp_min(0)[:, None]
@@ -72,7 +75,7 @@ def moves(
         columns = torch.tensor(sorted(set(ids)), dtype=torch.long, device=others.device)
         to.append(others[:, columns].sum(1))
         others[:, columns] = 0.0
-    return Moves(nats, lost, torch.stack([*to, others.sum(1)], 1), entropy, total)
+    return Moves(nats, lost, both, torch.stack([*to, others.sum(1)], 1), entropy, total)
 
 
 class SideMoves(NamedTuple):
@@ -86,6 +89,7 @@ class SideMoves(NamedTuple):
     """(N,) index into `PARTS`."""
     nats: Tensor
     lost: Tensor
+    own: Tensor
     to: Tensor
     entropy: Tensor
     change: Tensor
@@ -170,6 +174,7 @@ def _rows(
         part=part,
         nats=torch.cat([chunk.nats for chunk in chunks]).cpu(),
         lost=torch.cat([chunk.lost for chunk in chunks]).cpu(),
+        own=torch.cat([chunk.own for chunk in chunks]).cpu(),
         to=torch.cat([chunk.to for chunk in chunks]).cpu(),
         entropy=torch.cat([chunk.entropy for chunk in chunks]).cpu(),
         change=torch.stack([chunk.change for chunk in chunks]).sum(0).cpu(),

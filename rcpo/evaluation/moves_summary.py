@@ -43,10 +43,10 @@ def summarise(moved: SideMoves, tokenizer: PreTrainedTokenizerBase, num_top: int
         },
         "entropy": {"before": before, "after": after},
         "places": _places(moved, num),
-        "gained": _top(moved.change / num, tokenizer, num_top),
-        "lost_most": _top(-moved.change / num, tokenizer, num_top),
-        "first_gained": _top(moved.first_change / num, tokenizer, num_top),
-        "first_lost_most": _top(-moved.first_change / num, tokenizer, num_top),
+        "gained": top_tokens(moved.change / num, tokenizer, num_top),
+        "lost_most": top_tokens(-moved.change / num, tokenizer, num_top),
+        "first_gained": top_tokens(moved.first_change / num, tokenizer, num_top),
+        "first_lost_most": top_tokens(-moved.first_change / num, tokenizer, num_top),
     }
 
 
@@ -67,7 +67,7 @@ def _ratio(value: float, whole: float) -> float | None:
     return value / whole if whole else None
 
 
-def _top(change: Tensor, tokenizer: PreTrainedTokenizerBase, num: int) -> list[dict[str, Any]]:
+def top_tokens(change: Tensor, tokenizer: PreTrainedTokenizerBase, num: int) -> list[dict[str, Any]]:
     """The largest, largest first; only those above 0."""
     values, ids = torch.topk(change, min(num, len(change)))
     return [

@@ -159,18 +159,21 @@ def _shown(
     """The pairs decoded; what is cut from them shows beside the same records without limits."""
     records = {"trained": _by_row(read.records.train), "held out": _by_row(read.records.held_out)}
     originals = [records[use][pair.row] for pair, use in wanted]
-    kwargs = config.model.chat_template_kwargs
+    written = (config.model.chat_template_kwargs, config.data.append_eos)
     return [
-        _shown_pair(pair, _whole(record, read.tokenizer, kwargs), use, read.tokenizer)
+        _shown_pair(pair, _whole(record, read.tokenizer, *written), use, read.tokenizer)
         for (pair, use), record in zip(wanted, originals, strict=True)
     ]
 
 
 def _whole(
-    record: PreferenceRecord, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]
+    record: PreferenceRecord,
+    tokenizer: PreTrainedTokenizerBase,
+    kwargs: Mapping[str, Any],
+    append_eos: bool,
 ) -> list[TokenizedSide]:
     """All responses of a record without limits."""
-    pairs = tokenize_records([record], tokenizer, UNCUT, UNCUT, "error", kwargs, "whole").pairs
+    pairs = tokenize_records([record], tokenizer, UNCUT, UNCUT, "error", kwargs, append_eos, "whole").pairs
     return [side for pair in pairs for side in pair.sides]
 
 

@@ -112,10 +112,10 @@ def _checked_tokenizer(config: ResolvedConfig) -> PreTrainedTokenizerBase:
 def tokenise(config: ResolvedConfig, tokenizer: PreTrainedTokenizerBase) -> PairsRead:
     """Read and tokenise the data of a config; of the model its tokenizer alone is needed."""
     limits = (config.train.max_length, config.train.max_prompt_length, config.data.on_bad_row)
-    kwargs, lists = config.model.chat_template_kwargs, config.data.lists
-    train = Tokeniser(tokenizer, *limits, kwargs, lists)
+    written, lists = (config.model.chat_template_kwargs, config.data.append_eos), config.data.lists
+    train = Tokeniser(tokenizer, *limits, *written, lists)
     # One pair a row, so that runs with best_worst and with all_pairs are measured on the same.
-    held_out = Tokeniser(tokenizer, *limits, kwargs, "whole" if lists == "whole" else "best_worst")
+    held_out = Tokeniser(tokenizer, *limits, *written, "whole" if lists == "whole" else "best_worst")
     records = load_records(config.data, weighing_of(config.composition), train, held_out)
     if tokenizer.chat_template is not None:
         records.report.extend(note_on_text(records, config.data))

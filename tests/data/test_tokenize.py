@@ -64,6 +64,24 @@ def test_chat_has_the_templates_bos_one_end_and_the_response_alone(
     assert shown.replace("<s>", "") == rendered.replace("<s>", "").rstrip(" ")
 
 
+@pytest.mark.parametrize("template", [None, *TEMPLATES])
+def test_without_append_eos_a_response_is_its_own_tokens(template: str | None) -> None:
+    """data.append_eos=false: what stands behind the answer is left out, whoever writes it; the rest stays."""
+    tokenizer = make_bpe("<s>", "</s>")
+    tokenizer.chat_template = None if template is None else TEMPLATES[template]
+    texts = ("a", " b", " c") if template is None else (chat("Sky?"), "Yes, it is.", "No")
+    record = read_record(*texts, 0)
+    whole, bare = (
+        tokenize_records([record], tokenizer, 512, None, "error", append_eos=append_eos).pairs[0]
+        for append_eos in (True, False)
+    )
+    for side, short in zip(sides_of(whole), sides_of(bare), strict=True):
+        assert short.num_prompt == side.num_prompt
+        assert side.input_ids[: len(short.input_ids)] == short.input_ids
+        assert len(response_of(side)) == len(response_of(short)) + 1
+        assert not set(response_of(short)) & {0, 1, 2, 3}
+
+
 @pytest.mark.parametrize("bos", ["<s>", None], ids=["bos", "no-bos"])
 @pytest.mark.parametrize("eos", ["</s>", None], ids=["eos", "no-eos"])
 @pytest.mark.parametrize("has_template", [False, True])

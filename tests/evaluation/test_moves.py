@@ -25,6 +25,7 @@ def test_what_the_own_token_lost_is_what_others_gained() -> None:
     found = moves(before, after, torch.tensor([0]), torch.tensor([1]), [2], [3])
     assert found.nats.tolist() == pytest.approx([math.log(0.2)])
     assert found.lost.tolist() == pytest.approx([0.4])
+    assert found.own[0].tolist() == pytest.approx([0.5, 0.1])
     assert found.to[0].tolist() == pytest.approx([0.1, 0.2, 0.15, -0.05])
     assert found.change.tolist() == pytest.approx([-0.4, 0.1, 0.2, 0.15, -0.05])
     entropies = [
@@ -78,7 +79,7 @@ def test_chunks_and_batches_find_what_whole_logits_say() -> None:
             opposite = (other.input_ids[num:] + [NOBODY] * length)[:length]
             right = moves(*whole, ids[0, num:], torch.tensor(opposite), [7], ends)
             mine = side.pair == idx
-            for field in ("nats", "lost", "to", "entropy"):
+            for field in ("nats", "lost", "own", "to", "entropy"):
                 torch.testing.assert_close(
                     getattr(side, field)[mine], getattr(right, field), atol=1e-5, rtol=1e-4
                 )
