@@ -90,6 +90,9 @@ class ModelConfig:
     response: Literal["template", "verbatim"] = IN_CONF
     """template: a response is what the chat template makes of it. verbatim: its content as it is, behind the
     generation prompt; for templates that cut reasoning out."""
+    vision: Literal["frozen", "projector", "train"] = IN_CONF
+    """What trains of the parts of a vision-language model that see, beside its language model. frozen:
+    nothing. projector: what lies between its tower and the text. train: both."""
     lora: LoraConfig = Field(default_factory=LoraConfig)
     """Train a low-rank adapter in place of the weights."""
     quantization: Literal["4bit"] | None = IN_CONF

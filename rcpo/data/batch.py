@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rcpo.data.pairs import TokenizedPair, TokenizedSide
+from rcpo.data.pictures import Pixels, pixels_of
 from rcpo.ranks.transfer import to_device
 
 PREFIX, OF_CHOSEN, OF_REJECTED = 0, 1, 2
@@ -85,6 +86,8 @@ class PairBatch(NamedTuple):
     """(N,) fp32: the reference's log-probability of each target, where the objective weighs tokens."""
     present: Present | None = None
     """How many responses are there; None: all of them."""
+    pixels: Pixels | None = None
+    """What the prompts show; None where no prompt has an image."""
 
     def to(self, device: torch.device) -> "PairBatch":
         return PairBatch(
@@ -97,6 +100,7 @@ class PairBatch(NamedTuple):
             segments=None if self.segments is None else self.segments.to(device),
             ref_token_logps=_moved(self.ref_token_logps, device),
             present=self.present,
+            pixels=None if self.pixels is None else self.pixels.to(device),
         )
 
     def side(self, chosen: bool) -> "PairBatch":
@@ -105,6 +109,7 @@ class PairBatch(NamedTuple):
         num_pairs, width = self.num_pairs, self.input_ids.shape[1]
         num_rows = num_pairs if self.present is None else max(1, self.present.chosen)
         num_chosen = self.num_chosen_tokens
+        pixels = None if self.pixels is None else self.pixels.of_side()
         if chosen:
             return PairBatch(
                 self.input_ids[:num_rows],
@@ -113,6 +118,7 @@ class PairBatch(NamedTuple):
                 self.lengths[:num_pairs],
                 num_chosen,
                 ref_token_logps=None if self.ref_token_logps is None else self.ref_token_logps[:num_chosen],
+                pixels=pixels,
             )
         return PairBatch(
             self.input_ids[num_rows:],
@@ -121,6 +127,7 @@ class PairBatch(NamedTuple):
             self.lengths[num_pairs:],
             0,
             ref_token_logps=None if self.ref_token_logps is None else self.ref_token_logps[num_chosen:],
+            pixels=pixels,
         )
 
     @property
@@ -168,6 +175,7 @@ def collate(pairs: Sequence[TokenizedPair], pad_id: int) -> PairBatch:
         lengths=lengths,
         num_chosen_tokens=int(lengths[: len(pairs)].sum()),
         present=present_in(lengths),
+        pixels=pixels_of(pairs),
     )
 
 

@@ -25,6 +25,7 @@ from rcpo.common.errors import UserError
 from rcpo.data.describe import describe_lengths
 from rcpo.data.generation import special_ids, tokens_in_front
 from rcpo.data.pairs import NO_SIDE, PackedPairs, Packer, TokenizedPair, TokenizedSide
+from rcpo.data.pictures import sight_of
 from rcpo.data.render import (
     LostPartError,
     Rendered,
@@ -166,6 +167,7 @@ class _Work:
         self._templates: dict[str, Template] = {}
         self._ignores: dict[tuple[str, str], bool] = {}
         self._merging_helps: dict[str, bool] = {}
+        self._sight = sight_of(tokenizer)
         self._counts = Counter[str]()
         self._unused = Counter[str]()
         self._notes: dict[str, str] = {}
@@ -173,7 +175,7 @@ class _Work:
     def tokenize_batch(self, records: Sequence[PreferenceRecord]) -> list[TokenizedPair | BadRowError]:
         """For each record its pair, or the reason why it has none."""
         outcomes: list[TokenizedPair | BadRowError] = []
-        rendered = [self._render(record) for record in records]
+        rendered = [self._look(record, self._render(record)) for record in records]
         encoded = iter(self._encode([whole for whole in rendered if isinstance(whole, Rendered)]))
         for record, whole in zip(records, rendered, strict=True):
             if isinstance(whole, BadRowError):
@@ -253,6 +255,20 @@ class _Work:
             self._unused[f"{part}, which the chat template does not write"] += 1
         return rendered
 
+    def _look(self, record: PreferenceRecord, whole: Rendered | BadRowError) -> Rendered | BadRowError:
+        """With room for the tokens of the row's images."""
+        if record.images and self._sight is None:
+            raise UserError(
+                f"data: row {record.row} (counted from 0) has an image, and the model reads text alone; give "
+                "a vision-language model, or data without images"
+            )
+        if self._sight is None or isinstance(whole, BadRowError):
+            return whole
+        try:
+            return self._sight.expand(whole, record.images)
+        except BadRowError as error:
+            return error
+
     def _with_cure(
         self, error: BadRowError, template: Template, record: PreferenceRecord, kwargs: Mapping[str, Any]
     ) -> BadRowError:
@@ -317,15 +333,26 @@ class _Work:
         if sides[0] == sides[1]:
             raise BadRowError("the sides are identical once tokenised")
         cut = self._cut(*sides)
+        if rendered.pictures is not None and cut[0].num_prompt < sides[0].num_prompt:
+            raise BadRowError(self._too_long())
         if cut[0] == cut[1]:
             raise BadRowError(f"the sides are identical once cut to train.max_length={self._max_length}")
         for name, before, after in zip(("chosen", "rejected"), sides, cut, strict=True):
             self._counts[name] += _num_response(after) < _num_response(before)
         self._counts["prompt"] += cut[0].num_prompt < sides[0].num_prompt
-        return TokenizedPair(cut[0], cut[1], record.row, record.weight)
+        return TokenizedPair(cut[0], cut[1], record.row, record.weight, rendered.pictures)
+
+    def _too_long(self) -> str:
+        """Why a prompt with images is not cut: what would go is an image's tokens, or the words about it."""
+        limit, key = self._max_length, "max_length"
+        if self._max_prompt_length is not None:
+            limit, key = self._max_prompt_length, "max_prompt_length"
+        return f"the prompt with its images does not fit into train.{key}={limit}, and is not cut"
 
     def _make_single(self, side: TokenizedSide, record: PreferenceRecord) -> TokenizedPair:
         """A single answer: the side that its label says, and none."""
+        if record.images:
+            raise BadRowError("a single answer with an image; rcpo trains pairs with images alone so far")
         cut = self._cut(side, side)[0]
         self._counts["chosen" if record.label else "rejected"] += _num_response(cut) < _num_response(side)
         self._counts["prompt"] += cut.num_prompt < side.num_prompt

@@ -11,6 +11,7 @@ from rcpo.data.batch import PairBatch
 from rcpo.models.attention import attention_inputs
 from rcpo.models.logit_transform import body_of, logit_transform
 from rcpo.models.logprobs import TokenLogProbHead, importance_weighted, score_shares, sum_per_side
+from rcpo.models.vision import hidden_with_images, own_inputs
 
 
 class Policy(nn.Module):
@@ -39,7 +40,10 @@ class Policy(nn.Module):
         if own_logits:
             return self._by_own_logits(batch)
         layout = attention_inputs(self.model, batch)
-        hidden = self.body(input_ids=batch.input_ids, use_cache=False, **layout).last_hidden_state
+        if batch.pixels is None:
+            hidden = self.body(input_ids=batch.input_ids, use_cache=False, **layout).last_hidden_state
+        else:
+            hidden = hidden_with_images(self.model, batch, layout)
         scores = self.head.scores
         if scores is not None:
             scores.importance = score_shares(batch, None, scores.averages)
@@ -54,7 +58,8 @@ class Policy(nn.Module):
         return z
 
     def _by_own_logits(self, batch: PairBatch) -> Tensor:
-        logits = self.model(input_ids=batch.input_ids, use_cache=False).logits
+        images = own_inputs(self.model, batch)
+        logits = self.model(input_ids=batch.input_ids, use_cache=False, **images).logits
         picked = logits.flatten(0, 1).index_select(0, batch.token_positions).float()
         return picked.log_softmax(-1).gather(1, batch.targets[:, None]).squeeze(1)
 

@@ -9,10 +9,11 @@ import dataclasses
 import json
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rcpo.common.errors import shortened
 from rcpo.records.messages import (
+    PLACE,
     ROLES,
     BadMessageError,
     Messages,
@@ -21,6 +22,9 @@ from rcpo.records.messages import (
     spelled,
     turns,
 )
+
+if TYPE_CHECKING:
+    from rcpo.records.images import Image
 
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -47,6 +51,8 @@ class PreferenceRecord:
     """Of a single answer: whether it is a chosen one; it then stands on both sides. None: a pair."""
     template_kwargs: dict[str, Any] | None = None
     """What else this row's chat template is given: {"enable_thinking": false}, say."""
+    images: tuple["Image", ...] = ()
+    """Of the prompt, in the order of their places."""
 
 
 class BadRowError(Exception):
@@ -295,8 +301,10 @@ def as_text(part: str | Messages) -> str:
     if isinstance(part, str):
         return part.strip()
     if len(part) == 1:
-        return part[0]["content"].strip()
-    return "\n".join(f"{message['role']}: {message['content'].strip()}" for message in part)
+        text = part[0]["content"].strip()
+    else:
+        text = "\n".join(f"{message['role']}: {message['content'].strip()}" for message in part)
+    return str(text).replace(PLACE, "[image] ")
 
 
 def shortened_texts(record: PreferenceRecord) -> list[str]:
