@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from rcpo.data.render import Rendered
 
 DIGEST_BYTES = 16
-FORMS = {"pixel_values", "pixel_attention_mask", "image_grid_thw"}
-"""What of a processor's output the models read that rcpo knows; another name is an error."""
+FORMS = {"pixel_values", "pixel_attention_mask"}
+"""What of a processor's output the families of `rcpo.models.vision` read."""
 
 
 class Processor(Protocol):
@@ -89,7 +89,7 @@ class Sight:
             chosen=prompt + rendered.chosen[split:],
             rejected=prompt + rendered.rejected[split:],
             split=len(prompt),
-            pictures=Pictures(self, images, _digest_of(pixels)),
+            pictures=Pictures(self, images, _digest_of(pixels), tuple(written)),
         )
 
 
@@ -101,6 +101,8 @@ class Pictures:
     images: tuple[Image, ...]
     digest: bytes
     """Of their pixels, after the processor."""
+    written: tuple[str, ...] = ()
+    """What stands for each image in the text."""
 
     def pixels(self) -> dict[str, Tensor]:
         """Read and processed anew. Raises UserError where they are not what they were at the start."""

@@ -9,7 +9,6 @@ calibration know no images.
 Does not own reading images (`rcpo.data.pictures`) or loading weights (`rcpo.models.load`, which calls this).
 """
 
-import inspect
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -21,6 +20,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from rcpo.common.errors import UserError
+from rcpo.config.resolved import ResolvedConfig
 from rcpo.config.schema import ModelConfig
 from rcpo.data.batch import PairBatch
 from rcpo.data.pictures import Processor, Sight, set_sight
@@ -33,16 +33,11 @@ class Family(NamedTuple):
     """The module of the body between tower and text."""
     joined_along: int = 0
     """The dimension of pixel tensors along which images stand."""
-    wants_token_types: bool = False
-    """Whether its positions follow the grid of an image, for which it is told which tokens are one."""
 
 
 FAMILIES = {
     "llava": Family("multi_modal_projector"),
     "idefics3": Family("connector", joined_along=1),
-    "smolvlm": Family("connector", joined_along=1),
-    "qwen2_vl": Family("visual.merger", wants_token_types=True),
-    "qwen2_5_vl": Family("visual.merger", wants_token_types=True),
 }
 """By `model_type`; each was compared with its own forward pass, image by image."""
 
@@ -86,6 +81,29 @@ def check_vision(config: ModelConfig, hf_config: PretrainedConfig) -> None:
         )
 
 
+def check_run_with_images(config: ResolvedConfig) -> None:
+    """Raise UserError where a run of a model that sees asks for what is not there for it yet."""
+    train, key = config.train, None
+    if train.share_prefix or train.packing:
+        key = f"train.{'share_prefix' if train.share_prefix else 'packing'}=true"
+        advice = "rows of images stand by themselves so far; type " + key.replace("true", "false")
+    elif config.deepspeed.stage == 3:
+        key, advice = "deepspeed.stage=3", "was not tried with images; type deepspeed.stage=2"
+    elif config.metrics.answers:
+        key = f"metrics.answers={config.metrics.answers}"
+        advice = "answers to images are not there yet; type metrics.answers=0"
+    elif train.evaluate is not None:
+        key = f"train.evaluate={train.evaluate}"
+        advice = "tasks with images are not there yet; type train.evaluate=null"
+    elif config.data.unpair:
+        key, advice = "data.unpair=true", "images are trained in pairs so far; type data.unpair=false"
+    elif config.objective_function.needs_mismatched:
+        key = f"objective={config.objective['name']}"
+        advice = "its mismatched pairs would show other images; type another objective"
+    if key is not None:
+        raise UserError(f"{key}: {advice}, or give a model of text alone")
+
+
 def freeze_vision(model: PreTrainedModel, vision: str) -> None:
     """Let of the parts that see train what `model.vision` says; the language model is left as it is."""
     if vision == "train":
@@ -126,18 +144,13 @@ def hidden_with_images(model: PreTrainedModel, batch: PairBatch, layout: dict[st
     """Last hidden states (R, T, H) of rows whose prompts show images."""
     assert batch.pixels is not None
     body = model.base_model
-    tensors = batch.pixels.tensors
-    takes = inspect.signature(body.get_image_features).parameters
-    seen = body.get_image_features(
-        **{name: each for name, each in tensors.items() if name in takes}, return_dict=True
-    )
+    seen = body.get_image_features(**batch.pixels.tensors, return_dict=True)
     features = list(seen.pooler_output)
     seen.pooler_output = features * batch.pixels.num_sides
     hidden: Tensor = body(
         input_ids=batch.input_ids,
         mm_encoder_outputs={"image": seen},
         use_cache=False,
-        **_beside_pixels(model, batch),
         **layout,
     ).last_hidden_state
     return hidden
@@ -148,17 +161,7 @@ def own_inputs(model: PreTrainedModel, batch: PairBatch) -> dict[str, Any]:
     if batch.pixels is None:
         return {}
     along = FAMILIES[model.config.model_type].joined_along
-    pixels = {
+    return {
         name: torch.cat([each] * batch.pixels.num_sides, dim=along)
         for name, each in batch.pixels.tensors.items()
     }
-    return _beside_pixels(model, batch) | pixels
-
-
-def _beside_pixels(model: PreTrainedModel, batch: PairBatch) -> dict[str, Any]:
-    assert batch.pixels is not None
-    if not FAMILIES[model.config.model_type].wants_token_types:
-        return {}
-    is_image = batch.input_ids == model.config.image_token_id
-    grids = torch.cat([batch.pixels.tensors["image_grid_thw"]] * batch.pixels.num_sides)
-    return {"mm_token_type_ids": is_image.int(), "image_grid_thw": grids}
