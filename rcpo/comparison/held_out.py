@@ -48,9 +48,9 @@ class Origin:
 def model_folder(model: "ModelConfig") -> Path:
     """Where the model is, if it is in a folder; no folder for a hub id."""
     import rcpo.builtin
-    from rcpo.config.names import BUILTIN
+    from rcpo.config.names import TINY
 
-    return Path(rcpo.builtin.__file__).parent / model.path.removeprefix("builtin:") if model.path in BUILTIN else Path(model.path)
+    return Path(rcpo.builtin.__file__).parent / "tiny" if model.path == TINY else Path(model.path)
 
 
 def data_settings(run: ComparedRun) -> dict[str, Any]:

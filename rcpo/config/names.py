@@ -13,9 +13,6 @@ from rcpo.config.schema import Config
 
 TINY = "builtin:tiny"
 """`model.path` of the model that ships with rcpo."""
-TINY_VISION = "builtin:tiny_vision"
-"""Of the one that sees."""
-BUILTIN = (TINY, TINY_VISION)
 
 
 def model_label(config: Config) -> str:

@@ -170,9 +170,9 @@ def _check_tracking(tracking: TrackingConfig) -> None:
 
 def _check_places(data: DataConfig) -> None:
     """Where pairs are read from."""
-    if data.source != "file":
+    if data.source == "arithmetic":
         if data.mix is not None:
-            raise UserError(f"data.mix: data={data.source} reads no file; type data=file")
+            raise UserError("data.mix: data=arithmetic reads no file; type data=file")
         return
     if data.path is None and data.mix is None:
         raise UserError("data.path: has no value and data=file needs one; type data.path=PAIRS.jsonl")

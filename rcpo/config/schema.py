@@ -62,7 +62,7 @@ class LoraConfig:
 @defaults_in("every_model")
 class ModelConfig:
     path: Text
-    """builtin:tiny, builtin:tiny_vision, a folder with safetensors weights, or a hub id."""
+    """builtin:tiny, a folder with safetensors weights, or a hub id."""
     revision: Text | None = IN_CONF
     """Branch, tag or commit of a hub id; null: its main branch. The run keeps the commit that it found."""
     dtype: Literal["auto", "float32", "bfloat16"] = IN_CONF
@@ -168,8 +168,8 @@ Mix = Annotated[list[MixPart], BeforeValidator(_mix)]
 @dataclass(frozen=True, config=STRICT)
 @defaults_in("data/file", "every_data")
 class DataConfig:
-    source: Literal["arithmetic", "shapes", "file"]
-    """arithmetic: generated word problems. shapes: generated pictures with a question each. file: anything that `path` names."""
+    source: Literal["arithmetic", "file"]
+    """arithmetic: generated word problems. file: anything that `path` names."""
     path: Paths | None = IN_CONF
     """File, glob ('pairs/*.jsonl'), folder or hub id, or a list of them ('[a.jsonl, b.csv]'); for
     source=file."""
@@ -198,7 +198,7 @@ class DataConfig:
     """Held-out pairs: at most this many of the held-out set, or drawn from the training pairs where there is
     none; a fifth of them where fewer than a fifth would be left to train on."""
     seed: Seed = IN_CONF
-    """Fixes which pairs are held out (and, for generated data, the problems)."""
+    """Fixes which pairs are held out (and, for arithmetic, the problems)."""
     on_bad_row: Literal["error", "drop"] = "error"  # conf/ has drop for files; a bad problem is rcpo's own
     """A row that cannot train: stop with its number and reason, or drop and count it."""
     as_chat: bool | None = IN_CONF
@@ -276,7 +276,7 @@ class DeepSpeedConfig:
 @defaults_in("config train")
 class TrainConfig:
     steps: Annotated[int, Field(gt=0, le=10**9)] | None = IN_CONF
-    """Optimizer steps; null with epochs null: 150 for generated data, else one epoch."""
+    """Optimizer steps; null with epochs null: 150 for arithmetic data, else one epoch."""
     epochs: Annotated[float, Field(gt=0, le=1e6)] | None = IN_CONF
     """Passes over the training pairs, rounded up to whole steps; steps or epochs, not both."""
     pairs_per_step: Positive = IN_CONF

@@ -148,10 +148,7 @@ def pixels_of(pairs: Sequence["TokenizedPair"]) -> Pixels | None:
         return None
     parts = [each.pixels() for each in seen]
     return Pixels(
-        {
-            name: torch.cat([part[name] for part in parts], dim=seen[0].sight.joined_along)
-            for name in parts[0]
-        }
+        {name: torch.cat([part[name] for part in parts], dim=seen[0].sight.joined_along) for name in parts[0]}
     )
 
 

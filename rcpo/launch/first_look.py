@@ -7,7 +7,7 @@ from typing import Any
 
 from rcpo.config.conditions import check_conditions
 from rcpo.config.evaluation import check_option, refuse_missing_harness
-from rcpo.config.names import BUILTIN, absolute, absolute_run_dir, all_absolute, check_name
+from rcpo.config.names import TINY, absolute, absolute_run_dir, all_absolute, check_name
 from rcpo.config.schema import Config
 from rcpo.config.validate import section_of
 from rcpo.models.places import check_config_file, refuse_no_place
@@ -37,7 +37,7 @@ def look(tree: dict[str, Any], overwrite: bool) -> None:
 
 def _look_at_model(path: str) -> None:
     refuse_no_place(path)
-    if path not in BUILTIN and Path(path).is_dir() and not (Path(path) / "adapter_config.json").is_file():
+    if path != TINY and Path(path).is_dir() and not (Path(path) / "adapter_config.json").is_file():
         check_config_file(Path(path), path)
 
 

@@ -15,7 +15,7 @@ from rcpo.common.console import percent
 from rcpo.common.errors import UserError
 from rcpo.config.compose import Composition, config_dirs, look_at
 from rcpo.config.meanings import leaves, option_file, shown
-from rcpo.config.names import BUILTIN
+from rcpo.config.names import TINY
 from rcpo.config.resolve import resolve
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.config.validate import validate
@@ -106,7 +106,7 @@ class Origins:
 
 def _lines(config: ResolvedConfig, inputs: Inputs, origins: Origins) -> Iterator[Line]:
     train, optim, of = config.train, config.optim, origins.of
-    tiny, ranks = config.model.path in BUILTIN, config.world_size()
+    tiny, ranks = config.model.path == TINY, config.world_size()
     adapter = config.model.lora.rank is not None
     yield Line("run_dir", config.run_dir, of("run_dir", "runs/NAME"))
     yield Line("objective", shown(_loss(config)), "its option and your words")

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 from rcpo.common.hub import SECONDS, HubName, commit_now, one_line_faults
-from rcpo.config.names import BUILTIN
+from rcpo.config.names import TINY
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.records.hub import revisions_at_commits
 
@@ -93,7 +93,7 @@ def at_commit(config: ResolvedConfig) -> ResolvedConfig:
 
 def is_hub_id(path: str) -> bool:
     """Whether it is none of a folder and builtin:tiny; that it may be one, `rcpo.models.places` says."""
-    return path not in BUILTIN and not os.path.isdir(path)
+    return path != TINY and not os.path.isdir(path)
 
 
 def is_commit_here(path: str, commit: str | None) -> bool:

@@ -2,8 +2,8 @@
 encoded once for both sides of its pair.
 
 transformers' bodies take what their vision tower made of the images, as `mm_encoder_outputs`: it is made of
-the B pairs' images, and stands twice in what the 2B rows are given. So the tower runs on B images, forward and
-back. What follows, from the text decoder on, is that of any language model: the head, the scores and the
+the B pairs' images, and stands twice in what the 2B rows are given. So the tower runs on B images, forward
+and back. What follows, from the text decoder on, is that of any language model: the head, the scores and the
 calibration know no images.
 
 Does not own reading images (`rcpo.data.pictures`) or loading weights (`rcpo.models.load`, which calls this).

@@ -45,15 +45,19 @@ class Image:
         """Equal for images of one file, or of equal bytes."""
         return str(self.path) if self.data is None else hashlib.blake2b(self.data).hexdigest()
 
+    def _num_bytes(self) -> int | None:
+        """None where there is no file."""
+        if self.data is not None:
+            return len(self.data)
+        return self.path.stat().st_size if self.path is not None and self.path.is_file() else None
+
     def open(self) -> "Picture":
         """The decoded image, upright and in RGB. Raises BadRowError; the reason names no file."""
         import PIL.Image
         import PIL.ImageOps
 
         source: Any = self.path if self.data is None else io.BytesIO(self.data)
-        if (self.data is not None and not self.data) or (
-            self.path is not None and self.data is None and self.path.is_file() and not self.path.stat().st_size
-        ):
+        if self._num_bytes() == 0:
             raise BadRowError("an image is empty (0 bytes)")
         try:
             with warnings.catch_warnings():
@@ -83,8 +87,8 @@ class Image:
 def with_images(
     record: PreferenceRecord, values: Mapping[str, Any], folder: Callable[[], Path | None]
 ) -> PreferenceRecord:
-    """The record with the images of its row, whose paths are relative to what `folder` gives; as it is where the row has
-    none. Raises BadRowError where images and places do not match."""
+    """The record with the images of its row, whose paths are relative to what `folder` gives; as it is where
+    the row has none. Raises BadRowError where images and places do not match."""
     given = [values.get(name) for name in COLUMNS]
     images = [_image(each, folder) for column in given for each in _listed(column)]
     turns = record.prompt if isinstance(record.prompt, list) else []

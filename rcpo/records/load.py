@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 from rcpo.common.errors import UserError
 from rcpo.config.schema import DataConfig
-from rcpo.records.account import Account, RowAccount, why
 from rcpo.records import images, shapes
+from rcpo.records.account import Account, RowAccount, why
 from rcpo.records.arithmetic import arithmetic_records
-from rcpo.records.counting import shapes_records
 from rcpo.records.messages import parsed_quietly, unused_keys, without_system
 from rcpo.records.mixture import drawn
 from rcpo.records.places import Place, held_out_place, mixed_place, training_place
@@ -57,8 +56,8 @@ def load_records(
     pairs are drawn from those. Raises UserError with one line for bad input.
     """
     _check_parts(config, weighing)
-    if config.source != "file":
-        return _load_made(config, train, held_out)
+    if config.source == "arithmetic":
+        return _load_arithmetic(config, train, held_out)
     report: list[str] = []
     training = _read_training(config, report, weighing)
     own = held_out_place(config)
@@ -70,30 +69,19 @@ def load_records(
     return PreferenceData(selected.train, selected.held_out, report, selected.account)
 
 
-MADE = {"arithmetic": (arithmetic_records, "tiny"), "shapes": (shapes_records, "tiny_vision")}
-"""Pairs that are made on the spot, and the model that has their words."""
-
-
-def _load_made(config: DataConfig, train: Judge, held_out: Judge) -> PreferenceData:
+def _load_arithmetic(config: DataConfig, train: Judge, held_out: Judge) -> PreferenceData:
     if config.path is not None:
-        raise UserError(f"data.path={config.path}: data={config.source} reads no file; type data=file")
+        raise UserError(f"data.path={config.path}: data=arithmetic reads no file; type data=file")
     if config.columns:
-        raise UserError(
-            f"data.columns: data={config.source} has no columns; type data=file data.path=PAIRS.jsonl"
-        )
+        raise UserError("data.columns: data=arithmetic has no columns; type data=file data.path=PAIRS.jsonl")
     if config.train_pairs is None:
-        raise UserError(
-            f"data.train_pairs=null: data={config.source} needs a number; type data.train_pairs=2048"
-        )
-    make, model = MADE[config.source]
-    both = make(config.train_pairs, config.eval_pairs, config.seed)
+        raise UserError("data.train_pairs=null: data=arithmetic needs a number; type data.train_pairs=2048")
+    both = arithmetic_records(config.train_pairs, config.eval_pairs, config.seed)
     for records, judge in zip(both, (train, held_out), strict=True):
         for reason in filter(None, judge(records)):
-            raise UserError(
-                f"data={config.source}: {reason}; type model={model}, or data=file data.path=PAIRS.jsonl"
-            )
+            raise UserError(f"data=arithmetic: {reason}; type model=tiny, or data=file data.path=PAIRS.jsonl")
     account = RowAccount(
-        config.source, config.train_pairs + config.eval_pairs, held_out=len(both[1]), trained=len(both[0])
+        "arithmetic", config.train_pairs + config.eval_pairs, held_out=len(both[1]), trained=len(both[0])
     )
     return PreferenceData(*both, [], Account(account, None, [record.row for record in both[1]]))
 
@@ -244,9 +232,9 @@ def _check_parts(config: DataConfig, weighing: Weighing) -> None:
                 f"data.columns.{part}={name}: has no effect without {kind}; "
                 f"type objective.sample_weight={kind} as well"
             )
-    if weighing.parts and config.source != "file":
+    if weighing.parts and config.source == "arithmetic":
         raise UserError(
-            f"objective.sample_weight: data={config.source} has no column {weighing.parts[0]}; "
+            f"objective.sample_weight: data=arithmetic has no column {weighing.parts[0]}; "
             "type data=file data.path=PAIRS.jsonl, or objective.sample_weight=null"
         )
 

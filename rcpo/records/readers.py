@@ -51,7 +51,6 @@ class Rows:
         name, start = self.parts[bisect.bisect_right([first for _, first in self.parts], number) - 1]
         return f"row {number} (counted from 0; row {number - start} of {name})"
 
-
     def folder_of(self, number: int) -> Path | None:
         """Where the file of a row lies, which paths in it are relative to; None of data of the hub."""
         name = self.parts[bisect.bisect_right([first for _, first in self.parts], number) - 1][0]

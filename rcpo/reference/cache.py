@@ -107,8 +107,8 @@ def pair_keys(pair: TokenizedPair) -> tuple[bytes, bytes]:
     keys = side_key(pair.chosen), side_key(pair.rejected)
     if pair.pictures is None:
         return keys
-    w, l = (hashlib.blake2b(key + pair.pictures.digest, digest_size=KEY_BYTES).digest() for key in keys)
-    return w, l
+    seen = pair.pictures.digest
+    return tuple(hashlib.blake2b(key + seen, digest_size=KEY_BYTES).digest() for key in keys)  # type: ignore
 
 
 def place_keys(kind: str, pairs: Sequence[TokenizedPair]) -> list[tuple[bytes, bytes]]:

@@ -1,7 +1,6 @@
-"""Tiny random vision-language models with their processors, as folders: from transformers' configs, no network.
+"""Tiny random vision-language models with their processors, as folders: from transformers' configs.
 
-Of three families: llava (an image is a fixed number of tokens), idefics3 (an image is cut into tiles) and
-qwen2_vl (an image has tokens by its size, and positions in three dimensions).
+Of two families: llava (an image is a fixed number of tokens) and idefics3 (an image is cut into tiles).
 """
 
 import io
@@ -22,16 +21,17 @@ from transformers import (
     LlavaProcessor,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    Qwen2VLImageProcessorPil,
     set_seed,
 )
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
-from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 
-WORDS = tuple("a b c d e f g h what is in this picture it shows red blue green and two three".split())
+WORDS = (
+    "a", "b", "c", "d", "e", "f", "g", "h", "what", "is", "in", "this", "picture", "it", "shows", "red", "blue",
+    "green", "and", "two", "three",
+)  # fmt: skip
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}IMAGE"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>"
     "{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
@@ -42,10 +42,7 @@ TOKENS = {
         "<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>",
         *(f"<row_{row}_col_{col}>" for row in (1, 2) for col in (1, 2)), "\n", "\n\n",
     ),
-    "qwen2_vl": ("<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"),
 }  # fmt: skip
-WRITTEN = {"llava": "<image>", "idefics3": "<image>", "qwen2_vl": "<|vision_start|><|image_pad|><|vision_end|>"}
-"""What the chat template writes for an image."""
 TEXT: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512, "initializer_range": 0.2,
@@ -62,7 +59,7 @@ def make_tokenizer(family: str) -> PreTrainedTokenizerFast:
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>",
-        chat_template=CHAT_TEMPLATE.replace("IMAGE", WRITTEN[family]), model_max_length=512,
+        chat_template=CHAT_TEMPLATE, model_max_length=512,
     )  # fmt: skip
 
 
@@ -108,7 +105,9 @@ def _idefics3(tokenizer: PreTrainedTokenizerFast) -> tuple[PreTrainedModel, Any]
     image_processor = Idefics3ImageProcessorPil(
         size={"longest_edge": 32}, max_image_size={"longest_edge": 16}, do_image_splitting=True
     )
-    processor = Idefics3Processor(image_processor, tokenizer, image_seq_len=1, chat_template=tokenizer.chat_template)
+    processor = Idefics3Processor(
+        image_processor, tokenizer, image_seq_len=1, chat_template=tokenizer.chat_template
+    )
     model = _model(
         "idefics3",
         tokenizer,
@@ -125,31 +124,7 @@ def _idefics3(tokenizer: PreTrainedTokenizerFast) -> tuple[PreTrainedModel, Any]
     return model, processor
 
 
-def _qwen2_vl(tokenizer: PreTrainedTokenizerFast) -> tuple[PreTrainedModel, Any]:
-    image_processor = Qwen2VLImageProcessorPil(patch_size=8, min_pixels=16 * 16, max_pixels=48 * 48)
-    tokenizer.image_token, tokenizer.video_token = "<|image_pad|>", "<|video_pad|>"
-    processor = Qwen2VLProcessor(image_processor, tokenizer, None, tokenizer.chat_template)
-    model = _model(
-        "qwen2_vl",
-        tokenizer,
-        text_config={
-            "model_type": "qwen2_vl_text", "vocab_size": len(tokenizer), **TEXT,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
-        },
-        vision_config={
-            "embed_dim": 32, "hidden_size": 32, "depth": 2, "num_heads": 2, "mlp_ratio": 1, "patch_size": 8,
-            "initializer_range": 0.2,
-        },
-        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
-        video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
-        vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
-        vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
-        tie_word_embeddings=False,
-    )  # fmt: skip
-    return model, processor
-
-
-MAKERS = {"llava": _llava, "idefics3": _idefics3, "qwen2_vl": _qwen2_vl}
+MAKERS = {"llava": _llava, "idefics3": _idefics3}
 
 
 def picture(seed: int, width: int = 30, height: int = 20) -> PIL.Image.Image:

@@ -80,7 +80,9 @@ def test_z_and_gradient_are_those_of_plain_torch(made: Made) -> None:
     coefficients = torch.tensor([[-0.3, -0.7, 0.2, -0.5, 0.4], [0.6, 0.1, -0.8, 0.9, 0.3]])
     expected = torch.stack([torch.stack(plain_z(model, pair)) for pair in pairs], dim=1)
     (coefficients * expected).sum().backward()
-    gradient = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    gradient = {
+        name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None
+    }
     assert any("vision" in name for name in gradient)
     model.zero_grad()
     z = Policy(model)(collate(pairs, 0)).view(2, -1)
@@ -88,7 +90,9 @@ def test_z_and_gradient_are_those_of_plain_torch(made: Made) -> None:
     assert torch.allclose(z, expected, atol=1e-4)
     for name, weight in model.named_parameters():
         if name in gradient:
-            assert torch.allclose(weight.grad, gradient[name], atol=2e-4 * max(1.0, gradient[name].abs().max())), name
+            assert torch.allclose(
+                weight.grad, gradient[name], atol=2e-4 * max(1.0, gradient[name].abs().max())
+            ), name
 
 
 def test_the_tower_runs_on_each_image_once(made: Made) -> None:
@@ -139,7 +143,8 @@ def trained_names(config: ModelConfig) -> set[str]:
 
 def test_what_trains_is_what_is_asked_for(made: Made) -> None:
     frozen, projector, everything = (
-        trained_names(dataclasses.replace(made.config, vision=vision)) for vision in ("frozen", "projector", "train")
+        trained_names(dataclasses.replace(made.config, vision=vision))
+        for vision in ("frozen", "projector", "train")
     )
     assert frozen < projector < everything
     assert not [name for name in frozen if "vision" in name or "projector" in name or "connector" in name]
@@ -151,7 +156,9 @@ def test_a_prompt_with_images_is_not_cut(made: Made) -> None:
     shortest = min(pair.chosen.num_prompt for pair in made.pairs)
     data = tokens_of(made.folder, made.tokenizer, max_length=shortest)
     (reason,) = data.dropped
-    assert reason == f"the prompt with its images does not fit into train.max_length={shortest}, and is not cut"
+    assert (
+        reason == f"the prompt with its images does not fit into train.max_length={shortest}, and is not cut"
+    )
     longest = max(pair.chosen.num_prompt for pair in made.pairs)
     kept = tokens_of(made.folder, made.tokenizer, max_length=2 * longest)
     assert len(kept.pairs) == len(made.pairs)

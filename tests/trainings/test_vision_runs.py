@@ -65,7 +65,8 @@ def test_a_run_ends_with_a_model_that_answers_an_image(folder: Path) -> None:
 
 def test_micro_batches_do_not_matter(folder: Path) -> None:
     runs = [
-        trained(folder, f"split-{size}", "model.vision=train", f"train.pairs_per_device={size}") for size in (1, 4)
+        trained(folder, f"split-{size}", "model.vision=train", f"train.pairs_per_device={size}")
+        for size in (1, 4)
     ]
     weights = [load_file(run / "final" / "model.safetensors") for run in runs]
     start = load_file(folder / "model" / "model.safetensors")
