@@ -141,11 +141,9 @@ def _file_digest(path: Path) -> str:
 
 def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> list[Any] | None:
     kind = type(tokenizer)
-    if (
-        sight_of(tokenizer) is not None
-        or not tokenizer.is_fast
-        or not kind.__module__.startswith("transformers.")
-    ):
+    if sight_of(tokenizer) is not None:
+        return None
+    if not tokenizer.is_fast or not kind.__module__.startswith("transformers."):
         return None
     templates = tokenizer.chat_template
     clock = _clock_of(json.dumps(templates, ensure_ascii=False))

@@ -108,7 +108,8 @@ def pair_keys(pair: TokenizedPair) -> tuple[bytes, bytes]:
     if pair.pictures is None:
         return keys
     seen = pair.pictures.digest
-    return tuple(hashlib.blake2b(key + seen, digest_size=KEY_BYTES).digest() for key in keys)  # type: ignore
+    chosen, rejected = (hashlib.blake2b(key + seen, digest_size=KEY_BYTES).digest() for key in keys)
+    return chosen, rejected
 
 
 def place_keys(kind: str, pairs: Sequence[TokenizedPair]) -> list[tuple[bytes, bytes]]:

@@ -26,8 +26,8 @@ from transformers import (
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
 WORDS = (
-    "a", "b", "c", "d", "e", "f", "g", "h", "what", "is", "in", "this", "picture", "it", "shows", "red", "blue",
-    "green", "and", "two", "three",
+    "a", "b", "c", "d", "e", "f", "g", "h", "what", "is", "in", "this", "picture", "it", "shows", "red",
+    "blue", "green", "and", "two", "three",
 )  # fmt: skip
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"

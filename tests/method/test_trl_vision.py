@@ -64,7 +64,7 @@ def test_a_batch_with_images_is_trls(tmp_path: Path) -> None:
             use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[], save_strategy="no",
             beta=BETA, max_length=None, disable_dropout=True,
         ),
-        train_dataset=Dataset.from_list([{"images": ["x"], **dict.fromkeys(("prompt", "chosen", "rejected"), "x")}]),
+        train_dataset=Dataset.from_list([dict.fromkeys(("images", "prompt", "chosen", "rejected"), "x")]),
         processing_class=processor,
     )  # fmt: skip
     seen = trainer.data_collator(examples)

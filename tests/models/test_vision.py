@@ -173,10 +173,9 @@ def test_an_image_that_changes_is_an_error(made: Made, tmp_path: Path) -> None:
 
 
 def test_a_response_cannot_have_the_token_of_images(made: Made) -> None:
-    row = made.rows[0]
+    data = load_records(DataConfig("file", str(made.folder / "pairs.jsonl"), eval_pairs=1))
     token = made.tokenizer.rcpo_sight.processor.image_token
-    bad = {**row, "chosen": [{"role": "assistant", "content": f"it {token} shows"}]}
-    (made.folder / "token.jsonl").write_text("\n".join(map(json.dumps, [*made.rows, bad])))
-    data = load_records(DataConfig("file", str(made.folder / "token.jsonl"), eval_pairs=1))
-    dropped = tokenize_records(data.train, made.tokenizer, 256, None, "drop").dropped
-    assert list(dropped) in ([f"a response has the text {token}, which stands for images"], [])
+    chosen = [{"role": "assistant", "content": f"it {token} shows"}]
+    bad = dataclasses.replace(data.train[0], chosen=chosen)
+    dropped = tokenize_records([bad, *data.train], made.tokenizer, 256, None, "drop").dropped
+    assert list(dropped) == [f"a response has the text {token}, which stands for images"]
