@@ -93,9 +93,6 @@ def with_images(
     images = [_image(each, folder) for column in given for each in _listed(column)]
     turns = record.prompt if isinstance(record.prompt, list) else []
     num_places = sum(turn["content"].count(PLACE) for turn in turns)
-    for name, side in (("chosen", record.chosen), ("rejected", record.rejected)):
-        if isinstance(side, list) and any(PLACE in turn["content"] for turn in side):
-            raise BadRowError(f"{name} has an image; images stand in the prompt alone")
     if not images and not num_places:
         return record
     if all(_listed(column) for column in given):

@@ -270,6 +270,10 @@ def _check_parts(record: PreferenceRecord) -> None:
     for name, side in (("chosen", record.chosen), ("rejected", record.rejected)):
         if not _text(side).strip():
             raise BadRowError(f"{name if record.label is None else 'completion'} is empty")
+        if isinstance(side, list) and PLACE in side[0]["content"]:
+            raise BadRowError(
+                f"{name} has a message with a part of the type image; images stand in the prompt alone"
+            )
     if record.chosen == record.rejected and record.label is None:
         raise BadRowError("the sides are identical")
     if not _text(record.prompt).strip():

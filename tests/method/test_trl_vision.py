@@ -80,7 +80,7 @@ def test_a_batch_with_images_is_trls(tmp_path: Path) -> None:
     theirs.train()
     their_loss = trainer.compute_loss(theirs, seen)
     their_loss.backward()
-    assert abs(float(loss) - float(their_loss)) < 1e-5
+    assert abs(float(loss.detach()) - float(their_loss.detach())) < 1e-5
     for (name, mine), (_, other) in zip(
         ours.model.named_parameters(), theirs.named_parameters(), strict=True
     ):

@@ -111,7 +111,7 @@ BAD = {
     "a place alone": (row(prompt=shown("", "x")), "a part of the type image, and the row has no image"),
     "in a response": (
         row(images=["a.png"], chosen=[{"role": "assistant", "content": [{"type": "image"}]}]),
-        "chosen has an image; images stand in the prompt alone",
+        "part of the type image; images stand in the prompt alone",
     ),
     "both columns": (row(images=["a.png"], image="a.png"), "both columns images and image"),
     "plain text": (
