@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rcpo.data.pairs import NO_SIDE, TokenizedPair, TokenizedSide
+from rcpo.data.pictures import Pixels, pixels_of
 from rcpo.ranks.transfer import to_device
 
 PREFIX, OF_CHOSEN, OF_REJECTED = 0, 1, 2
@@ -91,6 +92,8 @@ class PairBatch(NamedTuple):
     """(E,) fp32: what the router's summed probability of each expert costs, where a pass is to tell that."""
     present: Present | None = None
     """How many responses are there; None: all of them."""
+    pixels: Pixels | None = None
+    """What the prompts show; None where no prompt has an image."""
 
     def to(self, device: torch.device) -> "PairBatch":
         return PairBatch(
@@ -106,6 +109,7 @@ class PairBatch(NamedTuple):
             gives_log_weights=self.gives_log_weights,
             expert_costs=_moved(self.expert_costs, device),
             present=self.present,
+            pixels=None if self.pixels is None else self.pixels.to(device),
         )
 
     def side(self, chosen: bool) -> "PairBatch":
@@ -115,6 +119,7 @@ class PairBatch(NamedTuple):
         num_pairs, width = self.num_pairs, self.input_ids.shape[1]
         num_rows = num_pairs if self.present is None else max(1, self.present.chosen)
         num_chosen = self.num_chosen_tokens
+        pixels = None if self.pixels is None else self.pixels.of_side()
         if chosen:
             return PairBatch(
                 self.input_ids[:num_rows],
@@ -125,6 +130,7 @@ class PairBatch(NamedTuple):
                 ref_token_logps=_part(self.ref_token_logps, slice(num_chosen)),
                 token_weights=_part(self.token_weights, slice(num_chosen)),
                 gives_log_weights=self.gives_log_weights,
+                pixels=pixels,
             )
         return PairBatch(
             self.input_ids[num_rows:],
@@ -135,6 +141,7 @@ class PairBatch(NamedTuple):
             ref_token_logps=_part(self.ref_token_logps, slice(num_chosen, None)),
             token_weights=_part(self.token_weights, slice(num_chosen, None)),
             gives_log_weights=self.gives_log_weights,
+            pixels=pixels,
         )
 
     @property
@@ -196,6 +203,7 @@ def collate(pairs: Sequence[TokenizedPair], pad_id: int) -> PairBatch:
         lengths=lengths,
         num_chosen_tokens=int(lengths[: len(pairs)].sum()),
         present=present_in(lengths),
+        pixels=pixels_of(pairs),
     )
 
 

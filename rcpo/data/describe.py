@@ -7,6 +7,9 @@ from transformers import PreTrainedTokenizerBase
 from rcpo.data.generation import special_ids
 from rcpo.data.pairs import PackedPairs, TokenizedPair
 
+_MANY = 5
+"""Of one special token in a row: their number is shown, as of those that stand for an image."""
+
 
 def describe_pair(pair: TokenizedPair, tokenizer: PreTrainedTokenizerBase) -> str:
     """One decoded pair for the log: response tokens, which alone are scored, in « », special tokens in ⟦
@@ -47,7 +50,9 @@ def decoded(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     parts = []
     for is_special, run in groupby(ids, lambda token: token in special):
         if is_special:
-            parts += [f"⟦{tokenizer.convert_ids_to_tokens(token)}⟧" for token in run]
+            for token, same in groupby(run):
+                num, shown = len(list(same)), f"⟦{tokenizer.convert_ids_to_tokens(token)}⟧"
+                parts.append(shown * num if num < _MANY else f"{shown} x {num}")
         else:
             parts.append(str(tokenizer.decode(list(run), clean_up_tokenization_spaces=False)))
     return "".join(parts)

@@ -46,6 +46,7 @@ class MismatchedPairs(Sequence[TokenizedPair]):
             self._joined(prompts.chosen if prompts.chosen.num_tokens else only, responses.chosen),
             self._joined(prompts.rejected if prompts.rejected.num_tokens else only, responses.rejected),
             prompts.row,
+            pictures=prompts.pictures,
         )
 
     def _joined(self, prompt: TokenizedSide, response: TokenizedSide) -> TokenizedSide:

@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rcpo.data.pictures import Pictures
+
 Ids: TypeAlias = NDArray[np.int32]
 
 
@@ -66,6 +68,8 @@ class TokenizedPair:
     """What multiplies the pair's loss, finite and >= 0."""
     scores: tuple[float, float] | None = None
     """Of a slot of a list (`rcpo.data.lists`): of its two responses, 0 where one is missing; None: a pair."""
+    pictures: Pictures | None = None
+    """What the prompt shows, which both sides see."""
 
     @property
     def sides(self) -> tuple[TokenizedSide, ...]:
@@ -100,8 +104,10 @@ class PairArrays(NamedTuple):
 class PackedPairs(Sequence[TokenizedPair]):
     """Pairs as arrays; an item is a view that is made when it is asked for."""
 
-    def __init__(self, arrays: PairArrays) -> None:
+    def __init__(self, arrays: PairArrays, pictures: NDArray[np.object_] | None = None) -> None:
         self.arrays = arrays
+        self.pictures = pictures
+        """(n,) of each pair its `Pictures` or None; None where no pair has any."""
 
     def __len__(self) -> int:
         return len(self.arrays.rows)
@@ -125,7 +131,10 @@ class PackedPairs(Sequence[TokenizedPair]):
         ]
         score_w, score_l = of.scores[where].tolist()
         scores = None if math.isnan(score_w) else (score_w, score_l)
-        return TokenizedPair(sides[0], sides[1], int(of.rows[where]), float(of.weights[where]), scores)
+        pictures = None if self.pictures is None else self.pictures[where]
+        return TokenizedPair(
+            sides[0], sides[1], int(of.rows[where]), float(of.weights[where]), scores, pictures
+        )
 
     def __iter__(self) -> Iterator[TokenizedPair]:
         return (self[idx] for idx in range(len(self)))
@@ -148,7 +157,8 @@ class PackedPairs(Sequence[TokenizedPair]):
                 of.rows[where],
                 of.weights[where],
                 of.scores[where],
-            )
+            ),
+            None if self.pictures is None else self.pictures[where],
         )
 
     @property
@@ -182,9 +192,11 @@ class PackedPairs(Sequence[TokenizedPair]):
     def unpaired(self) -> "PackedPairs":
         """Every response by itself, as a pair without its other one: of each pair the chosen one first."""
         places, columns = np.nonzero(self.present)
-        of = self.take(places.tolist()).arrays
+        taken = self.take(places.tolist())
+        of = taken.arrays
         kept = np.arange(2)[None] == columns[:, None]
-        return PackedPairs(of._replace(lengths=of.lengths * kept, num_prompt=of.num_prompt * kept))
+        arrays = of._replace(lengths=of.lengths * kept, num_prompt=of.num_prompt * kept)
+        return PackedPairs(arrays, taken.pictures)
 
     def flipped(self, which: Sequence[int]) -> "PackedPairs":
         """With chosen and rejected exchanged in the pairs at these places."""
@@ -193,7 +205,7 @@ class PackedPairs(Sequence[TokenizedPair]):
         for name in ("starts", "lengths", "num_prompt"):
             columns[name] = getattr(of, name).copy()
             columns[name][where] = columns[name][where][:, ::-1]
-        return PackedPairs(of._replace(**columns))
+        return PackedPairs(of._replace(**columns), self.pictures)
 
     def widths(self) -> list[int]:
         """Tokens of each pair's longer side; looks at no id."""
@@ -207,8 +219,10 @@ class Packer:
 
     def __init__(self) -> None:
         self._parts: list[PairArrays] = []
+        self._pictures: list[Pictures | None] = []
 
     def add(self, pairs: Sequence[TokenizedPair]) -> None:
+        self._pictures += [pair.pictures for pair in pairs]
         sides = [(pair.chosen, pair.rejected) for pair in pairs]
         lengths = np.array([[side.num_tokens for side in both] for both in sides], dtype=np.int64)
         ends = lengths.reshape(-1).cumsum()
@@ -237,7 +251,12 @@ class Packer:
         moved = [
             part._replace(starts=part.starts + first) for part, first in zip(self._parts, firsts, strict=True)
         ]
-        return PackedPairs(PairArrays(*(np.concatenate(columns) for columns in zip(*moved, strict=True))))
+        pictures = None
+        if any(self._pictures):
+            pictures = np.empty(len(self._pictures), dtype=np.object_)
+            pictures[:] = self._pictures
+        arrays = PairArrays(*(np.concatenate(columns) for columns in zip(*moved, strict=True)))
+        return PackedPairs(arrays, pictures)
 
 
 def pack(pairs: Iterable[TokenizedPair]) -> PackedPairs:
@@ -266,8 +285,10 @@ def without_missing(values: SideLogProbs, present: Tensor) -> SideLogProbs:
 
 
 def pair_digest(pair: TokenizedPair) -> str:
-    """Of the tokens of both sides and where the responses begin: equal where a model sees the same."""
-    return _side_digest(pair.chosen) + _side_digest(pair.rejected)
+    """Of the tokens of both sides, where the responses begin and what the prompt shows: equal where a model
+    sees the same."""
+    seen = "" if pair.pictures is None else pair.pictures.digest.hex()
+    return _side_digest(pair.chosen) + _side_digest(pair.rejected) + seen
 
 
 def _side_digest(side: TokenizedSide) -> str:

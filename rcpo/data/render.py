@@ -22,8 +22,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from rcpo.data.generation import end_tokens, generation_of, special_tokens
+from rcpo.data.pictures import Pictures
 from rcpo.data.template import REASONING, STAND_IN, Template, apply, taken_apart
-from rcpo.records.messages import Messages, without_system
+from rcpo.records.messages import PLACE, Messages, without_system
 from rcpo.records.record import BadRowError, PreferenceRecord
 
 _OPENED = re.compile(r"<([\w:]*(?:think|thought|reason)[\w:]*)>\s*$")
@@ -42,6 +43,8 @@ class Rendered:
     """Whether the texts end with the token that ends the response."""
     is_chat: bool
     """Whether a template has written the texts, with their BOS, if there is one."""
+    pictures: Pictures | None = None
+    """The prompt's images, for whose tokens the texts have room."""
 
 
 class LostPartError(BadRowError):
@@ -182,7 +185,8 @@ def unwritten(turns: Messages, prompt: str) -> set[str]:
     found = set()
     for turn in turns:
         text, name = turn["content"], turn.get("name")
-        is_said = text.strip() in prompt or "".join(text.split()) in "".join(prompt.split())
+        there = "".join(prompt.split())
+        is_said = text.strip() in prompt or all("".join(part.split()) in there for part in text.split(PLACE))
         if turn["role"] in ("system", "developer", "user") and not is_said:
             found.add(f"a {turn['role']} turn")
         if name is not None and str(name) not in prompt:

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rcpo.common.errors import UserError
 from rcpo.data.generation import end_ids, end_tokens, generation_of, special_ids, special_tokens
+from rcpo.data.pictures import in_parts
 from rcpo.records.messages import Messages
 from rcpo.records.record import BadRowError
 
@@ -200,7 +201,7 @@ def apply(
     try:
         return str(
             tokenizer.apply_chat_template(
-                [_with_both_names(turn) for turn in turns],
+                in_parts(tokenizer, [_with_both_names(turn) for turn in turns]),
                 tools=tools,
                 documents=documents,
                 tokenize=False,

@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from rcpo.common.errors import UserError
 from rcpo.config.schema import DataConfig
 from rcpo.data.generation import generation_of, special_ids
+from rcpo.data.pictures import sight_of
 from rcpo.records.places import MOST_FILES, Place, held_out_place, mixed_place, spelled_out, training_place
 from rcpo.records.readers import hub_fingerprint
 from rcpo.records.weights import Weighing
@@ -78,7 +79,8 @@ def token_key(
     template_kwargs: Mapping[str, Any] = MappingProxyType({}),
 ) -> str | None:
     """Key of the pairs; `limits` are train.max_length and train.max_prompt_length. None where a tokenizer's
-    behaviour cannot be told from its state: one in Python, or with code of its own."""
+    behaviour cannot be told from its state: one in Python, or with code of its own, or one that also sees
+    images."""
     state = _tokenizer_state(tokenizer)
     if state is None:
         return None
@@ -139,6 +141,8 @@ def _file_digest(path: Path) -> str:
 
 def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> list[Any] | None:
     kind = type(tokenizer)
+    if sight_of(tokenizer) is not None:
+        return None
     if not tokenizer.is_fast or not kind.__module__.startswith("transformers."):
         return None
     templates = tokenizer.chat_template

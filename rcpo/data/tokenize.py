@@ -27,6 +27,7 @@ from rcpo.data.describe import describe_lengths
 from rcpo.data.generation import special_ids, tokens_in_front
 from rcpo.data.lists import listed, num_ties, pairs_of_list, weighed_by_row
 from rcpo.data.pairs import NO_SIDE, PackedPairs, Packer, TokenizedPair, TokenizedSide
+from rcpo.data.pictures import sight_of
 from rcpo.data.render import (
     LostPartError,
     Rendered,
@@ -186,6 +187,7 @@ class _Work:
         self._templates: dict[str, Template] = {}
         self._ignores: dict[tuple[str, str], bool] = {}
         self._merging_helps: dict[str, bool] = {}
+        self._sight = sight_of(tokenizer)
         self._counts = Counter[str]()
         self._unused = Counter[str]()
         self._notes: dict[str, str] = {}
@@ -193,7 +195,7 @@ class _Work:
     def tokenize_batch(self, records: Sequence[PreferenceRecord]) -> list[list[TokenizedPair] | BadRowError]:
         """For each record its pair, or what becomes of its list; else the reason why it has none."""
         outcomes: list[list[TokenizedPair] | BadRowError] = []
-        rendered = [self._render(record) for record in records]
+        rendered = [self._look(record, self._render(record)) for record in records]
         encoded = iter(self._encode([whole for whole in rendered if isinstance(whole, Rendered)]))
         for record, whole in zip(records, rendered, strict=True):
             if isinstance(whole, BadRowError):
@@ -277,6 +279,20 @@ class _Work:
             self._unused[f"{part}, which the chat template does not write"] += 1
         return rendered
 
+    def _look(self, record: PreferenceRecord, whole: Rendered | BadRowError) -> Rendered | BadRowError:
+        """With room for the tokens of the row's images."""
+        if record.images and self._sight is None:
+            raise UserError(
+                f"data: row {record.row} (counted from 0) has an image, and the model reads text alone; give "
+                "a vision-language model, or data without images"
+            )
+        if self._sight is None or isinstance(whole, BadRowError):
+            return whole
+        try:
+            return self._sight.expand(whole, record.images)
+        except BadRowError as error:
+            return error
+
     def _with_cure(
         self, error: BadRowError, template: Template, record: PreferenceRecord, kwargs: Mapping[str, Any]
     ) -> BadRowError:
@@ -343,7 +359,11 @@ class _Work:
         what = "two responses" if record.scores else "the sides"
         if _has_equal(sides):
             raise BadRowError(f"{what} are identical once tokenised")
+        if record.images and record.scores:
+            raise BadRowError("a list of responses with an image; rcpo trains pairs with images alone so far")
         cut = self._cut(sides)
+        if rendered.pictures is not None and cut[0].num_prompt < sides[0].num_prompt:
+            raise BadRowError(self._too_long())
         if _has_equal(cut):
             raise BadRowError(f"{what} are identical once cut to train.max_length={self._max_length}")
         for number, (before, after) in enumerate(zip(sides, cut, strict=True)):
@@ -351,13 +371,22 @@ class _Work:
             self._counts[name] += _num_response(after) < _num_response(before)
         self._counts["prompt"] += cut[0].num_prompt < sides[0].num_prompt
         if not record.scores:
-            return [TokenizedPair(cut[0], cut[1], record.row, record.weight)]
+            return [TokenizedPair(cut[0], cut[1], record.row, record.weight, pictures=rendered.pictures)]
         if self._lists != "best_worst":
             self._counts["ties"] += num_ties(record.scores)
         return pairs_of_list(cut, record, self._lists)
 
+    def _too_long(self) -> str:
+        """Why a prompt with images is not cut: what would go is an image's tokens, or the words about it."""
+        limit, key = self._max_length, "max_length"
+        if self._max_prompt_length is not None:
+            limit, key = self._max_prompt_length, "max_prompt_length"
+        return f"the prompt with its images does not fit into train.{key}={limit}, and is not cut"
+
     def _make_single(self, side: TokenizedSide, record: PreferenceRecord) -> TokenizedPair:
         """A single answer: the side that its label says, and none."""
+        if record.images:
+            raise BadRowError("a single answer with an image; rcpo trains pairs with images alone so far")
         cut = self._cut([side])[0]
         self._counts["chosen" if record.label else "rejected"] += _num_response(cut) < _num_response(side)
         self._counts["prompt"] += cut.num_prompt < side.num_prompt

@@ -22,7 +22,7 @@ from rcpo.common.errors import UserError
 from rcpo.data.generation import tokens_in_front
 from rcpo.data.template import Template, apply, ends_of_answers, look_at_template, taken_apart
 from rcpo.evaluation.json_rows import json_rows
-from rcpo.records.messages import ROLES, BadMessageError, Messages, parsed, turns, without_system
+from rcpo.records.messages import PLACE, ROLES, BadMessageError, Messages, parsed, turns, without_system
 from rcpo.records.record import BadRowError
 
 FORMS = "instruction, prompt, messages, or turns"
@@ -89,6 +89,8 @@ def _conversation(value: Any) -> Messages:
     if not isinstance(value, list) or not all(isinstance(turn, dict) and "role" in turn for turn in value):
         raise BadRowError("has a prompt that is neither text nor messages with role and content")
     found = turns(value)
+    if any(PLACE in turn["content"] for turn in found):
+        raise BadMessageError("has a message with a part of the type image, and only text is asked")
     if found and found[-1]["role"] == "assistant":
         found.pop()
     if not found or any(turn["role"] not in ROLES for turn in found):

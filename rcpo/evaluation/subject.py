@@ -16,6 +16,7 @@ from rcpo.common.errors import UserError
 from rcpo.config.names import last_part
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.config.schema import LoraConfig, ModelConfig
+from rcpo.data.pictures import sight_of
 from rcpo.evaluation.prompts import Asking
 from rcpo.evaluation.results import FINAL, INITIAL
 from rcpo.models.adapter_files import CONFIG_FILE
@@ -52,7 +53,13 @@ class Subject:
         return "keep" if self.config is None else self.config.data.system
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.model)
+        tokenizer = load_tokenizer(self.model)
+        if sight_of(tokenizer) is not None:
+            raise UserError(
+                f"{self.name}: sees images, and answers and tasks are asked of models of text alone so far; "
+                "load its folder with transformers' AutoModelForImageTextToText and AutoProcessor"
+            )
+        return tokenizer
 
     def load(self) -> PreTrainedModel:
         """The model, for evaluation alone."""

@@ -117,9 +117,16 @@ class Run:
 
         An adapter that was saved as one is put on its base. Raises UserError where there is no final/.
         """
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-        return AutoModelForCausalLM.from_pretrained(self._final(), **options)
+        from rcpo.models.vision import is_vision
+
+        final = self._final()
+        whole = (final / "config.json").is_file()
+        sees = whole and is_vision(AutoConfig.from_pretrained(final))
+        return (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_pretrained(
+            final, **options
+        )
 
     def tokenizer(self, **options: Any) -> "PreTrainedTokenizerBase":
         """Its tokenizer, with the chat template that it was trained with."""

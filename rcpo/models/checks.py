@@ -13,6 +13,7 @@ from rcpo.models.adapters import add_adapters
 from rcpo.models.load import from_pretrained, model_place, one_line_errors, quiet_transformers, read_config
 from rcpo.models.policy import Policy
 from rcpo.models.router import check_router
+from rcpo.models.vision import check_vision, freeze_vision, has_vision, is_vision
 
 
 def check_model(config: ModelConfig) -> None:
@@ -51,6 +52,8 @@ def shapes_of(config: ModelConfig) -> PreTrainedModel:
 
 
 def _adapt_on_meta(model: PreTrainedModel, config: ModelConfig, place: str) -> None:
+    if has_vision(model):
+        freeze_vision(model, config.vision)
     if config.lora.rank is None:
         return
     lora = config.lora
@@ -66,6 +69,9 @@ CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
 def _check_architecture(config: ModelConfig) -> None:
     """By what config.json says of itself: an encoder loads as a language model, and trains to nonsense."""
     hf_config = read_config(config)
+    check_vision(config, hf_config)
+    if is_vision(hf_config):
+        return
     kind = str(next(iter(getattr(hf_config, "architectures", None) or ()), ""))
     is_causal = kind in ("", *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()) or kind.endswith(CAUSAL_ENDINGS)
     if not is_causal or getattr(hf_config, "is_encoder_decoder", False):

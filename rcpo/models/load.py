@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -30,6 +31,7 @@ from rcpo.common.errors import UserError
 from rcpo.config.names import TINY
 from rcpo.config.schema import ModelConfig
 from rcpo.data.generation import Generation, set_generation
+from rcpo.data.pictures import sight_of
 from rcpo.data.template import apply_chat_template_choice
 from rcpo.models.adapter_files import refuse_adapter
 from rcpo.models.adapters import (
@@ -44,6 +46,7 @@ from rcpo.models.generation import end_ids
 from rcpo.models.hub import hub_folder, is_hub_id
 from rcpo.models.places import check_config_file, refuse_no_place
 from rcpo.models.sizes import count_parameters
+from rcpo.models.vision import check_vision, freeze_vision, give_sight, has_vision, is_vision
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +95,11 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=config.trust_remote_code)
         ends = end_ids(place)
     set_generation(tokenizer, Generation(ends, config.response))
+    hf_config = read_config(config)
+    if is_vision(hf_config):
+        check_vision(config, hf_config)
+        with one_line_errors(config.path, "processor"), quiet_transformers():
+            give_sight(tokenizer, place, config, hf_config)
     apply_chat_template_choice(tokenizer, config.chat_template)
     return tokenizer
 
@@ -108,6 +116,8 @@ def load_model(config: ModelConfig, device: torch.device = CPU) -> PreTrainedMod
     with one_line_errors(config.path, "model"):
         model = from_pretrained(place, config, **quantization_options(config, device))
     hold_layout(model)
+    if has_vision(model):
+        freeze_vision(model, config.vision)
     add_adapters(model, config, place)
     trainable, total = count_parameters(model)
     logger.info("trainable parameters: %d of %d (%.2f %%)", trainable, total, 100 * trainable / total)
@@ -165,7 +175,8 @@ def from_pretrained(place: str, config: ModelConfig, **options: Any) -> Any:
     use_safetensors: bool | None = True
     if config.allow_pickle:  # a folder that has both is read as safetensors; of a hub id it is not known
         use_safetensors = any(Path(place).glob("*.safetensors")) if Path(place).is_dir() else None
-    loaded = AutoModelForCausalLM.from_pretrained(
+    sees = is_vision(hf_config)
+    loaded = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_pretrained(
         place,
         config=hf_config,
         dtype=getattr(torch, config.dtype),
@@ -175,7 +186,8 @@ def from_pretrained(place: str, config: ModelConfig, **options: Any) -> Any:
     )
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     _hold_routers_still(model)
-    leave_masks_unread(model)
+    if not sees:  # a tower's masks are its own
+        leave_masks_unread(model)
     return loaded
 
 
@@ -205,6 +217,8 @@ OF_LOADING = ("is_local", "local_files_only", "name_or_path", "tokenizer_file", 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write the tokenizer with its template, and nothing of where it came from."""
     tokenizer.save_pretrained(folder)
+    if (sight := sight_of(tokenizer)) is not None:
+        sight.processor.save_pretrained(str(folder))
     file = folder / "tokenizer_config.json"
     entries = json.loads(file.read_text(encoding="utf-8"))
     kept = {key: value for key, value in entries.items() if key not in OF_LOADING}

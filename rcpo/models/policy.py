@@ -15,6 +15,7 @@ from rcpo.models.attention import attention_inputs
 from rcpo.models.logit_transform import body_of, logit_transform
 from rcpo.models.logprobs import TokenLogProbHead, importance_weighted, score_shares, sum_per_side
 from rcpo.models.router import cost_of, expert_sums
+from rcpo.models.vision import hidden_with_images, own_inputs
 
 
 class Read(NamedTuple):
@@ -68,13 +69,16 @@ class Policy(nn.Module):
         if own_logits:
             return self._by_own_logits(batch)
         layout: dict[str, Any] = attention_inputs(self.model, batch)
-        if experts or batch.expert_costs is not None:
-            layout = layout | {"output_router_logits": True}
-        found = self.body(input_ids=batch.input_ids, use_cache=False, **layout)
-        if experts:
-            top_k = int(self.model.config.get_text_config().num_experts_per_tok)
-            return expert_sums(found.router_logits, batch, top_k)
-        hidden = found.last_hidden_state
+        if batch.pixels is not None:
+            hidden = hidden_with_images(self.model, batch, layout)
+        else:
+            if experts or batch.expert_costs is not None:
+                layout = layout | {"output_router_logits": True}
+            found = self.body(input_ids=batch.input_ids, use_cache=False, **layout)
+            if experts:
+                top_k = int(self.model.config.get_text_config().num_experts_per_tok)
+                return expert_sums(found.router_logits, batch, top_k)
+            hidden = found.last_hidden_state
         scores = self.head.scores
         if scores is not None:
             scores.importance = score_shares(batch, None, scores.averages)
@@ -107,7 +111,8 @@ class Policy(nn.Module):
         return rows
 
     def _by_own_logits(self, batch: PairBatch) -> Tensor:
-        logits = self.model(input_ids=batch.input_ids, use_cache=False).logits
+        images = own_inputs(self.model, batch)
+        logits = self.model(input_ids=batch.input_ids, use_cache=False, **images).logits
         picked = logits.flatten(0, 1).index_select(0, batch.token_positions).float()
         return picked.log_softmax(-1).gather(1, batch.targets[:, None]).squeeze(1)
 

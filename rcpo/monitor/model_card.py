@@ -13,9 +13,16 @@ from rcpo.monitor.summary import TABLE_HEADER, _nats, noise_text, sentence, tabl
 from rcpo.objectives import Objective
 
 
-def model_card(config: ResolvedConfig, summary: dict[str, Any], place: str, for_4: bool = False) -> str:
+def model_card(
+    config: ResolvedConfig, summary: dict[str, Any], place: str, for_4: bool = False, sees: bool = False
+) -> str:
     """README.md of a model folder that is loaded from `place`: YAML front matter, objective, calibration,
-    displacement, how to load; `for_4`: by transformers 4."""
+    displacement, how to load; `for_4`: by transformers 4; `sees`: images too."""
+    reader, reader_class, model_class = (
+        ("processor", "AutoProcessor", "AutoModelForImageTextToText")
+        if sees
+        else ("tokenizer", "AutoTokenizer", "AutoModelForCausalLM")
+    )
     objective = config.objective_function
     composed = config.composition.describe()
     settings = ", ".join(f"{key} = {value}" for key, value in objective.params().items()) or "no parameters"
@@ -52,10 +59,10 @@ half.{noise_text(summary)}
 
 ## How to load
 
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import {model_class}, {reader_class}
 
-    tokenizer = AutoTokenizer.from_pretrained("{place}")
-    model = AutoModelForCausalLM.from_pretrained("{place}")
+    {reader} = {reader_class}.from_pretrained("{place}")
+    model = {model_class}.from_pretrained("{place}")
 
 {_needs_text(config, place, for_4)}
 """

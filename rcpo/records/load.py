@@ -5,12 +5,13 @@ single rows, `rcpo.records.selection` draws. Called by `rcpo.training.read_input
 same config gives the same records on every rank."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rcpo.common.errors import UserError
 from rcpo.config.schema import DataConfig
-from rcpo.records import shapes
+from rcpo.records import images, shapes
 from rcpo.records.account import Account, RowAccount, why
 from rcpo.records.arithmetic import arithmetic_records
 from rcpo.records.lists import LISTED, read_list
@@ -114,7 +115,7 @@ def _read_training(config: DataConfig, report: list[str], weighing: Weighing) ->
 def _read_place(place: Place, config: DataConfig, report: list[str], weighing: Weighing) -> SourceRecords:
     """Records of one source, and the account of its rows; bad rows stop or are dropped as data.on_bad_row
     says."""
-    parts = (*PARTS, *FOR_TEMPLATES, *weighing.parts)
+    parts = (*PARTS, *FOR_TEMPLATES, *images.COLUMNS, *weighing.parts)
     names = {part: (config.columns or {}).get(part, part) for part in parts}
     is_named = any(part in NAMED for part in config.columns or {})
     for kind in (shapes.SINGLE, LISTED):
@@ -195,7 +196,7 @@ def _unused(source: Rows, shape: Shape, place: Place) -> list[str]:
     columns = [str(name) for name in source.columns if name not in used]
     if columns:
         lines.append(f"{NOTE}{place}: columns that are not used: {', '.join(columns)}")
-    held = used - {shape.names[part] for part in FOR_TEMPLATES}
+    held = used - {shape.names[part] for part in (*FOR_TEMPLATES, *images.COLUMNS)}
     keys = unused_keys((parsed_quietly(row.get(name)) for name in held) for row in source.rows)
     if keys:
         shown = ", ".join(f"{key} ({num} messages)" for key, num in keys.most_common())
@@ -224,8 +225,8 @@ def _doubled(records: list[PreferenceRecord], place: Place) -> list[str]:
 def _check_parts(config: DataConfig, weighing: Weighing) -> None:
     """Parts that data.columns names: known, and those of a weight also read."""
     for part, name in (config.columns or {}).items():
-        if part not in NAMED + FOR_TEMPLATES + WEIGHT_PARTS:
-            known = ", ".join(NAMED + FOR_TEMPLATES + WEIGHT_PARTS)
+        if part not in NAMED + FOR_TEMPLATES + images.COLUMNS + WEIGHT_PARTS:
+            known = ", ".join(NAMED + FOR_TEMPLATES + images.COLUMNS + WEIGHT_PARTS)
             raise UserError(
                 f"data.columns.{part}: no such part; the parts are {known}; "
                 "type data.columns='{prompt: NAME, chosen: NAME, rejected: NAME}'"
@@ -245,7 +246,7 @@ def _check_parts(config: DataConfig, weighing: Weighing) -> None:
 
 def _check_columns(seen: list[str], shape: Shape, place: Place, config: DataConfig) -> None:
     # A prompt column may be absent, and what is for templates, unless the user has named it.
-    optional = {"prompt", *FOR_TEMPLATES} - set(config.columns or {})
+    optional = {"prompt", *FOR_TEMPLATES, *images.COLUMNS} - set(config.columns or {})
     if shape.is_single:
         optional -= {"prompt"}
     if shape.choice is not None or shape.is_single or shape.is_list:
@@ -283,6 +284,7 @@ def _read_records(
                 record = read_record(*sides, number, tools, documents, kwargs, label)
             if config.as_chat:
                 record = as_messages(record, bool(shape.prompt))
+            record = images.with_images(record, values, functools.partial(source.folder_of, number))
             records.append(dataclasses.replace(record, weight=weighing.weight(values)))
         except BadRowError as error:
             if config.on_bad_row == "error":

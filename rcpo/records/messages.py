@@ -17,6 +17,8 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 """Roles that a prompt may hold; a response is one assistant turn."""
 HANDED_ON = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
 """What a message may carry beside role and content, and a template may render."""
+PLACE = "\ufdd0"
+"""Stands in a message's text where an image stands: a noncharacter of Unicode, which no text has."""
 FROM_ROLES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant",
     "function_call": "assistant", "observation": "tool",
@@ -145,7 +147,9 @@ def _part_text(part: Any) -> str:
     kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
     if isinstance(part, dict) and kind == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
-    raise BadMessageError(f"has a message with a part of the type {kind}, and only text is read")
+    if kind == "image":
+        return PLACE
+    raise BadMessageError(f"has a message with a part of the type {kind}, and only text and images are read")
 
 
 def _call(call: Any) -> Any:

@@ -51,6 +51,12 @@ class Rows:
         name, start = self.parts[bisect.bisect_right([first for _, first in self.parts], number) - 1]
         return f"row {number} (counted from 0; row {number - start} of {name})"
 
+    def folder_of(self, number: int) -> Path | None:
+        """Where the file of a row lies, which paths in it are relative to; None of data of the hub."""
+        name = self.parts[bisect.bisect_right([first for _, first in self.parts], number) - 1][0]
+        place = Path(name.rpartition(" [")[0] or name).expanduser()
+        return place.parent if place.is_file() else place if place.is_dir() else None
+
 
 def read_rows(place: Place, wanted: set[str]) -> Rows:
     """Read the rows of files, of a folder's split or of a hub data set's split, or slices of them.
@@ -245,10 +251,31 @@ def _split_of(loaded: Any, place: Place, split: str | None, wanted: set[str]) ->
         raise _unknown_split(place, named, known)
     dataset = splits[named]
     columns = dataset.column_names
-    kept = dataset.select_columns([name for name in columns if name in wanted])
+    kept = _with_files(dataset.select_columns([name for name in columns if name in wanted]))
 
     def take(chosen: range) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = (kept if len(chosen) == len(kept) else kept.select(chosen)).to_list()
         return rows
 
     return Part(f"{place.shown} [{named}]", columns, len(dataset), take)
+
+
+def _with_files(dataset: Any) -> Any:
+    """The data set with its images as their files' bytes and paths: decoded ones would be pixels of all rows
+    at once."""
+    import datasets
+
+    def undecoded(feature: Any) -> Any:
+        if isinstance(feature, datasets.Image):
+            return datasets.Image(decode=False)
+        if isinstance(feature, datasets.List | datasets.LargeList) and isinstance(
+            feature.feature, datasets.Image
+        ):
+            return type(feature)(datasets.Image(decode=False))
+        return feature
+
+    features = {name: undecoded(feature) for name, feature in dataset.features.items()}
+    changed = {name for name, feature in features.items() if feature is not dataset.features[name]}
+    for name in sorted(changed):
+        dataset = dataset.cast_column(name, features[name])
+    return dataset

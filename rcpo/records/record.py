@@ -9,10 +9,11 @@ import dataclasses
 import json
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rcpo.common.errors import shortened
 from rcpo.records.messages import (
+    PLACE,
     ROLES,
     BadMessageError,
     Messages,
@@ -21,6 +22,9 @@ from rcpo.records.messages import (
     spelled,
     turns,
 )
+
+if TYPE_CHECKING:
+    from rcpo.records.images import Image
 
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -58,6 +62,8 @@ class PreferenceRecord:
     def responses(self) -> list[str | Messages]:
         """All of them, the best first."""
         return [self.chosen, *self.between, self.rejected]
+    images: tuple["Image", ...] = ()
+    """Of the prompt, in the order of their places."""
 
 
 class BadRowError(Exception):
@@ -277,6 +283,10 @@ def _check_parts(record: PreferenceRecord) -> None:
     for name, side in (("chosen", record.chosen), ("rejected", record.rejected)):
         if not _text(side).strip():
             raise BadRowError(f"{name if record.label is None else 'completion'} is empty")
+        if isinstance(side, list) and PLACE in side[0]["content"]:
+            raise BadRowError(
+                f"{name} has a message with a part of the type image; images stand in the prompt alone"
+            )
     if record.chosen == record.rejected and record.label is None:
         raise BadRowError("the sides are identical")
     if not _text(record.prompt).strip():
@@ -308,8 +318,10 @@ def as_text(part: str | Messages) -> str:
     if isinstance(part, str):
         return part.strip()
     if len(part) == 1:
-        return part[0]["content"].strip()
-    return "\n".join(f"{message['role']}: {message['content'].strip()}" for message in part)
+        text = part[0]["content"].strip()
+    else:
+        text = "\n".join(f"{message['role']}: {message['content'].strip()}" for message in part)
+    return str(text).replace(PLACE, "[image] ")
 
 
 def shortened_texts(record: PreferenceRecord) -> list[str]:

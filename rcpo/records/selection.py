@@ -204,8 +204,8 @@ def _without(
     kept = [record for record in train if content(record) not in pairs]
     if len(kept) < len(train):
         report.append(f"{len(train) - len(kept)} training pairs dropped because they are held-out pairs too")
-    prompts = {_key([record.prompt]) for record in held_out}
-    shared = sum(_key([record.prompt]) in prompts for record in kept)
+    prompts = {_prompt(record) for record in held_out}
+    shared = sum(_prompt(record) in prompts for record in kept)
     if shared:
         report.append(f"{shared} training pairs share their prompt with a held-out pair (kept)")
     return kept
@@ -216,7 +216,12 @@ def content(record: PreferenceRecord) -> str:
     for_template = (record.tools, record.documents, record.template_kwargs)
     label = [] if record.label is None else [record.label]
     listed = [record.between, record.scores] if record.scores else []
-    return _key([record.prompt, record.chosen, record.rejected, *for_template, *label, *listed])
+    images = [image.identity for image in record.images]
+    return _key([record.prompt, record.chosen, record.rejected, *for_template, *label, *listed, *images])
+
+
+def _prompt(record: PreferenceRecord) -> str:
+    return _key([record.prompt, *(image.identity for image in record.images)])
 
 
 def _key(parts: Iterable[Any]) -> str:

@@ -103,8 +103,13 @@ class ReferenceCache:
 
 
 def pair_keys(pair: TokenizedPair) -> tuple[bytes, bytes]:
-    """Keys of both sides, whatever they are scored beside."""
-    return side_key(pair.chosen), side_key(pair.rejected)
+    """Keys of both sides, whatever they are scored beside; by the pixels of their images too."""
+    keys = side_key(pair.chosen), side_key(pair.rejected)
+    if pair.pictures is None:
+        return keys
+    seen = pair.pictures.digest
+    chosen, rejected = (hashlib.blake2b(key + seen, digest_size=KEY_BYTES).digest() for key in keys)
+    return chosen, rejected
 
 
 def place_keys(kind: str, pairs: Sequence[TokenizedPair]) -> list[tuple[bytes, bytes]]:

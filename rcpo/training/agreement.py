@@ -52,11 +52,13 @@ def _short_pair(inputs: Inputs) -> TokenizedPair:
     pair = inputs.train[min((idx for idx, width in enumerate(widths) if width), key=widths.__getitem__)]
 
     def cut(side: TokenizedSide) -> TokenizedSide:
+        if pair.pictures is not None:  # its prompt has the tokens of images, and stays whole
+            return TokenizedSide(side.input_ids[: side.num_prompt + NUM_TOKENS // 2], side.num_prompt)
         num_prompt = min(side.num_prompt, NUM_TOKENS // 2)
         first = side.num_prompt - num_prompt
         return TokenizedSide(side.input_ids[first : first + NUM_TOKENS], num_prompt)
 
-    return TokenizedPair(cut(pair.sides[0]), cut(pair.sides[-1]), pair.row)
+    return TokenizedPair(cut(pair.sides[0]), cut(pair.sides[-1]), pair.row, pictures=pair.pictures)
 
 
 def _check_passes(config: ResolvedConfig, engine: Engine, batch: PairBatch) -> None:
@@ -97,13 +99,13 @@ def _shortened(pair: TokenizedPair) -> TokenizedPair:
     keep one each."""
 
     def shorter(side: TokenizedSide) -> TokenizedSide:
-        num_front = min(SHORTENED_BY, side.num_prompt - 1)
+        num_front = 0 if pair.pictures is not None else min(SHORTENED_BY, side.num_prompt - 1)
         num_back = min(SHORTENED_BY, side.num_tokens - side.num_prompt - 1)
         return TokenizedSide(
             side.input_ids[num_front : side.num_tokens - num_back], side.num_prompt - num_front
         )
 
-    return TokenizedPair(shorter(pair.chosen), shorter(pair.rejected), pair.row)
+    return TokenizedPair(shorter(pair.chosen), shorter(pair.rejected), pair.row, pictures=pair.pictures)
 
 
 def _check_rows(config: ResolvedConfig, engine: Engine, pairs: list[TokenizedPair], pad_id: int) -> None:
@@ -113,7 +115,7 @@ def _check_rows(config: ResolvedConfig, engine: Engine, pairs: list[TokenizedPai
         return engine.logprobs_without_grad(batch.to(engine.device), tokens=True)
 
     def alone(side: TokenizedSide) -> Tensor:
-        batch = collate([TokenizedPair(side, side, 0)], pad_id)
+        batch = collate([TokenizedPair(side, side, 0, pictures=pairs[0].pictures)], pad_id)
         return token_logps(batch)[: batch.num_chosen_tokens]
 
     sides = [*(pair.chosen for pair in pairs), *(pair.rejected for pair in pairs)]

@@ -18,6 +18,7 @@ from rcpo.data.inputs import Inputs
 from rcpo.data.joint import lay_out
 from rcpo.data.lists import lists_of
 from rcpo.data.pairs import SideLogProbs, TokenizedPair, present_in_pairs, without_missing
+from rcpo.data.pictures import sight_of
 from rcpo.data.sampler import PairSampler, dealt
 from rcpo.engine.engine import Engine
 from rcpo.method.calibrators import Calibrator, build_calibrator
@@ -46,6 +47,7 @@ from rcpo.training.answers import note_answers
 from rcpo.training.by_sign import slots_of_step, with_lists
 from rcpo.training.checkpoint import REFERENCE, checkpoint_to_resume, load_checkpoint
 from rcpo.training.held_out_loss import held_out_loss
+from rcpo.training.looking import vision_row
 from rcpo.training.measurement import Measurement
 from rcpo.training.measurements import Measurements, kind_at
 from rcpo.training.micro_batch import MicroBatch, made_for
@@ -134,7 +136,8 @@ def train(
     )
     with stopping.deferred(), _closed_on_failure(sinks):
         if checkpoint is None:
-            _note_evaluation(training, SideLogProbs(start.z_w, start.z_l), start.reference)
+            result = SideLogProbs(start.z_w, start.z_l)
+            _note_evaluation(training, result, start.reference, _vision_row(training, result))
             note_answers(training)
         reason = _train_steps(training, watch or StepWatch())
         return _finish(training, reason, at_end or dict)
@@ -209,7 +212,7 @@ def _evaluate(training: Training) -> str | None:
     of_reference = training.start.reference
     if training.moving is not None:
         of_reference = training.moving.logprobs(pairs, eval_batch(training.config))
-    _note_evaluation(training, result, of_reference)
+    _note_evaluation(training, result, of_reference, _vision_row(training, result))
     note_answers(training)
     return after_evaluation(training)
 
@@ -330,9 +333,17 @@ def _start_sinks(config: ResolvedConfig, run: RunFolder, num_steps: int, start_s
     return build_sinks(config, run, num_steps, start_step)
 
 
-def _note_evaluation(training: Training, result: SideLogProbs, of_reference: SideLogProbs | None) -> None:
-    """Displacement of the held-out pairs against step 0 and their loss by the reference's z, to every sink;
-    per-pair results to the run folder."""
+def _vision_row(training: Training, result: SideLogProbs) -> dict[str, float]:
+    """Whether the policy looks at images; nothing where there are none. Collective."""
+    held_out, pad_id = training.inputs.held_out, training.inputs.pad_id
+    return vision_row(training.engine, held_out, result, pad_id, eval_batch(training.config))
+
+
+def _note_evaluation(
+    training: Training, result: SideLogProbs, of_reference: SideLogProbs | None, looks: dict[str, float]
+) -> None:
+    """Displacement of the held-out pairs against step 0, their loss by the reference's z, and whether the
+    policy `looks`, to every sink; per-pair results to the run folder."""
     if rank() != 0:
         return
     step, start, held_out = training.state.step, training.start, training.inputs.held_out
@@ -352,7 +363,7 @@ def _note_evaluation(training: Training, result: SideLogProbs, of_reference: Sid
     of_pairs = SideLogProbs(*(z[::num_slots] for z in without_missing(result, present)))
     training.run.save_pair_results(step, of_pairs)
     for sink in training.sinks:
-        sink.log_eval({"step": step} | row)
+        sink.log_eval({"step": step} | row | looks)
 
 
 def _finish(training: Training, reason: str | None, at_end: Callable[[], dict[str, float]]) -> dict[str, Any]:
@@ -374,7 +385,13 @@ def _write_end(
     with replacing(run.final) as beside:
         save_model(training.engine.policy.model, weights, training.inputs.tokenizer, beside)
         (beside / "README.md").write_text(
-            model_card(training.config, summary, run.shown(run.final)), encoding="utf-8"
+            model_card(
+                training.config,
+                summary,
+                run.shown(run.final),
+                sees=sight_of(training.inputs.tokenizer) is not None,
+            ),
+            encoding="utf-8",
         )
     plot_run(run, run.plot)
     run.update_run(summary=summary)

@@ -16,6 +16,7 @@ from rcpo.data.inputs import Inputs
 from rcpo.data.labels import check_labels, check_lists, labels_line, with_noise
 from rcpo.data.mismatched import longest_mismatched
 from rcpo.data.pairs import PackedPairs
+from rcpo.data.pictures import sight_of
 from rcpo.data.token_key import content_of, token_key
 from rcpo.data.token_store import Tokens, TokenStore
 from rcpo.data.tokenize import Tokeniser, TokenizedData
@@ -25,6 +26,7 @@ from rcpo.models.adapters import check_adapters
 from rcpo.models.attention import check_attention
 from rcpo.models.checks import check_model, check_positions, check_vocabulary
 from rcpo.models.load import load_tokenizer
+from rcpo.models.vision import check_run_with_images
 from rcpo.records.load import NOTE, PreferenceData, load_records, note_on_text
 from rcpo.records.weights import weighing_of
 from rcpo.reference.weights import check_reference
@@ -104,6 +106,8 @@ def _checked_tokenizer(config: ResolvedConfig) -> PreTrainedTokenizerBase:
     check_optimizer(config)
     check_speedups(config)
     tokenizer = load_tokenizer(config.model)
+    if sight_of(tokenizer) is not None:
+        check_run_with_images(config)
     check_vocabulary(config.model, tokenizer)
     check_model(config.model)
     return tokenizer

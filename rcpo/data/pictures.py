@@ -1,0 +1,180 @@
+"""Images on their way to the model: from a row's files to placeholder tokens, and to the pixels of a batch.
+
+A vision-language model's processor does both; the tokenizer carries it, as it carries `Generation`, so that
+whoever has the tokenizer has it too. At tokenising every image is looked at once: that it can be read, how
+many tokens stand for it, and a digest of its pixels. What is kept of it is where its file lies. A batch reads
+and processes its own images again, each once for both sides of its pair, so that memory never holds the
+pixels of a data set.
+
+Placeholders belong to the prompt. They are never cut and never scored.
+
+Does not know how a model reads pixels: `rcpo.models.vision` does, and calls `set_sight`.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rcpo.common.errors import UserError
+from rcpo.ranks.transfer import to_device
+from rcpo.records.images import Image
+from rcpo.records.messages import PLACE, Messages
+from rcpo.records.record import BadRowError
+
+if TYPE_CHECKING:
+    from rcpo.data.pairs import TokenizedPair
+    from rcpo.data.render import Rendered
+
+DIGEST_BYTES = 16
+FORMS = {"pixel_values", "pixel_attention_mask"}
+"""What of a processor's output the families of `rcpo.models.vision` read."""
+
+
+class Processor(Protocol):
+    """What is asked of transformers' processors."""
+
+    image_token: str
+
+    def __call__(self, **inputs: Any) -> Any: ...
+
+    def save_pretrained(self, folder: str) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What a vision-language model sees with."""
+
+    processor: Processor
+    joined_along: int
+    """The dimension of pixel tensors along which images stand one after the other."""
+
+    def look(self, images: Sequence[Image]) -> tuple[dict[str, Tensor], list[str]]:
+        """Pixel tensors of these images, and what the processor writes into the text for each. Raises
+        BadRowError where one cannot be read, or the processor refuses it."""
+        opened = [image.open() for image in images]
+        text = self.processor.image_token * len(images)
+        try:
+            found = self.processor(
+                images=opened, text=[text], return_tensors="pt", return_text_replacement_offsets=True
+            )
+        except (ValueError, TypeError, RuntimeError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise BadRowError(f"the model's processor refuses an image ({reason[:200]})") from None
+        pixels = {name: found[name] for name in sorted(FORMS & set(found))}
+        return pixels, [each["replacement"] for each in found["text_replacement_offsets"][0]]
+
+    def expand(self, rendered: "Rendered", images: tuple[Image, ...]) -> "Rendered":
+        """The texts with room for the tokens of the images, which stand in the prompt. Raises BadRowError
+        where the template has not written a place for each, or a text has the token of a place itself."""
+        token, split = self.processor.image_token, rendered.split
+        prompt = rendered.chosen[:split]
+        if token in rendered.chosen[split:] or token in rendered.rejected[split:]:
+            raise BadRowError(f"a response has the text {token}, which stands for images")
+        if prompt.count(token) != len(images):
+            num = prompt.count(token)
+            raise BadRowError(f"the prompt has {token} {num} times for {len(images)} images once rendered")
+        if not images:
+            return rendered
+        pixels, written = self.look(images)
+        first, *others = prompt.split(token)
+        prompt = first + "".join(new + text for new, text in zip(written, others, strict=True))
+        return dataclasses.replace(
+            rendered,
+            chosen=prompt + rendered.chosen[split:],
+            rejected=prompt + rendered.rejected[split:],
+            split=len(prompt),
+            pictures=Pictures(self, images, _digest_of(pixels), tuple(written)),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """The images of one pair's prompt."""
+
+    sight: Sight
+    images: tuple[Image, ...]
+    digest: bytes
+    """Of their pixels, after the processor."""
+    written: tuple[str, ...] = ()
+    """What stands for each image in the text."""
+
+    def pixels(self) -> dict[str, Tensor]:
+        """Read and processed anew. Raises UserError where they are not what they were at the start."""
+        names = ", ".join(str(image.path) for image in self.images if image.path is not None)
+        try:
+            pixels, _ = self.sight.look(self.images)
+        except BadRowError as error:
+            raise UserError(f"data: {error} ({names}), and could be read at the start; put it back") from None
+        if _digest_of(pixels) != self.digest:
+            raise UserError(f"data: {names} has changed since the run was started; put it back")
+        return pixels
+
+
+def _digest_of(pixels: dict[str, Tensor]) -> bytes:
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for name, tensor in pixels.items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.digest()
+
+
+class Pixels(NamedTuple):
+    """The images of a batch's pairs, in the order of the pairs, each once; the rows of both sides see
+    them."""
+
+    tensors: dict[str, Tensor]
+    """By the names of the model's arguments."""
+    num_sides: int = 2
+    """How many times the rows of a batch go through the pairs."""
+
+    def to(self, device: torch.device) -> "Pixels":
+        return Pixels({name: to_device(each, device) for name, each in self.tensors.items()}, self.num_sides)
+
+    def of_side(self) -> "Pixels":
+        """For the rows of one side alone."""
+        return self._replace(num_sides=1)
+
+
+def pixels_of(pairs: Sequence["TokenizedPair"]) -> Pixels | None:
+    """Read and processed; None where no pair has an image."""
+    seen = [pair.pictures for pair in pairs if pair.pictures is not None]
+    if not seen:
+        return None
+    parts = [each.pixels() for each in seen]
+    return Pixels(
+        {name: torch.cat([part[name] for part in parts], dim=seen[0].sight.joined_along) for name in parts[0]}
+    )
+
+
+def set_sight(tokenizer: PreTrainedTokenizerBase, sight: Sight) -> None:
+    tokenizer.rcpo_sight = sight
+
+
+def sight_of(tokenizer: PreTrainedTokenizerBase) -> Sight | None:
+    """None where the tokenizer's model reads text alone."""
+    found = getattr(tokenizer, "rcpo_sight", None)
+    return found if isinstance(found, Sight) else None
+
+
+def in_parts(tokenizer: PreTrainedTokenizerBase, turns: Messages) -> Messages:
+    """The turns as the tokenizer's chat template is handed them: as they are, or for a vision-language model
+    with content as a list of parts, as its template wants it."""
+    if sight_of(tokenizer) is None:
+        return turns
+    return [{**turn, "content": _parts(turn["content"])} for turn in turns]
+
+
+def _parts(text: str) -> list[dict[str, str]]:
+    first, *others = text.split(PLACE)
+    parts = [{"type": "text", "text": first}] if first else []
+    for other in others:
+        parts.append({"type": "image"})
+        if other:
+            parts.append({"type": "text", "text": other})
+    return parts

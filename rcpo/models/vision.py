@@ -1,0 +1,167 @@
+"""Vision-language models: which families are known, their processor, and the pass in which an image is
+encoded once for both sides of its pair.
+
+transformers' bodies take what their vision tower made of the images, as `mm_encoder_outputs`: it is made of
+the B pairs' images, and stands twice in what the 2B rows are given. So the tower runs on B images, forward
+and back. What follows, from the text decoder on, is that of any language model: the head, the scores and the
+calibration know no images.
+
+Does not own reading images (`rcpo.data.pictures`) or loading weights (`rcpo.models.load`, which calls this).
+"""
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoProcessor, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
+from rcpo.common.errors import UserError
+from rcpo.config.resolved import ResolvedConfig
+from rcpo.config.schema import ModelConfig
+from rcpo.data.batch import PairBatch
+from rcpo.data.pictures import Processor, Sight, set_sight
+
+
+class Family(NamedTuple):
+    """What differs between vision-language models."""
+
+    projector: str
+    """The module of the body between tower and text."""
+    joined_along: int = 0
+    """The dimension of pixel tensors along which images stand."""
+
+
+FAMILIES = {
+    "llava": Family("multi_modal_projector"),
+    "idefics3": Family("connector", joined_along=1),
+}
+"""By `model_type`; each was compared with its own forward pass, image by image."""
+
+
+def is_vision(hf_config: PretrainedConfig) -> bool:
+    """Whether config.json is of a model that transformers loads for images and text, and for nothing else."""
+    kind = str(next(iter(getattr(hf_config, "architectures", None) or ()), ""))
+    return (
+        kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()
+        and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    )
+
+
+def has_vision(model: PreTrainedModel) -> bool:
+    return is_vision(model.config)
+
+
+def check_vision(config: ModelConfig, hf_config: PretrainedConfig) -> None:
+    """Raise UserError for a family that is not known, and for keys that a model cannot have."""
+    if not is_vision(hf_config):
+        if config.vision != "frozen":
+            raise UserError(
+                f"model.vision={config.vision}: {config.path} reads text alone; type model.vision=frozen"
+            )
+        return
+    if hf_config.model_type not in FAMILIES:
+        raise UserError(
+            f"model.path={config.path}: is a vision-language model of the family {hf_config.model_type}, "
+            f"which rcpo does not know; those that it knows are {', '.join(FAMILIES)}"
+        )
+    if config.lora.rank is not None and config.vision != "frozen":
+        raise UserError(
+            f"model.vision={config.vision}: an adapter trains the language model alone; type "
+            "model.vision=frozen, or model.lora.rank=null"
+        )
+    if config.quantization is not None:
+        raise UserError("model.quantization=4bit: is not there for models that see; type null")
+    if config.chat_template == "plain":
+        raise UserError(
+            "model.chat_template=plain: has no place for images; type null, or a jinja file that has"
+        )
+
+
+def check_run_with_images(config: ResolvedConfig) -> None:
+    """Raise UserError where a run of a model that sees asks for what is not there for it yet."""
+    train, key = config.train, None
+    if train.share_prefix or train.packing:
+        key = f"train.{'share_prefix' if train.share_prefix else 'packing'}=true"
+        advice = "rows of images stand by themselves so far; type " + key.replace("true", "false")
+    elif config.deepspeed.stage == 3:
+        key, advice = "deepspeed.stage=3", "was not tried with images; type deepspeed.stage=2"
+    elif config.metrics.answers:
+        key = f"metrics.answers={config.metrics.answers}"
+        advice = "answers to images are not there yet; type metrics.answers=0"
+    elif train.evaluate is not None:
+        key = f"train.evaluate={train.evaluate}"
+        advice = "tasks with images are not there yet; type train.evaluate=null"
+    elif config.data.unpair:
+        key, advice = "data.unpair=true", "images are trained in pairs so far; type data.unpair=false"
+    elif config.objective_function.needs_mismatched:
+        key = f"objective={config.objective['name']}"
+        advice = "its mismatched pairs would show other images; type another objective"
+    if key is not None:
+        raise UserError(f"{key}: {advice}, or give a model of text alone")
+
+
+def freeze_vision(model: PreTrainedModel, vision: str) -> None:
+    """Let of the parts that see train what `model.vision` says; the language model is left as it is."""
+    if vision == "train":
+        return
+    text = {id(parameter) for parameter in _text_of(model).parameters()}
+    head = model.get_output_embeddings()
+    text |= {id(parameter) for parameter in head.parameters()}
+    if vision == "projector":
+        projector = model.base_model.get_submodule(FAMILIES[model.config.model_type].projector)
+        text |= {id(parameter) for parameter in projector.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in text:
+            parameter.requires_grad_(False)
+
+
+def _text_of(model: PreTrainedModel) -> nn.Module:
+    return cast(nn.Module, model.get_decoder())
+
+
+def give_sight(
+    tokenizer: PreTrainedTokenizerBase, place: str, config: ModelConfig, hf_config: PretrainedConfig
+) -> None:
+    """Let the tokenizer of a model that sees carry the processor, whose chat template it takes. Raises
+    UserError where transformers is too old for it."""
+    processor = AutoProcessor.from_pretrained(
+        place, trust_remote_code=config.trust_remote_code, backend="pil"
+    )
+    if not hasattr(processor, "get_text_with_replacements"):
+        raise UserError("images: this transformers is too old for them; pip install 'transformers>=5.24'")
+    processor.tokenizer = tokenizer
+    if getattr(processor, "chat_template", None):
+        tokenizer.chat_template = processor.chat_template
+    along = FAMILIES[hf_config.model_type].joined_along
+    set_sight(tokenizer, Sight(cast(Processor, processor), along))
+
+
+def hidden_with_images(model: PreTrainedModel, batch: PairBatch, layout: dict[str, Any]) -> Tensor:
+    """Last hidden states (R, T, H) of rows whose prompts show images."""
+    assert batch.pixels is not None
+    body = model.base_model
+    seen = body.get_image_features(**batch.pixels.tensors, return_dict=True)
+    features = list(seen.pooler_output)
+    seen.pooler_output = features * batch.pixels.num_sides
+    hidden: Tensor = body(
+        input_ids=batch.input_ids,
+        mm_encoder_outputs={"image": seen},
+        use_cache=False,
+        **layout,
+    ).last_hidden_state
+    return hidden
+
+
+def own_inputs(model: PreTrainedModel, batch: PairBatch) -> dict[str, Any]:
+    """What the model's own forward method is given beside the ids: every row's images by themselves."""
+    if batch.pixels is None:
+        return {}
+    along = FAMILIES[model.config.model_type].joined_along
+    return {
+        name: torch.cat([each] * batch.pixels.num_sides, dim=along)
+        for name, each in batch.pixels.tensors.items()
+    }

@@ -1,0 +1,59 @@
+"""Whether a model still looks: held-out pairs with their own images, against the same with one another's.
+
+A vision-language model may learn to prefer an answer by its words alone. Then a wrong image changes nothing.
+Called by `rcpo.training.loop` at every evaluation; runs of text have no such numbers and no such pass.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from rcpo.data.pairs import SideLogProbs, TokenizedPair
+from rcpo.data.pictures import Pictures
+from rcpo.models.evaluation import LogProbModel, evaluate_logprobs
+
+
+def with_wrong_images(pairs: Sequence[TokenizedPair]) -> dict[int, TokenizedPair]:
+    """By its place, each pair that can have the images of another one: the next of those whose images are
+    others, and stand as the same tokens. The same for the same pairs."""
+    found: dict[int, TokenizedPair] = {}
+    places = [place for place, pair in enumerate(pairs) if pair.pictures is not None]
+    for number, place in enumerate(places):
+        pair = pairs[place]
+        own = _seen(pair)
+        behind = (pairs[other] for other in places[number + 1 :] + places[:number])
+        for other in behind:
+            theirs = _seen(other)
+            if theirs.digest != own.digest and theirs.written == own.written:
+                found[place] = dataclasses.replace(pair, pictures=theirs)
+                break
+    return found
+
+
+def _seen(pair: TokenizedPair) -> Pictures:
+    assert pair.pictures is not None
+    return pair.pictures
+
+
+def vision_row(
+    model: LogProbModel,
+    pairs: Sequence[TokenizedPair],
+    with_own: SideLogProbs,
+    pad_id: int,
+    pairs_per_device: int,
+) -> dict[str, float]:
+    """Of the pairs that can have wrong images; nothing where there are none. Collective.
+
+    vision_gain = share of pairs with z_w > z_l, with the right images minus with wrong ones
+    vision_gain/chosen, vision_gain/rejected = mean of z with the right images minus z with wrong ones, nats
+    """
+    wrong = with_wrong_images(pairs)
+    if not wrong:
+        return {}
+    z_w, z_l = evaluate_logprobs(model, list(wrong.values()), pad_id, pairs_per_device)
+    own_w, own_l = (side[list(wrong)] for side in with_own)
+    right = (own_w > own_l).double().mean() - (z_w > z_l).double().mean()
+    return {
+        "vision_gain": float(right),
+        "vision_gain/chosen": float((own_w - z_w).double().mean()),
+        "vision_gain/rejected": float((own_l - z_l).double().mean()),
+    }
