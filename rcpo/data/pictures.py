@@ -73,8 +73,8 @@ class Sight:
         """The texts with room for the tokens of the images, which stand in the prompt. Raises BadRowError
         where the template has not written a place for each, or a text has the token of a place itself."""
         token, split = self.processor.image_token, rendered.split
-        prompt = rendered.chosen[:split]
-        if token in rendered.chosen[split:] or token in rendered.rejected[split:]:
+        prompt = rendered.texts[0][:split]
+        if any(token in text[split:] for text in rendered.texts):
             raise BadRowError(f"a response has the text {token}, which stands for images")
         if prompt.count(token) != len(images):
             num = prompt.count(token)
@@ -86,8 +86,7 @@ class Sight:
         prompt = first + "".join(new + text for new, text in zip(written, others, strict=True))
         return dataclasses.replace(
             rendered,
-            chosen=prompt + rendered.chosen[split:],
-            rejected=prompt + rendered.rejected[split:],
+            texts=tuple(prompt + text[split:] for text in rendered.texts),
             split=len(prompt),
             pictures=Pictures(self, images, _digest_of(pixels), tuple(written)),
         )

@@ -62,6 +62,7 @@ class PreferenceRecord:
     def responses(self) -> list[str | Messages]:
         """All of them, the best first."""
         return [self.chosen, *self.between, self.rejected]
+
     images: tuple["Image", ...] = ()
     """Of the prompt, in the order of their places."""
 
