@@ -26,8 +26,9 @@ from rcpo.ranks.allocator import keep_freed_memory
 from rcpo.ranks.distributed import initialize, rank, shut_down
 from rcpo.ranks.logs import log_to_file
 from rcpo.training.loop import StepWatch, train
+from rcpo.training.micro_batch import MicroBatch
 from rcpo.training.state import Training
-from rcpo.training.step import MicroBatch, TrainedStep
+from rcpo.training.step import TrainedStep
 
 if TYPE_CHECKING:
     from rcpo.bench.shares import Timers

@@ -158,9 +158,10 @@ def _watch(folder: str) -> None:
     from rcpo.ranks.distributed import initialize, shut_down
     from rcpo.runs.frozen import open_run
     from rcpo.training import loop
+    from rcpo.training.micro_batch import MicroBatch
     from rcpo.training.read_inputs import read_inputs
     from rcpo.training.state import Training
-    from rcpo.training.step import MicroBatch, TrainedStep
+    from rcpo.training.step import TrainedStep
 
     seen = Watched()
     caught = warnings.catch_warnings(record=True)

@@ -24,9 +24,9 @@ from rcpo.runs.folder import RunFolder
 from rcpo.runs.frozen import open_run
 from rcpo.training.loop import train
 from rcpo.training.measurement import Measurement
+from rcpo.training.micro_batch import MicroBatch
 from rcpo.training.read_inputs import read_inputs
 from rcpo.training.state import Training
-from rcpo.training.step import MicroBatch
 
 Moment: TypeAlias = Literal["row", "checkpoint", "export", "signal", "nan"]
 LANES = 2

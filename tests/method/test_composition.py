@@ -30,10 +30,11 @@ from rcpo.objectives import (
 )
 from rcpo.objectives.composition import composition_defaults
 from rcpo.training.aggregate import Aggregate, DrDpo, KlDro, Mean, aggregate_of, tilt
+from rcpo.training.beforehand import tilted, with_mean_tokens, with_partners
 from rcpo.training.held_out_loss import held_out_loss
 from rcpo.training.micro_batch import MicroBatch
+from rcpo.training.pricing import price
 from rcpo.training.state import Method, TrainState
-from rcpo.training.step import price, tilted, with_mean_tokens, with_partners
 
 NAMES = sorted(set(REGISTRY) - COMPARE_RANKS)
 DEFAULTS = composition_defaults()

@@ -20,7 +20,7 @@ from rcpo.library.calibrator import Calibrator
 from rcpo.method.incentives import incentives
 from rcpo.objectives import REGISTRY, Objective, PairLogProbs, load_objective, objective_of
 from rcpo.training.micro_batch import MicroBatch
-from rcpo.training.step import price
+from rcpo.training.pricing import price
 
 NAMES = sorted(set(REGISTRY) - COMPARE_RANKS)
 PAIRS = PairLogProbs(

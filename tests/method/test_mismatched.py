@@ -18,10 +18,12 @@ from rcpo.data.tokenize import TokenizedPair
 from rcpo.method.calibrators import FixedCalibration
 from rcpo.objectives import load_objective
 from rcpo.training.aggregate import Mean
+from rcpo.training.beforehand import with_mismatched
 from rcpo.training.measurement import Measurement
 from rcpo.training.micro_batch import MicroBatch
+from rcpo.training.pricing import price
 from rcpo.training.state import Method, TrainState
-from rcpo.training.step import NonFiniteStepError, price, train_step, with_mismatched
+from rcpo.training.step import NonFiniteStepError, train_step
 
 MISMATCHED = "objective.kl=mismatched"
 PAIRS = make_pairs(4, seed=3)

@@ -23,10 +23,10 @@ from rcpo.engine.memory import in_words, memory_budget, shown
 from rcpo.models.load import load_model
 from rcpo.runs.folder import RunFolder
 from rcpo.runs.frozen import open_run
+from rcpo.training.micro_batch import MicroBatch
 from rcpo.training.read_inputs import read_inputs
 from rcpo.training.rehearsal import largest_micro_batch
 from rcpo.training.state import Training
-from rcpo.training.step import MicroBatch
 
 CASE = Case("bco", "on", "llama-tied", "adamw")
 SKIP = ("train.on_nonfinite=skip", "train.save_every=1", "optim.schedule=linear")
