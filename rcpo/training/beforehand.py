@@ -2,7 +2,7 @@
 
     with_mismatched     prompts with other pairs' responses           kto kl=mismatched: numbers of this batch
     with_sides_by_sign  what lists pull up, and what they push down   the two sides of a list
-    with_mean_tokens    of the chosen responses                       likelihood terms that are means over them
+    with_mean_tokens    of the chosen responses                       likelihood terms: means over them
     with_partners       of the sorted numbers of all pairs            losses that compare ranks
     tilted              what the mean is not                          KL-DRO, Dr. DPO
     with_expert_costs   whose tokens the experts get                  model.router_loss

@@ -1,7 +1,7 @@
 """Micro-batches of lists of responses: which pairs make a list, and the same laid out by sign.
 
 Owns what a list adds to a micro-batch. How slots are laid out is in `rcpo.data.lists`, which side a response
-is on in `rcpo.training.step`. Called by `rcpo.training.loop`.
+is on in `rcpo.training.beforehand`. Called by `rcpo.training.loop`.
 """
 
 from collections.abc import Callable, Sequence
