@@ -122,8 +122,8 @@ def _lines(config: ResolvedConfig, inputs: Inputs, origins: Origins) -> Iterator
     if optim.warmup_ratio is not None:
         warmup = f"{percent(optim.warmup_ratio)} of the steps"
     yield Line("optim", optim.name, f"schedule {optim.schedule}, warm-up of {warmup}")
-    kind = f"{'builtin:tiny' if tiny else 'a model of yours'}{', with an adapter' if adapter else ''}"
-    yield Line("optim.lr", f"{optim.lr:g}", of("optim.lr", f"for {kind}"))
+    model = f"{'builtin:tiny' if tiny else 'a model of yours'}{', with an adapter' if adapter else ''}"
+    yield Line("optim.lr", f"{optim.lr:g}", of("optim.lr", f"for {model}"))
     steps = inputs.num_steps(config)
     length = "train.epochs" if train.epochs is not None else "train.steps"
     passes = f"{steps * train.pairs_per_step / inputs.num_train:.3g} passes over the {kind}"

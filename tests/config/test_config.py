@@ -82,8 +82,8 @@ WRONG = {
     "without the +",
     "beta=0.2": "beta: no such key; type objective.beta=0.2",
     "learning_rate=1e-5": "learning_rate: no such key; type optim.lr=1e-5",
-    "gamma=1": "gamma: objective=dpo has no such key, only objective.beta; objective=alpha_po, simpo have "
-    "objective.gamma",
+    "gamma=1": "gamma: objective=dpo has no such key, only objective.beta; objective=alpha_po, pl_simpo, "
+    "simpo have objective.gamma",
     "momentum=.9": "momentum: optim=adamw has no such key; optim=rmsprop, sgd have optim.momentum",
     "pairs_per_step=4": "pairs_per_step: no such key; did you mean train.pairs_per_step? "
     "`rcpo train --help` lists them",

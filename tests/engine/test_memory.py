@@ -157,6 +157,8 @@ def test_a_given_stage_stays_and_a_null_is_decided_at_the_start(
     llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Train:
+        slots = 1
+
         @staticmethod
         def widths() -> list[int]:
             return [100, WIDTH]

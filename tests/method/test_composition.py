@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.objective_cases import COMPARE_RANKS, PAIR_A, PAIR_B, nls, s
+from helpers.objective_cases import COMPARE_RANKS, KINKED, PAIR_A, PAIR_B, nls, s
 from rcpo.common.errors import UserError
 from rcpo.config.compose import compose
 from rcpo.config.validate import validate
@@ -162,7 +162,7 @@ def test_dr_dpo_by_hand() -> None:
     assert prices_of.d_w[0].item() == pytest.approx(-4 * slope.item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted(set(NAMES) - KINKED))
 def test_kl_dro_incentives_match_central_differences_of_the_whole_batch(name: str) -> None:
     """B dL/dz of L = lambda log mean exp(w loss/lambda), by (L(z + h) - L(z - h))/2h, fp64, h = 1e-5, for
     every z of the batch; and every split of the batch gives the same prices."""
@@ -319,7 +319,7 @@ def test_a_users_own_option_may_set_them_and_the_command_line_wins(tmp_path: Pat
         ),
         (
             {"sample_weight": "weight", "dora_a": 0.1},
-            "objective.dora_a=0.1: has no effect without dora; type objective.sample_weight=dora, or ",
+            "objective.dora_a=0.1: has no effect without dora or dora_mean or dora_product; type objective.sample_weight=dora, or ",
         ),
     ],
 )

@@ -53,7 +53,7 @@ class Scored(StandIn):
 @pytest.fixture
 def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SweepFolder:
     def frozen(point: Any, of: Any, folder: SweepFolder, target: Any) -> FrozenCell:
-        return FrozenCell(Cell(point.name, point.axes, point.words, "digest"), None)  # type: ignore[arg-type]
+        return FrozenCell(Cell(point.name, point.axes, point.words, "digest"), None, None)  # type: ignore[arg-type]
 
     def write(folder: SweepFolder, cells: list[FrozenCell]) -> None:
         for item in cells:

@@ -103,7 +103,7 @@ def test_a_lost_gradient_stops_before_the_weights_change(inputs: Path, tmp_path:
         second: list[MicroBatch] = []
         at_work: list[PairBatch] = []
 
-        def with_fault(config: ResolvedConfig, engine: loop.Engine) -> loop.Measurements:
+        def with_fault(config: ResolvedConfig, engine: loop.Engine, slots: int) -> loop.Measurements:
             run_forward = engine.logprobs
 
             def note(batch: PairBatch) -> torch.Tensor:
@@ -118,7 +118,7 @@ def test_a_lost_gradient_stops_before_the_weights_change(inputs: Path, tmp_path:
 
             engine.logprobs = note  # type: ignore[method-assign]
             engine.trainable_parameters()[0].register_hook(spoil)  # as if autograd had delivered it so
-            return build(config, engine)
+            return build(config, engine, slots)
 
         def remember(training: Training, may_join: bool) -> list[MicroBatch]:
             made = make(training, may_join)
