@@ -319,7 +319,8 @@ def test_a_users_own_option_may_set_them_and_the_command_line_wins(tmp_path: Pat
         ),
         (
             {"sample_weight": "weight", "dora_a": 0.1},
-            "objective.dora_a=0.1: has no effect without dora or dora_mean or dora_product; type objective.sample_weight=dora, or ",
+            "objective.dora_a=0.1: has no effect without dora or dora_mean or dora_product; type "
+            "objective.sample_weight=dora, or ",
         ),
     ],
 )

@@ -13,7 +13,6 @@ from datasets import Dataset
 from torch.nn.functional import logsigmoid
 
 from helpers.tiny_vision import make_vision, rows_with_images
-from helpers.tools import missing
 from rcpo.config.schema import DataConfig, ModelConfig
 from rcpo.data.batch import collate
 from rcpo.data.tokenize import tokenize_records
@@ -21,7 +20,7 @@ from rcpo.models.load import load_model, load_tokenizer
 from rcpo.models.policy import Policy
 from rcpo.records.load import load_records
 
-pytestmark = [pytest.mark.ci, pytest.mark.skipif(bool(missing("trl")), reason="needs trl")]
+pytestmark = pytest.mark.ci("TRL's own losses", needs="trl")
 BETA = 0.1
 
 
