@@ -183,7 +183,10 @@ def test_a_step_is_that_of_plain_torch_with_sides_by_sign(
         torch.testing.assert_close(new.detach(), expected, atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("calibration", ["exact", "on", "off"])
+@pytest.mark.parametrize(
+    "calibration",
+    ["exact", *(pytest.param(each, marks=pytest.mark.ci("rows of matrices")) for each in ("on", "off"))],
+)
 def test_a_split_changes_nothing(calibration: str, tmp_path: Path) -> None:
     """Three steps of four lists, in one part, in two and one by one: every number, and weights to 1e-5."""
     every_step = ("calibration.every=1", "calibration.warmup_steps=0") if calibration != "off" else ()

@@ -22,6 +22,7 @@ from rcpo.models.policy import Policy, read
 from rcpo.objectives import REGISTRY, load_objective, objective_of
 
 LD, WPO, TEXT = "objective.ld_alpha=0.3", "objective.wpo=true", "objective.sft_of=text"
+MATRIX = pytest.mark.ci("rows of matrices")
 CASES = {
     "dpo with both": ("dpo", [LD, WPO]),
     "ld in a mean": ("simpo", [LD]),
@@ -116,7 +117,9 @@ def test_texts_beside_may_be_missing() -> None:
     assert collate_sides([NO_SIDE, NO_SIDE], 0).lengths.tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [case if case == "all three" else pytest.param(case, marks=MATRIX) for case in CASES]
+)
 def test_loss_and_gradient_are_the_formulas(case: str, tmp_path: Path) -> None:
     """One SGD step of 8 pairs in four micro-batches, uncalibrated, against autograd on the formula: loss to
     1e-5, weights to 1e-5 of the step. Displacement is of plain sums."""
@@ -139,7 +142,9 @@ def test_loss_and_gradient_are_the_formulas(case: str, tmp_path: Path) -> None:
     assert row["displacement/chosen"] == pytest.approx(sum(moved) / 8, abs=1e-4)
 
 
-@pytest.mark.parametrize(("calibration", "scope"), [("exact", "full"), ("on", "head")])
+@pytest.mark.parametrize(
+    ("calibration", "scope"), [("exact", "full"), pytest.param("on", "head", marks=MATRIX)]
+)
 def test_scores_are_those_of_what_the_loss_reads(calibration: str, scope: str, tmp_path: Path) -> None:
     """dpo with ld_alpha and wpo: exact: norms of the two halves of the gradient. on: gradients of the mean of
     weighted z by the head alone; both by autograd on whole logits."""
@@ -166,7 +171,7 @@ def test_scores_are_those_of_what_the_loss_reads(calibration: str, scope: str, t
         assert row[f"score/{key}_norm"] == pytest.approx(float(norm), rel=1e-4)
 
 
-@pytest.mark.parametrize("case", ["dpo with both", "all three"])
+@pytest.mark.parametrize("case", [pytest.param("dpo with both", marks=MATRIX), "all three"])
 def test_a_split_changes_nothing(case: str, tmp_path: Path) -> None:
     """Three calibrated steps of 8 pairs in one part and in four; all three: with KL-DRO as well."""
     name, keys = CASES[case]

@@ -276,5 +276,17 @@ def test_every_objective_has_a_formula_for_its_card(name: str) -> None:
     objective = load_objective(name)
     assert "\n" not in formula(objective)
     assert re.search(r"\b(z_w|r_w|mt|m|s_w|margin|zbar_w|rbar_w|a|[rzp]_[ik]|R_i)\b", formula(objective))
-    averaging = {"sft", "dpo_norm", "ipo", "simpo", "cpo", "orpo", "rpo", "alpha_po"}
+    averaging = {
+        "sft",
+        "dpo_norm",
+        "ipo",
+        "simpo",
+        "cpo",
+        "orpo",
+        "rpo",
+        "alpha_po",
+        "lire",
+        "pl_simpo",
+        "rrhf",
+    }
     assert averages(objective) == (name in averaging), formula(objective)

@@ -63,6 +63,7 @@ def test_a_run_ends_with_a_model_that_answers_an_image(folder: Path) -> None:
     assert last["step"] == 2
 
 
+@pytest.mark.ci("slow")
 def test_micro_batches_do_not_matter(folder: Path) -> None:
     runs = [
         trained(folder, f"split-{size}", "model.vision=train", f"train.pairs_per_device={size}")
