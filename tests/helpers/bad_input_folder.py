@@ -67,7 +67,10 @@ DATA: dict[str, str | bytes] = {
     "ratings.jsonl": json_lines([{"prompt": "a", "completion": "b", "label": "good"}] * 4),
     "good_alone.jsonl": json_lines([{"prompt": f"a{n}", "completion": "b", "label": 1} for n in range(40)]),
     "lists.jsonl": json_lines(
-        [{"prompt": f"a{n}", "responses": ["b", "c", "d"], "scores": [n, 0, 1.5]} for n in range(40)]
+        [
+            {"prompt": f"a{n}", "responses": [" one", " two", " three"], "scores": [n, 0, 1.5]}
+            for n in range(40)
+        ]
     ),
     "unordered.jsonl": json_lines([{"prompt": "a", "responses": ["b", "c"], "scores": [1, 1]}] * 4),
     "bad_alone.jsonl": json_lines([{"prompt": f"a{n}", "completion": "b", "label": 0} for n in range(40)]),
