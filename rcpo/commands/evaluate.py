@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rcpo.commands.flags import Flags, positive_int
+from rcpo.commands.flags import Flags, add_array_flags, positive_int
 from rcpo.commands.settings import Setting, add_settings, names, split_words, whole_number, yes_or_no
 from rcpo.common.errors import UserError
 
@@ -65,13 +65,7 @@ examples:
         help="submit a sweep's cells to SLURM, each to start when it is trained: a file in conf/cluster/, "
         "or a path",
     )
-    add(
-        "--max-parallel",
-        type=positive_int,
-        metavar="N",
-        help="with --slurm: at most N cells at a time; default: the profile's max_parallel",
-    )
-    add("--print", action="store_true", help="with --slurm: show the batch script; nothing is written")
+    add_array_flags(parser)
     parser.check = check
 
 

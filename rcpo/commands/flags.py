@@ -110,13 +110,20 @@ def add_grid_flags(parser: argparse._ActionsContainer) -> None:
         metavar="PROFILE",
         help="submit to SLURM instead: the name of a file in conf/cluster/, or a path",
     )
-    add(
+    add_array_flags(parser)
+
+
+def add_array_flags(parser: "argparse._ActionsContainer") -> None:
+    """Of a job array, beside --slurm."""
+    parser.add_argument(
         "--max-parallel",
         type=positive_int,
         metavar="N",
         help="with --slurm: at most N cells at a time; default: the profile's max_parallel",
     )
-    add("--print", action="store_true", help="with --slurm: show the batch script; nothing is written")
+    parser.add_argument(
+        "--print", action="store_true", help="with --slurm: show the batch script; nothing is written"
+    )
 
 
 GRID_FLAGS = ("out", "parallel", "dry_run", "pairs_per_second", "slurm", "max_parallel", "print")

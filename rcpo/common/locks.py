@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from filelock import UnixFileLock
 
+FOR_EVER = -1.0
+"""As filelock has it."""
 SECONDS_FOR_READERS = 2.0
 """How long taking a lock may be disturbed by those that only look whether it is held."""
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
@@ -57,12 +59,9 @@ def hold(path: Path) -> Iterator[None]:
     is held. OSError where the file cannot be made."""
     lock = kernel_lock(path, _write_holder)
     try:
-        lock.acquire(timeout=SECONDS_FOR_READERS)
+        _acquire(lock, SECONDS_FOR_READERS)
     except TimeoutError:
         raise HeldError(read_holder(path)) from None
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
     try:
         yield
     finally:
@@ -74,15 +73,20 @@ def turn_at(path: Path) -> Iterator[None]:
     """Wait for the lock, however long another process has it, and hold it while open. On a file system
     without locks nothing is held. OSError where the file cannot be made."""
     lock = kernel_lock(path)
-    try:
-        lock.acquire()
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
+    _acquire(lock, FOR_EVER)
     try:
         yield
     finally:
         lock.release()
+
+
+def _acquire(lock: "UnixFileLock", seconds: float) -> None:
+    """Not taken where the file system has no locks. TimeoutError where another process has it for longer."""
+    try:
+        lock.acquire(timeout=seconds)
+    except OSError as error:  # a TimeoutError is one too, of no number
+        if error.errno not in NO_LOCKS:
+            raise
 
 
 def _write_holder(descriptor: int) -> None:

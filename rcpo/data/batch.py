@@ -20,6 +20,7 @@ from rcpo.ranks.transfer import to_device
 
 PREFIX, OF_CHOSEN, OF_REJECTED = 0, 1, 2
 PADDING = -1
+NO_IDS = torch.zeros(0, dtype=torch.int64)
 
 
 class Segments(NamedTuple):
@@ -189,7 +190,7 @@ def collate(pairs: Sequence[TokenizedPair], pad_id: int) -> PairBatch:
     sides = [side for of_side in both for side in _rows_of(of_side)]
     width = max(1, *(side.num_tokens for side in sides))
     input_ids = torch.full((len(sides), width), pad_id, dtype=torch.int64)
-    positions, targets = [torch.zeros(0, dtype=torch.int64)], [input_ids.new_zeros(0)]
+    positions, targets = [NO_IDS], [NO_IDS]
     for row, side in enumerate(sides):
         if not side.num_tokens:
             continue
@@ -198,16 +199,13 @@ def collate(pairs: Sequence[TokenizedPair], pad_id: int) -> PairBatch:
         targets.append(input_ids[row, side.num_prompt : side.num_tokens])
     return PairBatch(
         input_ids=input_ids,
-        token_positions=torch.cat([NO_IDS, *positions]),
-        targets=torch.cat([NO_IDS, *targets]),
+        token_positions=torch.cat(positions),
+        targets=torch.cat(targets),
         lengths=lengths,
         num_chosen_tokens=int(lengths[: len(pairs)].sum()),
         present=present_in(lengths),
         pixels=pixels_of(pairs),
     )
-
-
-NO_IDS = torch.zeros(0, dtype=torch.int64)
 
 
 def collate_sides(sides: Sequence[TokenizedSide], pad_id: int) -> PairBatch:

@@ -14,7 +14,6 @@ from rcpo.objectives.trial import labels_read, takes_single_answers
 
 EXAMPLE = "type objective=kto, bco, dil_bce or another that judges each answer by itself"
 PROBED = "calibration.probe_pairs"
-SYNC_NEVER = "reference.sync_every=0"
 
 
 def with_noise(train: PackedPairs, config: DataConfig) -> tuple[PackedPairs, int]:
@@ -63,14 +62,11 @@ def check_lists(config: ResolvedConfig, train: PackedPairs, held_out: PackedPair
             f"data.filter.scores={data.filter.scores}: has scores of pairs, and the data are lists of "
             "responses; type data.lists=best_worst, or data.filter.scores=null"
         )
-    for word, plain, is_set in (
-        (f"objective.ld_alpha={objective.ld_alpha:g}", "objective.ld_alpha=1", objective.ld_alpha != 1),
-        ("objective.wpo=true", "objective.wpo=false", objective.wpo),
-        ("objective.sft_of=text", "objective.sft_of=response", objective.reading.sft_of == "text"),
-        (f"reference.sync_every={config.reference.sync_every}", SYNC_NEVER, config.reference.sync_every),
-    ):
-        if is_set:
-            raise UserError(f"{word}: is of pairs, and the data are lists of responses; type {plain}")
+    if every := config.reference.sync_every:
+        raise UserError(
+            f"reference.sync_every={every}: was not tried with lists of responses; type "
+            "reference.sync_every=0"
+        )
 
 
 def check_labels(config: ResolvedConfig, train: PackedPairs, held_out: PackedPairs) -> None:

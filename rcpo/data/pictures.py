@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rcpo.common.errors import UserError
+from rcpo.common.errors import UserError, first_line
 from rcpo.ranks.transfer import to_device
 from rcpo.records.images import Image
 from rcpo.records.messages import PLACE, Messages
@@ -64,8 +64,7 @@ class Sight:
                 images=opened, text=[text], return_tensors="pt", return_text_replacement_offsets=True
             )
         except (ValueError, TypeError, RuntimeError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise BadRowError(f"the model's processor refuses an image ({reason[:200]})") from None
+            raise BadRowError(f"the model's processor refuses an image ({first_line(error)})") from None
         pixels = {name: found[name] for name in sorted(FORMS & set(found))}
         return pixels, [each["replacement"] for each in found["text_replacement_offsets"][0]]
 

@@ -1,8 +1,8 @@
 """The load-balancing loss of mixtures of experts, over a whole global batch.
 
-Owns its formula and what of it a pass gives. Does not own the order of passes: `rcpo.training.step` counts
-first, over the global batch, and then trains with what was counted, so that the loss does not depend on how
-the batch is split. Called by `rcpo.models.policy`.
+Owns its formula and what of it a pass gives. Does not own the order of passes: `rcpo.training.beforehand`
+counts first, over the global batch, and the step trains with what was counted, so that the loss does not
+depend on how the batch is split. Called by `rcpo.models.policy`.
 
 Shape legend: E experts, R rows of T tokens, S = routed tokens times layers.
 """

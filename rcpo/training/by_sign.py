@@ -34,19 +34,9 @@ def with_lists(
 
     def made(is_up: Tensor) -> MicroBatch:
         found = by_sign(pairs, lists, is_up)
-        places = found.places.to(device)
-
-        def moved(of_chosen: Tensor, of_rejected: Tensor) -> tuple[Tensor, Tensor]:
-            known = torch.cat([of_chosen, of_rejected, of_chosen.new_zeros(1)])
-            ups, downs = known[places].chunk(2)
-            return ups, downs
-
-        ref_w, ref_l = moved(micro_batch.ref_w, micro_batch.ref_l)
-        read_ref = None if micro_batch.read_ref is None else moved(*micro_batch.read_ref)
+        known = torch.cat([micro_batch.ref_w, micro_batch.ref_l, micro_batch.ref_w.new_zeros(1)])
+        ref_w, ref_l = known[found.places.to(device)].chunk(2)
         weight = torch.tensor([pair.weight for pair in found.pairs]).to(device)
-        return MicroBatch(
-            lay(found.pairs).to(device), ref_w, ref_l, weight, read_ref=read_ref,
-            lists=found.lists.to(device),
-        )  # fmt: skip
+        return MicroBatch(lay(found.pairs).to(device), ref_w, ref_l, weight, lists=found.lists.to(device))
 
     return micro_batch._replace(lists=lists.to(device), by_sign=made if num_slots > 1 else None)

@@ -38,12 +38,14 @@ def identity_of(config: ResolvedConfig, inputs: Inputs) -> dict[str, Any]:
 
 
 def pairs_digest(pairs: Iterable[TokenizedPair]) -> str:
-    """Of tokenised pairs, in order."""
+    """Of tokenised pairs, in order: tokens, weights, scores of lists, pixels of images."""
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for pair in pairs:
         digest.update(np.float64(pair.weight).tobytes())
         if pair.scores is not None:
             digest.update(np.array(pair.scores, dtype=np.float64).tobytes())
+        if pair.pictures is not None:
+            digest.update(pair.pictures.digest)
         for side in (pair.chosen, pair.rejected):
             digest.update(np.array([side.num_tokens, side.num_prompt], dtype=np.int64).tobytes())
             digest.update(np.asarray(side.ids, dtype=np.int32).tobytes())

@@ -1,7 +1,7 @@
 """What a step is given of a micro-batch: pairs, the reference's log-probs, and what else an objective reads.
 
 Owns how that is put together from pairs and the reference's rows. Made by `rcpo.training.loop`, used by
-`rcpo.training.step`, which adds what is known of the global batch alone.
+`rcpo.training.step`; `rcpo.training.beforehand` adds what the global batch decides.
 """
 
 from collections.abc import Callable, Sequence

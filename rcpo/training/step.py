@@ -130,9 +130,7 @@ def train_step(
     alpha = of_ranks.get("calibration/alpha", alpha)
     row = step_row(means, seen, alpha, state.calibrator, measured.population) | of_ranks
     row |= balance_row(num_pairs, num_chosen, num_rejected, num_whole)
-    if router_loss is not None:
-        row["train/loss"] += method.router_loss * router_loss
-        row["train/router_loss"] = router_loss
+    row |= _router_row(method, row["train/loss"], router_loss)
     if any(totals["lost"]):
         raise NonFiniteStepError(row, _numbers(sums.lost))
     if not math.isfinite(whole_norm(totals["gradient_norms"])):
@@ -280,6 +278,13 @@ def with_lost_gradients(method: Method, state: TrainState, micro_batches: Sequen
             _likely_backward(method, micro_batch, priced, likely, is_last=True)
         largest.append(torch.stack(found).isfinite().all())
     return _numbers(~torch.stack(largest))
+
+
+def _router_row(method: Method, loss: float, router_loss: float | None) -> dict[str, float]:
+    """The loss with the router's share, and that by itself; empty where none is asked for."""
+    if router_loss is None:
+        return {}
+    return {"train/loss": loss + method.router_loss * router_loss, "train/router_loss": router_loss}
 
 
 def _num_present(micro_batches: Sequence[MicroBatch]) -> list[float]:

@@ -19,6 +19,7 @@ from rcpo.models.load import load_model, load_tokenizer
 from rcpo.models.policy import Policy
 from rcpo.records.load import load_records
 from rcpo.reference.cache import pair_keys
+from rcpo.training.identity import pairs_digest
 from rcpo.training.looking import with_wrong_images
 
 FAMILIES = ("llava", "idefics3")
@@ -129,6 +130,7 @@ def test_other_images_are_another_pair(made: Made) -> None:
     for place, other in wrong.items():
         assert other.chosen == pairs[place].chosen
         assert set(pair_keys(other)).isdisjoint(pair_keys(pairs[place]))
+        assert pairs_digest([other]) != pairs_digest([pairs[place]])  # a resumed run refuses other pixels
         assert pair_digest(other) != pair_digest(pairs[place])
     policy = Policy(load_model(made.config))
     place, other = next(iter(wrong.items()))
