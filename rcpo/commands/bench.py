@@ -4,6 +4,7 @@ import argparse
 import json
 import shlex
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -121,6 +122,16 @@ def _add_outputs(parser: Flags) -> None:
     )
 
 
+def _look_at(words: Sequence[str]) -> None:
+    """Raise UserError for what can be told of the words before torch is loaded."""
+    from rcpo.config.compose import compose
+    from rcpo.launch.first_look import look_at_inputs
+
+    tree = compose(list(words))
+    if tree is not None:
+        look_at_inputs(tree)
+
+
 def run(flags: argparse.Namespace) -> int:
     """Run the bench; returns the exit code. Raises UserError for bad input."""
     if flags.head_curve:
@@ -128,6 +139,7 @@ def run(flags: argparse.Namespace) -> int:
         return 0
     if flags.gpu is not None:
         return _run_on_gpu(Path(flags.gpu), flags.minutes, flags.rehearse)
+    _look_at(flags.words)
     options = options_of(flags)
     from rcpo.bench.machine import machine_facts
     from rcpo.bench.plan import run_bench

@@ -54,9 +54,12 @@ def run(options: argparse.Namespace) -> int:
     tree = compose([*options.hydra, *config_words(options.words)])
     if tree is None:
         return 0
-    from rcpo.quality.preview import preview_of
+    from rcpo.launch.first_look import look_at_inputs
 
     try:
+        look_at_inputs(tree)
+        from rcpo.quality.preview import preview_of
+
         preview = preview_of(_resolved(tree), options.pairs, options.rows)
     except UserError as error:
         if options.json:

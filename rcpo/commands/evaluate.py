@@ -96,9 +96,11 @@ def run(options: argparse.Namespace) -> int:
     option = with_settings(option_named(settings.evaluation), asked)
     if options.slurm is not None:
         return _submit(places, options, option)
+    words = _runs_and_models(places)
+    from rcpo.evaluation.subject import find_subject
     from rcpo.evaluation.tasks import Evaluation, with_initial
 
-    subjects = _subjects(places, settings.step, settings.chat_template)
+    subjects = [find_subject(word, settings.step, settings.chat_template) for word in words]
     evaluation = Evaluation(option)
     console = RunConsole()
     asked_now = [each for each in subjects if options.again or not evaluation.knows(each)]
@@ -177,10 +179,10 @@ def _submit(places: list[str], options: argparse.Namespace, option: "EvaluationC
         return slurm.submit(sweep, options.slurm, options.max_parallel, words)
 
 
-def _subjects(places: list[str], step: str | None, chat_template: str | None) -> "list[Subject]":
-    """Runs of folders, sweeps and patterns, and models. Runs without a model yet are an error."""
+def _runs_and_models(places: list[str]) -> list[str]:
+    """Runs of folders, sweeps and patterns, and models. Raises UserError for what is neither."""
     from rcpo.comparison.find import find_runs, is_run
-    from rcpo.evaluation.subject import find_subject, is_adapter
+    from rcpo.models.places import is_adapter, refuse_no_run_or_model
 
     words = []
     for place in places:
@@ -190,7 +192,9 @@ def _subjects(places: list[str], step: str | None, chat_template: str | None) ->
             words.append(place)
         else:
             words += [str(run) for run in find_runs([place])]
-    return [find_subject(word, step, chat_template) for word in words]
+    for word in words:
+        refuse_no_run_or_model(word)
+    return words
 
 
 def _print(console: object, tasks: list[str], found: "list[tuple[Subject, dict[str, TaskResult]]]") -> None:

@@ -69,6 +69,7 @@ def run(options: argparse.Namespace) -> int:
     """Export; returns the exit code. Raises UserError when there is nothing to export or OUT exists."""
     from rcpo.models.push import listed, push_folder, refuse_unpushable
     from rcpo.models.transformers4 import has_capped_attention
+    from rcpo.runs.frozen import refuse_no_run
 
     out, step = options.out, options.step
     if step is not None and not step.startswith("step="):
@@ -79,6 +80,7 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("--public: says how --push makes a repository; type --push ORG/NAME as well")
     if out.exists():
         raise UserError(f"{out}: exists; export writes a new folder only, give another name")
+    refuse_no_run(options.run)
     run_folder, config, folder = _model_folder(
         options.run, None if step is None else step.removeprefix("step=")
     )

@@ -70,6 +70,9 @@ def run(options: argparse.Namespace) -> int:
             f"{' '.join(places) or 'nothing'}: give one run folder or model; `rcpo generate --help`"
         )
     out = _check_out(settings, options.overwrite)
+    from rcpo.models.places import refuse_no_run_or_model
+
+    refuse_no_run_or_model(places[0])
     from rcpo.evaluation.forms import check_format
     from rcpo.evaluation.generation import Partial, ids_of_all
     from rcpo.evaluation.prompts import Asking

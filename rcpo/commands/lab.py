@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rcpo.commands import lab_persona, lab_refusal
@@ -84,12 +85,13 @@ def _is_of_train(word: str) -> bool:
 def _run_tokens(places: list[str], settings: argparse.Namespace) -> int:
     if len(places) != 1:
         raise UserError(f"{' '.join(places) or 'tokens'}: must be one run; type rcpo lab tokens RUN")
+    if not Path(places[0], "config.yaml").is_file():
+        raise UserError(f"{places[0]}: is no run folder, and has no held-out pairs; give a run")
     from rcpo.common.console import RunConsole
     from rcpo.evaluation.subject import find_subject
 
     subject = find_subject(places[0], settings.step)
-    if subject.run is None:
-        raise UserError(f"{places[0]}: is no run folder, and has no held-out pairs; give a run")
+    assert subject.run is not None
     console = RunConsole()
     found = _tokens(subject, settings, console)
     place = subject.run.path / "lab" / f"tokens-{subject.when}.json"

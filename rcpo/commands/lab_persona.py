@@ -61,12 +61,15 @@ SETTINGS = (
 def run(place: str | None, words: Sequence[str], settings: argparse.Namespace) -> int:
     """Train all, measure all; returns the exit code. Raises UserError for bad input, before weights are
     loaded."""
+    from rcpo.models.places import refuse_no_run_or_model
+
+    model = place or BUILTIN
+    refuse_no_run_or_model(model)
     from rcpo.commands.lab_sweep import FINISHED, checked_grid, run_cells
     from rcpo.common.console import RunConsole
     from rcpo.evaluation.one_token import Words
     from rcpo.evaluation.subject import find_subject
 
-    model = place or BUILTIN
     subject = find_subject(model)
     refuse_run(subject, model)
     if settings.prompts is None and model != BUILTIN:

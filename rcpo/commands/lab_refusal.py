@@ -52,6 +52,9 @@ def run(place: str | None, words: Sequence[str], settings: argparse.Namespace) -
         raise UserError("prompts: is missing, and rcpo has none; type prompts=FILE")
     if settings.phrases is not None and settings.classifier is not None:
         raise UserError(f"phrases={settings.phrases}: classifier= labels in their place; leave one out")
+    from rcpo.models.places import refuse_no_run_or_model
+
+    refuse_no_run_or_model(place)
     from rcpo.commands.lab_persona import refuse_run
     from rcpo.commands.lab_sweep import FINISHED, checked_grid, key_of, run_cells
     from rcpo.evaluation.subject import find_subject

@@ -66,6 +66,10 @@ def run(options: argparse.Namespace) -> int:
         return _resume_sweep(path, options.parallel or 1)
     if options.parallel is not None:
         raise UserError(f"--parallel: is for a sweep, and {path} is none; leave it out")
+    if allowed:
+        from rcpo.launch.allowed import look_at_changes
+
+        look_at_changes(Path(path, "config.yaml"), allowed)
     if not is_first_rank() or not Path(path, "config.yaml").is_file():
         return _resume_run(path, allowed, options.step)
     try:

@@ -47,6 +47,9 @@ def run(options: argparse.Namespace) -> int:
     if tree is None:
         return 0
     page = _check_out(options.out, options.overwrite)
+    from rcpo.launch.first_look import look_at_inputs
+
+    look_at_inputs(tree)
     from rcpo.common.console import RunConsole
     from rcpo.config.resolve import resolve
     from rcpo.config.validate import validate

@@ -138,11 +138,14 @@ def _check_and_run(definition: "Definition", options: argparse.Namespace) -> int
 
         target = SlurmTarget(read_profile(options.slurm))
     if options.dry_run:
+        _look_at_first(definition, target)
         return _print_plan(definition, sweep, target, options.pairs_per_second)
     if options.print:
         return _print_script(definition, sweep, options)
     if options.slurm is None and sweep.slurm.is_file():
         raise UserError(f"{sweep.path}: is a sweep of SLURM's; type --slurm PROFILE, or --out FOLDER")
+    if not sweep.manifest.is_file():
+        _look_at_first(definition, target)
     growth = plan_growth(definition, sweep, target)
     if growth.new:
         from rcpo.sweep.checks import check_inputs
@@ -157,6 +160,23 @@ def _check_and_run(definition: "Definition", options: argparse.Namespace) -> int
 
             return slurm.submit(sweep, options.slurm, options.max_parallel, growth.names)
         return run_unfinished(sweep, options.parallel or 1, growth.names)
+
+
+def _look_at_first(definition: "Definition", target: "Target") -> None:
+    """Raise UserError for what a look at the first cell can tell, before torch is loaded: most faults are of
+    all cells."""
+    from rcpo.config.compose import compose
+    from rcpo.launch.first_look import look_at_inputs
+    from rcpo.sweep.expand import expand
+    from rcpo.sweep.start import without_start
+
+    point = expand(definition)[0]
+    try:
+        tree = compose(without_start([*point.words, *target.words]))
+        assert tree is not None  # words are no flags: `rcpo.sweep.definition` has checked
+        look_at_inputs(tree)
+    except UserError as error:
+        raise UserError(f"cell {point.name}: {error}") from None
 
 
 def _print_plan(

@@ -22,9 +22,9 @@ def validate(tree: dict[str, Any]) -> Config:
 
 def validate_as(kind: type[Kind], tree: dict[str, Any]) -> Kind:
     """The same for a config with narrower types (`rcpo.config.resolved`)."""
+    config = section_of(kind, tree)
     from rcpo.config.rules import check_combinations  # which loads torch
 
-    config = section_of(kind, tree)
     check_combinations(config)
     return config
 

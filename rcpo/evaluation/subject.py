@@ -22,6 +22,7 @@ from rcpo.evaluation.results import FINAL, INITIAL
 from rcpo.models.adapter_files import CONFIG_FILE
 from rcpo.models.load import load_frozen_model, load_tokenizer, model_place
 from rcpo.models.merge import merged_model
+from rcpo.models.places import is_adapter
 from rcpo.reference.cache import weights_fingerprint
 from rcpo.runs.folder import RunFolder
 from rcpo.runs.frozen import open_run
@@ -164,11 +165,6 @@ def _of_model(word: str) -> Subject:
     if not isinstance(base, str):
         raise UserError(f"{word}: its {CONFIG_FILE} does not name a base model; give the run folder")
     return Subject(last_part(word), ModelConfig(path=base), adapter=word)
-
-
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder has an adapter and no whole model."""
-    return (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file()
 
 
 def _with_dtype(model: ModelConfig, device: torch.device) -> ModelConfig:

@@ -14,21 +14,10 @@ from rcpo.common.errors import UserError
 from rcpo.common.files import write_atomically
 from rcpo.config.resolve import resolve
 from rcpo.config.resolved import ResolvedConfig, resolved_of
+from rcpo.launch.allowed import SAFE, SAFE_TO_ROUNDING, is_among, set_value
 from rcpo.runs.folder import RunFolder, now
 from rcpo.runs.frozen import config_tree
 from rcpo.training.checkpoint import newest_checkpoint, refuse_unloadable, step_of
-
-SAFE = (
-    "train.steps", "train.epochs", "train.save_every", "train.keep_last", "train.eval_every",
-    "train.log_every", "train.on_save_error", "train.on_nonfinite", "train.max_nonfinite_steps",
-    "train.stop_when", "train.keep_best", "train.evaluate", "evaluation.", "tracking.",
-)  # fmt: skip
-"""Keys (and, with a dot at the end, groups) that leave every step's bits as they are."""
-SAFE_TO_ROUNDING = (
-    "launch.", "deepspeed.stage", "train.pairs_per_device", "train.device", "train.deterministic",
-    "model.gradient_checkpointing",
-)  # fmt: skip
-"""Keys that spread the same computation otherwise: equal but for the order of sums."""
 
 
 class Changed(NamedTuple):
@@ -59,13 +48,13 @@ def changed_config(run: RunFolder, allowed: Sequence[str], joined: int | None) -
     started = run.read_run().get("config")
     tree = yaml.safe_load(run.config.read_text(encoding="utf-8"))
     before = started if isinstance(started, dict) else yaml.safe_load(run.config.read_text(encoding="utf-8"))
-    named = {_set(tree, word) for word in allowed}
+    named = {set_value(tree, word) for word in allowed}
     config = resolved_of(tree)
     differences = _differences(before, tree)
     if not differences:
         return Changed(config, [])
     for key, old, new in differences:
-        if not _is_among(key, (*SAFE, *SAFE_TO_ROUNDING)):
+        if not is_among(key, (*SAFE, *SAFE_TO_ROUNDING)):
             raise UserError(
                 f"{key}: the run was started with {_shown(old)}, not {_shown(new)}, and it decides what is "
                 f"trained; put it back in {run.config}, or start a new run"
@@ -100,32 +89,6 @@ def _check_newest(run: RunFolder, config: ResolvedConfig) -> None:
             f"train.steps={config.train.steps}: the newest checkpoint is of step {done} already; type "
             f"train.steps={done} or more, or export that checkpoint"
         )
-
-
-def _set(tree: dict[str, Any], word: str) -> str:
-    """Set KEY=VALUE in the tree, where there is a value; returns the key."""
-    key, equals, value = word.partition("=")
-    *groups, last = key.split(".")
-    place: Any = tree
-    for group in groups:
-        place = place.get(group) if isinstance(place, dict) else None
-    if not isinstance(place, dict) or last not in place or isinstance(place[last], dict):
-        raise UserError(f"--allow-change {word}: {key} is no key of the run's config; type GROUP.KEY[=VALUE]")
-    if not _is_among(key, (*SAFE, *SAFE_TO_ROUNDING)):
-        raise UserError(
-            f"--allow-change {word}: {key} decides what is trained, so it cannot change; start a new run. "
-            f"What can: {', '.join((*SAFE, *SAFE_TO_ROUNDING))}"
-        )
-    if equals:
-        try:
-            place[last] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(f"--allow-change {word}: {value} is no value; type {key}=VALUE") from None
-    return key
-
-
-def _is_among(key: str, names: Sequence[str]) -> bool:
-    return any(key.startswith(name) if name.endswith(".") else key == name for name in names)
 
 
 def _differences(before: Any, after: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:

@@ -38,6 +38,14 @@ def look(tree: dict[str, Any], overwrite: bool) -> None:
         _look_at_data(config)
 
 
+def look_at_inputs(tree: dict[str, Any]) -> None:
+    """The same of what is read alone: model and data, for commands that make no run of this tree."""
+    config = section_of(Config, tree)
+    check_conditions(config)
+    _look_at_model(absolute(config.model.path) or config.model.path)
+    _look_at_data(config)
+
+
 def _look_at_model(path: str) -> None:
     refuse_no_place(path)
     if path != TINY and Path(path).is_dir() and not (Path(path) / "adapter_config.json").is_file():

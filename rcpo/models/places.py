@@ -1,5 +1,6 @@
 """Whether `model.path` can be a model, as far as its name and config.json say. Loads no torch. Called by
-`rcpo.models.load` and, before anything is loaded, by `rcpo.launch.first_look`."""
+`rcpo.models.load` and, before anything is loaded, by `rcpo.launch.first_look` and by commands that take a run
+or a model."""
 
 import json
 import os
@@ -7,6 +8,7 @@ from pathlib import Path
 
 from rcpo.common.errors import UserError
 from rcpo.config.names import TINY
+from rcpo.models.hub import ADAPTER_CONFIG
 
 
 def refuse_no_place(path: str) -> None:
@@ -19,6 +21,17 @@ def refuse_no_place(path: str) -> None:
         raise UserError(
             f"model.path={path[:200]}: no such folder; give a model folder, a hub id or builtin:tiny"
         )
+
+
+def refuse_no_run_or_model(word: str) -> None:
+    """Raise UserError where `word` is neither a run folder nor a place of a model or an adapter."""
+    if not (Path(word) / "config.yaml").is_file():
+        refuse_no_place(word)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder has an adapter and no whole model."""
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
 def check_config_file(folder: Path, path: str) -> None:

@@ -18,13 +18,18 @@ def config_tree(config: "ResolvedConfig") -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def open_run(path: str) -> "tuple[RunFolder, ResolvedConfig]":
-    """An existing run and its frozen config; UserError when `path` is none."""
-    folder = RunFolder(path)
-    if not folder.config.is_file():
+def refuse_no_run(path: str) -> None:
+    """Raise UserError where `path` is no run folder."""
+    if not RunFolder(path).config.is_file():
         raise UserError(
             f"{path}: is not a run folder (it has no config.yaml); give the folder that `rcpo train` printed"
         )
+
+
+def open_run(path: str) -> "tuple[RunFolder, ResolvedConfig]":
+    """An existing run and its frozen config; UserError when `path` is none."""
+    refuse_no_run(path)
+    folder = RunFolder(path)
     try:
         tree = yaml.safe_load(folder.config.read_text())
     except yaml.YAMLError as error:

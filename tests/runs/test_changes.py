@@ -77,7 +77,7 @@ def test_a_value_on_the_command_line_is_written_to_the_config(run: RunFolder) ->
 @pytest.mark.parametrize(
     ("allowed", "said"),
     [
-        ("train.stepz=9", "train.stepz is no key of the run's config"),
+        ("train.stepz=9", "train.stepz is no key of the run's config; did you mean train.steps?"),
         ("train=9", "train is no key of the run's config"),
         ("train.steps=-1", "train.steps=-1: must be greater than 0"),
         ("train.steps=[", "[ is no value; type train.steps=VALUE"),
