@@ -262,6 +262,7 @@ def test_the_installed_command_and_the_module_tell_the_same_version(tmp_path: Pa
     assert module.stdout == f"rcpo {rcpo.__version__}\n"
 
 
+@pytest.mark.ci("real processes")
 def test_a_mistake_in_the_installed_command_is_one_line(folder: Path, tmp_path: Path) -> None:
     """Found after everything heavy has been imported; libraries say nothing beside it."""
     code, output, said = rcpo_command(["train", f"model.path={folder}/no-weights"], tmp_path)

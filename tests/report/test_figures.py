@@ -181,6 +181,7 @@ def test_the_bands_figure_has_a_facet_a_calibration_on_one_scale(tmp_path: Path)
     assert position[0]["y"] == pytest.approx([0.1 * step for step in range(1, 9)])
 
 
+@pytest.mark.ci("figures for a paper")
 @pytest.mark.parametrize("suffix", ["pdf", "png"])
 def test_figures_for_a_paper_are_one_column_wide(tmp_path: Path, suffix: str) -> None:
     """3.25 in: 975 points at 300 dpi; in PDF 234 points of 1/72 in, with fonts as outlines."""
@@ -209,6 +210,7 @@ def test_figures_for_a_paper_are_one_column_wide(tmp_path: Path, suffix: str) ->
             assert b"/Subtype /Image" not in content or "grid" in path.stem
 
 
+@pytest.mark.ci("figures for a paper")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_runs_of_any_shape_get_figures_for_a_paper(tmp_path: Path, shape: str) -> None:
     make_run(tmp_path / "runs" / "off", **SHAPES[shape])

@@ -242,6 +242,7 @@ def some_of(name: str, folder: Path, step: int) -> tuple[Definition, list[Frozen
     return definition, [freeze_cell(point, definition, sweep, Here()) for point in expand(definition)[::step]]
 
 
+@pytest.mark.ci("the papers' grids")
 @pytest.mark.parametrize("model", ["pythia", "mistral", "qwen"])
 def test_the_papers_grids_compose_with_the_published_settings(tmp_path: Path, model: str) -> None:
     """32 pairs a step, constant rate, one epoch, 1024 tokens of which 512 of prompt, seed 42, EMA 0.98."""

@@ -19,6 +19,7 @@ from helpers.cases import Case, Layout, make_config, make_run, write_inputs
 from helpers.forked import in_a_fork
 from helpers.rank_runs import train_here
 from helpers.same_run import final_weights, metrics
+from helpers.selection import matrix
 from helpers.tiny_models import make_llama, make_neox
 from rcpo.common.errors import StoppedError, UserError
 from rcpo.config.schema import Config
@@ -94,13 +95,17 @@ def numel(model: PreTrainedModel) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+HELD = [(("own",), (), 0), (("own",), (), 3), ((LIVE,), ("llama",), 0), ((LIVE, "own"), ("other",), 3),
+        ((LIVE, LORA), (), 2), ((LORA, LIVE, "own"), ("other",), 1)]  # fmt: skip
+"""Words, the models that are held beside the policy, and the ZeRO stage."""
+
+
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(
     ("words", "others", "stage"),
-    [(("own",), (), 0), (("own",), (), 3), ((LIVE,), ("llama",), 0), ((LIVE, "own"), ("other",), 3),
-     ((LIVE, LORA), (), 2), ((LORA, LIVE, "own"), ("other",), 1)],
+    matrix(HELD, HELD[1:4:2].__contains__, "references in memory"),
     ids=["cached-own-0", "cached-own-3", "live-0", "live-own-3", "live-lora-2", "live-lora-own-1"],
-)  # fmt: skip
+)
 def test_only_a_live_reference_stays_in_memory(
     inputs: Path, tmp_path: Path, words: tuple[str, ...], others: tuple[str, ...], stage: int
 ) -> None:
