@@ -24,7 +24,7 @@ def name_groups(groups: "Sequence[Group]") -> dict[str, str]:
     saying."""
     _name_kinds(groups)
     values = {
-        key: _short_paths([one_line(group.settings.get(key, NONE)) for group in groups])
+        key: _shorter([one_line(group.settings.get(key, NONE)) for group in groups])
         for key in _that_matter(groups)
     }
     usual = {}
@@ -43,10 +43,20 @@ def name_groups(groups: "Sequence[Group]") -> dict[str, str]:
     return usual
 
 
-def _short_paths(values: list[str]) -> list[str]:
-    """Absolute paths by their last part, where that tells them apart as well."""
-    short = [PurePath(value).name if value.startswith("/") else value for value in values]
+def _shorter(values: list[str]) -> list[str]:
+    """Absolute paths by their last part, and numbers that a search drew by four digits, where that tells them
+    apart as well."""
+    short = [PurePath(value).name if value.startswith("/") else _four_digits(value) for value in values]
     return short if len(set(short)) == len(set(values)) else values
+
+
+def _four_digits(value: str) -> str:
+    """Whole numbers, and words, as they are."""
+    try:
+        shorter = f"{float(value):.4g}"
+    except ValueError:
+        return value
+    return shorter if not value.isdecimal() and len(shorter) < len(value) else value
 
 
 def of_most(values: Sequence[str]) -> str | None:

@@ -95,6 +95,17 @@ def test_parameters_of_most_of_an_objective_go_without_saying_and_stand_in_a_not
     assert {group.objective for group in compare(tmp_path).groups} == {"dpo beta=0.1", "dpo beta=0.5"}
 
 
+def test_numbers_of_a_search_are_said_with_four_digits_that_tell_them_apart(tmp_path: Path) -> None:
+    drawn = (0.0012994814172947254, 3.6350844614016147e-05, 0.0003)
+    for number, rate in enumerate(drawn):
+        make_run(tmp_path / str(number), settings={"optim.lr": rate, "objective.beta": 0.1})
+    shown = {group.shown["optim.lr"] for group in compare(tmp_path).groups}
+    assert shown == {"0.001299", "3.635e-05", "0.0003"}
+    make_run(tmp_path / "close", settings={"optim.lr": 0.0012994814172947256, "objective.beta": 0.1})
+    shown = {group.shown["optim.lr"] for group in compare(tmp_path).groups}
+    assert shown == {*map(str, drawn), "0.0012994814172947256"}
+
+
 def test_objectives_are_counted_and_not_lines(mixed: Path, tmp_path: Path) -> None:
     """Seven lines without calibration are of dpo, and one of simpo, which does not fall."""
     comparison = compare(mixed)
