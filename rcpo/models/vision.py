@@ -9,7 +9,7 @@ calibration know no images.
 Does not own reading images (`rcpo.data.pictures`) or loading weights (`rcpo.models.load`, which calls this).
 """
 
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,22 +24,7 @@ from rcpo.config.resolved import ResolvedConfig
 from rcpo.config.schema import ModelConfig
 from rcpo.data.batch import PairBatch
 from rcpo.data.pictures import Processor, Sight, set_sight
-
-
-class Family(NamedTuple):
-    """What differs between vision-language models."""
-
-    projector: str
-    """The module of the body between tower and text."""
-    joined_along: int = 0
-    """The dimension of pixel tensors along which images stand."""
-
-
-FAMILIES = {
-    "llava": Family("multi_modal_projector"),
-    "idefics3": Family("connector", joined_along=1),
-}
-"""By `model_type`; each was compared with its own forward pass, image by image."""
+from rcpo.models.sights import FAMILIES, doubled
 
 
 def is_vision(hf_config: PretrainedConfig) -> bool:
@@ -108,19 +93,34 @@ def freeze_vision(model: PreTrainedModel, vision: str) -> None:
     """Let of the parts that see train what `model.vision` says; the language model is left as it is."""
     if vision == "train":
         return
-    text = {id(parameter) for parameter in _text_of(model).parameters()}
-    head = model.get_output_embeddings()
-    text |= {id(parameter) for parameter in head.parameters()}
+    kept = set[int]()
     if vision == "projector":
         projector = model.base_model.get_submodule(FAMILIES[model.config.model_type].projector)
-        text |= {id(parameter) for parameter in projector.parameters()}
-    for parameter in model.parameters():
-        if id(parameter) not in text:
+        kept = {id(parameter) for parameter in projector.parameters()}
+    for parameter in _parameters_of_sight(model):
+        if id(parameter) not in kept:
             parameter.requires_grad_(False)
 
 
-def _text_of(model: PreTrainedModel) -> nn.Module:
-    return cast(nn.Module, model.get_decoder())
+def _parameters_of_sight(model: PreTrainedModel) -> list[nn.Parameter]:
+    """Of tower and projector: what belongs neither to the language model nor to its head."""
+    parts = (cast(nn.Module, model.get_decoder()), model.get_output_embeddings())
+    text = {id(parameter) for part in parts for parameter in part.parameters()}
+    return [parameter for parameter in model.parameters() if id(parameter) not in text]
+
+
+def needs_tower(model: PreTrainedModel) -> bool:
+    """Whether a pass without images goes through the tower all the same: where what sees trains.
+
+    ZeRO exchanges gradients in the order in which they come, and nothing for a parameter that has none. A
+    rank whose micro-batch has no image must have the same gradients in the same order as the others, with
+    zeros for what sees.
+    """
+    return (
+        torch.is_grad_enabled()
+        and has_vision(model)
+        and any(parameter.requires_grad for parameter in _parameters_of_sight(model))
+    )
 
 
 def give_sight(
@@ -141,18 +141,21 @@ def give_sight(
 
 
 def hidden_with_images(model: PreTrainedModel, batch: PairBatch, layout: dict[str, Any]) -> Tensor:
-    """Last hidden states (R, T, H) of rows whose prompts show images."""
-    assert batch.pixels is not None
-    body = model.base_model
-    seen = body.get_image_features(**batch.pixels.tensors, return_dict=True)
-    features = list(seen.pooler_output)
-    seen.pooler_output = features * batch.pixels.num_sides
-    hidden: Tensor = body(
-        input_ids=batch.input_ids,
-        mm_encoder_outputs={"image": seen},
-        use_cache=False,
-        **layout,
-    ).last_hidden_state
+    """Last hidden states (R, T, H) of rows whose prompts show images; of a batch without any, what it would
+    be anyway, with an image of nothing encoded and multiplied by zero."""
+    body, family = model.base_model, FAMILIES[model.config.model_type]
+    if batch.pixels is None:
+        device = batch.input_ids.device
+        blank = {name: each.to(device) for name, each in family.blank(model.config).items()}
+        seen = body.get_image_features(**blank, return_dict=True)
+        nothing = sum((each.sum() for each in seen.pooler_output), start=torch.zeros((), device=device))
+        embedded = body.get_input_embeddings()(batch.input_ids)
+        given = {"inputs_embeds": embedded + (0 * nothing).to(embedded.dtype)}
+    else:
+        seen = body.get_image_features(**batch.pixels.tensors, return_dict=True)
+        seen.pooler_output = doubled(seen.pooler_output, batch.pixels.num_sides)
+        given = {"input_ids": batch.input_ids, "mm_encoder_outputs": {"image": seen}}
+    hidden: Tensor = body(**given, use_cache=False, **layout).last_hidden_state
     return hidden
 
 
