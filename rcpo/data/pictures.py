@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from rcpo.data.render import Rendered
 
 DIGEST_BYTES = 16
-FORMS = {"pixel_values", "pixel_attention_mask"}
+FORMS = {"pixel_values", "pixel_attention_mask", "image_grid_thw"}
 """What of a processor's output the families of `rcpo.models.vision` read."""
 
 

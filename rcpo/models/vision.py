@@ -23,8 +23,9 @@ from rcpo.common.errors import UserError
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.config.schema import ModelConfig
 from rcpo.data.batch import PairBatch
-from rcpo.data.pictures import Processor, Sight, set_sight
-from rcpo.models.sights import FAMILIES, doubled
+from rcpo.data.pictures import Pixels, Processor, Sight, set_sight
+from rcpo.models.processors import without_videos
+from rcpo.models.sights import FAMILIES, Family, features_of, repeat_features
 
 
 def is_vision(hf_config: PretrainedConfig) -> bool:
@@ -73,7 +74,8 @@ def check_run_with_images(config: ResolvedConfig) -> None:
         key = f"train.{'share_prefix' if train.share_prefix else 'packing'}=true"
         advice = "rows of images stand by themselves so far; type " + key.replace("true", "false")
     elif config.deepspeed.stage == 3:
-        key, advice = "deepspeed.stage=3", "was not tried with images; type deepspeed.stage=2"
+        key = "deepspeed.stage=3"
+        advice = "ranks with and without images would gather other weights; type deepspeed.stage=2"
     elif config.metrics.answers:
         key = f"metrics.answers={config.metrics.answers}"
         advice = "answers to images are not there yet; type metrics.answers=0"
@@ -116,11 +118,9 @@ def needs_tower(model: PreTrainedModel) -> bool:
     rank whose micro-batch has no image must have the same gradients in the same order as the others, with
     zeros for what sees.
     """
-    return (
-        torch.is_grad_enabled()
-        and has_vision(model)
-        and any(parameter.requires_grad for parameter in _parameters_of_sight(model))
-    )
+    if not (torch.is_grad_enabled() and has_vision(model)):
+        return False
+    return any(parameter.requires_grad for parameter in _parameters_of_sight(model))
 
 
 def give_sight(
@@ -128,43 +128,56 @@ def give_sight(
 ) -> None:
     """Let the tokenizer of a model that sees carry the processor, whose chat template it takes. Raises
     UserError where transformers is too old for it."""
-    processor = AutoProcessor.from_pretrained(
-        place, trust_remote_code=config.trust_remote_code, backend="pil"
-    )
+    family = FAMILIES[hf_config.model_type]
+    if family.with_videos is not None:
+        processor = without_videos(family.with_videos, place, tokenizer)
+    else:
+        processor = AutoProcessor.from_pretrained(
+            place, trust_remote_code=config.trust_remote_code, backend="pil"
+        )
     if not hasattr(processor, "get_text_with_replacements"):
         raise UserError("images: this transformers is too old for them; pip install 'transformers>=5.24'")
     processor.tokenizer = tokenizer
     if getattr(processor, "chat_template", None):
         tokenizer.chat_template = processor.chat_template
-    along = FAMILIES[hf_config.model_type].joined_along
-    set_sight(tokenizer, Sight(cast(Processor, processor), along))
+    set_sight(tokenizer, Sight(cast(Processor, processor), family.joined_along))
 
 
 def hidden_with_images(model: PreTrainedModel, batch: PairBatch, layout: dict[str, Any]) -> Tensor:
     """Last hidden states (R, T, H) of rows whose prompts show images; of a batch without any, what it would
     be anyway, with an image of nothing encoded and multiplied by zero."""
     body, family = model.base_model, FAMILIES[model.config.model_type]
+    given: dict[str, Any]
     if batch.pixels is None:
         device = batch.input_ids.device
         blank = {name: each.to(device) for name, each in family.blank(model.config).items()}
         seen = body.get_image_features(**blank, return_dict=True)
-        nothing = sum((each.sum() for each in seen.pooler_output), start=torch.zeros((), device=device))
+        nothing = sum((each.sum() for each in features_of(seen)), start=torch.zeros((), device=device))
         embedded = body.get_input_embeddings()(batch.input_ids)
         given = {"inputs_embeds": embedded + (0 * nothing).to(embedded.dtype)}
+        if hasattr(body, "rope_deltas"):
+            body.rope_deltas = None  # those of another batch's images
     else:
         seen = body.get_image_features(**batch.pixels.tensors, return_dict=True)
-        seen.pooler_output = doubled(seen.pooler_output, batch.pixels.num_sides)
+        repeat_features(seen, batch.pixels.num_sides)
         given = {"input_ids": batch.input_ids, "mm_encoder_outputs": {"image": seen}}
+        given |= family.told(model.config, batch.input_ids, own_pixels(batch.pixels, family))
     hidden: Tensor = body(**given, use_cache=False, **layout).last_hidden_state
     return hidden
+
+
+def own_pixels(pixels: Pixels, family: Family) -> dict[str, Tensor]:
+    """With every row's images by themselves."""
+    return {
+        name: torch.cat([each] * pixels.num_sides, dim=family.joined_along)
+        for name, each in pixels.tensors.items()
+    }
 
 
 def own_inputs(model: PreTrainedModel, batch: PairBatch) -> dict[str, Any]:
     """What the model's own forward method is given beside the ids: every row's images by themselves."""
     if batch.pixels is None:
         return {}
-    along = FAMILIES[model.config.model_type].joined_along
-    return {
-        name: torch.cat([each] * batch.pixels.num_sides, dim=along)
-        for name, each in batch.pixels.tensors.items()
-    }
+    family = FAMILIES[model.config.model_type]
+    pixels = own_pixels(batch.pixels, family)
+    return pixels | family.told(model.config, batch.input_ids, pixels)
