@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -105,6 +106,28 @@ def test_every_family_trains_and_its_final_answers_an_image(family: str, tmp_pat
     model = AutoModelForImageTextToText.from_pretrained(run / "final")
     answer = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert answer.shape[1] > inputs["input_ids"].shape[1]
+
+
+def test_data_shows_images_and_draws_a_sheet(folder: Path) -> None:
+    """Two pairs, the second with two images; a picture of 24 x 24 pixels, cut into 9 patches, is 9 tokens."""
+    words_of_data = [word for word in words(folder)[1:] if not word.startswith(("optim", "tracking"))]
+    more = ["--pairs", "3", "--sheet", f"{folder}/sheet.png", "--json"]
+    done = run_cli("data", *words_of_data, *more, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    pairs = json.loads(done.stdout)["pairs"]
+    images = [image for pair in pairs for image in pair["images"]]
+    assert {image["tokens"] for image in images} == {9}
+    for image in images:
+        with PIL.Image.open(folder / image["name"]) as picture_of_it:
+            assert picture_of_it.size == (image["width"], image["height"])
+    with PIL.Image.open(folder / "sheet.png") as sheet:
+        assert sheet.width == 260 * min(4, len(images))
+        first = picture(int(images[0]["name"].split("-")[0]) * 100)
+        assert sheet.convert("RGB").getpixel((20, 20)) == first.getpixel((0, 0))
+    done = run_cli("data", *words_of_data, "--pairs", "0", "--sheet", f"{folder}/none.png", cwd=folder)
+    assert done.returncode == 2
+    assert "none of the pairs that are shown has an image" in done.stderr
+    assert not (folder / "none.png").exists()
 
 
 REFUSED = {
