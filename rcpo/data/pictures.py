@@ -53,6 +53,8 @@ class Sight:
     processor: Processor
     joined_along: int
     """The dimension of pixel tensors along which images stand one after the other."""
+    joins: bool = True
+    """Whether a prompt may be computed once for both responses: a token's position is its place alone."""
 
     def look(self, images: Sequence[Image]) -> tuple[dict[str, Tensor], list[str]]:
         """Pixel tensors of these images, and what the processor writes into the text for each. Raises

@@ -37,7 +37,7 @@ def _nothing_more(config: PretrainedConfig, ids: Tensor, pixels: dict[str, Tenso
     return {}
 
 
-def _grids(config: PretrainedConfig, ids: Tensor, pixels: dict[str, Tensor]) -> dict[str, Tensor]:
+def with_grids(config: PretrainedConfig, ids: Tensor, pixels: dict[str, Tensor]) -> dict[str, Tensor]:
     """From which a position of three numbers is made for every token: its own of text, time, row and column
     of an image (M-RoPE)."""
     kinds = (ids == config.image_token_id).int()
@@ -64,9 +64,9 @@ FAMILIES = {
     "idefics3": Family("connector", joined_along=1, blank=_tile),
     "smolvlm": Family("connector", joined_along=1, blank=_tile, with_videos="SmolVLMProcessor"),
     "internvl": Family("multi_modal_projector", with_videos="InternVLProcessor"),
-    "qwen2_vl": Family("visual.merger", blank=_grid, told=_grids, with_videos="Qwen2VLProcessor"),
-    "qwen2_5_vl": Family("visual.merger", blank=_grid, told=_grids, with_videos="Qwen2_5_VLProcessor"),
-    "qwen3_vl": Family("visual.merger", blank=_grid, told=_grids, with_videos="Qwen3VLProcessor"),
+    "qwen2_vl": Family("visual.merger", blank=_grid, told=with_grids, with_videos="Qwen2VLProcessor"),
+    "qwen2_5_vl": Family("visual.merger", blank=_grid, told=with_grids, with_videos="Qwen2_5_VLProcessor"),
+    "qwen3_vl": Family("visual.merger", blank=_grid, told=with_grids, with_videos="Qwen3VLProcessor"),
 }
 """By `model_type`."""
 

@@ -25,7 +25,7 @@ from rcpo.config.schema import ModelConfig
 from rcpo.data.batch import PairBatch
 from rcpo.data.pictures import Pixels, Processor, Sight, set_sight
 from rcpo.models.processors import without_videos
-from rcpo.models.sights import FAMILIES, Family, features_of, repeat_features
+from rcpo.models.sights import FAMILIES, Family, features_of, repeat_features, with_grids
 
 
 def is_vision(hf_config: PretrainedConfig) -> bool:
@@ -67,12 +67,16 @@ def check_vision(config: ModelConfig, hf_config: PretrainedConfig) -> None:
         )
 
 
-def check_run_with_images(config: ResolvedConfig) -> None:
+def check_run_with_images(config: ResolvedConfig, sight: Sight) -> None:
     """Raise UserError where a run of a model that sees asks for what is not there for it yet."""
     train, key = config.train, None
-    if train.share_prefix or train.packing:
-        key = f"train.{'share_prefix' if train.share_prefix else 'packing'}=true"
-        advice = "rows of images stand by themselves so far; type " + key.replace("true", "false")
+    if train.share_prefix and not sight.joins:
+        key = "train.share_prefix=true"
+        advice = "positions of this family follow the images, and prompts stand by themselves so far; type "
+        advice += "train.share_prefix=false"
+    elif train.packing and not train.share_prefix:
+        key = "train.packing=true"
+        advice = "images are packed with their prompts once alone; add train.share_prefix=true"
     elif config.deepspeed.stage == 3:
         key = "deepspeed.stage=3"
         advice = "ranks with and without images would gather other weights; type deepspeed.stage=2"
@@ -140,7 +144,9 @@ def give_sight(
     processor.tokenizer = tokenizer
     if getattr(processor, "chat_template", None):
         tokenizer.chat_template = processor.chat_template
-    set_sight(tokenizer, Sight(cast(Processor, processor), family.joined_along))
+    set_sight(
+        tokenizer, Sight(cast(Processor, processor), family.joined_along, family.told is not with_grids)
+    )
 
 
 def hidden_with_images(model: PreTrainedModel, batch: PairBatch, layout: dict[str, Any]) -> Tensor:

@@ -18,6 +18,7 @@ from helpers.tiny_vision import make_vision, png, rows_with_images
 from rcpo.common.errors import UserError
 from rcpo.config.schema import DataConfig, ModelConfig
 from rcpo.data.batch import collate
+from rcpo.data.joint import collate_joint
 from rcpo.data.pairs import PackedPairs, TokenizedPair, pair_digest
 from rcpo.data.tokenize import TokenizedData, tokenize_records
 from rcpo.models.load import load_model, load_tokenizer
@@ -132,6 +133,28 @@ def test_the_tower_runs_on_each_image_once(made: Made) -> None:
     assert model.config.model_type != "llava" or seen[0] == num_images
     policy(batch, own_logits=True)
     assert seen[1] == 2 * seen[0]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_prompt_with_images_computed_once_is_the_batch(packing: bool, made: Made) -> None:
+    """z and the gradient of sum c z, of rows with each prompt twice and of rows with it once."""
+    model, pairs = load_model(made.config), list(made.pairs)
+    if not made.tokenizer.rcpo_sight.joins:
+        assert model.config.model_type.startswith("qwen")
+        return
+    coefficients = torch.tensor([-0.3, -0.7, 0.2, -0.5, 0.4, 0.6, 0.1, -0.8, 0.9, 0.3])
+    found = []
+    for batch in (collate(pairs, 0), collate_joint(pairs, 0, share_prefix=True, packing=packing)):
+        model.zero_grad()
+        z = Policy(model)(batch)
+        (coefficients * z).sum().backward()
+        found.append((z.detach(), {name: each.grad for name, each in model.named_parameters()}))
+    (z_twice, twice), (z_once, once) = found
+    assert torch.allclose(z_once, z_twice, atol=1e-4)
+    for name, gradient in twice.items():
+        if gradient is not None:
+            scale = max(1.0, float(gradient.abs().max()))
+            assert torch.allclose(once[name], gradient, atol=2e-5 * scale), name
 
 
 def test_sides_apart_are_the_batch(made: Made) -> None:
