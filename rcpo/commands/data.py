@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rcpo.commands.flags import Flags, add_config_words, add_printing_flags, positive_int
@@ -24,6 +25,7 @@ one data set, as data.path='[A, B]'. The exit code is 2 where `rcpo train` would
 examples:
   rcpo data PAIRS.jsonl model.path=MODEL train.max_length=512
   rcpo data PAIRS.jsonl model.path=MODEL --pairs 0 --row 17 --row 203
+  rcpo data PAIRS.jsonl model.path=MODEL --pairs 12 --sheet images.png
   rcpo data PAIRS.jsonl model.path=MODEL --json | jq .rows.training"""
     add_config_words(parser)
     parser.add_argument(
@@ -37,6 +39,9 @@ examples:
         dest="rows",
         metavar="K",
         help="show the pair of row K, counted from 0, too; may be given again",
+    )
+    parser.add_argument(
+        "--sheet", metavar="FILE.png", help="write the images of these pairs into one picture to look at"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--color", action="store_true", help="colours even where this is no terminal")
@@ -65,6 +70,10 @@ def run(options: argparse.Namespace) -> int:
         if options.json:
             print(json.dumps({"refused": str(error), "rows": None, "notes": [], "lengths": {}, "pairs": []}))
         raise
+    if options.sheet is not None:
+        from rcpo.quality.sheet import write_sheet
+
+        write_sheet(preview.pairs, Path(options.sheet))
     if options.json:
         print(json.dumps(preview.as_json(), ensure_ascii=False))
     else:

@@ -219,6 +219,9 @@ class DataConfig:
     append_eos: bool = IN_CONF
     """false: a response ends with its own last token. Neither the EOS nor what the chat template writes to
     end a turn is trained on, of training and held-out pairs alike. For experiments on single tokens."""
+    image_megapixels: Annotated[int, Field(ge=1, le=178)] = IN_CONF
+    """Million pixels that an image may have; a row with a larger one cannot train. Up to 178, twice what
+    Pillow warns of."""
     unpair: bool = IN_CONF
     """true: each training pair is read as two single answers, the chosen and the rejected one, which are
     drawn by themselves. Held-out pairs stay pairs."""

@@ -11,6 +11,7 @@ import torch
 
 from rcpo.config.schema import TrainConfig
 from rcpo.data.batch import OF_CHOSEN, OF_REJECTED, PADDING, PREFIX, PairBatch, Segments, collate, present_in
+from rcpo.data.pictures import pixels_of
 from rcpo.data.tokenize import TokenizedPair
 
 
@@ -26,7 +27,9 @@ def collate_joint(
     pairs: Sequence[TokenizedPair], pad_id: int, share_prefix: bool, packing: bool
 ) -> PairBatch:
     """One row a pair, or with `packing` one row in all, without padding. With `share_prefix` what a pair's
-    prompts have in common is there once."""
+    prompts have in common is there once, its images among it."""
+    pixels = pixels_of(pairs)
+    assert pixels is None or share_prefix, "each side's images in turn is an order that nothing needs"
     strips = [_strip(pair, share_prefix) for pair in pairs]
     lengths = [len(strip.input_ids) for strip in strips]
     if packing:
@@ -65,6 +68,7 @@ def collate_joint(
             *(_sequences(pairs) if packing and not share_prefix else ()),
         ),
         present=present_in(num_targets),
+        pixels=None if pixels is None else pixels.of_side(),
     )
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from rcpo.data.render import Rendered
 
 DIGEST_BYTES = 16
-FORMS = {"pixel_values", "pixel_attention_mask"}
+FORMS = {"pixel_values", "pixel_attention_mask", "image_grid_thw"}
 """What of a processor's output the families of `rcpo.models.vision` read."""
 
 
@@ -53,6 +53,8 @@ class Sight:
     processor: Processor
     joined_along: int
     """The dimension of pixel tensors along which images stand one after the other."""
+    joins: bool = True
+    """Whether a prompt may be computed once for both responses: a token's position is its place alone."""
 
     def look(self, images: Sequence[Image]) -> tuple[dict[str, Tensor], list[str]]:
         """Pixel tensors of these images, and what the processor writes into the text for each. Raises

@@ -15,7 +15,7 @@ from rcpo.models.attention import attention_inputs
 from rcpo.models.logit_transform import body_of, logit_transform
 from rcpo.models.logprobs import TokenLogProbHead, importance_weighted, score_shares, sum_per_side
 from rcpo.models.router import cost_of, expert_sums
-from rcpo.models.vision import hidden_with_images, own_inputs
+from rcpo.models.vision import hidden_with_images, needs_tower, own_inputs
 
 
 class Read(NamedTuple):
@@ -69,7 +69,7 @@ class Policy(nn.Module):
         if own_logits:
             return self._by_own_logits(batch)
         layout: dict[str, Any] = attention_inputs(self.model, batch)
-        if batch.pixels is not None:
+        if batch.pixels is not None or needs_tower(self.model):
             hidden = hidden_with_images(self.model, batch, layout)
         else:
             if experts or batch.expert_costs is not None:

@@ -9,7 +9,7 @@ calibration know no images.
 Does not own reading images (`rcpo.data.pictures`) or loading weights (`rcpo.models.load`, which calls this).
 """
 
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,23 +23,9 @@ from rcpo.common.errors import UserError
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.config.schema import ModelConfig
 from rcpo.data.batch import PairBatch
-from rcpo.data.pictures import Processor, Sight, set_sight
-
-
-class Family(NamedTuple):
-    """What differs between vision-language models."""
-
-    projector: str
-    """The module of the body between tower and text."""
-    joined_along: int = 0
-    """The dimension of pixel tensors along which images stand."""
-
-
-FAMILIES = {
-    "llava": Family("multi_modal_projector"),
-    "idefics3": Family("connector", joined_along=1),
-}
-"""By `model_type`; each was compared with its own forward pass, image by image."""
+from rcpo.data.pictures import Pixels, Processor, Sight, set_sight
+from rcpo.models.processors import without_videos
+from rcpo.models.sights import FAMILIES, Family, features_of, repeat_features, with_grids
 
 
 def is_vision(hf_config: PretrainedConfig) -> bool:
@@ -81,14 +67,19 @@ def check_vision(config: ModelConfig, hf_config: PretrainedConfig) -> None:
         )
 
 
-def check_run_with_images(config: ResolvedConfig) -> None:
+def check_run_with_images(config: ResolvedConfig, sight: Sight) -> None:
     """Raise UserError where a run of a model that sees asks for what is not there for it yet."""
     train, key = config.train, None
-    if train.share_prefix or train.packing:
-        key = f"train.{'share_prefix' if train.share_prefix else 'packing'}=true"
-        advice = "rows of images stand by themselves so far; type " + key.replace("true", "false")
+    if train.share_prefix and not sight.joins:
+        key = "train.share_prefix=true"
+        advice = "positions of this family follow the images, and prompts stand by themselves so far; type "
+        advice += "train.share_prefix=false"
+    elif train.packing and not train.share_prefix:
+        key = "train.packing=true"
+        advice = "images are packed with their prompts once alone; add train.share_prefix=true"
     elif config.deepspeed.stage == 3:
-        key, advice = "deepspeed.stage=3", "was not tried with images; type deepspeed.stage=2"
+        key = "deepspeed.stage=3"
+        advice = "ranks with and without images would gather other weights; type deepspeed.stage=2"
     elif config.metrics.answers:
         key = f"metrics.answers={config.metrics.answers}"
         advice = "answers to images are not there yet; type metrics.answers=0"
@@ -108,19 +99,32 @@ def freeze_vision(model: PreTrainedModel, vision: str) -> None:
     """Let of the parts that see train what `model.vision` says; the language model is left as it is."""
     if vision == "train":
         return
-    text = {id(parameter) for parameter in _text_of(model).parameters()}
-    head = model.get_output_embeddings()
-    text |= {id(parameter) for parameter in head.parameters()}
+    kept = set[int]()
     if vision == "projector":
         projector = model.base_model.get_submodule(FAMILIES[model.config.model_type].projector)
-        text |= {id(parameter) for parameter in projector.parameters()}
-    for parameter in model.parameters():
-        if id(parameter) not in text:
+        kept = {id(parameter) for parameter in projector.parameters()}
+    for parameter in _parameters_of_sight(model):
+        if id(parameter) not in kept:
             parameter.requires_grad_(False)
 
 
-def _text_of(model: PreTrainedModel) -> nn.Module:
-    return cast(nn.Module, model.get_decoder())
+def _parameters_of_sight(model: PreTrainedModel) -> list[nn.Parameter]:
+    """Of tower and projector: what belongs neither to the language model nor to its head."""
+    parts = (cast(nn.Module, model.get_decoder()), model.get_output_embeddings())
+    text = {id(parameter) for part in parts for parameter in part.parameters()}
+    return [parameter for parameter in model.parameters() if id(parameter) not in text]
+
+
+def needs_tower(model: PreTrainedModel) -> bool:
+    """Whether a pass without images goes through the tower all the same: where what sees trains.
+
+    ZeRO exchanges gradients in the order in which they come, and nothing for a parameter that has none. A
+    rank whose micro-batch has no image must have the same gradients in the same order as the others, with
+    zeros for what sees.
+    """
+    if not (torch.is_grad_enabled() and has_vision(model)):
+        return False
+    return any(parameter.requires_grad for parameter in _parameters_of_sight(model))
 
 
 def give_sight(
@@ -128,40 +132,58 @@ def give_sight(
 ) -> None:
     """Let the tokenizer of a model that sees carry the processor, whose chat template it takes. Raises
     UserError where transformers is too old for it."""
-    processor = AutoProcessor.from_pretrained(
-        place, trust_remote_code=config.trust_remote_code, backend="pil"
-    )
+    family = FAMILIES[hf_config.model_type]
+    if family.with_videos is not None:
+        processor = without_videos(family.with_videos, place, tokenizer)
+    else:
+        processor = AutoProcessor.from_pretrained(
+            place, trust_remote_code=config.trust_remote_code, backend="pil"
+        )
     if not hasattr(processor, "get_text_with_replacements"):
         raise UserError("images: this transformers is too old for them; pip install 'transformers>=5.24'")
     processor.tokenizer = tokenizer
     if getattr(processor, "chat_template", None):
         tokenizer.chat_template = processor.chat_template
-    along = FAMILIES[hf_config.model_type].joined_along
-    set_sight(tokenizer, Sight(cast(Processor, processor), along))
+    set_sight(
+        tokenizer, Sight(cast(Processor, processor), family.joined_along, family.told is not with_grids)
+    )
 
 
 def hidden_with_images(model: PreTrainedModel, batch: PairBatch, layout: dict[str, Any]) -> Tensor:
-    """Last hidden states (R, T, H) of rows whose prompts show images."""
-    assert batch.pixels is not None
-    body = model.base_model
-    seen = body.get_image_features(**batch.pixels.tensors, return_dict=True)
-    features = list(seen.pooler_output)
-    seen.pooler_output = features * batch.pixels.num_sides
-    hidden: Tensor = body(
-        input_ids=batch.input_ids,
-        mm_encoder_outputs={"image": seen},
-        use_cache=False,
-        **layout,
-    ).last_hidden_state
+    """Last hidden states (R, T, H) of rows whose prompts show images; of a batch without any, what it would
+    be anyway, with an image of nothing encoded and multiplied by zero."""
+    body, family = model.base_model, FAMILIES[model.config.model_type]
+    given: dict[str, Any]
+    if batch.pixels is None:
+        device = batch.input_ids.device
+        blank = {name: each.to(device) for name, each in family.blank(model.config).items()}
+        seen = body.get_image_features(**blank, return_dict=True)
+        nothing = sum((each.sum() for each in features_of(seen)), start=torch.zeros((), device=device))
+        embedded = body.get_input_embeddings()(batch.input_ids)
+        given = {"inputs_embeds": embedded + (0 * nothing).to(embedded.dtype)}
+        if hasattr(body, "rope_deltas"):
+            body.rope_deltas = None  # those of another batch's images
+    else:
+        seen = body.get_image_features(**batch.pixels.tensors, return_dict=True)
+        repeat_features(seen, batch.pixels.num_sides)
+        given = {"input_ids": batch.input_ids, "mm_encoder_outputs": {"image": seen}}
+        given |= family.told(model.config, batch.input_ids, own_pixels(batch.pixels, family))
+    hidden: Tensor = body(**given, use_cache=False, **layout).last_hidden_state
     return hidden
+
+
+def own_pixels(pixels: Pixels, family: Family) -> dict[str, Tensor]:
+    """With every row's images by themselves."""
+    return {
+        name: torch.cat([each] * pixels.num_sides, dim=family.joined_along)
+        for name, each in pixels.tensors.items()
+    }
 
 
 def own_inputs(model: PreTrainedModel, batch: PairBatch) -> dict[str, Any]:
     """What the model's own forward method is given beside the ids: every row's images by themselves."""
     if batch.pixels is None:
         return {}
-    along = FAMILIES[model.config.model_type].joined_along
-    return {
-        name: torch.cat([each] * batch.pixels.num_sides, dim=along)
-        for name, each in batch.pixels.tensors.items()
-    }
+    family = FAMILIES[model.config.model_type]
+    pixels = own_pixels(batch.pixels, family)
+    return pixels | family.told(model.config, batch.input_ids, pixels)

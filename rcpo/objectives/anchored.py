@@ -122,8 +122,10 @@ def acpo(pair: PairLogProbs, config: ACPOConfig) -> Tensor:
 
     k = 1 where r_l >= 0, else clip((tau - beta r_w) / (-beta r_l), 0, 1): no more push than reaches the
     target tau = delta * mean(|y_w| + |y_l|), a number from the previous step's global batch. Since k is held
-    constant in the gradient, d_l = k d_w. Reconstructed from summaries of Huang et al. 2026 (arXiv
-    2603.22165), not from the paper's own equations.
+    constant in the gradient, d_l = k d_w. Huang et al. 2026 (arXiv 2603.22165): its abstract says that a
+    coefficient that knows lengths scales the rejected reward alone, towards a target; a review has
+    k = (r_w - tau) / r_l with tau = delta (|y_w| + |y_l|). The paper's own equations were not to be had:
+    the clipping, the branch r_l >= 0, the previous step's mean, delta and beta are choices made here.
     """
     beta_r_w, beta_r_l = config.beta * pair.r_w, config.beta * pair.r_l
     tau = config.delta * pair.state[0]

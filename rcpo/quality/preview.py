@@ -21,6 +21,7 @@ from rcpo.data.tokenize import tokenize_records
 from rcpo.models.checks import check_vocabulary
 from rcpo.models.load import load_tokenizer
 from rcpo.records.held_out_split import with_held_out_split
+from rcpo.records.images import Image
 from rcpo.records.load import NOTE
 from rcpo.records.record import PreferenceRecord
 from rcpo.training.read_inputs import PairsRead, check_sizes, filtered_inputs, tokenise
@@ -44,6 +45,22 @@ class ShownPart:
 
 
 @dataclass(frozen=True)
+class ShownImage:
+    """An image of a prompt, as its file has it."""
+
+    name: str
+    """Of its file; its place among the row's images, where the row has its bytes."""
+    width: int
+    height: int
+    tokens: int
+    """What stands for it in the prompt."""
+    image: Image = dataclasses.field(repr=False)
+
+    def as_json(self) -> dict[str, Any]:
+        return {"name": self.name, "width": self.width, "height": self.height, "tokens": self.tokens}
+
+
+@dataclass(frozen=True)
 class ShownPair:
     row: int
     use: str
@@ -52,6 +69,7 @@ class ShownPair:
     chosen: ShownPart
     """Scored, as is `rejected`."""
     rejected: ShownPart
+    images: list[ShownImage] = dataclasses.field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -104,7 +122,9 @@ class Preview:
                 for part, values in self.lengths().items()
             },
             "pairs": [
-                {"row": pair.row, "use": pair.use} | {part: vars(getattr(pair, part)) for part in PARTS}
+                {"row": pair.row, "use": pair.use}
+                | {part: vars(getattr(pair, part)) for part in PARTS}
+                | ({"images": [image.as_json() for image in pair.images]} if pair.images else {})
                 for pair in self.pairs
             ],
         }
@@ -189,7 +209,20 @@ def _shown_pair(
     responses = [
         _shown_response(side, _uncut(side, whole), tokenizer) for side in (pair.chosen, pair.rejected)
     ]
-    return ShownPair(pair.row, use, ShownPart(decoded(prompt, tokenizer), len(prompt), cut), *responses)
+    shown = ShownPart(decoded(prompt, tokenizer), len(prompt), cut)
+    chosen, rejected = responses
+    return ShownPair(pair.row, use, shown, chosen, rejected, _shown_images(pair, tokenizer))
+
+
+def _shown_images(pair: TokenizedPair, tokenizer: PreTrainedTokenizerBase) -> list[ShownImage]:
+    if pair.pictures is None:
+        return []
+    found = []
+    for number, (image, text) in enumerate(zip(pair.pictures.images, pair.pictures.written, strict=True), 1):
+        name = f"image {number}" if image.path is None else image.path.name
+        num_tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        found.append(ShownImage(name, *image.open().size, num_tokens, image))
+    return found
 
 
 def _uncut(side: TokenizedSide, whole: Sequence[TokenizedSide]) -> TokenizedSide:

@@ -69,6 +69,9 @@ def _bar(count: int, most: int) -> str:
 
 def _print_pair(console: Console, pair: ShownPair) -> None:
     _print(console, Text(f"row {pair.row}, {pair.use}", style="bold"))
+    for image in pair.images:
+        size = f"{image.width} x {image.height} pixels, {image.tokens} tokens of the prompt"
+        _print(console, Text(f"{_printable(image.name)}: {size}"))
     for name in PARTS:
         part: ShownPart = getattr(pair, name)
         scored = "not scored" if name == "prompt" else "scored"

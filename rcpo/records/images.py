@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 
 COLUMNS = ("images", "image")
 """Columns of images; a row may have one of them."""
-MOST_PIXELS = 50_000_000
-"""Of an image: 150 MB once decoded. One with more is not decoded, and its row cannot train."""
+MEGAPIXEL = 10**6
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,8 @@ class Image:
     path: Path | None
     data: bytes | None = dataclasses.field(default=None, repr=False)
     """The file's bytes, where the row has them."""
+    megapixels: int = 50
+    """With more million pixels it is not decoded (data.image_megapixels): 50 are 150 MB once decoded."""
 
     @property
     def identity(self) -> str:
@@ -64,8 +65,8 @@ class Image:
                 warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
                 with PIL.Image.open(source) as picture:
                     width, height = picture.size
-                    if width * height > MOST_PIXELS:
-                        raise BadRowError(f"an image has more than {MOST_PIXELS // 10**6} million pixels")
+                    if width * height > self.megapixels * MEGAPIXEL:
+                        raise self._too_large()
                     if not width * height:
                         raise BadRowError("an image has no pixels")
                     picture.load()
@@ -73,7 +74,7 @@ class Image:
         except BadRowError:
             raise
         except PIL.Image.DecompressionBombError:
-            raise BadRowError(f"an image has more than {MOST_PIXELS // 10**6} million pixels") from None
+            raise self._too_large() from None
         except FileNotFoundError:
             raise BadRowError("an image file is missing") from None
         except PIL.UnidentifiedImageError:
@@ -83,14 +84,24 @@ class Image:
             what = "is cut off" if "truncated" in str(error) else "cannot be decoded"
             raise BadRowError(f"an image {what}") from None
 
+    def _too_large(self) -> BadRowError:
+        return BadRowError(f"an image has more than data.image_megapixels={self.megapixels} million pixels")
+
 
 def with_images(
-    record: PreferenceRecord, values: Mapping[str, Any], folder: Callable[[], Path | None]
+    record: PreferenceRecord,
+    values: Mapping[str, Any],
+    folder: Callable[[], Path | None],
+    megapixels: int,
 ) -> PreferenceRecord:
     """The record with the images of its row, whose paths are relative to what `folder` gives; as it is where
     the row has none. Raises BadRowError where images and places do not match."""
     given = [values.get(name) for name in COLUMNS]
-    images = [_image(each, folder) for column in given for each in _listed(column)]
+    images = [
+        dataclasses.replace(_image(each, folder), megapixels=megapixels)
+        for column in given
+        for each in _listed(column)
+    ]
     turns = record.prompt if isinstance(record.prompt, list) else []
     num_places = sum(turn["content"].count(PLACE) for turn in turns)
     if not images and not num_places:

@@ -284,7 +284,8 @@ def _read_records(
                 record = read_record(*sides, number, tools, documents, kwargs, label)
             if config.as_chat:
                 record = as_messages(record, bool(shape.prompt))
-            record = images.with_images(record, values, functools.partial(source.folder_of, number))
+            folder = functools.partial(source.folder_of, number)
+            record = images.with_images(record, values, folder, config.image_megapixels)
             records.append(dataclasses.replace(record, weight=weighing.weight(values)))
         except BadRowError as error:
             if config.on_bad_row == "error":

@@ -106,8 +106,8 @@ def _checked_tokenizer(config: ResolvedConfig) -> PreTrainedTokenizerBase:
     check_optimizer(config)
     check_speedups(config)
     tokenizer = load_tokenizer(config.model)
-    if sight_of(tokenizer) is not None:
-        check_run_with_images(config)
+    if (sight := sight_of(tokenizer)) is not None:
+        check_run_with_images(config, sight)
     check_vocabulary(config.model, tokenizer)
     check_model(config.model)
     return tokenizer

@@ -39,7 +39,8 @@ for words in json.load(sys.stdin):
 """
 """One process for many command lines; each answers with a line of JSON."""
 
-NEEDED = {"data/file": ["data.path=p"], "model/hf": ["model.path=p"], "optim/sgd": ["optim.lr=0.1"],
+NEEDED = {"data/file": ["data.path=p"], "data/mmpr": ["data.path=p"],
+          "model/hf": ["model.path=p"], "optim/sgd": ["optim.lr=0.1"],
           "calibration/fixed": ["calibration.alpha=1.2"]}  # fmt: skip
 """What an option leaves unset on purpose."""
 SHIPPED = sorted(

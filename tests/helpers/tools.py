@@ -24,7 +24,10 @@ PACKAGES = {
 """Debian's packages of a tool."""
 
 
-EXTRAS = {"bitsandbytes": "quantization", "lm_eval": "evaluate", "trl": "bench", "alpaca_eval": "peers"}
+EXTRAS = {
+    "bitsandbytes": "quantization", "lm_eval": "evaluate", "trl": "bench", "alpaca_eval": "peers",
+    "num2words": "smolvlm",
+}  # fmt: skip
 """Python packages of which no other test has need, and rcpo's extra that brings each."""
 
 

@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer on a tiny Llava: the ids, what of them is scored, z, the loss and its gradient.
+"""TRL's DPOTrainer on tiny models of two families: the ids, what of them is scored, the loss, its gradient.
 
 One difference, made equal here: TRL encodes every image twice, once for each side. Its loss is the mean over
 pairs of -log sigmoid(beta (r_w - r_l)), as rcpo's.
@@ -24,12 +24,13 @@ pytestmark = pytest.mark.ci("TRL's own losses", needs="trl")
 BETA = 0.1
 
 
-def test_a_batch_with_images_is_trls(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["llava", "idefics3"])
+def test_a_batch_with_images_is_trls(family: str, tmp_path: Path) -> None:
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from trl import DPOConfig, DPOTrainer
 
-    model_folder = make_vision(tmp_path / "model", "llava")
-    other_folder = make_vision(tmp_path / "other", "llava", seed=1)
+    model_folder = make_vision(tmp_path / "model", family)
+    other_folder = make_vision(tmp_path / "other", family, seed=1)
     rows = rows_with_images(tmp_path, 6, (1, 2, 1))
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
 

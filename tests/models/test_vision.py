@@ -7,12 +7,18 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from transformers import AutoProcessor, PreTrainedModel
+from transformers import (
+    AutoProcessor,
+    Idefics3ForConditionalGeneration,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+)
 
 from helpers.tiny_vision import make_vision, png, rows_with_images
 from rcpo.common.errors import UserError
 from rcpo.config.schema import DataConfig, ModelConfig
 from rcpo.data.batch import collate
+from rcpo.data.joint import collate_joint
 from rcpo.data.pairs import PackedPairs, TokenizedPair, pair_digest
 from rcpo.data.tokenize import TokenizedData, tokenize_records
 from rcpo.models.load import load_model, load_tokenizer
@@ -22,7 +28,18 @@ from rcpo.reference.cache import pair_keys
 from rcpo.training.identity import pairs_digest
 from rcpo.training.looking import with_wrong_images
 
-FAMILIES = ("llava", "idefics3")
+FAMILIES = (
+    "llava",
+    "qwen2_5_vl",
+    *(
+        pytest.param(family, marks=pytest.mark.ci("families of vision-language models"))
+        for family in ("idefics3", "internvl", "qwen2_vl", "qwen3_vl")
+    ),
+    pytest.param("smolvlm", marks=pytest.mark.ci("SmolVLM's processor", needs="num2words")),
+)
+
+
+TOWERS = ("vision_tower", "vision_model", "visual")
 
 
 class Made(NamedTuple):
@@ -42,7 +59,7 @@ def tokens_of(folder: Path, tokenizer: Any, max_length: int = 256) -> TokenizedD
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
     folder = tmp_path_factory.mktemp(request.param)
     make_vision(folder / "model", request.param)
-    rows = rows_with_images(folder, 6, (1, 2, 1))
+    rows = rows_with_images(folder, 6, (1, 2, 1), [(30, 20), (24, 24)])
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = ModelConfig(path=str(folder / "model"), dtype="float32", vision="train")
     tokenizer = load_tokenizer(config)
@@ -50,14 +67,16 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_ids_are_the_processors_and_no_placeholder_is_scored(made: Made) -> None:
-    processor = AutoProcessor.from_pretrained(made.folder / "model", backend="pil")
+    processor = made.tokenizer.rcpo_sight.processor
+    if isinstance(load_model(made.config), LlavaForConditionalGeneration | Idefics3ForConditionalGeneration):
+        processor = AutoProcessor.from_pretrained(made.folder / "model", backend="pil")
     image_id = processor.image_token_id
     for pair in made.pairs:
         row = made.rows[pair.row]
         images = [image.open() for image in pair.pictures.images]
         for side, name in ((pair.chosen, "chosen"), (pair.rejected, "rejected")):
             answer = [{"role": "assistant", "content": [{"type": "text", "text": row[name][0]["content"]}]}]
-            text = processor.apply_chat_template([*row["prompt"], *answer], tokenize=False)
+            text = made.tokenizer.apply_chat_template([*row["prompt"], *answer], tokenize=False)
             ids = processor(images=images, text=[text], add_special_tokens=False)["input_ids"][0]
             assert side.input_ids == ids
             assert image_id not in side.input_ids[side.num_prompt :]
@@ -68,7 +87,10 @@ def plain_z(model: PreTrainedModel, pair: TokenizedPair) -> list[torch.Tensor]:
     found = []
     for side in (pair.chosen, pair.rejected):
         ids = torch.tensor([side.input_ids])
-        logits = model(input_ids=ids, **pair.pictures.pixels()).logits[0]
+        pixels = pair.pictures.pixels()
+        if "image_grid_thw" in pixels:
+            pixels["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
+        logits = model(input_ids=ids, **pixels).logits[0]
         picked = logits[:-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
         found.append(picked[side.num_prompt - 1 :].sum())
     return found
@@ -84,7 +106,7 @@ def test_z_and_gradient_are_those_of_plain_torch(made: Made) -> None:
     gradient = {
         name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None
     }
-    assert any("vision" in name for name in gradient)
+    assert any(name.split(".")[1] in TOWERS for name in gradient)
     model.zero_grad()
     z = Policy(model)(collate(pairs, 0)).view(2, -1)
     (coefficients * z).sum().backward()
@@ -100,18 +122,39 @@ def test_the_tower_runs_on_each_image_once(made: Made) -> None:
     model, batch = load_model(made.config), collate(list(made.pairs), 0)
     policy, seen = Policy(model), []
     body = model.base_model
-    tower = body.vision_tower if hasattr(body, "vision_tower") else body.vision_model
+    (tower,) = (getattr(body, name) for name in TOWERS if hasattr(body, name))
     tower.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(len(args[0] if args else kwargs["pixel_values"])),
         with_kwargs=True,
     )
     policy(batch)
-    tiles = {"llava": 1, "idefics3": None}[model.config.model_type]
     num_images = sum(len(pair.pictures.images) for pair in made.pairs)
     assert len(seen) == 1
-    assert tiles is None or seen[0] == tiles * num_images
+    assert model.config.model_type != "llava" or seen[0] == num_images
     policy(batch, own_logits=True)
     assert seen[1] == 2 * seen[0]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_prompt_with_images_computed_once_is_the_batch(packing: bool, made: Made) -> None:
+    """z and the gradient of sum c z, of rows with each prompt twice and of rows with it once."""
+    model, pairs = load_model(made.config), list(made.pairs)
+    if not made.tokenizer.rcpo_sight.joins:
+        assert model.config.model_type.startswith("qwen")
+        return
+    coefficients = torch.tensor([-0.3, -0.7, 0.2, -0.5, 0.4, 0.6, 0.1, -0.8, 0.9, 0.3])
+    found = []
+    for batch in (collate(pairs, 0), collate_joint(pairs, 0, share_prefix=True, packing=packing)):
+        model.zero_grad()
+        z = Policy(model)(batch)
+        (coefficients * z).sum().backward()
+        found.append((z.detach(), {name: each.grad for name, each in model.named_parameters()}))
+    (z_twice, twice), (z_once, once) = found
+    assert torch.allclose(z_once, z_twice, atol=1e-4)
+    for name, gradient in twice.items():
+        if gradient is not None:
+            scale = max(1.0, float(gradient.abs().max()))
+            assert torch.allclose(once[name], gradient, atol=2e-5 * scale), name
 
 
 def test_sides_apart_are_the_batch(made: Made) -> None:
@@ -149,8 +192,11 @@ def test_what_trains_is_what_is_asked_for(made: Made) -> None:
         for vision in ("frozen", "projector", "train")
     )
     assert frozen < projector < everything
-    assert not [name for name in frozen if "vision" in name or "projector" in name or "connector" in name]
-    assert all("projector" in name or "connector" in name for name in projector - frozen)
+    seeing = (*TOWERS, "multi_modal_projector", "connector")
+    assert not [name for name in frozen if name.split(".")[1] in seeing]
+    assert all(
+        any(part in name for part in ("projector", "connector", "merger")) for name in projector - frozen
+    )
     assert "lm_head.weight" in frozen
 
 

@@ -14,7 +14,6 @@ import pytest
 from helpers.tiny_vision import picture, png
 from rcpo.common.errors import UserError
 from rcpo.config.schema import DataConfig
-from rcpo.records import images
 from rcpo.records.load import load_records
 from rcpo.records.messages import PLACE
 from rcpo.records.record import BadRowError, PreferenceRecord
@@ -134,8 +133,11 @@ def test_bad_images_are_told_by_reason(case: str, tmp_path: Path) -> None:
         open_all(read(tmp_path, [good, bad], on_bad_row="error"))
 
 
-def test_a_huge_image_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """30 x 20 pixels are more than 500."""
-    monkeypatch.setattr(images, "MOST_PIXELS", 500)
-    with pytest.raises(BadRowError, match="more than 0 million pixels"):
-        images.Image(None, png(1)).open()
+def test_a_huge_image_is_not_decoded(tmp_path: Path) -> None:
+    """1200 x 1000 pixels are more than 1 million."""
+    (tmp_path / "a.png").write_bytes(png(1, 1200, 1000))
+    (record,) = read(tmp_path, [row(images=["a.png"])])
+    assert record.images[0].open().size == (1200, 1000)
+    (record,) = read(tmp_path, [row(images=["a.png"])], image_megapixels=1)
+    with pytest.raises(BadRowError, match=r"more than data\.image_megapixels=1 million"):
+        record.images[0].open()

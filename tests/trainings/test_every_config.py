@@ -54,6 +54,8 @@ TINY = f"model.path={model_place('builtin:tiny')}"
 NEEDED = {
     "data/file": FILE,
     "data/hh_rlhf": FILE,
+    "data/mmpr": [*FILE, "data.columns=null"],
+    "data/rlaif_v": [*FILE, "data.columns=null"],
     "data/ultrafeedback": FILE,
     "optim/sgd": ["optim.lr=0.01"],
     "calibration/fixed": ["calibration.alpha=1.2"],
