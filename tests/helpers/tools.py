@@ -24,7 +24,13 @@ PACKAGES = {
 """Debian's packages of a tool."""
 
 
-EXTRAS = {"bitsandbytes": "quantization", "lm_eval": "evaluate", "trl": "bench", "alpaca_eval": "peers"}
+EXTRAS = {
+    "bitsandbytes": "quantization",
+    "lm_eval": "evaluate",
+    "trl": "bench",
+    "alpaca_eval": "peers",
+    "fastchat": "peers",
+}
 """Python packages of which no other test has need, and rcpo's extra that brings each."""
 
 
