@@ -46,9 +46,9 @@ scored = [common.play_a_match_single(match, "") for match in gen_judgment.make_m
     questions, models, answers, single, multi_turn=True)]
 judged = [common.play_a_match_pair(match, "") for match in gen_judgment.make_match(
     questions, models, answers, double, "off", multi_turn=True)]
-json.dump({"models": sorted(models), "scores": [[each["question_id"], each["model"], each["score"]] for each in scored],
-           "winners": [[each["question_id"], each["g1_winner"], each["g2_winner"]] for each in judged]},
-          open("found.json", "w"))
+scores = [[each["question_id"], each["model"], each["score"]] for each in scored]
+winners = [[each["question_id"], each["g1_winner"], each["g2_winner"]] for each in judged]
+json.dump({"models": sorted(models), "scores": scores, "winners": winners}, open("found.json", "w"))
 '''
 
 
