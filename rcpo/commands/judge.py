@@ -263,25 +263,30 @@ def _check(settings: argparse.Namespace) -> None:
     if settings.model is not None:
         if settings.url is not None or settings.judge is not None:
             raise UserError(f"model={settings.model}: is a judge by itself; leave out url and judge")
-    elif settings.url is None or settings.judge is None:
-        missing = "url" if settings.url is None else "judge"
-        raise UserError(f"{missing}: is missing; type url=URL and judge=NAME, or model=MODEL")
     else:
-        parts = urlsplit(settings.url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise UserError(f"url={settings.url}: is no address; type url=http://HOST:PORT/v1")
-        if parts.username or parts.password:
-            raise UserError("url: must not hold a key or password; set OPENAI_API_KEY in the environment")
+        check_address(settings)
     if settings.out is not None:
         if settings.out.suffix != ".json":
             raise UserError(f"out={settings.out}: must end in .json; type out={settings.out.stem}.json")
         check_writable("out", settings.out)
 
 
+def check_address(settings: argparse.Namespace, instead: str = "model=MODEL") -> None:
+    """Raise UserError where url= and judge= name no judge."""
+    if settings.url is None or settings.judge is None:
+        missing = "url" if settings.url is None else "judge"
+        raise UserError(f"{missing}: is missing; type url=URL and judge=NAME, or {instead}")
+    parts = urlsplit(settings.url)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise UserError(f"url={settings.url}: is no address; type url=http://HOST:PORT/v1")
+    if parts.username or parts.password:
+        raise UserError("url: must not hold a key or password; set OPENAI_API_KEY in the environment")
+
+
 def _load_judge(settings: argparse.Namespace) -> "ClassifierJudge | None":
     """The reward model. Raises UserError where it, or the client of a server, is not here."""
     if settings.model is None:
-        from rcpo.evaluation.judge import refuse_missing_client
+        from rcpo.evaluation.chat import refuse_missing_client
 
         refuse_missing_client(settings.url)
         return None
@@ -303,9 +308,10 @@ def _api(
     settings: argparse.Namespace, duels: "list[Duel]", console: "Console", is_agreed: bool
 ) -> "list[Verdicts]":
     from rcpo.common.console import work_shown
-    from rcpo.evaluation.judge import Judge, JudgeSettings
+    from rcpo.evaluation.chat import ChatSettings
+    from rcpo.evaluation.judge import Judge
 
-    asked = JudgeSettings(
+    asked = ChatSettings(
         settings.url.rstrip("/"),
         settings.judge,
         settings.timeout,

@@ -53,6 +53,7 @@ examples:
   rcpo lab persona MODEL prompts=PROMPTS.jsonl pairs=Yes/No,No/Never objectives=dpo,simpo \\
       calibrations=off,on,exact,balance optim.lr=1e-6 train.steps=50
   rcpo lab refusal MODEL prompts=PROMPTS.jsonl ches=50 optim.lr=1e-6"""
+    parser.add_argument("--yes", action="store_true", help="of refusal: send a judge its requests")
     add_settings(parser, [each for settings in KINDS.values() for each in settings], "EXPERIMENT")
     parser.usage = "\n       ".join(f"%(prog)s {typed} NAME=VALUE ..." for typed in TYPED.values())
     of_kinds = [f"settings of {kind}:\n{setting_lines(settings)}" for kind, settings in KINDS.items()]
@@ -69,6 +70,9 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"{shortened(kind)}: is no experiment; {hint}")
     passed_on = [word for word in words if kind != "tokens" and _is_of_train(word)]
     places, settings = split_words([word for word in words if word not in passed_on], KINDS[kind])
+    if options.yes and kind != "refusal":
+        raise UserError(f"--yes: is for rcpo lab refusal with url=; leave it out of {kind}")
+    settings.yes = options.yes
     if kind == "tokens":
         return _run_tokens(places, settings)
     if len(places) > 1:

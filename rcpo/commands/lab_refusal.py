@@ -4,11 +4,13 @@ how often it refuses once it is trained on them."""
 import argparse
 import hashlib
 import json
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rcpo.commands import lab_labels
 from rcpo.commands.settings import Setting, names, number_in, one_of, whole_number
 from rcpo.common.errors import UserError
 from rcpo.common.files import write_atomically
@@ -26,9 +28,7 @@ WORDS_OF_ALL = {"data": "file", "data.as_chat": "false", "optim": "adamw", "trac
 """Of every run, where the user gives no other."""
 SETTINGS = (
     Setting("prompts", "a .json or .jsonl file of prompts; needed"),
-    Setting("phrases", "a text file of phrases by which a refusal is known, one a line", Path),
-    Setting("classifier", "in their place a sequence classifier of one number: a folder or a hub id"),
-    Setting("threshold", "above it an answer counts as refused (default: 0)", number_in(-1e9, 1e9), 0.0),
+    *lab_labels.SETTINGS,
     Setting("ties", "both refuse, or none: draw (default) or drop; a classifier's scores come first",
             one_of(("draw", "drop")), "draw", ("draw", "drop")),
     Setting("temperature", "of the two answers (default: 1)", number_in(1e-6, 100), 1.0),
@@ -50,8 +50,7 @@ def run(place: str | None, words: Sequence[str], settings: argparse.Namespace) -
         raise UserError("model: is missing; type rcpo lab refusal MODEL prompts=FILE")
     if settings.prompts is None:
         raise UserError("prompts: is missing, and rcpo has none; type prompts=FILE")
-    if settings.phrases is not None and settings.classifier is not None:
-        raise UserError(f"phrases={settings.phrases}: classifier= labels in their place; leave one out")
+    lab_labels.check(settings)
     from rcpo.models.places import refuse_no_run_or_model
 
     refuse_no_run_or_model(place)
@@ -81,8 +80,8 @@ def run(place: str | None, words: Sequence[str], settings: argparse.Namespace) -
         }
         axes["pairs"] = [{"label": "all", "overrides": ["data.filter.scores=null"]}, few]
     checked_grid("refusal", axes, settings, own, words)
-    labeller = _labeller(settings)
-    _begin(subject, settings)
+    labeller = lab_labels.load(settings)
+    _begin(subject, settings, math.prod(map(len, axes.values())) * len(settings.seeds))
     drawn = {"answers": 2, "temperature": settings.temperature}
     _generate(place, out / "prompts.jsonl", out / "answers.jsonl", settings, **drawn)
     counts = _write_pairs(out, labeller, settings)
@@ -94,14 +93,16 @@ def run(place: str | None, words: Sequence[str], settings: argparse.Namespace) -
         return code
     found = _rates(place, sweep, labeller, settings)
     file = out / "refusal.json"
-    tree = {"labeller": labeller.name, "pairs": counts, "rates": found}
+    tree = {
+        "labeller": labeller.name, "unreadable": labeller.unreadable, "pairs": counts, "rates": found
+    }  # fmt: skip
     write_atomically(file, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
     _print(tree)
     print(f"wrote {file}")
     return code
 
 
-def _begin(subject: "Subject", settings: argparse.Namespace) -> None:
+def _begin(subject: "Subject", settings: argparse.Namespace, num_runs: int) -> None:
     """OUT with the prompts, trained ones first, and what it is made with. Raises UserError where it was begun
     with other words."""
     from rcpo.evaluation.generation import digest_of
@@ -113,10 +114,13 @@ def _begin(subject: "Subject", settings: argparse.Namespace) -> None:
             f"prompts={settings.prompts}: has {len(prompts)} prompts, and one of {ROWS_PER_HELD_OUT} is held "
             f"out; give {2 * ROWS_PER_HELD_OUT} or more"
         )
-    keys = ("temperature", "max_new_tokens", "classifier", "threshold", "ties", "phrases")
+    lab_labels.agree(settings, [_conversation(prompt.opening) for prompt in prompts], num_runs)
+    keys = ("temperature", "max_new_tokens", "classifier", "threshold", "ties", "phrases", "url", "judge")
     made_with = {key: getattr(settings, key) for key in keys} | {"prompts": digest_of(prompts)}
     if settings.phrases is not None:
-        made_with["phrases"] = hashlib.sha256("\n".join(_phrases(settings.phrases)).encode()).hexdigest()[:16]
+        made_with["phrases"] = hashlib.sha256(
+            "\n".join(lab_labels.phrases_of(settings.phrases)).encode()
+        ).hexdigest()[:16]
     made_with["weights"] = subject.fingerprint
     file = settings.out / "begun.json"
     if file.is_file():
@@ -142,25 +146,6 @@ def _begin(subject: "Subject", settings: argparse.Namespace) -> None:
         raise UserError(
             f"out={settings.out}: cannot be written ({error.strerror}); give another out=FOLDER"
         ) from None
-
-
-def _phrases(path: Path) -> list[str]:
-    try:
-        found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        said = getattr(error, "strerror", None) or "is not UTF-8 text"
-        raise UserError(f"phrases={path}: {said}; give a text file with a phrase a line") from None
-    if not found:
-        raise UserError(f"phrases={path}: is empty; give a text file with a phrase a line")
-    return found
-
-
-def _labeller(settings: argparse.Namespace) -> "Labeller":
-    from rcpo.evaluation.refusals import Classifier, Rules
-
-    if settings.classifier is not None:
-        return Classifier(settings.classifier, settings.threshold)
-    return Rules() if settings.phrases is None else Rules(_phrases(settings.phrases))
 
 
 def _lines(rows: Sequence[dict[str, Any]]) -> str:
@@ -196,22 +181,22 @@ def _write_pairs(out: Path, labeller: "Labeller", settings: argparse.Namespace) 
     for row in json_rows(out / "answers.jsonl", str(out / "answers.jsonl")):
         by_prompt.setdefault(row["index"], []).append(row)
     parts: dict[bool, list[Answered]] = {False: [], True: []}
+    rows = [row for both in by_prompt.values() for row in both]
+    labels = iter(labeller.labels([(_conversation(row["prompt"]), row["response"]) for row in rows]))
     for first, second in by_prompt.values():
         said = (first["response"], second["response"])
-        asked = first["prompt"]
-        labels = [labeller.label(_conversation(asked), text) for text in said]
-        parts[first["held_out"]].append(Answered(asked, said, (labels[0], labels[1])))
+        parts[first["held_out"]].append(Answered(first["prompt"], said, (next(labels), next(labels))))
     counts: dict[str, int] = {}
     for is_held_out, name in ((False, "pairs"), (True, "held_out")):
-        rows, found = make_pairs(parts[is_held_out], settings.ties, 0)
-        if not rows:
+        pairs, found = make_pairs(parts[is_held_out], settings.ties, 0)
+        if not pairs:
             shown = ", ".join(f"{number} {what}" for what, number in found.items() if number)
             raise UserError(
                 f"prompts={settings.prompts}: no pair is left for {name}.jsonl ({shown}); "
                 "give more prompts, or another temperature"
             )
-        write_atomically(out / f"{name}.jsonl", _lines(rows))
-        counts[name] = len(rows)
+        write_atomically(out / f"{name}.jsonl", _lines(pairs))
+        counts[name] = len(pairs)
         counts |= found if not is_held_out else {}
     counts["answers cut"] = sum(not row["finished"] for rows in by_prompt.values() for row in rows)
     return counts
@@ -255,10 +240,11 @@ def _rate(
 
     _generate(model, prompts, out, settings, answers=1, temperature=0.0)
     refuses: dict[bool, list[bool]] = {False: [], True: []}
-    lengths = []
-    for row in json_rows(out, str(out)):
-        refuses[row["held_out"]].append(labeller.label(_conversation(row["prompt"]), row["response"]).refuses)
-        lengths.append(row["tokens"])
+    rows = json_rows(out, str(out))
+    labels = labeller.labels([(_conversation(row["prompt"]), row["response"]) for row in rows])
+    for row, label in zip(rows, labels, strict=True):
+        refuses[row["held_out"]].append(label.refuses)
+    lengths = [row["tokens"] for row in rows]
     return {
         "trained": _share(refuses[False]),
         "held_out": _share(refuses[True]),
@@ -298,6 +284,8 @@ def _print(tree: dict[str, Any]) -> None:
         )
     console.print(f"refusals by {tree['labeller']}:", soft_wrap=True)
     console.print(table)
+    if tree["unreadable"]:
+        console.print(f"{tree['unreadable']} replies cannot be read, and count as no refusal", soft_wrap=True)
 
 
 def _shown(share: dict[str, float]) -> str:

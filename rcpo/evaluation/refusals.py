@@ -30,14 +30,32 @@ class Label(NamedTuple):
     """Of a classifier: the higher one is preferred among two alike."""
 
 
+Asked = tuple[Conversation, str]
+"""A prompt and an answer to it."""
+
+
 class Labeller(Protocol):
     name: str
+    unreadable: int
+    """Replies that could not be read."""
+
+    def labels(self, asked: Sequence[Asked]) -> list[Label]:
+        """Of each answer."""
+
+
+class _OneByOne:
+    """Labels each answer by itself."""
+
+    unreadable = 0
+
+    def labels(self, asked: Sequence[Asked]) -> list[Label]:
+        return [self.label(prompt, answer) for prompt, answer in asked]
 
     def label(self, prompt: Conversation, answer: str) -> Label:
-        """Of one answer."""
+        raise NotImplementedError
 
 
-class Rules:
+class Rules(_OneByOne):
     """By phrases. No judgement: it takes "I can't wait to help" for a refusal, and misses one in other
     words."""
 
@@ -51,7 +69,7 @@ class Rules:
         return Label(any(phrase in beginning for phrase in self._phrases))
 
 
-class Classifier:
+class Classifier(_OneByOne):
     """By a sequence classifier of one number (`ClassifierJudge`): above `threshold` an answer counts as
     refused. An answer that it cannot score does not."""
 

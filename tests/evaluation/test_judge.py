@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from helpers.loopback_judge import Rule, judging_by, longer
 from rcpo import cli
 from rcpo.common.errors import UserError
-from rcpo.evaluation import judge as judge_module
+from rcpo.evaluation import chat as chat_module
 from rcpo.evaluation.answer_files import Duel, join_answers
 from rcpo.evaluation.classifier_judge import ClassifierJudge
 from rcpo.evaluation.forms import Answered, Turn, written
-from rcpo.evaluation.judge import verdict_of
+from rcpo.evaluation.judge import messages_of, verdict_of
 from rcpo.evaluation.prompts import Prompt
 from rcpo.evaluation.win_rate import equal_length_rates, order_of, rates, wins_of
 from rcpo.models.load import model_place
@@ -25,7 +25,7 @@ from rcpo.models.load import model_place
 
 @pytest.fixture(autouse=True)
 def _no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(judge_module, "RETRIES", 0)
+    monkeypatch.setattr(chat_module, "RETRIES", 0)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
@@ -104,7 +104,7 @@ def test_nothing_is_sent_before_its_cost_is_agreed_and_no_reply_is_asked_twice(
             len(turn["content"])
             for duel in join_answers(*map(Path, files)).duels
             for swapped in (False, True)
-            for turn in judge_module.messages_of(duel, swapped)
+            for turn in messages_of(duel, swapped)
         )
         assert f"80 requests to {url} (0 replies are kept): about {letters // 4} tokens" in said
         assert f"at most {letters // 4}.00 by price=; nothing was sent: type --yes" in said

@@ -17,7 +17,7 @@ from rcpo.comparison.table import make_lines
 from rcpo.config.compose import compose as compose_config
 from rcpo.config.resolve import resolve
 from rcpo.config.validate import validate
-from rcpo.evaluation import judge as judge_module
+from rcpo.evaluation import chat as chat_module
 from rcpo.evaluation.results import Results
 from rcpo.models.load import model_place
 from rcpo.runs.folder import RunFolder
@@ -58,7 +58,7 @@ def judge(*words: str, code: int = 0) -> None:
 
 @pytest.fixture
 def grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(judge_module, "RETRIES", 0)
+    monkeypatch.setattr(chat_module, "RETRIES", 0)
     monkeypatch.setenv("RCPO_CACHE", str(tmp_path / "cache"))
     for seed in (0, 1):
         make_trained(tmp_path / "runs", "off", seed, noise=0.0)

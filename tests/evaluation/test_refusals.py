@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from helpers.loopback_judge import labelling_by
 from rcpo import cli
 from rcpo.evaluation.json_rows import json_rows
 from rcpo.evaluation.refusals import Answered, Label, Rules, make_pairs
+from rcpo.evaluation.refusals_by_chat import refuses_by
 from rcpo.records.arithmetic import problem_split
 
 ASKED = [{"role": "user", "content": "question"}]
@@ -127,3 +129,54 @@ def test_the_experiment_on_the_model_that_ships(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(SystemExit) as stop:
         cli.main([*words[:5], "temperature=1", *words[6:]])
     assert stop.value.code == 2
+
+
+def test_a_judges_replies_are_read() -> None:
+    said = {"[[refuses]]": True, "It [[answers]] at first, then [[Refuses]].": True, "Answers.": False,
+            "[[answers]]": False, "It refuses": None, "": None}  # fmt: skip
+    assert {reply: refuses_by(reply) for reply in said} == said
+
+
+@pytest.mark.ci("experiments of rcpo lab")
+@pytest.mark.timeout(600)
+def test_a_judge_of_the_chat_api_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that knows refusals by words: pairs and rates are what it said. Nothing is sent or written before
+    --yes, at most what was said is sent, and nothing is asked twice."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RCPO_CACHE", str(tmp_path / "cache"))
+    problems = problem_split(0, 12, 0)[1]
+    Path("P.jsonl").write_text("".join(json.dumps({"prompt": each.prompt()}) + "\n" for each in problems))
+    few = ["zero", "one", "two", "three", "four", "five"]
+    words = [
+        "lab", "refusal", "builtin:tiny", "prompts=P.jsonl", "temperature=1.5", "max_new_tokens=12",
+        "calibrations=off", "train.steps=2", "train.pairs_per_step=2",
+    ]  # fmt: skip
+
+    def by_words(answer: str) -> str:
+        return "[[refuses]]" if any(word in answer for word in few) else "[[answers]]"
+
+    def ran(*own: str) -> int:
+        with pytest.raises(SystemExit) as stop:
+            cli.main([*words, *own])
+        assert isinstance(stop.value.code, int)
+        return stop.value.code
+
+    with labelling_by(by_words) as (url, seen):
+        judged = [f"url={url}", "judge=words", "out=B"]
+        assert ran(*judged) == 2
+        assert "at most 48 requests" in capsys.readouterr().err, "12 prompts, 2 drawn and 2 greedy answers"
+        assert not seen
+        assert not Path("B").exists()
+        assert ran(*judged, "--yes") == 0
+        num_asked = len(seen)
+        assert 0 < num_asked <= 48
+        assert ran(*judged, "--yes") == 0
+        assert len(seen) == num_asked
+    tree = json.loads(Path("B/refusal.json").read_text())
+    assert (tree["labeller"], tree["unreadable"]) == ("words", 0)
+    labels = [by_words(row["response"]) for row in json_rows(Path("B/initial.jsonl"), "") if row["held_out"]]
+    assert tree["rates"][0]["held_out"]["rate"] == labels.count("[[refuses]]") / 3
+    for pair in json_rows(Path("B/pairs.jsonl"), ""):
+        assert by_words(sides(pair)[0]) >= by_words(sides(pair)[1]), "the refusal is chosen"

@@ -11,15 +11,40 @@ from typing import Any
 
 Rule = Callable[[str, str], str]
 """The reply to two answers, as they are shown."""
+Server = contextlib.AbstractContextManager[tuple[str, list[Any]]]
+"""Its URL, and the requests that came: (authorization, body)."""
 
 
 def longer(first: str, second: str) -> str:
     return "[[1]]" if len(first) > len(second) else "[[2]]" if len(first) < len(second) else "[[tie]]"
 
 
+def judging_by(rule: Rule, status: int = 200, seconds: float = 0.0) -> Server:
+    """Of two answers."""
+
+    def reply(text: str) -> str:
+        shown = re.search(r"<first>\n(.*)\n</first>\n\n<second>\n(.*)\n</second>", text, re.DOTALL)
+        assert shown is not None
+        return rule(shown[1], shown[2])
+
+    return _replying(reply, status, seconds)
+
+
+def labelling_by(rule: Callable[[str], str]) -> Server:
+    """Of one answer."""
+
+    def reply(text: str) -> str:
+        shown = re.search(r"<answer>\n(.*)\n</answer>", text, re.DOTALL)
+        assert shown is not None
+        return rule(shown[1])
+
+    return _replying(reply)
+
+
 @contextlib.contextmanager
-def judging_by(rule: Rule, status: int = 200, seconds: float = 0.0) -> Iterator[tuple[str, list[Any]]]:
-    """Its URL, and the requests that came: (authorization, body)."""
+def _replying(
+    reply: Callable[[str], str], status: int = 200, seconds: float = 0.0
+) -> Iterator[tuple[str, list[Any]]]:
     seen: list[Any] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -27,10 +52,7 @@ def judging_by(rule: Rule, status: int = 200, seconds: float = 0.0) -> Iterator[
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             seen.append((self.headers["Authorization"], body))
             time.sleep(seconds)
-            shown = re.search(r"<first>\n(.*)\n</first>\n\n<second>\n(.*)\n</second>",
-                              body["messages"][1]["content"], re.DOTALL)  # fmt: skip
-            assert shown is not None
-            message = {"role": "assistant", "content": rule(shown[1], shown[2])}
+            message = {"role": "assistant", "content": reply(body["messages"][1]["content"])}
             choice = {"index": 0, "message": message, "finish_reason": "stop"}
             answer: dict[str, Any] = {"error": {"message": "as the test has it"}}
             if status == 200:

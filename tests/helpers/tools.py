@@ -25,9 +25,13 @@ PACKAGES = {
 
 
 EXTRAS = {
-    "bitsandbytes": "quantization", "lm_eval": "evaluate", "trl": "bench", "alpaca_eval": "peers",
+    "bitsandbytes": "quantization",
+    "lm_eval": "evaluate",
+    "trl": "bench",
+    "alpaca_eval": "peers",
+    "fastchat": "peers",
     "num2words": "smolvlm",
-}  # fmt: skip
+}
 """Python packages of which no other test has need, and rcpo's extra that brings each."""
 
 
