@@ -76,13 +76,27 @@ def check_labels(config: ResolvedConfig, train: PackedPairs, held_out: PackedPai
         return  # `check_lists` has looked
     if train.has_single_answers and not takes_single_answers(config.objective_function):
         cure = f"{EXAMPLE}{', or data.unpair=false' if config.data.unpair else ''}"
+        if not train.present[:, 1].any():
+            raise UserError(
+                f"objective={config.objective['name']}: compares the two responses of a pair, and all "
+                f"{len(train)} rows to train on are chosen answers alone (conversations, or rows without a "
+                "label); type objective=sft, or give pairs"
+            )
         raise UserError(
             f"objective={config.objective['name']}: compares the two responses of a pair, and the training "
             f"data are single answers with a label; {cure}"
         )
     if train.has_single_answers:
         _check_both_labels(config, train)
+    if train.has_conversations and config.objective_function.reading.sft_of == "text":
+        raise UserError(
+            "objective.sft_of=text: is of a prompt and its answer, and the training data are conversations "
+            "with several answers; type objective.sft_of=response"
+        )
     if not held_out.has_single_answers:
+        return
+    if not held_out.present[:, 1].any() and not labels_read(config.objective_function)[1]:
+        _check_uncalibrated(config, len(held_out))
         return
     for num, key in ((len(held_out), "data.eval_pairs"), (config.calibration.probe_pairs, PROBED)):
         present = held_out.take(range(min(num, len(held_out)))).present if num else None
@@ -92,6 +106,15 @@ def check_labels(config: ResolvedConfig, train: PackedPairs, held_out: PackedPai
                 f"{key}={num}: none of these held-out answers is a {lacking} one; give more, or rows in a "
                 "mixed order"
             )
+
+
+def _check_uncalibrated(config: ResolvedConfig, num: int) -> None:
+    """Raise UserError where calibration would balance a loss of chosen answers alone, held-out ones too."""
+    if config.calibration.name != "off":
+        raise UserError(
+            f"calibration={config.calibration.name}: balances two sides, and all {num} held-out answers are "
+            f"chosen ones, which are all that objective={config.objective['name']} reads; type calibration=off"
+        )
 
 
 def _check_both_labels(config: ResolvedConfig, train: PackedPairs) -> None:

@@ -45,6 +45,9 @@ class Rendered:
     """Whether a template has written the texts, with their BOS, if there is one."""
     pictures: Pictures | None = None
     """The prompt's images, for whose tokens the texts have room."""
+    spans: tuple[tuple[int, int], ...] = ()
+    """Of a conversation with several answers: where each begins and ends, in characters; empty: all behind
+    `split` is scored."""
 
 
 class LostPartError(BadRowError):
@@ -86,9 +89,9 @@ def render_messages(
         start = split
         if whole[:split] != prompt[:split]:
             start = _start_once_answered(tokenizer, template, turns, whole, prompt[turn_start:split], given)
-        _check_whole(side[-1], whole[start - split + turn_start :], whole[start:], prompt)
+        check_whole(side[-1], whole[start - split + turn_start :], whole[start:], prompt)
         closing = template.closing_of_calls if "tool_calls" in side[-1] else template.closing
-        texts.append(prompt[:split] + _up_to_end(tokenizer, template, whole[start:], closing))
+        texts.append(prompt[:split] + up_to_end(tokenizer, template, whole[start:], closing))
     return Rendered(tuple(texts), split, template.is_closed, True)
 
 
@@ -114,7 +117,7 @@ def _start_once_answered(
     return len(front)
 
 
-def _up_to_end(tokenizer: PreTrainedTokenizerBase, template: Template, written: str, closing: str) -> str:
+def up_to_end(tokenizer: PreTrainedTokenizerBase, template: Template, written: str, closing: str) -> str:
     """A response with the end of its turn. A turn that calls a tool may end with a token of its own."""
     if written.endswith(template.tail):
         return written[: len(written) - len(template.tail)] + closing
@@ -149,7 +152,7 @@ def _verbatim(turn: dict[str, Any], opened: re.Match[str] | None, closing: str, 
 _VERBATIM = "model.response=verbatim trains responses as they are written"
 
 
-def _check_whole(turn: dict[str, Any], written: str, response: str, prompt: str) -> None:
+def check_whole(turn: dict[str, Any], written: str, response: str, prompt: str) -> None:
     """Raise LostPartError where a part of a response is not in what the template has written of its turn,
     white space aside. `response` is what of `written` is scored; `prompt` ends as inference begins."""
     there, scored = "".join(written.split()), "".join(response.split())

@@ -55,6 +55,8 @@ class Template:
     first special token, else up to white space."""
     closing_of_calls: str
     """`closing` of a response that calls a tool: in GLM-4's format <|observation|>, not <|user|>."""
+    between: str
+    """What ends an answer that another turn follows, up to a token; empty where there is none."""
     is_closed: bool
     """Whether `closing` ends with one of these tokens, so that no EOS is due."""
     takes_apart: bool
@@ -93,7 +95,11 @@ def look_at_template(
     of_calls = (
         closing if tail.strip() or not is_closed else _end_of_calls(tokenizer, turns, kwargs) or closing
     )
-    return Template(header, overhang, lead, tail, closing, of_calls, is_closed, takes_apart, tuple(notes))
+    special = special_tokens(tokenizer)
+    between = _up_to_first(end_tokens(tokenizer), continued) or _up_to_first(special, continued) or ""
+    return Template(
+        header, overhang, lead, tail, closing, of_calls, between, is_closed, takes_apart, tuple(notes)
+    )
 
 
 def ends_of_answers(tokenizer: PreTrainedTokenizerBase, template: Template | None) -> list[int]:

@@ -23,6 +23,7 @@ from typing import Any
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from rcpo.common.errors import UserError
+from rcpo.data.conversation import fitted, is_conversation, render_conversation, scored_tokens
 from rcpo.data.describe import describe_lengths
 from rcpo.data.generation import special_ids, tokens_in_front
 from rcpo.data.lists import listed, num_ties, pairs_of_list, weighed_by_row
@@ -270,8 +271,17 @@ class _Work:
             self._templates[key] = look_at_template(self._tokenizer, kwargs)
         template = self._templates[key]
         self._notes.update(dict(zip(template.notes, template.notes, strict=True)))
+        render = render_messages
+        if is_conversation(record):
+            render = render_conversation
+            if not self._tokenizer.is_fast:
+                raise UserError(
+                    f"data: row {record.row} (counted from 0) has several answers, which "
+                    f"{type(self._tokenizer).__name__} cannot tell from its tokens: it gives no offsets; give "
+                    "rows of one answer, or a model with a fast tokenizer"
+                )
         try:
-            rendered = render_messages(self._tokenizer, template, record, kwargs)
+            rendered = render(self._tokenizer, template, record, kwargs)
         except BadRowError as error:
             return self._with_cure(error, template, record, kwargs)
         self._count_unused(record, key, kwargs)
@@ -327,7 +337,11 @@ class _Work:
             prompts = [text[:split] for text, split in zip(texts, splits, strict=True)]
             prompt_ids = self._tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
             firsts = [num_common(*both) for both in zip(prompt_ids, all_ids, strict=True)]
-        return [TokenizedSide(ids, first) for ids, first in zip(all_ids, firsts, strict=True)]
+        spans = [item.spans for item in rendered for _ in item.texts]
+        return [
+            TokenizedSide(ids, firsts[idx], scored_tokens(batch, idx, firsts[idx], spans[idx], self._special))
+            for idx, ids in enumerate(all_ids)
+        ]
 
     def _first_by_offset(self, batch: BatchEncoding, idx: int, num_chars: int, split: int) -> int:
         """Index of the first token with a character at or behind `split`; the number of tokens if there is
@@ -350,10 +364,10 @@ class _Work:
         # All sides share one prompt: where a merge across its end makes their ids differ, the shortest one.
         first = encoded[0].input_ids
         num_prompt = min(
-            min(side.num_prompt for side in encoded),
-            *(num_common(first, side.input_ids) for side in encoded[1:]),
+            [side.num_prompt for side in encoded]
+            + [num_common(first, side.input_ids) for side in encoded[1:]],
         )
-        sides = [self._close(side.input_ids, num_prompt, rendered) for side in encoded]
+        sides = [self._close(side, num_prompt, rendered) for side in encoded]
         if record.label is not None:
             return [self._make_single(sides[0], record)]
         what = "two responses" if record.scores else "the sides"
@@ -393,9 +407,9 @@ class _Work:
         both = (cut, NO_SIDE) if record.label else (NO_SIDE, cut)
         return TokenizedPair(*both, record.row, record.weight)
 
-    def _close(self, ids: list[int], num_prompt: int, rendered: Rendered) -> TokenizedSide:
+    def _close(self, side: TokenizedSide, num_prompt: int, rendered: Rendered) -> TokenizedSide:
         """What inference writes in front, one end token behind."""
-        prompt, response = ids[:num_prompt], ids[num_prompt:]
+        prompt, response = side.input_ids[:num_prompt], side.input_ids[num_prompt:]
         if not rendered.is_chat and prompt[: len(self._in_front)] != self._in_front:
             prompt = [*self._in_front, *prompt]
         while self._bos is not None and prompt[:2] == [self._bos] * 2:
@@ -414,7 +428,7 @@ class _Work:
             self._note_bos(rendered.is_chat)
         if not response:
             raise BadRowError("no token is left of a response")
-        return TokenizedSide(prompt + response, len(prompt))
+        return TokenizedSide(prompt + response, len(prompt), fitted(side.scored, len(response)))
 
     def _note_bos(self, is_chat: bool) -> None:
         token = self._tokenizer.convert_ids_to_tokens(self._bos)
@@ -438,7 +452,12 @@ class _Work:
         if len(prompt) > limit:
             first = self._first_tokens(prompt)
             prompt = (first + prompt[len(prompt) - limit + len(first) :])[:limit]
-        return TokenizedSide(prompt + response[: self._max_length - len(prompt)], len(prompt))
+        response = response[: self._max_length - len(prompt)]
+        scored = fitted(side.scored, len(response))
+        if scored is not None:  # behind the last answer nothing is read
+            response = response[: int(scored.nonzero()[0][-1]) + 1]
+            scored = fitted(scored, len(response))
+        return TokenizedSide(prompt + response, len(prompt), scored)
 
     def _first_tokens(self, prompt: list[int]) -> list[int]:
         """Those that a cut leaves in front: what the tokenizer writes there, or a BOS."""

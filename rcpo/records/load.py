@@ -14,6 +14,7 @@ from rcpo.config.schema import DataConfig
 from rcpo.records import images, shapes
 from rcpo.records.account import Account, RowAccount, why
 from rcpo.records.arithmetic import arithmetic_records
+from rcpo.records.conversations import MESSAGES, read_conversation
 from rcpo.records.lists import LISTED, read_list
 from rcpo.records.messages import parsed_quietly, unused_keys, without_system
 from rcpo.records.mixture import drawn
@@ -27,7 +28,7 @@ from rcpo.records.weights import UNWEIGHTED, WEIGHT_PARTS, Weighing, describe_we
 PARTS = ("prompt", "chosen", "rejected")
 FOR_TEMPLATES = ("tools", "documents", "chat_template_kwargs")
 """Columns that a chat template is handed, where they are there."""
-NAMED = PARTS + shapes.SINGLE + LISTED
+NAMED = (*PARTS, *shapes.SINGLE, *LISTED, MESSAGES)
 """Parts whose names in data.columns say what a row is."""
 
 
@@ -118,11 +119,12 @@ def _read_place(place: Place, config: DataConfig, report: list[str], weighing: W
     parts = (*PARTS, *FOR_TEMPLATES, *images.COLUMNS, *weighing.parts)
     names = {part: (config.columns or {}).get(part, part) for part in parts}
     is_named = any(part in NAMED for part in config.columns or {})
-    for kind in (shapes.SINGLE, LISTED):
+    for kind in (shapes.SINGLE, LISTED, (MESSAGES,)):
         if any(part in kind for part in config.columns or {}):
             names |= {part: (config.columns or {}).get(part, part) for part in kind}
     source = read_rows(place, set(names.values()) | (set() if is_named else shapes.COLUMNS))
     names = shapes.with_one_order(names, source.columns, config.columns or {})
+    names = shapes.without_absent_label(names, source.columns, config.columns or {})
     shape = (
         shapes.own_shape(source, names)
         if is_named
@@ -249,7 +251,7 @@ def _check_columns(seen: list[str], shape: Shape, place: Place, config: DataConf
     optional = {"prompt", *FOR_TEMPLATES, *images.COLUMNS} - set(config.columns or {})
     if shape.is_single:
         optional -= {"prompt"}
-    if shape.choice is not None or shape.is_single or shape.is_list:
+    if shape.choice is not None or shape.is_single or shape.is_list or shape.is_conversation:
         optional |= {"chosen", "rejected"}
     names = shape.names
     needed = [part for part in names if part not in optional]
@@ -278,6 +280,8 @@ def _read_records(
                 responses, scores, ranks = (values.get(part) for part in LISTED)
                 listed = (values["prompt"], responses, scores, ranks)
                 record = read_list(*listed, number, tools, documents, kwargs)
+            elif shape.is_conversation:
+                record = read_conversation(values[MESSAGES], number, tools, documents, kwargs)
             else:
                 sides = (values["prompt"], values["chosen"], values["rejected"])
                 label = values["label"] if shape.is_single else None

@@ -48,7 +48,7 @@ def pairs_digest(pairs: Iterable[TokenizedPair]) -> str:
             digest.update(pair.pictures.digest)
         for side in (pair.chosen, pair.rejected):
             digest.update(np.array([side.num_tokens, side.num_prompt], dtype=np.int64).tobytes())
-            digest.update(np.asarray(side.ids, dtype=np.int32).tobytes())
+            digest.update(np.asarray(side.ids, dtype=np.int32).tobytes() + side.mask)
     return digest.hexdigest()
 
 

@@ -257,7 +257,7 @@ def _initial_state(objective: Objective, inputs: Inputs, sampler: PairSampler) -
     """The objective's batch statistics before the first step; the first global batch's lengths are known
     already."""
     sides = [side for idx in sampler.global_batch(0) for side in inputs.train[idx].sides]
-    total = sum(side.num_tokens - side.num_prompt for side in sides)
+    total = sum(side.num_scored for side in sides)
     return objective.initial_state(2 * total / len(sides))
 
 
