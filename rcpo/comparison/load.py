@@ -5,6 +5,7 @@ hide the others.
 """
 
 import json
+import math
 import platform
 from dataclasses import dataclass, field
 from functools import cached_property

@@ -206,5 +206,5 @@ def _shown_response(
 ) -> ShownPart:
     response = side.input_ids[side.num_prompt :]
     num_whole = whole.num_tokens - whole.num_prompt
-    text = decoded(response, tokenizer) if side.scored is None else answers_marked(side, tokenizer)
+    text = decoded(response, tokenizer) if side.scored is None else answers_marked(side, tokenizer)[1:-1]
     return ShownPart(text, side.num_scored, num_whole - len(response))
