@@ -98,7 +98,7 @@ def _end_of_inner(
     given: tuple[Any, ...],
 ) -> int:
     """Where the answer that begins at `start` ends, the last but one of `turns`: with the last token in front
-    of the next turn's content that ends answers."""
+    of the next turn's content that ends answers, or in front of all that the template puts there."""
     known = [*turns[:-1], {**turns[-1], "content": STAND_IN}]
     front = apply(tokenizer, known, False, *given).partition(STAND_IN)[0]
     if not whole.startswith(front):
@@ -106,9 +106,11 @@ def _end_of_inner(
     written = front[start:]
     ends = {*end_tokens(tokenizer), *filter(None, (template.between, template.closing_of_calls))}
     places = [written.rindex(end) + len(end) for end in ends if end in written]
-    if not places:
+    if places:
+        return start + max(places)
+    if not template.gap or not written.endswith(template.gap):
         raise _UnstableError
-    return start + max(places)
+    return len(front) - len(template.gap)
 
 
 def _by_marks(
