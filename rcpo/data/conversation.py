@@ -42,7 +42,10 @@ def is_conversation(record: PreferenceRecord) -> bool:
 
 
 def render_conversation(
-    tokenizer: PreTrainedTokenizerBase, template: Template, record: PreferenceRecord, kwargs: Mapping[str, Any]
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    record: PreferenceRecord,
+    kwargs: Mapping[str, Any],
 ) -> Rendered:
     """The whole conversation as the template writes it, with the spans of its answers. Raises BadRowError
     where it refuses the row, leaves out a part of an answer, or does not let answers be told."""
@@ -66,7 +69,11 @@ def render_conversation(
 
 
 def _by_beginnings(
-    tokenizer: PreTrainedTokenizerBase, template: Template, turns: Messages, whole: str, given: tuple[Any, ...]
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    turns: Messages,
+    whole: str,
+    given: tuple[Any, ...],
 ) -> tuple[list[tuple[int, int]], str]:
     """Where answers begin and end, and the text up to the end of the last one."""
     spans: list[tuple[int, int]] = []

@@ -30,9 +30,7 @@ def describe_lengths(pairs: PackedPairs) -> list[str]:
     lengths, num_prompt, num_scored = pairs.arrays.lengths, pairs.arrays.num_prompt, pairs.num_scored
     prompt = int(num_prompt.max(axis=1).sum()) / int(pairs.present.any(axis=1).sum())
     present = pairs.present.sum(axis=0).clip(min=1)
-    chosen, rejected = (
-        int(num) / int(of) for num, of in zip(num_scored.sum(axis=0), present, strict=True)
-    )
+    chosen, rejected = (int(num) / int(of) for num, of in zip(num_scored.sum(axis=0), present, strict=True))
     return [
         f"tokens on average: prompt {prompt:.1f}, chosen {chosen:.1f}, rejected {rejected:.1f}; "
         f"longest row {int(lengths.max())}"

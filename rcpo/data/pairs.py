@@ -148,7 +148,7 @@ class PackedPairs(Sequence[TokenizedPair]):
             TokenizedSide(
                 of.ids[start : start + length],
                 num_prompt,
-                of.scored[start + num_prompt : start + length] if len(of.scored) else None,
+                _or_none(of.scored[start + num_prompt : start + length]),
             )
             for start, length, num_prompt in zip(
                 of.starts[where].tolist(),
@@ -308,6 +308,11 @@ class Packer:
             pictures[:] = self._pictures
         arrays = PairArrays(*(np.concatenate(columns) for columns in zip(*moved, strict=True)))
         return PackedPairs(arrays, pictures)
+
+
+def _or_none(scored: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
+    """A side's mask, None where it has none or says nothing."""
+    return None if scored.all() else scored
 
 
 def _whole_mask(side: TokenizedSide) -> NDArray[np.bool_]:

@@ -38,7 +38,7 @@ def read_conversation(
         if before["role"] not in ("user", "tool"):
             raise BadRowError(f"an assistant turn follows one of the role {before['role']}, not user or tool")
         if not turn["content"].strip() and "tool_calls" not in turn:
-            raise BadRowError(f"turn {number + 1} (counted from 0) of the assistant is empty")
+            raise BadRowError(f"turn {number + 1} (counted from 0) of the conversation is empty")
     first = roles.index("assistant")
     if first == 0:
         raise BadRowError("the first turn is the assistant's, so that there is nothing that it answers")
