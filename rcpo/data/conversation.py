@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from rcpo.common.errors import UserError
 from rcpo.data.generation import end_tokens, generation_of
 from rcpo.data.render import Rendered, check_whole, up_to_end
 from rcpo.data.template import STAND_IN, Template, apply, taken_apart
@@ -27,8 +28,9 @@ from rcpo.records.record import BadRowError, PreferenceRecord
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _UNSTABLE = (
-    "the chat template writes an earlier turn in another way once the conversation goes on, so that it cannot "
-    "be told which tokens are the assistant's; mark them in it with {% generation %}, or give one row an answer"
+    "the chat template writes an earlier turn in another way once the conversation goes on, so that it "
+    "cannot be told which tokens are the assistant's; mark them in it with {% generation %}, or give each "
+    "answer a row"
 )
 
 
@@ -48,8 +50,16 @@ def render_conversation(
     kwargs: Mapping[str, Any],
 ) -> Rendered:
     """The whole conversation as the template writes it, with the spans of its answers. Raises BadRowError
-    where it refuses the row, leaves out a part of an answer, or does not let answers be told."""
-    assert isinstance(record.prompt, list) and isinstance(record.chosen, list)
+    where it refuses the row, leaves out a part of an answer, or does not let answers be told, and UserError
+    for a tokenizer without offsets."""
+    assert isinstance(record.prompt, list)
+    assert isinstance(record.chosen, list)
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"data: row {record.row} (counted from 0) has several answers, which cannot be told among the "
+            f"tokens of {type(tokenizer).__name__}: it gives no offsets; give rows of one answer, or a model "
+            "with a fast tokenizer"
+        )
     if generation_of(tokenizer).response == "verbatim":
         raise BadRowError(
             "model.response=verbatim writes one answer behind a prompt, and a conversation has several"

@@ -123,8 +123,9 @@ def _check_chosen_alone(config: ResolvedConfig, num: int) -> None:
             )
     if config.calibration.name != "off":
         raise UserError(
-            f"calibration={config.calibration.name}: balances two sides, and all {num} held-out answers are "
-            f"chosen ones, which are all that objective={config.objective['name']} reads; type calibration=off"
+            f"calibration={config.calibration.name}: balances two sides, and all {num} held-out answers "
+            f"are chosen ones, which are all that objective={config.objective['name']} reads; type "
+            "calibration=off"
         )
 
 

@@ -15,7 +15,7 @@ which is the same but for odd tokenizers.
 import itertools
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -271,15 +271,8 @@ class _Work:
             self._templates[key] = look_at_template(self._tokenizer, kwargs)
         template = self._templates[key]
         self._notes.update(dict(zip(template.notes, template.notes, strict=True)))
-        render = render_messages
-        if is_conversation(record):
-            render = render_conversation
-            if not self._tokenizer.is_fast:
-                raise UserError(
-                    f"data: row {record.row} (counted from 0) has several answers, which "
-                    f"{type(self._tokenizer).__name__} cannot tell from its tokens: it gives no offsets; give "
-                    "rows of one answer, or a model with a fast tokenizer"
-                )
+        render: Callable[..., Rendered]
+        render = render_conversation if is_conversation(record) else render_messages
         try:
             rendered = render(self._tokenizer, template, record, kwargs)
         except BadRowError as error:

@@ -199,9 +199,9 @@ def _row_of_answers(
         row["displacement/margin"] = float(chosen.mean() - rejected.mean())
     if noise is not None:
         row["displacement/noise_floor"] = 2 * noise / math.sqrt(min(len(r) for _, r in there))
-    for name, side, has in zip(("chosen", "rejected"), z, present, strict=True):
+    for key, of_side, has in zip(("logps/chosen", "logps/rejected"), z, present, strict=True):
         if has.any():
-            row[f"logps/{name}"] = float(side[has].double().mean())
+            row[key] = float(of_side[has].double().mean())
     parts = {"probed": slice(num_probed), "unprobed": slice(num_probed, None)} if num_probed else {}
     for name, part in parts.items():
         for side, r, has in (("chosen", r_w, has_w), ("rejected", r_l, has_l)):

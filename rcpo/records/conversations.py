@@ -6,6 +6,7 @@ tokenised (`rcpo.data.conversation`). Called by `rcpo.records.load`.
 """
 
 import dataclasses
+import itertools
 from typing import Any
 
 from rcpo.records.messages import BadMessageError, Messages, parsed
@@ -30,9 +31,9 @@ def read_conversation(
         record = read_record(None, messages, messages, row, tools, documents, template_kwargs, label=True)
     except BadRowError as error:
         raise BadRowError(_of_messages(str(error))) from None
-    turns: Messages = [*record.prompt, *record.chosen]  # type: ignore[list-item]
+    turns: Messages = [*record.prompt, *record.chosen]
     roles = [turn["role"] for turn in turns]
-    for number, (before, turn) in enumerate(zip(turns, turns[1:], strict=False)):
+    for number, (before, turn) in enumerate(itertools.pairwise(turns)):
         if turn["role"] != "assistant":
             continue
         if before["role"] not in ("user", "tool"):

@@ -1,5 +1,5 @@
-"""Conversations with several answers: what of the template's text is scored, in today's formats; the numbers of a
-batch; and what is refused."""
+"""Conversations with several answers: what of the template's text is scored, in today's formats; the numbers
+of a batch; and what is refused."""
 
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,8 @@ def answers_of(side: TokenizedSide, name: str) -> list[str]:
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if name != NOT_STABLE])
 def test_every_answer_is_scored_as_in_a_row_of_its_own(name: str) -> None:
-    """q1 yes q2 no: the tokens are those of the pair whose prompt is q1 yes q2, the last answer's mask too. The
-    first answer ends as the template ends it where a turn follows."""
+    """q1 yes q2 no: the tokens are those of the pair whose prompt is q1 yes q2, the last answer's mask too.
+    The first answer ends as the template ends it where a turn follows."""
     side = tokens_of(chat("q1", "yes", "q2", "no"), name).pairs[0].chosen
     record = read_record(chat("q1", "yes", "q2"), "no", "maybe", 0)
     form = FORMATS[name]
@@ -77,8 +77,8 @@ def test_a_template_that_is_not_stable_needs_marks_of_its_own() -> None:
     tokenizer = form.tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
-        "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>"
-        "{% endif %}\n{% endfor %}"
+        "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{% else %}{{ m['content'] }}"
+        "<|im_end|>{% endif %}\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}"
     )
     record = read_conversation(turns, 0)
@@ -162,7 +162,7 @@ def test_z_is_the_sum_over_answers_of_rows_of_their_own() -> None:
         ids, total = pair.chosen.input_ids, 0.0
         for place in pair.chosen.scored_at.tolist():
             alone = TokenizedPair(TokenizedSide(ids[: place + 1], place), NO_SIDE, 0)
-            total += float(policy(collate([alone], 0))[0])
+            total += float(policy(collate([alone], 0))[0].detach())
         expected.append(total)
     for batch in (
         collate(pairs, 0),
@@ -210,5 +210,5 @@ def test_a_tokenizer_without_offsets_is_refused(monkeypatch: pytest.MonkeyPatch)
     tokenizer = make_bpe()
     tokenizer.chat_template = FORMATS["Llama 2"].template
     monkeypatch.setattr(type(tokenizer), "is_fast", False)
-    with pytest.raises(UserError, match="gives no offsets"):
+    with pytest.raises(UserError, match="gives no offsets; give rows of one answer"):
         tokenize_records([read_conversation(chat("q", "a", "q", "b"), 0)], tokenizer, 64, None, "error")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -156,6 +157,36 @@ def _kto_of(
         ),
         train_dataset=Dataset.from_list(rows), processing_class=_tokenizer(),
     )  # fmt: skip
+
+
+def sft_peer(
+    conversations: list[list[dict[str, str]]], template: str, folder: Path
+) -> tuple[Peer, list[TokenizedSide]]:
+    """SFTTrainer with assistant_only_loss: its loss of these conversations, and its tokens with its masks."""
+    from trl import SFTConfig, SFTTrainer
+
+    policy, _ = policy_and_reference()
+    tokenizer = _tokenizer()
+    tokenizer.chat_template = template
+    made = SFTTrainer(
+        model=policy,
+        args=SFTConfig(**_arguments(folder, len(conversations), {"assistant_only_loss": True})),
+        train_dataset=Dataset.from_list([{"messages": each} for each in conversations]),
+        processing_class=tokenizer,
+    )
+    rows = [made.train_dataset[row] for row in range(len(conversations))]
+    batch = made.data_collator(rows)
+    policy.train()
+    loss = made.compute_loss(policy, batch)
+    loss.backward()
+    gradient = {name: weight.grad for name, weight in policy.named_parameters() if weight.grad is not None}
+    sides = []
+    for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
+        scored = np.array(labels) != -100
+        first, last = scored.argmax(), len(scored) - scored[::-1].argmax()
+        mask = scored[first:last]
+        sides.append(TokenizedSide(ids[:last], int(first), None if mask.all() else mask))
+    return Peer([], float(loss.detach()), gradient), sides
 
 
 MAKERS = {
