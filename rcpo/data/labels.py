@@ -89,6 +89,11 @@ def check_labels(config: ResolvedConfig, train: PackedPairs, held_out: PackedPai
             f"objective={config.objective['name']}: compares the two responses of a pair, and the training "
             f"data are single answers with a label; {cure}"
         )
+    if train.has_single_answers and config.objective_function.reading.sft_of == "gold":
+        raise UserError(
+            "objective.sft_of=gold: is of a response beside a pair, and the training data are single "
+            "answers; type objective.sft_of=response"
+        )
     if train.has_single_answers:
         _check_both_labels(config, train)
     if train.has_conversations and config.objective_function.reading.sft_of == "text":

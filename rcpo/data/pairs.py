@@ -92,6 +92,8 @@ class TokenizedPair:
     """Of a slot of a list (`rcpo.data.lists`): of its two responses, 0 where one is missing; None: a pair."""
     pictures: Pictures | None = None
     """What the prompt shows, which both sides see."""
+    gold: TokenizedSide | None = None
+    """The gold response with the same prompt; None where the objective reads none."""
 
     @property
     def sides(self) -> tuple[TokenizedSide, ...]:
@@ -128,8 +130,15 @@ class PairArrays(NamedTuple):
 class PackedPairs(Sequence[TokenizedPair]):
     """Pairs as arrays; an item is a view that is made when it is asked for."""
 
-    def __init__(self, arrays: PairArrays, pictures: NDArray[np.object_] | None = None) -> None:
+    def __init__(
+        self,
+        arrays: PairArrays,
+        pictures: NDArray[np.object_] | None = None,
+        gold: "PackedPairs | None" = None,
+    ) -> None:
         self.arrays = arrays
+        self.gold = gold
+        """Of n pairs their gold responses, as chosen sides; None where there are none."""
         self.pictures = pictures
         """(n,) of each pair its `Pictures` or None; None where no pair has any."""
 
@@ -160,8 +169,9 @@ class PackedPairs(Sequence[TokenizedPair]):
         score_w, score_l = of.scores[where].tolist()
         scores = None if math.isnan(score_w) else (score_w, score_l)
         pictures = None if self.pictures is None else self.pictures[where]
+        gold = None if self.gold is None else self.gold[where].chosen
         return TokenizedPair(
-            sides[0], sides[1], int(of.rows[where]), float(of.weights[where]), scores, pictures
+            sides[0], sides[1], int(of.rows[where]), float(of.weights[where]), scores, pictures, gold
         )
 
     def __iter__(self) -> Iterator[TokenizedPair]:
@@ -188,6 +198,7 @@ class PackedPairs(Sequence[TokenizedPair]):
                 of.scored,
             ),
             None if self.pictures is None else self.pictures[where],
+            None if self.gold is None else self.gold.take(indices),
         )
 
     @property
@@ -250,7 +261,7 @@ class PackedPairs(Sequence[TokenizedPair]):
         for name in ("starts", "lengths", "num_prompt"):
             columns[name] = getattr(of, name).copy()
             columns[name][where] = columns[name][where][:, ::-1]
-        return PackedPairs(of._replace(**columns), self.pictures)
+        return PackedPairs(of._replace(**columns), self.pictures, self.gold)
 
     def widths(self) -> list[int]:
         """Tokens of each pair's longer side; looks at no id."""
@@ -265,9 +276,11 @@ class Packer:
     def __init__(self) -> None:
         self._parts: list[PairArrays] = []
         self._pictures: list[Pictures | None] = []
+        self._gold: list[TokenizedSide | None] = []
 
     def add(self, pairs: Sequence[TokenizedPair]) -> None:
         self._pictures += [pair.pictures for pair in pairs]
+        self._gold += [pair.gold for pair in pairs]
         sides = [(pair.chosen, pair.rejected) for pair in pairs]
         lengths = np.array([[side.num_tokens for side in both] for both in sides], dtype=np.int64)
         ends = lengths.reshape(-1).cumsum()
@@ -307,7 +320,10 @@ class Packer:
             pictures = np.empty(len(self._pictures), dtype=np.object_)
             pictures[:] = self._pictures
         arrays = PairArrays(*(np.concatenate(columns) for columns in zip(*moved, strict=True)))
-        return PackedPairs(arrays, pictures)
+        gold = None
+        if any(self._gold):
+            gold = pack(TokenizedPair(side or NO_SIDE, NO_SIDE, 0) for side in self._gold)
+        return PackedPairs(arrays, pictures, gold)
 
 
 def _or_none(scored: NDArray[np.bool_]) -> NDArray[np.bool_] | None:

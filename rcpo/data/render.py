@@ -36,7 +36,8 @@ class Rendered:
     """The responses of a record, each with its prompt as a whole text."""
 
     texts: tuple[str, ...]
-    """The chosen one and the rejected one; of a list all, the best first."""
+    """The chosen one and the rejected one, and the gold one if there is one; of a list all, the best
+    first."""
     split: int
     """Characters of the prompt, with which all texts begin."""
     is_closed: bool
@@ -70,7 +71,7 @@ def render_messages(
     With model.response=verbatim each side is the generation prompt, the response's content as it is, and the
     template's end of turn."""
     assert isinstance(record.prompt, list)
-    turns, sides = record.prompt, [side for side in record.responses if isinstance(side, list)]
+    turns, sides = record.prompt, [side for side in record.rendered if isinstance(side, list)]
     if template.takes_apart and generation_of(tokenizer).response == "template":
         turns, *sides = [[taken_apart(turn) for turn in part] for part in (turns, *sides)]
     given = (kwargs, record.tools, record.documents)
@@ -235,5 +236,5 @@ def ignores(
 def render_text(record: PreferenceRecord) -> Rendered:
     assert isinstance(record.prompt, str)
     prompt = record.prompt
-    texts = tuple(f"{prompt}{side}" for side in record.responses)
+    texts = tuple(f"{prompt}{side}" for side in record.rendered)
     return Rendered(texts, len(prompt), is_closed=False, is_chat=False)

@@ -364,21 +364,23 @@ class _Work:
         if record.label is not None:
             return [self._make_single(sides[0], record)]
         what = "two responses" if record.scores else "the sides"
-        if _has_equal(sides):
+        num = len(record.responses)  # a gold response behind them may be the chosen one
+        if _has_equal(sides[:num]):
             raise BadRowError(f"{what} are identical once tokenised")
         if record.images and record.scores:
             raise BadRowError("a list of responses with an image; rcpo trains pairs with images alone so far")
         cut = self._cut(sides)
         if rendered.pictures is not None and cut[0].num_prompt < sides[0].num_prompt:
             raise BadRowError(self._too_long())
-        if _has_equal(cut):
+        if _has_equal(cut[:num]):
             raise BadRowError(f"{what} are identical once cut to train.max_length={self._max_length}")
-        for number, (before, after) in enumerate(zip(sides, cut, strict=True)):
+        for number, (before, after) in enumerate(zip(sides[:num], cut, strict=False)):
             name = "rejected" if number else "chosen"
             self._counts[name] += _num_response(after) < _num_response(before)
         self._counts["prompt"] += cut[0].num_prompt < sides[0].num_prompt
         if not record.scores:
-            return [TokenizedPair(cut[0], cut[1], record.row, record.weight, pictures=rendered.pictures)]
+            gold = None if record.gold is None else cut[-1]
+            return [TokenizedPair(*cut[:2], record.row, record.weight, None, rendered.pictures, gold)]
         if self._lists != "best_worst":
             self._counts["ties"] += num_ties(record.scores)
         return pairs_of_list(cut, record, self._lists)

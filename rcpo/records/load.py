@@ -15,6 +15,7 @@ from rcpo.records import images, shapes
 from rcpo.records.account import Account, RowAccount, why
 from rcpo.records.arithmetic import arithmetic_records
 from rcpo.records.conversations import MESSAGES, read_conversation
+from rcpo.records.gold import GOLD, with_gold
 from rcpo.records.lists import LISTED, read_list
 from rcpo.records.messages import parsed_quietly, unused_keys, without_system
 from rcpo.records.mixture import drawn
@@ -30,6 +31,10 @@ FOR_TEMPLATES = ("tools", "documents", "chat_template_kwargs")
 """Columns that a chat template is handed, where they are there."""
 NAMED = (*PARTS, *shapes.SINGLE, *LISTED, MESSAGES)
 """Parts whose names in data.columns say what a row is."""
+
+
+KNOWN = (*NAMED, *FOR_TEMPLATES, *images.COLUMNS, GOLD, *WEIGHT_PARTS)
+"""All parts that data.columns can name."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ def load_records(
     weighing: Weighing = UNWEIGHTED,
     train: Judge = all_usable,
     held_out: Judge = all_usable,
+    has_gold: bool = False,
 ) -> PreferenceData:
     """Read the pairs that `config` names and hold some out.
 
@@ -57,15 +63,16 @@ def load_records(
     identical to a held-out one is dropped. data.train_pairs draws that many of the rest by data.seed, since
     many files are sorted; it never moves the held-out set. Pairs keep their order. Training pairs have
     the weights that `weighing` reads. `train` and `held_out` say which records the model's tokenizer can use:
-    pairs are drawn from those. Raises UserError with one line for bad input.
+    pairs are drawn from those. `has_gold`: whether rows have a gold response (`rcpo.records.gold`). Raises
+    UserError with one line for bad input.
     """
-    _check_parts(config, weighing)
+    _check_parts(config, weighing, has_gold)
     if config.source == "arithmetic":
         return _load_arithmetic(config, train, held_out)
     report: list[str] = []
-    training = _read_training(config, report, weighing)
+    training = _read_training(config, report, weighing, has_gold)
     own = held_out_place(config)
-    held_out_source = None if own is None else _read_place(own, config, report, UNWEIGHTED)
+    held_out_source = None if own is None else _read_place(own, config, report, UNWEIGHTED, has_gold)
     selected = select(config, training, held_out_source, train, held_out)
     report += selected.report
     if weighing.parts:
@@ -90,17 +97,19 @@ def _load_arithmetic(config: DataConfig, train: Judge, held_out: Judge) -> Prefe
     return PreferenceData(*both, [], Account(account, None, [record.row for record in both[1]]))
 
 
-def _read_training(config: DataConfig, report: list[str], weighing: Weighing) -> SourceRecords:
+def _read_training(
+    config: DataConfig, report: list[str], weighing: Weighing, has_gold: bool = False
+) -> SourceRecords:
     """Training records of one place, or of a mixture, whose rows are numbered as if its sources lay one
     behind the other."""
     if config.mix is None:
-        return _read_place(training_place(config), config, report, weighing)
+        return _read_place(training_place(config), config, report, weighing, has_gold)
     sources, dropped, read, start = [], dict[str, list[int]](), 0, 0
     for part in config.mix:
         of_part = dataclasses.replace(config, columns=part.columns or config.columns)
         try:
-            _check_parts(of_part, weighing)
-            source = _read_place(mixed_place(part, config), of_part, report, weighing)
+            _check_parts(of_part, weighing, has_gold)
+            source = _read_place(mixed_place(part, config), of_part, report, weighing, has_gold)
         except UserError as error:
             raise UserError(f"data.mix: {error}") from error.__cause__
         sources.append([dataclasses.replace(record, row=record.row + start) for record in source.records])
@@ -113,10 +122,12 @@ def _read_training(config: DataConfig, report: list[str], weighing: Weighing) ->
     return SourceRecords("data.mix", records, RowAccount("data.mix", read, dropped, undrawn=undrawn), start)
 
 
-def _read_place(place: Place, config: DataConfig, report: list[str], weighing: Weighing) -> SourceRecords:
+def _read_place(
+    place: Place, config: DataConfig, report: list[str], weighing: Weighing, has_gold: bool = False
+) -> SourceRecords:
     """Records of one source, and the account of its rows; bad rows stop or are dropped as data.on_bad_row
     says."""
-    parts = (*PARTS, *FOR_TEMPLATES, *images.COLUMNS, *weighing.parts)
+    parts = (*PARTS, *FOR_TEMPLATES, *images.COLUMNS, *weighing.parts, *((GOLD,) if has_gold else ()))
     names = {part: (config.columns or {}).get(part, part) for part in parts}
     is_named = any(part in NAMED for part in config.columns or {})
     for kind in (shapes.SINGLE, LISTED, (MESSAGES,)):
@@ -224,14 +235,18 @@ def _doubled(records: list[PreferenceRecord], place: Place) -> list[str]:
     ]
 
 
-def _check_parts(config: DataConfig, weighing: Weighing) -> None:
+def _check_parts(config: DataConfig, weighing: Weighing, has_gold: bool) -> None:
     """Parts that data.columns names: known, and those of a weight also read."""
     for part, name in (config.columns or {}).items():
-        if part not in NAMED + FOR_TEMPLATES + images.COLUMNS + WEIGHT_PARTS:
-            known = ", ".join(NAMED + FOR_TEMPLATES + images.COLUMNS + WEIGHT_PARTS)
+        if part not in KNOWN:
+            known = ", ".join(KNOWN)
             raise UserError(
                 f"data.columns.{part}: no such part; the parts are {known}; "
                 "type data.columns='{prompt: NAME, chosen: NAME, rejected: NAME}'"
+            )
+        if part == GOLD and not has_gold:
+            raise UserError(
+                f"data.columns.{part}={name}: has no effect without gold; type objective.sft_of=gold as well"
             )
         if part in WEIGHT_PARTS and part not in weighing.parts:
             kind = {"weight": "weight", "probability": "dora"}.get(part, "dora_mean")
@@ -239,6 +254,11 @@ def _check_parts(config: DataConfig, weighing: Weighing) -> None:
                 f"data.columns.{part}={name}: has no effect without {kind}; "
                 f"type objective.sample_weight={kind} as well"
             )
+    if has_gold and config.source == "arithmetic":
+        raise UserError(
+            "objective.sft_of=gold: data=arithmetic has no gold response; type data=file "
+            "data.path=PAIRS.jsonl, or objective.sft_of=response"
+        )
     if weighing.parts and config.source == "arithmetic":
         raise UserError(
             f"objective.sample_weight: data=arithmetic has no column {weighing.parts[0]}; "
@@ -288,6 +308,8 @@ def _read_records(
                 record = read_record(*sides, number, tools, documents, kwargs, label)
             if config.as_chat:
                 record = as_messages(record, bool(shape.prompt))
+            if GOLD in values:
+                record = with_gold(record, values["prompt"], values[GOLD])
             record = images.with_images(record, values, functools.partial(source.folder_of, number))
             records.append(dataclasses.replace(record, weight=weighing.weight(values)))
         except BadRowError as error:

@@ -45,11 +45,13 @@ def with_mismatched(method: Method, state: TrainState, mismatched: Sequence[Micr
 
 
 def with_mean_tokens(method: Method, micro_batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
-    """The micro-batches with the mean |y_w| of the global batch, where the objective needs it: one reduction,
-    of lengths, that waits for the device. Collective then."""
+    """The micro-batches with the mean over the global batch of the tokens that a likelihood term is of, |y_w|
+    mostly, where the objective needs it: one reduction, of lengths, that waits for the device. Collective
+    then."""
     if not method.objective.needs_mean_tokens:
         return micro_batches
-    parts = [each.batch.lengths.chunk(2)[0] for each in micro_batches]
+    is_of_gold = method.objective.reading.sft_of == "gold"
+    parts = [] if is_of_gold else [each.batch.lengths.chunk(2)[0] for each in micro_batches]
     parts += [each.likely.lengths for each in micro_batches if each.likely is not None]
     mean = float(sum_over_ranks(torch.cat(parts).double().sum())) / method.pairs_per_step
     return [each._replace(mean_tokens=mean) for each in micro_batches]
