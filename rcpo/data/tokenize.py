@@ -380,7 +380,8 @@ class _Work:
         self._counts["prompt"] += cut[0].num_prompt < sides[0].num_prompt
         if not record.scores:
             gold = None if record.gold is None else cut[-1]
-            return [TokenizedPair(*cut[:2], record.row, record.weight, None, rendered.pictures, gold)]
+            pictures = rendered.pictures
+            return [TokenizedPair(cut[0], cut[1], record.row, record.weight, None, pictures, gold)]
         if self._lists != "best_worst":
             self._counts["ties"] += num_ties(record.scores)
         return pairs_of_list(cut, record, self._lists)

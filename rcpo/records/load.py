@@ -235,7 +235,7 @@ def _doubled(records: list[PreferenceRecord], place: Place) -> list[str]:
     ]
 
 
-def _check_parts(config: DataConfig, weighing: Weighing, has_gold: bool) -> None:
+def _check_parts(config: DataConfig, weighing: Weighing, has_gold: bool = False) -> None:
     """Parts that data.columns names: known, and those of a weight also read."""
     for part, name in (config.columns or {}).items():
         if part not in KNOWN:
@@ -243,10 +243,6 @@ def _check_parts(config: DataConfig, weighing: Weighing, has_gold: bool) -> None
             raise UserError(
                 f"data.columns.{part}: no such part; the parts are {known}; "
                 "type data.columns='{prompt: NAME, chosen: NAME, rejected: NAME}'"
-            )
-        if part == GOLD and not has_gold:
-            raise UserError(
-                f"data.columns.{part}={name}: has no effect without gold; type objective.sft_of=gold as well"
             )
         if part in WEIGHT_PARTS and part not in weighing.parts:
             kind = {"weight": "weight", "probability": "dora"}.get(part, "dora_mean")

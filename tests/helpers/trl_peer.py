@@ -5,6 +5,7 @@ both see the same token ids. Imports TRL, which is an optional package.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,13 +112,14 @@ def _orpo(policy: PreTrainedModel, reference: PreTrainedModel, keys: dict[str, A
 
 
 def _tpo(policy: PreTrainedModel, reference: PreTrainedModel, keys: dict[str, Any], folder: Path) -> Any:
-    """With the chosen response as the gold one, which TRL calls the reference."""
+    """With a gold response, which TRL calls the reference: the chosen one of the pair after."""
     from trl.experimental.tpo import TPOConfig, TPOTrainer
 
     rows = _paired()
     return TPOTrainer(
         model=policy, args=TPOConfig(**_arguments(folder, len(TEXTS), keys)),
-        train_dataset=rows.add_column("reference", rows["chosen"]), processing_class=_tokenizer(),
+        train_dataset=rows.add_column("reference", [*rows["chosen"][1:], rows["chosen"][0]]),
+        processing_class=_tokenizer(),
     )  # fmt: skip
 
 
@@ -213,7 +215,9 @@ def _pairs(chosen: list[TokenizedSide], rejected: list[TokenizedSide]) -> list[T
 
 def _of_masks(batch: dict[str, Tensor]) -> list[TokenizedPair]:
     sides = _sides(batch["input_ids"], batch["completion_mask"].bool())
-    return _pairs(sides[: len(TEXTS)], sides[len(TEXTS) : 2 * len(TEXTS)])
+    pairs = _pairs(sides[: len(TEXTS)], sides[len(TEXTS) : 2 * len(TEXTS)])
+    golden = sides[2 * len(TEXTS) :]
+    return [replace(pair, gold=side) for pair, side in zip(pairs, golden, strict=True)] if golden else pairs
 
 
 def _of_labels(batch: dict[str, Tensor]) -> list[TokenizedPair]:
