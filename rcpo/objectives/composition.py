@@ -30,6 +30,7 @@ from rcpo.objectives.trial import losses_of_trial
 
 SAMPLE_WEIGHTS = (None, "weight", "dora", "dora_mean", "dora_product")
 OF_DORA = ("dora", "dora_mean", "dora_product")
+WEIGHT_OF = ("pair", "batch")
 AGGREGATES = ("mean", "kl_dro", "dr_dpo")
 LOG_PROBS = ("sum", "mean")
 SHARED = "every_objective"
@@ -81,6 +82,10 @@ class Composition:
     """null: every pair counts alike. weight: by the column `weight`. dora: by 1/(a + a_i (1-p)/p) of the
     column `probability` (`rcpo.records.weights`). dora_mean, dora_product: by the mean or the product of both
     responses' weights, from `probability_chosen` and `probability_rejected`, as `rcpo weigh` writes them."""
+    weight_of: str = IN_CONF
+    """pair: a pair's weight multiplies its own loss, inside the exponent of an aggregate, as DoRA's published
+    code has it for DPO and RRHF. batch: the mean weight of the global batch multiplies the aggregate of its
+    losses, outside, as that code has it for LIRE."""
     dora_a: float = IN_CONF
     """DoRA's a > 0: the target distribution's share of the data; the weight is at most 1/a. Published code:
     1/2 for pairs."""
@@ -104,6 +109,8 @@ class Composition:
             raise ParameterError(
                 "sample_weight", self.sample_weight, "null, weight, dora, dora_mean or dora_product", "weight"
             )
+        if self.weight_of not in WEIGHT_OF:
+            raise ParameterError("weight_of", self.weight_of, "pair or batch", "pair")
         if self.aggregate not in AGGREGATES:
             raise ParameterError("aggregate", self.aggregate, "mean, kl_dro or dr_dpo", "mean")
         if self.divergence not in DIVERGENCES:
@@ -120,6 +127,7 @@ class Composition:
         require_not_negative(self, "dora_a_i")
         defaults = composition_defaults()
         for key, switch, options in (
+            ("weight_of", "sample_weight", SAMPLE_WEIGHTS[1:]),
             ("dora_a", "sample_weight", OF_DORA),
             ("dora_a_i", "sample_weight", OF_DORA),
             ("dro_lambda", "aggregate", ("kl_dro", "dr_dpo")),
@@ -160,6 +168,8 @@ class Composition:
             parts.append(f"each pair's loss times the {how} of DoRA's weights of both responses")
         if self.sample_weight == "dora":
             parts.append(f"each pair's loss times DoRA's weight 1/({self.dora_a} + {self.dora_a_i} (1-p)/p)")
+        if self.weight_of == "batch":
+            parts.append("the batch's mean weight outside the aggregate in place of each pair's")
         if self.aggregate == "kl_dro":
             parts.append(f"{self.dro_lambda} log mean exp(loss/{self.dro_lambda}) in place of the mean")
         if self.aggregate == "dr_dpo":

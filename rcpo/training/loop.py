@@ -110,6 +110,7 @@ def train(
         config.train.pairs_per_step * slots,
         slots,
         config.model.router_loss,
+        config.composition.weight_of == "batch",
     )
     moving = MovingReference(config, inputs, engine) if config.reference.sync_every else None
     num_bytes = reference.num_bytes + (0 if moving is None else moving.num_bytes)

@@ -83,10 +83,11 @@ def test_rows_get_both_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "120 responses of 60 rows: 60 of human, 59 of others, 1 of unknown source; gamma 0.9833" in said
 
 
-@pytest.mark.ci("three short trainings")
+@pytest.mark.ci("four short trainings")
 def test_what_weigh_writes_is_what_a_training_weighs_by(tmp_path: Path) -> None:
     """Before the first update DPO's loss is log 2 of every pair, so that the first step of a batch of all
-    pairs has mean(w) log 2, and with KL-DRO, inside whose exponent w stands, log mean e^(w log 2)."""
+    pairs has mean(w) log 2, and with KL-DRO, inside whose exponent w stands, log mean e^(w log 2); outside
+    it mean(w) log 2 again."""
     records, held_out = arithmetic_records(60, 8, seed=0)
     for name, part in (("rows", records), ("held_out", held_out)):
         rows = []
@@ -98,18 +99,21 @@ def test_what_weigh_writes_is_what_a_training_weighs_by(tmp_path: Path) -> None:
     words = ["rows.jsonl", *SOURCES, "target=human", "out=weighed.jsonl", "folds=2"]
     assert rcpo("weigh", *words, cwd=tmp_path).returncode == 0
     weighed = [json.loads(line) for line in (tmp_path / "weighed.jsonl").read_text().splitlines()]
-    for how, aggregate in (("mean", "mean"), ("product", "mean"), ("mean", "kl_dro")):
+    cases = (("mean", "mean", "pair"), ("product", "mean", "pair"), ("mean", "kl_dro", "pair"))
+    for how, aggregate, of in (*cases, ("mean", "kl_dro", "batch")):
         weighing = DoraSidesWeight(0.5, 0.5, how)
         loss = np.array([weighing.weight(row) for row in weighed]) * math.log(2)
-        expected = loss.mean() if aggregate == "mean" else math.log(np.exp(loss).mean())
+        is_inside = aggregate == "kl_dro" and of == "pair"
+        expected = math.log(np.exp(loss).mean()) if is_inside else loss.mean()
+        folder = f"{how}-{aggregate}-{of}"
         made = rcpo(
             "train", "data=file", "data.path=weighed.jsonl", "data.eval_path=held_out.jsonl",
             "data.eval_pairs=8", f"objective.sample_weight=dora_{how}", f"objective.aggregate={aggregate}",
             "train.steps=2", "train.pairs_per_step=60", "train.pairs_per_device=20", "tracking=none",
-            f"run_dir={how}-{aggregate}", cwd=tmp_path,
+            f"run_dir={folder}", f"objective.weight_of={of}", cwd=tmp_path,
         )  # fmt: skip
         assert made.returncode == 0, made.stderr
-        first, _ = (tmp_path / f"{how}-{aggregate}" / "metrics.jsonl").read_text().splitlines()
+        first, _ = (tmp_path / folder / "metrics.jsonl").read_text().splitlines()
         assert json.loads(first)["train/loss"] == pytest.approx(expected, rel=1e-5)
 
 
