@@ -75,6 +75,7 @@ def held_out_records(run: ComparedRun) -> "list[PreferenceRecord] | str":
 
     from rcpo.config.schema import DataConfig
     from rcpo.records.load import load_records, records_at
+    from rcpo.records.weights import WEIGHT_PARTS
 
     tree = _tree_of(run, "data.")
     # Filters and weights are of training pairs alone.
@@ -82,9 +83,7 @@ def held_out_records(run: ComparedRun) -> "list[PreferenceRecord] | str":
     columns = tree.get("columns")
     if isinstance(columns, dict):
         tree["columns"] = {
-            part: name
-            for part, name in columns.items()
-            if part in ("prompt", "chosen", "rejected", "responses", "scores", "ranks")
+            part: name for part, name in columns.items() if part not in ("gold", *WEIGHT_PARTS)
         }
     try:
         config = _section(DataConfig, tree)

@@ -33,6 +33,7 @@ ABSENT = (
     ("objective.divergence", "reverse_kl"),
     ("objective.divergence_alpha", 0.5),
     ("objective.sft_mean", None),
+    ("objective.weight_of", "pair"),
     ("objective.chosen_weight", 1.0),
     ("objective.rejected_weight", 1.0),
     ("objective.shift", "running_mean"),

@@ -5,6 +5,7 @@ hide the others.
 """
 
 import json
+import math
 import platform
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -55,6 +56,10 @@ class Pairs:
             return r_w - r_l if name == "margin" else (r_w > r_l) + 0.5 * (r_w == r_l)
         assert name in ("chosen", "fell")
         return self.r_w[has_w] if name == "chosen" else (self.r_w[has_w] < 0).astype(float)
+
+    def has_chosen_alone(self) -> bool:
+        """Whether all are chosen answers without another, of conversations, say."""
+        return bool(np.isnan(self.start[1]).all())
 
     def are_finite(self) -> bool:
         return bool(np.isfinite(np.stack([self.r_w, self.r_l])[~np.isnan(self.start)]).all())
@@ -112,13 +117,21 @@ def load_run(path: Path) -> ComparedRun:
         status, problem = read_status(path / "run.json")
         held_out = _read_held_out(path / "run.json")
         curves = read_metrics(path / "metrics.jsonl", CURVES)
-        evals = read_columns(path / "eval.jsonl")
+        evals = _with_missing(read_columns(path / "eval.jsonl"))
         pairs = _read_pairs(path / "eval", evals)
         problem = problem or problem_of_evals(evals, pairs)
         downstream = read_downstream(path)
     except UserError as error:
         problem = str(error)
     return ComparedRun(path, settings, status, problem, curves, evals, pairs, held_out, downstream)
+
+
+def _with_missing(evals: Columns) -> Columns:
+    """With nan where nothing can be measured, of chosen answers without rejected ones."""
+    if "displacement/chosen" not in evals:
+        return evals
+    nothing = np.full(len(evals["step"]), math.nan)
+    return {f"displacement/{name}": nothing for name in ("rejected", "accuracy", "margin")} | evals
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -204,7 +217,8 @@ def problem_of_evals(evals: Columns, pairs: Pairs | None) -> str | None:
         return "eval.jsonl holds no evaluation"
     if len(evals["step"]) < 2:
         return "was evaluated only once"
-    last = [evals[f"displacement/{side}"][-1] for side in ("chosen", "rejected")]
+    sides = ["chosen"] if pairs is not None and pairs.has_chosen_alone() else ["chosen", "rejected"]
+    last = [evals[f"displacement/{side}"][-1] for side in sides]
     if not np.isfinite(last).all() or (pairs is not None and not pairs.are_finite()):
         return "the last evaluation is not finite"
     return None

@@ -213,9 +213,9 @@ class DataConfig:
     drop: it is left out."""
     columns: dict[str, str] | None = IN_CONF
     """{prompt: NAME, chosen: NAME, rejected: NAME} where a file uses other names, {prompt: NAME, completion:
-    NAME, label: NAME} for single answers, {prompt: NAME, responses: NAME, scores: NAME} for lists (or ranks
-    in the place of scores); also {weight: NAME} or
-    {probability: NAME} with objective.sample_weight."""
+    NAME, label: NAME} for single answers, {messages: NAME} for conversations, {prompt: NAME, responses: NAME,
+    scores: NAME} for lists (or ranks in the place of scores); also {gold: NAME} with objective.sft_of=gold,
+    {weight: NAME} or {probability: NAME} with objective.sample_weight."""
     append_eos: bool = IN_CONF
     """false: a response ends with its own last token. Neither the EOS nor what the chat template writes to
     end a turn is trained on, of training and held-out pairs alike. For experiments on single tokens."""

@@ -185,7 +185,7 @@ def collate(pairs: Sequence[TokenizedPair], pad_id: int) -> PairBatch:
     """Put pairs on one grid, padded with `pad_id` to the longest row. Here `chosen`/`rejected` become rows w
     and l."""
     both = [pair.chosen for pair in pairs], [pair.rejected for pair in pairs]
-    lengths = torch.tensor([side.num_tokens - side.num_prompt for of_side in both for side in of_side])
+    lengths = torch.tensor([side.num_scored for of_side in both for side in of_side])
     # A side of which nothing is there keeps a row of padding, so that it can go through the model alone.
     sides = [side for of_side in both for side in _rows_of(of_side)]
     width = max(1, *(side.num_tokens for side in sides))
@@ -195,8 +195,9 @@ def collate(pairs: Sequence[TokenizedPair], pad_id: int) -> PairBatch:
         if not side.num_tokens:
             continue
         input_ids[row, : side.num_tokens] = torch.tensor(side.ids)
-        positions.append(torch.arange(side.num_prompt - 1, side.num_tokens - 1) + row * width)
-        targets.append(input_ids[row, side.num_prompt : side.num_tokens])
+        places = torch.from_numpy(side.scored_at)
+        positions.append(places - 1 + row * width)
+        targets.append(input_ids[row, places])
     return PairBatch(
         input_ids=input_ids,
         token_positions=torch.cat(positions),

@@ -5,7 +5,7 @@ from itertools import groupby
 from transformers import PreTrainedTokenizerBase
 
 from rcpo.data.generation import special_ids
-from rcpo.data.pairs import PackedPairs, TokenizedPair
+from rcpo.data.pairs import PackedPairs, TokenizedPair, TokenizedSide
 
 _MANY = 5
 """Of one special token in a row: their number is shown, as of those that stand for an image."""
@@ -19,8 +19,7 @@ def describe_pair(pair: TokenizedPair, tokenizer: PreTrainedTokenizerBase) -> st
     for name, side in (("chosen", pair.chosen), ("rejected", pair.rejected)):
         if not side.num_tokens:
             continue
-        response = side.input_ids[side.num_prompt :]
-        lines.append(f"{name:8} ({len(response)} tokens, scored): «{_on_one_line(response, tokenizer)}»")
+        lines.append(f"{name:8} ({side.num_scored} tokens, scored): {_marked(side, tokenizer)}")
     return "\n".join(lines)
 
 
@@ -28,16 +27,30 @@ def describe_lengths(pairs: PackedPairs) -> list[str]:
     """Tokens on average, of the responses that are there; nothing where there are none."""
     if not len(pairs):
         return []
-    lengths, num_prompt = pairs.arrays.lengths, pairs.arrays.num_prompt
+    lengths, num_prompt, num_scored = pairs.arrays.lengths, pairs.arrays.num_prompt, pairs.num_scored
     prompt = int(num_prompt.max(axis=1).sum()) / int(pairs.present.any(axis=1).sum())
     present = pairs.present.sum(axis=0).clip(min=1)
-    chosen, rejected = (
-        int(num) / int(of) for num, of in zip((lengths - num_prompt).sum(axis=0), present, strict=True)
-    )
+    chosen, rejected = (int(num) / int(of) for num, of in zip(num_scored.sum(axis=0), present, strict=True))
     return [
         f"tokens on average: prompt {prompt:.1f}, chosen {chosen:.1f}, rejected {rejected:.1f}; "
         f"longest row {int(lengths.max())}"
     ]
+
+
+def _marked(side: TokenizedSide, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A response on one line, its answers in « »."""
+    return answers_marked(side, tokenizer).replace("\n", "\\n")
+
+
+def answers_marked(side: TokenizedSide, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A response, what is scored of it in « », and the turns between its answers without."""
+    response = side.input_ids[side.num_prompt :]
+    mask = [True] * len(response) if side.scored is None else side.scored.tolist()
+    parts = []
+    for is_scored, run in groupby(zip(mask, response, strict=True), lambda each: each[0]):
+        text = decoded([token for _, token in run], tokenizer)
+        parts.append(f"«{text}»" if is_scored else text)
+    return "".join(parts)
 
 
 def _on_one_line(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:

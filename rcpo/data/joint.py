@@ -53,7 +53,9 @@ def collate_joint(
         for start, strip in zip(starts, strips, strict=True)
     ]
     sides = [*(pair.chosen for pair in pairs), *(pair.rejected for pair in pairs)]
-    targets = [torch.tensor(side.input_ids[side.num_prompt :], dtype=torch.int64) for side in sides]
+    targets = [
+        torch.tensor(side.input_ids, dtype=torch.int64)[torch.from_numpy(side.scored_at)] for side in sides
+    ]
     num_targets = torch.tensor([len(target) for target in targets])
     return PairBatch(
         input_ids=input_ids.view(num_rows, width),
@@ -102,7 +104,7 @@ def _strip(pair: TokenizedPair, share_prefix: bool) -> _Strip:
         position_ids += range(num_shared, length)
         parts += [(OF_CHOSEN, OF_REJECTED)[which]] * (length - num_shared)
         predicted_at[which].extend(
-            idx if idx < num_shared else idx + start for idx in range(side.num_prompt - 1, length - 1)
+            idx if idx < num_shared else idx + start for idx in (side.scored_at - 1).tolist()
         )
     return _Strip(ids, position_ids, parts, predicted_at)
 

@@ -7,6 +7,7 @@ Owns the draw of data.flip, and what of data and objective does not go together 
 import random
 
 from rcpo.common.errors import UserError
+from rcpo.config.conditions import parse_best, parse_condition
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.config.schema import DataConfig
 from rcpo.data.pairs import PackedPairs
@@ -14,6 +15,8 @@ from rcpo.objectives.trial import labels_read, takes_single_answers
 
 EXAMPLE = "type objective=kto, bco, dil_bce or another that judges each answer by itself"
 PROBED = "calibration.probe_pairs"
+OF_BOTH = ("rejected", "margin", "accuracy", "both_down")
+"""displacement/* that chosen answers alone do not have."""
 
 
 def with_noise(train: PackedPairs, config: DataConfig) -> tuple[PackedPairs, int]:
@@ -76,13 +79,32 @@ def check_labels(config: ResolvedConfig, train: PackedPairs, held_out: PackedPai
         return  # `check_lists` has looked
     if train.has_single_answers and not takes_single_answers(config.objective_function):
         cure = f"{EXAMPLE}{', or data.unpair=false' if config.data.unpair else ''}"
+        if not train.present[:, 1].any():
+            raise UserError(
+                f"objective={config.objective['name']}: compares the two responses of a pair, and all "
+                f"{len(train)} rows to train on are chosen answers alone (conversations, or rows without a "
+                "label); type objective=sft, or give pairs"
+            )
         raise UserError(
             f"objective={config.objective['name']}: compares the two responses of a pair, and the training "
             f"data are single answers with a label; {cure}"
         )
+    if train.has_single_answers and config.objective_function.reading.sft_of == "gold":
+        raise UserError(
+            "objective.sft_of=gold: is of a response beside a pair, and the training data are single "
+            "answers; type objective.sft_of=response"
+        )
     if train.has_single_answers:
         _check_both_labels(config, train)
+    if train.has_conversations and config.objective_function.reading.sft_of == "text":
+        raise UserError(
+            "objective.sft_of=text: is of a prompt and its answer, and the training data are conversations "
+            "with several answers; type objective.sft_of=response"
+        )
     if not held_out.has_single_answers:
+        return
+    if not held_out.present[:, 1].any() and not labels_read(config.objective_function)[1]:
+        _check_chosen_alone(config, len(held_out))
         return
     for num, key in ((len(held_out), "data.eval_pairs"), (config.calibration.probe_pairs, PROBED)):
         present = held_out.take(range(min(num, len(held_out)))).present if num else None
@@ -92,6 +114,28 @@ def check_labels(config: ResolvedConfig, train: PackedPairs, held_out: PackedPai
                 f"{key}={num}: none of these held-out answers is a {lacking} one; give more, or rows in a "
                 "mixed order"
             )
+
+
+def _check_chosen_alone(config: ResolvedConfig, num: int) -> None:
+    """Raise UserError for what wants rejected answers, where there are none: calibration, which balances two
+    sides, and what ends a run or keeps its best weights by their displacement."""
+    for key, text in (("stop_when", config.train.stop_when), ("keep_best", config.train.keep_best)):
+        names = () if text is None else _names_in(key, text)
+        if wanted := next((name for name in names if name.removeprefix("displacement/") in OF_BOTH), None):
+            raise UserError(
+                f"train.{key}={text}: all {num} held-out answers are chosen ones, so that there is no "
+                f"eval/{wanted}; type eval/displacement/chosen or eval/loss there"
+            )
+    if config.calibration.name != "off":
+        raise UserError(
+            f"calibration={config.calibration.name}: balances two sides, and all {num} held-out answers "
+            f"are chosen ones, which are all that objective={config.objective['name']} reads; type "
+            "calibration=off"
+        )
+
+
+def _names_in(key: str, text: str) -> list[str]:
+    return parse_condition(text).names() if key == "stop_when" else [parse_best(text).key]
 
 
 def _check_both_labels(config: ResolvedConfig, train: PackedPairs) -> None:

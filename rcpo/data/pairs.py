@@ -29,6 +29,9 @@ class TokenizedSide:
     num_prompt: int
     """Prompt tokens, at least 1; `input_ids[num_prompt:]` is the response, at least 1 token. Of `NO_SIDE`
     both are 0."""
+    scored: NDArray[np.bool_] | None = None
+    """Of a conversation with several answers: which tokens behind the prompt are an answer's, (num_tokens -
+    num_prompt,); None: all."""
 
     @property
     def input_ids(self) -> list[int]:
@@ -40,16 +43,35 @@ class TokenizedSide:
         """Of prompt and response; looks at no id."""
         return len(self.ids)
 
+    @property
+    def num_scored(self) -> int:
+        """|y|: tokens of the response, of all its answers."""
+        return self.num_tokens - self.num_prompt if self.scored is None else int(self.scored.sum())
+
+    @property
+    def scored_at(self) -> NDArray[np.int64]:
+        """(num_scored,) their places in `input_ids`, each predicted at the place before."""
+        if self.scored is None:
+            return np.arange(self.num_prompt, self.num_tokens, dtype=np.int64)
+        return np.flatnonzero(self.scored) + self.num_prompt
+
+    @property
+    def mask(self) -> bytes:
+        """For digests: nothing where all of the response is scored."""
+        return b"" if self.scored is None else np.asarray(self.scored, dtype=np.bool_).tobytes()
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, TokenizedSide):
             return NotImplemented
-        return self.num_prompt == other.num_prompt and self.input_ids == other.input_ids
+        same_prompt = self.num_prompt == other.num_prompt
+        return same_prompt and self.input_ids == other.input_ids and self.mask == other.mask
 
     def __hash__(self) -> int:
         return hash((self.num_prompt, *self.input_ids))
 
     def __repr__(self) -> str:
-        return f"TokenizedSide({self.input_ids}, {self.num_prompt})"
+        mask = "" if self.scored is None else f", {self.scored!r}"
+        return f"TokenizedSide({self.input_ids}, {self.num_prompt}{mask})"
 
 
 NO_SIDE = TokenizedSide([], 0)
@@ -70,6 +92,8 @@ class TokenizedPair:
     """Of a slot of a list (`rcpo.data.lists`): of its two responses, 0 where one is missing; None: a pair."""
     pictures: Pictures | None = None
     """What the prompt shows, which both sides see."""
+    gold: TokenizedSide | None = None
+    """The gold response with the same prompt; None where the objective reads none."""
 
     @property
     def sides(self) -> tuple[TokenizedSide, ...]:
@@ -99,13 +123,22 @@ class PairArrays(NamedTuple):
     """(n,)"""
     scores: NDArray[np.float32]
     """(n, 2) of a list's responses; nan where these are pairs."""
+    scored: NDArray[np.bool_]
+    """(N,) which tokens behind a prompt are scored; (0,) where all of all sides are."""
 
 
 class PackedPairs(Sequence[TokenizedPair]):
     """Pairs as arrays; an item is a view that is made when it is asked for."""
 
-    def __init__(self, arrays: PairArrays, pictures: NDArray[np.object_] | None = None) -> None:
+    def __init__(
+        self,
+        arrays: PairArrays,
+        pictures: NDArray[np.object_] | None = None,
+        gold: "PackedPairs | None" = None,
+    ) -> None:
         self.arrays = arrays
+        self.gold = gold
+        """Of n pairs their gold responses, as chosen sides; None where there are none."""
         self.pictures = pictures
         """(n,) of each pair its `Pictures` or None; None where no pair has any."""
 
@@ -121,7 +154,11 @@ class PackedPairs(Sequence[TokenizedPair]):
             return self.take(range(len(self))[where])
         of = self.arrays
         sides = [
-            TokenizedSide(of.ids[start : start + length], num_prompt)
+            TokenizedSide(
+                of.ids[start : start + length],
+                num_prompt,
+                _or_none(of.scored[start + num_prompt : start + length]),
+            )
             for start, length, num_prompt in zip(
                 of.starts[where].tolist(),
                 of.lengths[where].tolist(),
@@ -132,8 +169,9 @@ class PackedPairs(Sequence[TokenizedPair]):
         score_w, score_l = of.scores[where].tolist()
         scores = None if math.isnan(score_w) else (score_w, score_l)
         pictures = None if self.pictures is None else self.pictures[where]
+        gold = None if self.gold is None else self.gold[where].chosen
         return TokenizedPair(
-            sides[0], sides[1], int(of.rows[where]), float(of.weights[where]), scores, pictures
+            sides[0], sides[1], int(of.rows[where]), float(of.weights[where]), scores, pictures, gold
         )
 
     def __iter__(self) -> Iterator[TokenizedPair]:
@@ -157,8 +195,10 @@ class PackedPairs(Sequence[TokenizedPair]):
                 of.rows[where],
                 of.weights[where],
                 of.scores[where],
+                of.scored,
             ),
             None if self.pictures is None else self.pictures[where],
+            None if self.gold is None else self.gold.take(indices),
         )
 
     @property
@@ -186,6 +226,22 @@ class PackedPairs(Sequence[TokenizedPair]):
         return self.arrays.lengths > 0
 
     @property
+    def has_conversations(self) -> bool:
+        """Whether a response is a conversation with several answers."""
+        return len(self.arrays.scored) > 0
+
+    @property
+    def num_scored(self) -> NDArray[np.int64]:
+        """(n, 2) tokens of a response, of all its answers."""
+        of = self.arrays
+        if not len(of.scored):
+            return of.lengths - of.num_prompt
+        firsts = (of.starts + of.num_prompt).reshape(-1).tolist()
+        ends = (of.starts + of.lengths).reshape(-1).tolist()
+        nums = [int(of.scored[first:end].sum()) for first, end in zip(firsts, ends, strict=True)]
+        return np.array(nums, dtype=np.int64).reshape(-1, 2)
+
+    @property
     def has_single_answers(self) -> bool:
         return not bool(self.present.all())
 
@@ -205,7 +261,7 @@ class PackedPairs(Sequence[TokenizedPair]):
         for name in ("starts", "lengths", "num_prompt"):
             columns[name] = getattr(of, name).copy()
             columns[name][where] = columns[name][where][:, ::-1]
-        return PackedPairs(of._replace(**columns), self.pictures)
+        return PackedPairs(of._replace(**columns), self.pictures, self.gold)
 
     def widths(self) -> list[int]:
         """Tokens of each pair's longer side; looks at no id."""
@@ -220,13 +276,16 @@ class Packer:
     def __init__(self) -> None:
         self._parts: list[PairArrays] = []
         self._pictures: list[Pictures | None] = []
+        self._gold: list[TokenizedSide | None] = []
 
     def add(self, pairs: Sequence[TokenizedPair]) -> None:
         self._pictures += [pair.pictures for pair in pairs]
+        self._gold += [pair.gold for pair in pairs]
         sides = [(pair.chosen, pair.rejected) for pair in pairs]
         lengths = np.array([[side.num_tokens for side in both] for both in sides], dtype=np.int64)
         ends = lengths.reshape(-1).cumsum()
         ids = [np.asarray(side.ids, dtype=np.int32) for both in sides for side in both]
+        has_masks = any(side.scored is not None for both in sides for side in both)
         self._parts.append(
             PairArrays(
                 ids=np.concatenate(ids) if ids else np.zeros(0, np.int32),
@@ -240,6 +299,9 @@ class Packer:
                 scores=np.array(
                     [pair.scores or (math.nan, math.nan) for pair in pairs], dtype=np.float32
                 ).reshape(-1, 2),
+                scored=np.concatenate([_whole_mask(side) for both in sides for side in both])
+                if has_masks
+                else np.zeros(0, np.bool_),
             )
         )
 
@@ -247,6 +309,8 @@ class Packer:
         """All pairs that were added, in that order."""
         if not self._parts:
             self.add([])
+        if any(len(part.scored) for part in self._parts):
+            self._parts = [_with_mask(part) for part in self._parts]
         firsts = np.cumsum([0, *(len(part.ids) for part in self._parts[:-1])])
         moved = [
             part._replace(starts=part.starts + first) for part, first in zip(self._parts, firsts, strict=True)
@@ -256,7 +320,28 @@ class Packer:
             pictures = np.empty(len(self._pictures), dtype=np.object_)
             pictures[:] = self._pictures
         arrays = PairArrays(*(np.concatenate(columns) for columns in zip(*moved, strict=True)))
-        return PackedPairs(arrays, pictures)
+        gold = None
+        if any(self._gold):
+            gold = pack(TokenizedPair(side or NO_SIDE, NO_SIDE, 0) for side in self._gold)
+        return PackedPairs(arrays, pictures, gold)
+
+
+def _or_none(scored: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
+    """A side's mask, None where it has none or says nothing."""
+    return None if scored.all() else scored
+
+
+def _whole_mask(side: TokenizedSide) -> NDArray[np.bool_]:
+    """(num_tokens,) of prompt and response."""
+    mask = np.ones(side.num_tokens, np.bool_)
+    if side.scored is not None:
+        mask[side.num_prompt :] = side.scored
+    return mask
+
+
+def _with_mask(part: PairArrays) -> PairArrays:
+    """Beside parts that have one."""
+    return part if len(part.scored) else part._replace(scored=np.ones(len(part.ids), np.bool_))
 
 
 def pack(pairs: Iterable[TokenizedPair]) -> PackedPairs:
@@ -293,4 +378,4 @@ def pair_digest(pair: TokenizedPair) -> str:
 
 def _side_digest(side: TokenizedSide) -> str:
     ids = array("q", [side.num_prompt, *side.input_ids]).tobytes()
-    return hashlib.blake2b(ids, digest_size=16).hexdigest()
+    return hashlib.blake2b(ids + side.mask, digest_size=16).hexdigest()

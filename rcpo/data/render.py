@@ -36,7 +36,8 @@ class Rendered:
     """The responses of a record, each with its prompt as a whole text."""
 
     texts: tuple[str, ...]
-    """The chosen one and the rejected one; of a list all, the best first."""
+    """The chosen one and the rejected one, and the gold one if there is one; of a list all, the best
+    first."""
     split: int
     """Characters of the prompt, with which all texts begin."""
     is_closed: bool
@@ -45,6 +46,9 @@ class Rendered:
     """Whether a template has written the texts, with their BOS, if there is one."""
     pictures: Pictures | None = None
     """The prompt's images, for whose tokens the texts have room."""
+    spans: tuple[tuple[int, int], ...] = ()
+    """Of a conversation with several answers: where each begins and ends, in characters; empty: all behind
+    `split` is scored."""
 
 
 class LostPartError(BadRowError):
@@ -67,7 +71,7 @@ def render_messages(
     With model.response=verbatim each side is the generation prompt, the response's content as it is, and the
     template's end of turn."""
     assert isinstance(record.prompt, list)
-    turns, sides = record.prompt, [side for side in record.responses if isinstance(side, list)]
+    turns, sides = record.prompt, [side for side in record.rendered if isinstance(side, list)]
     if template.takes_apart and generation_of(tokenizer).response == "template":
         turns, *sides = [[taken_apart(turn) for turn in part] for part in (turns, *sides)]
     given = (kwargs, record.tools, record.documents)
@@ -86,9 +90,9 @@ def render_messages(
         start = split
         if whole[:split] != prompt[:split]:
             start = _start_once_answered(tokenizer, template, turns, whole, prompt[turn_start:split], given)
-        _check_whole(side[-1], whole[start - split + turn_start :], whole[start:], prompt)
+        check_whole(side[-1], whole[start - split + turn_start :], whole[start:], prompt)
         closing = template.closing_of_calls if "tool_calls" in side[-1] else template.closing
-        texts.append(prompt[:split] + _up_to_end(tokenizer, template, whole[start:], closing))
+        texts.append(prompt[:split] + up_to_end(tokenizer, template, whole[start:], closing))
     return Rendered(tuple(texts), split, template.is_closed, True)
 
 
@@ -114,7 +118,7 @@ def _start_once_answered(
     return len(front)
 
 
-def _up_to_end(tokenizer: PreTrainedTokenizerBase, template: Template, written: str, closing: str) -> str:
+def up_to_end(tokenizer: PreTrainedTokenizerBase, template: Template, written: str, closing: str) -> str:
     """A response with the end of its turn. A turn that calls a tool may end with a token of its own."""
     if written.endswith(template.tail):
         return written[: len(written) - len(template.tail)] + closing
@@ -149,7 +153,7 @@ def _verbatim(turn: dict[str, Any], opened: re.Match[str] | None, closing: str, 
 _VERBATIM = "model.response=verbatim trains responses as they are written"
 
 
-def _check_whole(turn: dict[str, Any], written: str, response: str, prompt: str) -> None:
+def check_whole(turn: dict[str, Any], written: str, response: str, prompt: str) -> None:
     """Raise LostPartError where a part of a response is not in what the template has written of its turn,
     white space aside. `response` is what of `written` is scored; `prompt` ends as inference begins."""
     there, scored = "".join(written.split()), "".join(response.split())
@@ -232,5 +236,5 @@ def ignores(
 def render_text(record: PreferenceRecord) -> Rendered:
     assert isinstance(record.prompt, str)
     prompt = record.prompt
-    texts = tuple(f"{prompt}{side}" for side in record.responses)
+    texts = tuple(f"{prompt}{side}" for side in record.rendered)
     return Rendered(texts, len(prompt), is_closed=False, is_chat=False)

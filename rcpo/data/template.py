@@ -55,6 +55,10 @@ class Template:
     first special token, else up to white space."""
     closing_of_calls: str
     """`closing` of a response that calls a tool: in GLM-4's format <|observation|>, not <|user|>."""
+    gap: str
+    """What stands between an answer and the content of a user's turn that follows it."""
+    between: str
+    """The part of `gap` that ends the answer, up to a token; empty where none does."""
     is_closed: bool
     """Whether `closing` ends with one of these tokens, so that no EOS is due."""
     takes_apart: bool
@@ -93,7 +97,10 @@ def look_at_template(
     of_calls = (
         closing if tail.strip() or not is_closed else _end_of_calls(tokenizer, turns, kwargs) or closing
     )
-    return Template(header, overhang, lead, tail, closing, of_calls, is_closed, takes_apart, tuple(notes))
+    gap, between = _between_turns(tokenizer, answered, kwargs)
+    return Template(
+        header, overhang, lead, tail, closing, of_calls, gap, between, is_closed, takes_apart, tuple(notes)
+    )
 
 
 def ends_of_answers(tokenizer: PreTrainedTokenizerBase, template: Template | None) -> list[int]:
@@ -167,6 +174,19 @@ def _end_of_turn(
         "generation_config.json"
     )
     return closing, True, note
+
+
+def _between_turns(
+    tokenizer: PreTrainedTokenizerBase, answered: Messages, kwargs: Mapping[str, Any]
+) -> tuple[str, str]:
+    """`Template.gap` and `Template.between`: up to a token that ends generation, else up to the first special
+    one in front of the user's header, which a conversation begins with too."""
+    asked = {"role": "user", "content": STAND_IN}
+    header = _apply_quietly(tokenizer, [asked], kwargs).partition(STAND_IN)[0]
+    gap = _apply_quietly(tokenizer, [*answered, asked], kwargs).partition(STAND_IN)[2].partition(STAND_IN)[0]
+    own = gap[: len(gap) - num_common(gap[::-1], header[::-1])]
+    ended = _up_to_first(end_tokens(tokenizer), gap) or _up_to_first(special_tokens(tokenizer), own)
+    return gap, ended or ""
 
 
 def _end_of_calls(

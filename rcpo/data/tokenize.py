@@ -15,7 +15,7 @@ which is the same but for odd tokenizers.
 import itertools
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from rcpo.common.errors import UserError
+from rcpo.data.conversation import fitted, is_conversation, render_conversation, scored_tokens
 from rcpo.data.describe import describe_lengths
 from rcpo.data.generation import special_ids, tokens_in_front
 from rcpo.data.lists import listed, num_ties, pairs_of_list, weighed_by_row
@@ -270,8 +271,10 @@ class _Work:
             self._templates[key] = look_at_template(self._tokenizer, kwargs)
         template = self._templates[key]
         self._notes.update(dict(zip(template.notes, template.notes, strict=True)))
+        render: Callable[..., Rendered]
+        render = render_conversation if is_conversation(record) else render_messages
         try:
-            rendered = render_messages(self._tokenizer, template, record, kwargs)
+            rendered = render(self._tokenizer, template, record, kwargs)
         except BadRowError as error:
             return self._with_cure(error, template, record, kwargs)
         self._count_unused(record, key, kwargs)
@@ -327,7 +330,11 @@ class _Work:
             prompts = [text[:split] for text, split in zip(texts, splits, strict=True)]
             prompt_ids = self._tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
             firsts = [num_common(*both) for both in zip(prompt_ids, all_ids, strict=True)]
-        return [TokenizedSide(ids, first) for ids, first in zip(all_ids, firsts, strict=True)]
+        spans = [item.spans for item in rendered for _ in item.texts]
+        return [
+            TokenizedSide(ids, firsts[idx], scored_tokens(batch, idx, firsts[idx], spans[idx], self._special))
+            for idx, ids in enumerate(all_ids)
+        ]
 
     def _first_by_offset(self, batch: BatchEncoding, idx: int, num_chars: int, split: int) -> int:
         """Index of the first token with a character at or behind `split`; the number of tokens if there is
@@ -350,28 +357,31 @@ class _Work:
         # All sides share one prompt: where a merge across its end makes their ids differ, the shortest one.
         first = encoded[0].input_ids
         num_prompt = min(
-            min(side.num_prompt for side in encoded),
-            *(num_common(first, side.input_ids) for side in encoded[1:]),
+            [side.num_prompt for side in encoded]
+            + [num_common(first, side.input_ids) for side in encoded[1:]],
         )
-        sides = [self._close(side.input_ids, num_prompt, rendered) for side in encoded]
+        sides = [self._close(side, num_prompt, rendered) for side in encoded]
         if record.label is not None:
             return [self._make_single(sides[0], record)]
         what = "two responses" if record.scores else "the sides"
-        if _has_equal(sides):
+        num = len(record.responses)  # a gold response behind them may be the chosen one
+        if _has_equal(sides[:num]):
             raise BadRowError(f"{what} are identical once tokenised")
         if record.images and record.scores:
             raise BadRowError("a list of responses with an image; rcpo trains pairs with images alone so far")
         cut = self._cut(sides)
         if rendered.pictures is not None and cut[0].num_prompt < sides[0].num_prompt:
             raise BadRowError(self._too_long())
-        if _has_equal(cut):
+        if _has_equal(cut[:num]):
             raise BadRowError(f"{what} are identical once cut to train.max_length={self._max_length}")
-        for number, (before, after) in enumerate(zip(sides, cut, strict=True)):
+        for number, (before, after) in enumerate(zip(sides[:num], cut, strict=False)):
             name = "rejected" if number else "chosen"
             self._counts[name] += _num_response(after) < _num_response(before)
         self._counts["prompt"] += cut[0].num_prompt < sides[0].num_prompt
         if not record.scores:
-            return [TokenizedPair(cut[0], cut[1], record.row, record.weight, pictures=rendered.pictures)]
+            gold = None if record.gold is None else cut[-1]
+            pictures = rendered.pictures
+            return [TokenizedPair(cut[0], cut[1], record.row, record.weight, None, pictures, gold)]
         if self._lists != "best_worst":
             self._counts["ties"] += num_ties(record.scores)
         return pairs_of_list(cut, record, self._lists)
@@ -393,9 +403,9 @@ class _Work:
         both = (cut, NO_SIDE) if record.label else (NO_SIDE, cut)
         return TokenizedPair(*both, record.row, record.weight)
 
-    def _close(self, ids: list[int], num_prompt: int, rendered: Rendered) -> TokenizedSide:
+    def _close(self, side: TokenizedSide, num_prompt: int, rendered: Rendered) -> TokenizedSide:
         """What inference writes in front, one end token behind."""
-        prompt, response = ids[:num_prompt], ids[num_prompt:]
+        prompt, response = side.input_ids[:num_prompt], side.input_ids[num_prompt:]
         if not rendered.is_chat and prompt[: len(self._in_front)] != self._in_front:
             prompt = [*self._in_front, *prompt]
         while self._bos is not None and prompt[:2] == [self._bos] * 2:
@@ -414,7 +424,7 @@ class _Work:
             self._note_bos(rendered.is_chat)
         if not response:
             raise BadRowError("no token is left of a response")
-        return TokenizedSide(prompt + response, len(prompt))
+        return TokenizedSide(prompt + response, len(prompt), fitted(side.scored, len(response)))
 
     def _note_bos(self, is_chat: bool) -> None:
         token = self._tokenizer.convert_ids_to_tokens(self._bos)
@@ -438,7 +448,12 @@ class _Work:
         if len(prompt) > limit:
             first = self._first_tokens(prompt)
             prompt = (first + prompt[len(prompt) - limit + len(first) :])[:limit]
-        return TokenizedSide(prompt + response[: self._max_length - len(prompt)], len(prompt))
+        response = response[: self._max_length - len(prompt)]
+        scored = fitted(side.scored, len(response))
+        if scored is not None:  # behind the last answer nothing is read
+            response = response[: int(scored.nonzero()[0][-1]) + 1]
+            scored = fitted(scored, len(response))
+        return TokenizedSide(prompt + response, len(prompt), scored)
 
     def _first_tokens(self, prompt: list[int]) -> list[int]:
         """Those that a cut leaves in front: what the tokenizer writes there, or a BOS."""

@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rcpo.common.errors import UserError
 from rcpo.data.batch import collate
-from rcpo.data.pairs import TokenizedPair
+from rcpo.data.pairs import TokenizedPair, present_in_pairs
 from rcpo.data.template import num_common
 from rcpo.models.evaluation import batches_by_length
 from rcpo.models.logprobs import head_sizes
@@ -109,7 +110,12 @@ def follow(
     ends: Sequence[int],
 ) -> tuple[SideMoves, SideMoves]:
     """The chosen and the rejected responses of `pairs`, one forward pass of each model. Positions are in
-    order of their batches."""
+    order of their batches. Raises UserError where one side has none."""
+    if not bool(present_in_pairs(pairs).any(dim=1).all()):
+        raise UserError(
+            "the held-out rows are answers of one label alone (conversations, say), and what they lose is "
+            "looked for in the other response too; give a run whose held-out rows (data.eval_path) are pairs"
+        )
     found: tuple[list[SideMoves], list[SideMoves]] = ([], [])
     for members in batches_by_length(pairs, pairs_per_batch):
         batch = collate([pairs[idx] for idx in members], pad_id).to(after.head.weight.device)
@@ -143,7 +149,7 @@ def follow(
 
 def _responses(pair: TokenizedPair, side: int) -> tuple[list[int], list[int]]:
     """The response of a side and the other one."""
-    both = [each.input_ids[each.num_prompt :] for each in (pair.chosen, pair.rejected)]
+    both = [[each.input_ids[place] for place in each.scored_at] for each in (pair.chosen, pair.rejected)]
     return both[side], both[1 - side]
 
 

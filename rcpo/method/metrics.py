@@ -138,7 +138,8 @@ def displacement_row(
 
     `present` (2, n) bool: which chosen and which rejected responses are there; None: all. Of single answers
     means are over those that are there; accuracy is the share of all chosen and rejected ones, two by two, of
-    which the chosen one rose more, and there is no both_down."""
+    which the chosen one rose more, and there is no both_down. Where all are chosen ones (conversations, say)
+    there is nothing of rejected ones, and no accuracy and margin."""
     if present is not None and not bool(present.all()):
         return _row_of_answers(z_w - start_w, z_l - start_l, (z_w, z_l), present, num_probed, noise)
     r_w, r_l = z_w - start_w, z_l - start_l
@@ -188,18 +189,19 @@ def _row_of_answers(
 ) -> dict[str, float]:
     (has_w, has_l), r_w, r_l = present, r_w.double(), r_l.double()
     chosen, rejected = r_w[has_w], r_l[has_l]
-    row = {
-        "displacement/chosen": float(chosen.mean()),
-        "displacement/rejected": float(rejected.mean()),
-        "displacement/accuracy": _share_above(chosen, rejected),
-        "displacement/chosen_down": float((chosen < 0).double().mean()),
-        "displacement/margin": float(chosen.mean() - rejected.mean()),
-    }
+    there = [(name, r) for name, r in (("chosen", chosen), ("rejected", rejected)) if len(r)]
+    row = {f"displacement/{name}": float(r.mean()) for name, r in there}
+    if len(there) == 2:
+        row["displacement/accuracy"] = _share_above(chosen, rejected)
+    if len(chosen):
+        row["displacement/chosen_down"] = float((chosen < 0).double().mean())
+    if len(there) == 2:
+        row["displacement/margin"] = float(chosen.mean() - rejected.mean())
     if noise is not None:
-        row["displacement/noise_floor"] = 2 * noise / math.sqrt(min(len(chosen), len(rejected)))
-    row["logps/chosen"], row["logps/rejected"] = (
-        float(side[has].double().mean()) for side, has in zip(z, present, strict=True)
-    )
+        row["displacement/noise_floor"] = 2 * noise / math.sqrt(min(len(r) for _, r in there))
+    for key, of_side, has in zip(("logps/chosen", "logps/rejected"), z, present, strict=True):
+        if has.any():
+            row[key] = float(of_side[has].double().mean())
     parts = {"probed": slice(num_probed), "unprobed": slice(num_probed, None)} if num_probed else {}
     for name, part in parts.items():
         for side, r, has in (("chosen", r_w, has_w), ("rejected", r_l, has_l)):

@@ -30,12 +30,15 @@ SECONDS_BETWEEN_LINES = 2.0
 def evaluation_line(row: dict[str, float]) -> str:
     """One evaluation in ASCII words; `NOISE_MARK` stands behind what rounding alone may be."""
     floor = row.get("displacement/noise_floor")
-    chosen, rejected = (above_noise(row[f"displacement/{side}"], floor) for side in ("chosen", "rejected"))
-    line = (
-        f"held-out at step {int(row['step'])}: "
-        f"chosen {chosen} ({percent(row['displacement/chosen_down'])} fell), "
-        f"rejected {rejected}, accuracy {row['displacement/accuracy']:.2f}"
-    )
+    parts = []
+    if "displacement/chosen" in row:
+        chosen = above_noise(row["displacement/chosen"], floor)
+        parts.append(f"chosen {chosen} ({percent(row['displacement/chosen_down'])} fell)")
+    if "displacement/rejected" in row:
+        parts.append(f"rejected {above_noise(row['displacement/rejected'], floor)}")
+    if "displacement/accuracy" in row:
+        parts.append(f"accuracy {row['displacement/accuracy']:.2f}")
+    line = f"held-out at step {int(row['step'])}: {', '.join(parts)}"
     return line if floor is None else f"{line}, noise floor {floor:.2g}"
 
 
@@ -71,8 +74,9 @@ class StepLine:
         parts += [
             (3, _labelled("loss", number(self._mean("train/loss")))),
             (0, _labelled("chosen", nats(chosen), "red" if chosen <= -KEPT_NATS else "green")),
-            (1, _labelled("rejected", nats(rejected))),
         ]
+        if not math.isnan(rejected):
+            parts.append((1, _labelled("rejected", nats(rejected))))
         if self._calibrated:
             parts.append((4, _labelled(alpha, f"{self._recent[-1]['calibration/alpha']:.3f}")))
         if self._num_measured:

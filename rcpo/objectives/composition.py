@@ -30,6 +30,7 @@ from rcpo.objectives.trial import losses_of_trial
 
 SAMPLE_WEIGHTS = (None, "weight", "dora", "dora_mean", "dora_product")
 OF_DORA = ("dora", "dora_mean", "dora_product")
+WEIGHT_OF = ("pair", "batch")
 AGGREGATES = ("mean", "kl_dro", "dr_dpo")
 LOG_PROBS = ("sum", "mean")
 SHARED = "every_objective"
@@ -69,8 +70,8 @@ class Composition:
     """What a likelihood term is: pairs: -z_w/|y_w|. tokens: -z_w over the global batch's mean of |y_w|, whose
     mean over pairs is that over tokens. sum: -z_w. null: as the formula has it."""
     sft_of: str = IN_CONF
-    """response: a likelihood term is of the chosen response. text: of prompt and chosen response, which takes
-    a pass of the chosen side more."""
+    """response: a likelihood term is of the chosen response. text: of prompt and chosen response. gold: of a
+    third response, from the column `gold` (TPO, arXiv 2405.16681). Both take a pass of one side more."""
     ld_alpha: float = IN_CONF
     """In [0, 1]: what the tokens of the longer response of a pair past the length of the shorter one count in
     z and ref (LD-DPO, arXiv 2409.06411); 1: as all others."""
@@ -81,6 +82,10 @@ class Composition:
     """null: every pair counts alike. weight: by the column `weight`. dora: by 1/(a + a_i (1-p)/p) of the
     column `probability` (`rcpo.records.weights`). dora_mean, dora_product: by the mean or the product of both
     responses' weights, from `probability_chosen` and `probability_rejected`, as `rcpo weigh` writes them."""
+    weight_of: str = IN_CONF
+    """pair: a pair's weight multiplies its own loss, inside the exponent of an aggregate, as DoRA's published
+    code has it for DPO and RRHF. batch: the mean weight of the global batch multiplies the aggregate of its
+    losses, outside, as that code has it for LIRE."""
     dora_a: float = IN_CONF
     """DoRA's a > 0: the target distribution's share of the data; the weight is at most 1/a. Published code:
     1/2 for pairs."""
@@ -104,6 +109,8 @@ class Composition:
             raise ParameterError(
                 "sample_weight", self.sample_weight, "null, weight, dora, dora_mean or dora_product", "weight"
             )
+        if self.weight_of not in WEIGHT_OF:
+            raise ParameterError("weight_of", self.weight_of, "pair or batch", "pair")
         if self.aggregate not in AGGREGATES:
             raise ParameterError("aggregate", self.aggregate, "mean, kl_dro or dr_dpo", "mean")
         if self.divergence not in DIVERGENCES:
@@ -111,7 +118,7 @@ class Composition:
         if self.sft_mean not in SFT_MEANS:
             raise ParameterError("sft_mean", self.sft_mean, "null, pairs, tokens or sum", "tokens")
         if self.sft_of not in SFT_OF:
-            raise ParameterError("sft_of", self.sft_of, "response or text", "text")
+            raise ParameterError("sft_of", self.sft_of, "response, text or gold", "text")
         require(self, "ld_alpha", 0 <= self.ld_alpha <= 1, "at least 0 and at most 1")
         smoothing = self.label_smoothing
         require(self, "label_smoothing", 0 <= smoothing < 0.5, "at least 0 and less than 0.5")
@@ -120,6 +127,7 @@ class Composition:
         require_not_negative(self, "dora_a_i")
         defaults = composition_defaults()
         for key, switch, options in (
+            ("weight_of", "sample_weight", SAMPLE_WEIGHTS[1:]),
             ("dora_a", "sample_weight", OF_DORA),
             ("dora_a_i", "sample_weight", OF_DORA),
             ("dro_lambda", "aggregate", ("kl_dro", "dr_dpo")),
@@ -147,6 +155,8 @@ class Composition:
             parts.append(f"likelihood terms {OF_SFT_MEAN[self.sft_mean]}")
         if self.sft_of == "text":
             parts.append("likelihood terms of prompt and chosen response")
+        if self.sft_of == "gold":
+            parts.append("likelihood terms of the gold response")
         if self.ld_alpha != 1:
             parts.append(f"tokens past the shorter response's length count {self.ld_alpha}")
         if self.wpo:
@@ -158,6 +168,8 @@ class Composition:
             parts.append(f"each pair's loss times the {how} of DoRA's weights of both responses")
         if self.sample_weight == "dora":
             parts.append(f"each pair's loss times DoRA's weight 1/({self.dora_a} + {self.dora_a_i} (1-p)/p)")
+        if self.weight_of == "batch":
+            parts.append("the batch's mean weight outside the aggregate in place of each pair's")
         if self.aggregate == "kl_dro":
             parts.append(f"{self.dro_lambda} log mean exp(loss/{self.dro_lambda}) in place of the mean")
         if self.aggregate == "dr_dpo":

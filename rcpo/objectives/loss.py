@@ -151,7 +151,10 @@ class PairLogProbs(NamedTuple):
         if self.reading.sft_of != "response":
             if self.likely is None or self.likely_tokens is None:
                 raise ValueError(f"sft_of={self.reading.sft_of} needs the log-probs of that text")
-            total, tokens = total - weight * self.likely, tokens + self.likely_tokens
+            if self.reading.sft_of == "gold":
+                total, tokens = -(weight * self.likely), self.likely_tokens
+            else:
+                total, tokens = total - weight * self.likely, tokens + self.likely_tokens
             if (wanted or mean) == "pairs":
                 return total / tokens
         if (wanted or mean) == "sum":

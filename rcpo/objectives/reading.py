@@ -16,7 +16,7 @@ from rcpo.objectives.numerics import exp_linear, expm1_linear
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
 SFT_MEANS = (None, "sum", "pairs", "tokens")
-SFT_OF = ("response", "text")
+SFT_OF = ("response", "text", "gold")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Reading:
     sft_mean: str | None = None
     """What the likelihood term is a mean over; None: as the formula has it."""
     sft_of: str = "response"
-    """What the likelihood term is of: the chosen response, or the text of prompt and chosen response."""
+    """What the likelihood term is of: the chosen response, the text of prompt and chosen response, or a gold
+    response beside the two."""
 
     def sigmoid_loss(self, logit: Tensor) -> Tensor:
         """-(1-s) log sigmoid(logit) - s log sigmoid(-logit), elementwise."""

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rcpo.common.errors import UserError
 from rcpo.config.resolved import ResolvedConfig
-from rcpo.data.describe import decoded
+from rcpo.data.describe import answers_marked, decoded
 from rcpo.data.inputs import Inputs
 from rcpo.data.pairs import TokenizedPair, TokenizedSide
 from rcpo.data.tokenize import tokenize_records
@@ -87,8 +87,7 @@ class Preview:
 
     def lengths(self) -> dict[str, list[int]]:
         """Tokens of each part of the training pairs."""
-        arrays = self.inputs.train.arrays
-        responses = arrays.lengths - arrays.num_prompt
+        arrays, responses = self.inputs.train.arrays, self.inputs.train.num_scored
         columns = (arrays.num_prompt.max(axis=1), responses[:, 0], responses[:, 1])
         found = {part: column[column > 0].tolist() for part, column in zip(PARTS, columns, strict=True)}
         return {part: values or [0] for part, values in found.items()}
@@ -240,4 +239,5 @@ def _shown_response(
 ) -> ShownPart:
     response = side.input_ids[side.num_prompt :]
     num_whole = whole.num_tokens - whole.num_prompt
-    return ShownPart(decoded(response, tokenizer), len(response), num_whole - len(response))
+    text = decoded(response, tokenizer) if side.scored is None else answers_marked(side, tokenizer)[1:-1]
+    return ShownPart(text, side.num_scored, num_whole - len(response))

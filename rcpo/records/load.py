@@ -14,6 +14,8 @@ from rcpo.config.schema import DataConfig
 from rcpo.records import images, shapes
 from rcpo.records.account import Account, RowAccount, why
 from rcpo.records.arithmetic import arithmetic_records
+from rcpo.records.conversations import MESSAGES, read_conversation
+from rcpo.records.gold import GOLD, with_gold
 from rcpo.records.lists import LISTED, read_list
 from rcpo.records.messages import parsed_quietly, unused_keys, without_system
 from rcpo.records.mixture import drawn
@@ -27,8 +29,12 @@ from rcpo.records.weights import UNWEIGHTED, WEIGHT_PARTS, Weighing, describe_we
 PARTS = ("prompt", "chosen", "rejected")
 FOR_TEMPLATES = ("tools", "documents", "chat_template_kwargs")
 """Columns that a chat template is handed, where they are there."""
-NAMED = PARTS + shapes.SINGLE + LISTED
+NAMED = (*PARTS, *shapes.SINGLE, *LISTED, MESSAGES)
 """Parts whose names in data.columns say what a row is."""
+
+
+KNOWN = (*NAMED, *FOR_TEMPLATES, *images.COLUMNS, GOLD, *WEIGHT_PARTS)
+"""All parts that data.columns can name."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,7 @@ def load_records(
     weighing: Weighing = UNWEIGHTED,
     train: Judge = all_usable,
     held_out: Judge = all_usable,
+    has_gold: bool = False,
 ) -> PreferenceData:
     """Read the pairs that `config` names and hold some out.
 
@@ -56,15 +63,16 @@ def load_records(
     identical to a held-out one is dropped. data.train_pairs draws that many of the rest by data.seed, since
     many files are sorted; it never moves the held-out set. Pairs keep their order. Training pairs have
     the weights that `weighing` reads. `train` and `held_out` say which records the model's tokenizer can use:
-    pairs are drawn from those. Raises UserError with one line for bad input.
+    pairs are drawn from those. `has_gold`: whether rows have a gold response (`rcpo.records.gold`). Raises
+    UserError with one line for bad input.
     """
-    _check_parts(config, weighing)
+    _check_parts(config, weighing, has_gold)
     if config.source == "arithmetic":
         return _load_arithmetic(config, train, held_out)
     report: list[str] = []
-    training = _read_training(config, report, weighing)
+    training = _read_training(config, report, weighing, has_gold)
     own = held_out_place(config)
-    held_out_source = None if own is None else _read_place(own, config, report, UNWEIGHTED)
+    held_out_source = None if own is None else _read_place(own, config, report, UNWEIGHTED, has_gold)
     selected = select(config, training, held_out_source, train, held_out)
     report += selected.report
     if weighing.parts:
@@ -89,17 +97,19 @@ def _load_arithmetic(config: DataConfig, train: Judge, held_out: Judge) -> Prefe
     return PreferenceData(*both, [], Account(account, None, [record.row for record in both[1]]))
 
 
-def _read_training(config: DataConfig, report: list[str], weighing: Weighing) -> SourceRecords:
+def _read_training(
+    config: DataConfig, report: list[str], weighing: Weighing, has_gold: bool = False
+) -> SourceRecords:
     """Training records of one place, or of a mixture, whose rows are numbered as if its sources lay one
     behind the other."""
     if config.mix is None:
-        return _read_place(training_place(config), config, report, weighing)
+        return _read_place(training_place(config), config, report, weighing, has_gold)
     sources, dropped, read, start = [], dict[str, list[int]](), 0, 0
     for part in config.mix:
         of_part = dataclasses.replace(config, columns=part.columns or config.columns)
         try:
-            _check_parts(of_part, weighing)
-            source = _read_place(mixed_place(part, config), of_part, report, weighing)
+            _check_parts(of_part, weighing, has_gold)
+            source = _read_place(mixed_place(part, config), of_part, report, weighing, has_gold)
         except UserError as error:
             raise UserError(f"data.mix: {error}") from error.__cause__
         sources.append([dataclasses.replace(record, row=record.row + start) for record in source.records])
@@ -112,17 +122,20 @@ def _read_training(config: DataConfig, report: list[str], weighing: Weighing) ->
     return SourceRecords("data.mix", records, RowAccount("data.mix", read, dropped, undrawn=undrawn), start)
 
 
-def _read_place(place: Place, config: DataConfig, report: list[str], weighing: Weighing) -> SourceRecords:
+def _read_place(
+    place: Place, config: DataConfig, report: list[str], weighing: Weighing, has_gold: bool = False
+) -> SourceRecords:
     """Records of one source, and the account of its rows; bad rows stop or are dropped as data.on_bad_row
     says."""
-    parts = (*PARTS, *FOR_TEMPLATES, *images.COLUMNS, *weighing.parts)
+    parts = (*PARTS, *FOR_TEMPLATES, *images.COLUMNS, *weighing.parts, *((GOLD,) if has_gold else ()))
     names = {part: (config.columns or {}).get(part, part) for part in parts}
     is_named = any(part in NAMED for part in config.columns or {})
-    for kind in (shapes.SINGLE, LISTED):
+    for kind in (shapes.SINGLE, LISTED, (MESSAGES,)):
         if any(part in kind for part in config.columns or {}):
             names |= {part: (config.columns or {}).get(part, part) for part in kind}
     source = read_rows(place, set(names.values()) | (set() if is_named else shapes.COLUMNS))
     names = shapes.with_one_order(names, source.columns, config.columns or {})
+    names = shapes.without_absent_label(names, source.columns, config.columns or {})
     shape = (
         shapes.own_shape(source, names)
         if is_named
@@ -222,11 +235,11 @@ def _doubled(records: list[PreferenceRecord], place: Place) -> list[str]:
     ]
 
 
-def _check_parts(config: DataConfig, weighing: Weighing) -> None:
+def _check_parts(config: DataConfig, weighing: Weighing, has_gold: bool = False) -> None:
     """Parts that data.columns names: known, and those of a weight also read."""
     for part, name in (config.columns or {}).items():
-        if part not in NAMED + FOR_TEMPLATES + images.COLUMNS + WEIGHT_PARTS:
-            known = ", ".join(NAMED + FOR_TEMPLATES + images.COLUMNS + WEIGHT_PARTS)
+        if part not in KNOWN:
+            known = ", ".join(KNOWN)
             raise UserError(
                 f"data.columns.{part}: no such part; the parts are {known}; "
                 "type data.columns='{prompt: NAME, chosen: NAME, rejected: NAME}'"
@@ -237,6 +250,11 @@ def _check_parts(config: DataConfig, weighing: Weighing) -> None:
                 f"data.columns.{part}={name}: has no effect without {kind}; "
                 f"type objective.sample_weight={kind} as well"
             )
+    if has_gold and config.source == "arithmetic":
+        raise UserError(
+            "objective.sft_of=gold: data=arithmetic has no gold response; type data=file "
+            "data.path=PAIRS.jsonl, or objective.sft_of=response"
+        )
     if weighing.parts and config.source == "arithmetic":
         raise UserError(
             f"objective.sample_weight: data=arithmetic has no column {weighing.parts[0]}; "
@@ -249,7 +267,7 @@ def _check_columns(seen: list[str], shape: Shape, place: Place, config: DataConf
     optional = {"prompt", *FOR_TEMPLATES, *images.COLUMNS} - set(config.columns or {})
     if shape.is_single:
         optional -= {"prompt"}
-    if shape.choice is not None or shape.is_single or shape.is_list:
+    if shape.choice is not None or shape.is_single or shape.is_list or shape.is_conversation:
         optional |= {"chosen", "rejected"}
     names = shape.names
     needed = [part for part in names if part not in optional]
@@ -278,12 +296,16 @@ def _read_records(
                 responses, scores, ranks = (values.get(part) for part in LISTED)
                 listed = (values["prompt"], responses, scores, ranks)
                 record = read_list(*listed, number, tools, documents, kwargs)
+            elif shape.is_conversation:
+                record = read_conversation(values[MESSAGES], number, tools, documents, kwargs)
             else:
                 sides = (values["prompt"], values["chosen"], values["rejected"])
                 label = values["label"] if shape.is_single else None
                 record = read_record(*sides, number, tools, documents, kwargs, label)
             if config.as_chat:
                 record = as_messages(record, bool(shape.prompt))
+            if GOLD in values:
+                record = with_gold(record, values["prompt"], values[GOLD])
             folder = functools.partial(source.folder_of, number)
             record = images.with_images(record, values, folder, config.image_megapixels)
             records.append(dataclasses.replace(record, weight=weighing.weight(values)))

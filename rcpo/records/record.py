@@ -55,6 +55,8 @@ class PreferenceRecord:
     """What else this row's chat template is given: {"enable_thinking": false}, say."""
     between: tuple[str | Messages, ...] = ()
     """The other responses of a list, the best first."""
+    gold: str | Messages | None = None
+    """A third response to the prompt, of which the likelihood term is (objective.sft_of=gold)."""
     scores: tuple[float, ...] = ()
     """Of a list: of each response, the best first, the highest is best; empty: a pair."""
 
@@ -62,6 +64,11 @@ class PreferenceRecord:
     def responses(self) -> list[str | Messages]:
         """All of them, the best first."""
         return [self.chosen, *self.between, self.rejected]
+
+    @property
+    def rendered(self) -> list[str | Messages]:
+        """The responses, and the gold one behind them where there is one."""
+        return self.responses if self.gold is None else [*self.responses, self.gold]
 
     images: tuple["Image", ...] = ()
     """Of the prompt, in the order of their places."""

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from rcpo.records.conversations import MESSAGES
 from rcpo.records.lists import LISTED
 from rcpo.records.messages import num_sharegpt, parsed_quietly
 from rcpo.records.readers import Rows
@@ -36,7 +37,7 @@ in its input."""
 CONVERSATIONS = ("conversations", "messages")
 """Turns before two single answers (ShareGPT, LLaMA-Factory)."""
 SINGLE = ("completion", "label")
-"""Columns of a single answer with its label (TRL's format for KTO)."""
+"""Columns of a single answer with its label (TRL's format for KTO); without a label it is a chosen one."""
 COLUMNS = frozenset(
     [*PROMPTS, *SINGLE, *LISTED, *CONVERSATIONS, "system", "history"]
     + [name for choice in CHOICES for name in (*choice.answers, choice.by)]
@@ -57,9 +58,8 @@ _NO_PAIRS = {
     ("answers", "prompt"): "several ranked answers a row",
     ("conversations", "label"): "single conversations with a label (KTO's form)",
     ("conversations", "kto_tag"): "single conversations with a label (KTO's form)",
-    ("conversations",): "one conversation a row",
-    ("messages",): "one conversation a row",
-    ("instruction", "output"): "one answer a row",
+    ("instruction", "output"): "one answer a row (objective=sft trains on such; type "
+    "data.columns='{prompt: instruction, completion: output}')",
 }
 _WRITE_PAIRS = (
     "write two answers to one prompt a row (prompt, chosen, rejected), or several (prompt, responses, scores)"
@@ -83,11 +83,13 @@ class Shape:
     """Whether rows are single answers with a label, in the columns of `completion` and `label`."""
     is_list: bool = False
     """Whether rows are lists of responses, in the columns of `responses` and `scores` or `ranks`."""
+    is_conversation: bool = False
+    """Whether rows are whole conversations, in the column of `messages`."""
 
     def columns(self) -> set[str]:
         """Those that are read."""
         found = {*self.names.values(), *self.prompt, *filter(None, (self.system, self.history))}
-        if self.is_single or self.is_list:
+        if self.is_single or self.is_list or self.is_conversation:
             found -= {self.names["chosen"], self.names["rejected"]}
         return found | ({*self.choice.answers, self.choice.by} if self.choice else set())
 
@@ -98,7 +100,11 @@ class Shape:
             values["chosen"], values["rejected"] = _chosen(row, self.choice)
         if self.is_single:
             values["chosen"] = values["rejected"] = values["completion"]
-            values["label"] = label_of(values["label"])
+            values["label"] = "label" not in self.names or label_of(values["label"])
+        if self.is_conversation:
+            if self.system is not None:
+                values[MESSAGES] = self._conversation(row, values[MESSAGES])
+            return values
         values["prompt"] = _joined([row.get(name) for name in self.prompt])
         if self.system is not None or self.history is not None:
             values["prompt"] = self._conversation(row, values["prompt"])
@@ -112,7 +118,8 @@ class Shape:
             return prompt
         before = []
         system = row.get(self.system or "")
-        if system and not (own and own[0].get("role") == "system"):
+        has_own = bool(own) and isinstance(own[0], dict) and own[0].get("role") == "system"
+        if system and not has_own:
             before.append({"role": "system", "content": system})
         for turn in row.get(self.history or "") or ():
             if not (isinstance(turn, list) and len(turn) == 2):
@@ -127,7 +134,17 @@ class Shape:
 def own_shape(source: Rows, names: Mapping[str, str]) -> Shape:
     """Columns as they are called, or as data.columns says."""
     prompt = (names["prompt"],) if names["prompt"] in source.columns else ()
+    if MESSAGES in names:
+        return Shape(names, is_conversation=True)
     return Shape(names, prompt, is_single="completion" in names, is_list="responses" in names)
+
+
+def without_absent_label(
+    names: Mapping[str, str], columns: Iterable[str], named: Mapping[str, str]
+) -> dict[str, str]:
+    """The names without a label that no column is and nobody has named: all answers are chosen ones then."""
+    is_there = names.get("label") in set(columns) or "label" in named
+    return {part: name for part, name in names.items() if part != "label" or is_there}
 
 
 def is_listed(columns: Iterable[str]) -> bool:
@@ -160,11 +177,15 @@ def shape_of(source: Rows, names: Mapping[str, str], as_text: bool) -> Shape:
     elif {"completion", "label"} <= set(columns):
         own = own_shape(source, {**names, **{name: name for name in SINGLE}})
         return replace(own, is_single=True, said=("completion is one answer, chosen where label is true",))
+    elif {"prompt", "completion"} <= set(columns):
+        own = own_shape(source, {**names, "completion": "completion"})
+        return replace(own, said=("completion is one answer, a chosen one, since there is no label",))
     elif is_listed(columns):
         listed = {name: name for name in LISTED}
         return own_shape(source, with_one_order({**names, **listed}, columns, {}))
     elif choice is None:
-        return own_shape(source, names)
+        found = _conversation_column(columns)
+        return own_shape(source, names) if found is None else _of_conversations(source, names, found, as_text)
     side = "chosen" if choice is None else choice.answers[0]
     first = next((row for row in source.rows if row.get(side) is not None), {})
     if not _is_answer(first.get(side)):  # whole conversations have their prompt in them
@@ -182,6 +203,22 @@ def shape_of(source: Rows, names: Mapping[str, str], as_text: bool) -> Shape:
         if name is not None
     ]
     return Shape(names, prompt, system, history, choice, tuple(said))
+
+
+def _conversation_column(columns: Iterable[str]) -> str | None:
+    """Of rows that have no answers beside it; None where a label judges it."""
+    seen = set(columns)
+    if {"label", "kto_tag"} & seen:
+        return None
+    return next((name for name in CONVERSATIONS if name in seen), None)
+
+
+def _of_conversations(source: Rows, names: Mapping[str, str], column: str, as_text: bool) -> Shape:
+    system = None if as_text or not _holds(source, "system", str) else "system"
+    said = [f"{column} is a whole conversation a row, whose assistant turns are chosen answers"]
+    if system is not None:
+        said.append(f"system is the system turn ({_num(source, system)} rows)")
+    return Shape({**names, MESSAGES: column}, system=system, said=tuple(said), is_conversation=True)
 
 
 def read_as(source: Rows, shape: Shape) -> list[str]:

@@ -59,10 +59,10 @@ def weights_fingerprint(config: ModelConfig) -> str:
 
 
 def side_key(side: TokenizedSide) -> bytes:
-    """Key of one tokenised side: its ids and where the response begins."""
+    """Key of one tokenised side: its ids, where the response begins, and what of it is scored."""
     content = np.empty(1 + side.num_tokens, dtype=np.int64)
     content[0], content[1:] = side.num_prompt, side.ids
-    return hashlib.blake2b(content.data, digest_size=KEY_BYTES).digest()
+    return hashlib.blake2b(content.tobytes() + side.mask, digest_size=KEY_BYTES).digest()
 
 
 class ReferenceCache:

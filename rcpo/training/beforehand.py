@@ -22,6 +22,7 @@ from rcpo.models.policy import read
 from rcpo.models.router import expert_costs
 from rcpo.objectives import PairLogProbs
 from rcpo.ranks.distributed import rank, sum_over_ranks, world_size
+from rcpo.training.aggregate import Tilt
 from rcpo.training.micro_batch import MicroBatch
 from rcpo.training.pricing import pairs_of, price, priced_pass
 from rcpo.training.state import Method, TrainState
@@ -45,11 +46,13 @@ def with_mismatched(method: Method, state: TrainState, mismatched: Sequence[Micr
 
 
 def with_mean_tokens(method: Method, micro_batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
-    """The micro-batches with the mean |y_w| of the global batch, where the objective needs it: one reduction,
-    of lengths, that waits for the device. Collective then."""
+    """The micro-batches with the mean over the global batch of the tokens that a likelihood term is of, |y_w|
+    mostly, where the objective needs it: one reduction, of lengths, that waits for the device. Collective
+    then."""
     if not method.objective.needs_mean_tokens:
         return micro_batches
-    parts = [each.batch.lengths.chunk(2)[0] for each in micro_batches]
+    is_of_gold = method.objective.reading.sft_of == "gold"
+    parts = [] if is_of_gold else [each.batch.lengths.chunk(2)[0] for each in micro_batches]
     parts += [each.likely.lengths for each in micro_batches if each.likely is not None]
     mean = float(sum_over_ranks(torch.cat(parts).double().sum())) / method.pairs_per_step
     return [each._replace(mean_tokens=mean) for each in micro_batches]
@@ -132,13 +135,27 @@ def _likely_without_grad(method: Method, micro_batch: MicroBatch) -> Tensor | No
 
 def tilted(method: Method, state: TrainState, micro_batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
     """The micro-batches as the aggregate wants them: untouched for the mean; for KL-DRO after a pass over all
-    of them without gradients, which gives the losses that the tilts are made of. Collective."""
+    of them without gradients, which gives the losses that the tilts are made of. Where weights are of the
+    batch (objective.weight_of=batch), losses are unweighted and the aggregate is times the mean weight, one
+    reduction more. Collective."""
+    mean_weight = None
+    if method.weighs_batch:
+        weights = torch.cat([each.weight for each in micro_batches])
+        mean_weight = (sum_over_ranks(weights.double().sum()) / method.pairs_per_step).to(weights.dtype)
+        micro_batches = [each._replace(weight=torch.ones_like(each.weight)) for each in micro_batches]
     if not method.aggregate.needs_losses:
-        return micro_batches
+        return micro_batches if mean_weight is None else _weighing(micro_batches, mean_weight)
     losses = []
     for micro_batch in micro_batches:
         likely = _likely_without_grad(method, micro_batch)
         seen = read(method.engine.logprobs_without_grad(micro_batch.batch), micro_batch.batch)
         losses.append(priced_pass(method, state, micro_batch, seen, likely).loss)
     tilts = method.aggregate.tilts(losses)
+    if mean_weight is not None:
+        tilts = [Tilt(mean_weight * tilt.p, mean_weight * tilt.total) for tilt in tilts]
     return [each._replace(tilt=tilt) for each, tilt in zip(micro_batches, tilts, strict=True)]
+
+
+def _weighing(micro_batches: Sequence[MicroBatch], weight: Tensor) -> Sequence[MicroBatch]:
+    """With one weight for every pair."""
+    return [each._replace(weight=weight * each.weight) for each in micro_batches]

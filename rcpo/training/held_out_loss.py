@@ -39,7 +39,7 @@ def held_out_loss(
     if not (are_whole or is_listed or takes_single_answers(objective)):
         return None
     sides = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    lengths = torch.tensor([side.num_tokens - side.num_prompt for side in sides], dtype=z.z_w.dtype)
+    lengths = torch.tensor([side.num_scored for side in sides], dtype=z.z_w.dtype)
     len_w, len_l, present = sides_there(lengths, are_whole)
     mean_tokens = None if are_whole else float(lengths[: len(pairs)].mean())
     values = PairLogProbs(

@@ -27,7 +27,7 @@ def identity_of(config: ResolvedConfig, inputs: Inputs) -> dict[str, Any]:
     filters: a template, a tokenizer or a score that has changed shows there."""
     found: dict[str, Any] = {
         "num_train_pairs": len(inputs.train),
-        "train_pairs": pairs_digest(inputs.train),
+        "train_pairs": pairs_digest(inputs.train, with_gold=True),
         "num_held_out_pairs": len(inputs.held_out),
         "held_out_pairs": pairs_digest(inputs.held_out),
         "weights": weights_fingerprint(config.model),
@@ -37,8 +37,9 @@ def identity_of(config: ResolvedConfig, inputs: Inputs) -> dict[str, Any]:
     return found
 
 
-def pairs_digest(pairs: Iterable[TokenizedPair]) -> str:
-    """Of tokenised pairs, in order: tokens, weights, scores of lists, pixels of images."""
+def pairs_digest(pairs: Iterable[TokenizedPair], with_gold: bool = False) -> str:
+    """Of tokenised pairs, in order: tokens, weights, scores of lists, pixels of images; gold responses, which
+    are trained on, `with_gold`."""
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for pair in pairs:
         digest.update(np.float64(pair.weight).tobytes())
@@ -46,9 +47,10 @@ def pairs_digest(pairs: Iterable[TokenizedPair]) -> str:
             digest.update(np.array(pair.scores, dtype=np.float64).tobytes())
         if pair.pictures is not None:
             digest.update(pair.pictures.digest)
-        for side in (pair.chosen, pair.rejected):
+        gold = [pair.gold] if with_gold and pair.gold is not None else []
+        for side in (pair.chosen, pair.rejected, *gold):
             digest.update(np.array([side.num_tokens, side.num_prompt], dtype=np.int64).tobytes())
-            digest.update(np.asarray(side.ids, dtype=np.int32).tobytes())
+            digest.update(np.asarray(side.ids, dtype=np.int32).tobytes() + side.mask)
     return digest.hexdigest()
 
 

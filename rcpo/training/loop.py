@@ -46,6 +46,7 @@ from rcpo.training.agreement import check_agreement
 from rcpo.training.answers import note_answers
 from rcpo.training.by_sign import slots_of_step, with_lists
 from rcpo.training.checkpoint import REFERENCE, checkpoint_to_resume, load_checkpoint
+from rcpo.training.gold import gold_row
 from rcpo.training.held_out_loss import held_out_loss
 from rcpo.training.looking import vision_row
 from rcpo.training.measurement import Measurement
@@ -109,6 +110,7 @@ def train(
         config.train.pairs_per_step * slots,
         slots,
         config.model.router_loss,
+        config.composition.weight_of == "batch",
     )
     moving = MovingReference(config, inputs, engine) if config.reference.sync_every else None
     num_bytes = reference.num_bytes + (0 if moving is None else moving.num_bytes)
@@ -257,7 +259,7 @@ def _initial_state(objective: Objective, inputs: Inputs, sampler: PairSampler) -
     """The objective's batch statistics before the first step; the first global batch's lengths are known
     already."""
     sides = [side for idx in sampler.global_batch(0) for side in inputs.train[idx].sides]
-    total = sum(side.num_tokens - side.num_prompt for side in sides)
+    total = sum(side.num_scored for side in sides)
     return objective.initial_state(2 * total / len(sides))
 
 
@@ -334,9 +336,14 @@ def _start_sinks(config: ResolvedConfig, run: RunFolder, num_steps: int, start_s
 
 
 def _vision_row(training: Training, result: SideLogProbs) -> dict[str, float]:
-    """Whether the policy looks at images; nothing where there are none. Collective."""
+    """Whether the policy looks at images, and what became of gold responses; nothing where there are none.
+    Collective."""
     held_out, pad_id = training.inputs.held_out, training.inputs.pad_id
-    return vision_row(training.engine, held_out, result, pad_id, eval_batch(training.config))
+    row = vision_row(training.engine, held_out, result, pad_id, eval_batch(training.config))
+    run = training.run
+    return row | gold_row(
+        training.engine, held_out, pad_id, eval_batch(training.config), lambda: run.rows(run.eval)
+    )
 
 
 def _note_evaluation(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rcpo.data.batch import PairBatch, collate_sides, prompt_as_response, tail_weights
-from rcpo.data.pairs import TokenizedPair
+from rcpo.data.pairs import NO_SIDE, TokenizedPair
 from rcpo.models.logprobs import sum_per_side
 from rcpo.objectives import Objective
 from rcpo.objectives.loss import Lists
@@ -85,8 +85,16 @@ def made_for(
             weighted = to_device(weights, ref_token_logps.device) * ref_token_logps
             read_w, read_l = sum_per_side(weighted, batch).chunk(2)
         read_ref = (read_w, read_l)
-    likely = None
-    if objective.reading.sft_of == "text":
-        likely = collate_sides([prompt_as_response(pair.chosen) for pair in pairs], pad_id)
+    likely = beside(objective, pairs, pad_id)
     weight = torch.tensor([pair.weight for pair in pairs])
     return MicroBatch(batch, ref_w, ref_l, weight, read_ref=read_ref, likely=likely)
+
+
+def beside(objective: Objective, pairs: Sequence[TokenizedPair], pad_id: int) -> PairBatch | None:
+    """The texts beside the responses that this objective's likelihood term is of, as one side; None where it
+    is of the chosen response alone."""
+    if objective.reading.sft_of == "text":
+        return collate_sides([prompt_as_response(pair.chosen) for pair in pairs], pad_id)
+    if objective.reading.sft_of == "gold":
+        return collate_sides([pair.gold or NO_SIDE for pair in pairs], pad_id)
+    return None

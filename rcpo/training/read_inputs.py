@@ -27,6 +27,7 @@ from rcpo.models.attention import check_attention
 from rcpo.models.checks import check_model, check_positions, check_vocabulary
 from rcpo.models.load import load_tokenizer
 from rcpo.models.vision import check_run_with_images
+from rcpo.records.gold import GOLD
 from rcpo.records.load import NOTE, PreferenceData, load_records, note_on_text
 from rcpo.records.weights import weighing_of
 from rcpo.reference.weights import check_reference
@@ -113,6 +114,11 @@ def _checked_tokenizer(config: ResolvedConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def reads_gold(config: ResolvedConfig) -> bool:
+    """Whether rows have a gold response."""
+    return config.objective_function.reading.sft_of == "gold"
+
+
 def tokenise(config: ResolvedConfig, tokenizer: PreTrainedTokenizerBase) -> PairsRead:
     """Read and tokenise the data of a config; of the model its tokenizer alone is needed."""
     limits = (config.train.max_length, config.train.max_prompt_length, config.data.on_bad_row)
@@ -120,7 +126,13 @@ def tokenise(config: ResolvedConfig, tokenizer: PreTrainedTokenizerBase) -> Pair
     train = Tokeniser(tokenizer, *limits, *written, lists)
     # One pair a row, so that runs with best_worst and with all_pairs are measured on the same.
     held_out = Tokeniser(tokenizer, *limits, *written, "whole" if lists == "whole" else "best_worst")
-    records = load_records(config.data, weighing_of(config.composition), train, held_out)
+    has_gold = reads_gold(config)
+    if not has_gold and (name := (config.data.columns or {}).get(GOLD)) is not None:
+        raise UserError(
+            f"data.columns.gold={name}: has no effect without a term of it; type objective.sft_of=gold "
+            "as well"
+        )
+    records = load_records(config.data, weighing_of(config.composition), train, held_out, has_gold)
     if tokenizer.chat_template is not None:
         records.report.extend(note_on_text(records, config.data))
     return PairsRead(tokenizer, records, train.data(records.train), held_out.data(records.held_out))
@@ -132,7 +144,8 @@ def _check_lengths(config: ResolvedConfig, train: PackedPairs, held_out: PackedP
 
 def _longest(config: ResolvedConfig, train: PackedPairs, held_out: PackedPairs) -> int:
     """Tokens that no row exceeds, mismatched ones included where the objective needs them."""
-    longest = max(int(pairs.arrays.lengths.max()) for pairs in (train, held_out))
+    golden = [pairs.gold for pairs in (train, held_out) if pairs.gold is not None]
+    longest = max(int(pairs.arrays.lengths.max()) for pairs in (train, held_out, *golden))
     if config.objective_function.needs_mismatched:
         longest = max(longest, longest_mismatched(train, config.train.max_length))
     return longest
@@ -148,7 +161,7 @@ def _kept_tokens(config: ResolvedConfig, tokenizer: PreTrainedTokenizerBase, kee
 
     content = content_of(config.data)
     key = None
-    if content is not None:
+    if content is not None and not reads_gold(config):  # what is kept has no third response
         weighing = weighing_of(config.composition)
         limits = (config.train.max_length, config.train.max_prompt_length)
         key = token_key(content, config.data, weighing, limits, tokenizer, config.model.chat_template_kwargs)

@@ -30,7 +30,7 @@ from rcpo.reference.table import Reference
 from rcpo.reference.weights import has_own_weights
 from rcpo.training.measurement import Measurement
 from rcpo.training.measurements import Measurements
-from rcpo.training.micro_batch import MicroBatch
+from rcpo.training.micro_batch import MicroBatch, beside
 from rcpo.training.state import Method, TrainState
 from rcpo.training.step import backward_apart, backward_together
 
@@ -65,9 +65,9 @@ def rehearse(
     for measurement in _kinds(config, measurements, state):
         may_join = measurement.takes_joint_layouts
         indices = largest_micro_batch(config, inputs, sampler, num_steps, may_join)
-        batch = lay_out(
-            config.train, [inputs.train[idx] for idx in indices], inputs.pad_id, may_join=may_join
-        )
+        pairs = [inputs.train[idx] for idx in indices]
+        batch = lay_out(config.train, pairs, inputs.pad_id, may_join=may_join)
+        likely = beside(method.objective, pairs, inputs.pad_id)
         num_rows, num_columns = batch.input_ids.shape
         budget = memory_budget(config, engine.policy.model, num_rows, num_columns, reference_bytes)
         if rank() == 0 and not differences:
@@ -81,7 +81,8 @@ def rehearse(
         )
         with told_when_full(fault):
             engine.make_moments()
-            z = _forward_and_back(method, state, measurement, MicroBatch(batch, *_nothing(len(indices))))
+            made = MicroBatch(batch, *_nothing(len(indices)), likely=likely)
+            z = _forward_and_back(method, state, measurement, made)
             ref = torch.cat(reference.rows(indices, batch)[:2]).to(engine.device)
             room = update_bytes(config, engine.policy.model, engine.stage)
             torch.empty(room, dtype=torch.uint8, device=engine.device)  # given back at once
@@ -132,8 +133,7 @@ def _forward_and_back(
 ) -> Tensor:
     """One micro-batch as `rcpo.training.step` runs it, without an end; z (2B,). Collective."""
     engine = method.engine
-    ref_w, ref_l, weight = (each.to(engine.device) for each in micro_batch[1:4])
-    micro_batch = MicroBatch(micro_batch.batch.to(engine.device), ref_w, ref_l, weight)
+    micro_batch = micro_batch.to(engine.device)
     backward = backward_apart if measurement.takes_sides_apart else backward_together
     devices = [engine.device] if engine.device.type == "cuda" else []
     state.calibrator.begin()

@@ -35,6 +35,8 @@ class Method:
     """Pairs that a list of responses is in a step; 1 where pairs are trained on."""
     router_loss: float = 0.0
     """What the load-balancing loss of experts counts beside the objective's."""
+    weighs_batch: bool = False
+    """Whether the mean weight of a global batch multiplies its aggregated loss, in place of each pair's."""
 
 
 @dataclass

@@ -75,7 +75,20 @@ DATA: dict[str, str | bytes] = {
     "unordered.jsonl": json_lines([{"prompt": "a", "responses": ["b", "c"], "scores": [1, 1]}] * 4),
     "bad_alone.jsonl": json_lines([{"prompt": f"a{n}", "completion": "b", "label": 0} for n in range(40)]),
     "scored.jsonl": json_lines([{"instruction": "a", "completions": [{"response": "b"}]}]),
-    "conversations.jsonl": json_lines([{"conversations": [{"from": "human", "value": "a"}]}]),
+    "judged.jsonl": json_lines([{"conversations": [{"from": "human", "value": "a"}], "label": True}]),
+    "talks.jsonl": json_lines(
+        [
+            {
+                "messages": [
+                    {"role": role, "content": f"{role} {n} {place}"}
+                    for place in range(2)
+                    for role in ("user", "assistant")
+                ]
+            }
+            for n in range(40)
+        ]
+    ),
+    "mute.jsonl": json_lines([{"messages": [{"role": "user", "content": "a"}]}] * 4),
     "implicit.jsonl": json_lines([{"chosen": "It is seven", "rejected": "It is eight"}]),
     "from-robot.jsonl": changed(prompt=[{"from": "robot", "value": "x"}]),
     "broken.jsonl": '{"prompt": "a"}\n{"prompt": a}\n',

@@ -63,6 +63,11 @@ def furnish(place: Path) -> None:
         for text, label in ((record.chosen, True), (record.rejected, False))
     ]
     (place / "ANSWERS.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+    chats = [
+        {"messages": [*one.prompt, *one.chosen, *other.prompt, *other.chosen]}
+        for one, other in zip(records[::2], records[1::2], strict=True)
+    ]
+    (place / "CHATS.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     (place / "HH.jsonl.gz").write_bytes(gzip.compress("".join(rows).encode()))
     for folder in ("sweeps", "DIR/objective"):
         (place / folder).mkdir(parents=True)

@@ -106,6 +106,7 @@ def train_small(
         len(pairs) // slots * in_step,
         in_step,
         config.model.router_loss,
+        config.composition.weight_of == "batch",
     )
     which = [Mismatch(idx, (idx + 1) % len(pairs)) for idx in range(len(pairs))]
     mismatched = MismatchedPairs(pack(pairs), which, config.train.max_length)

@@ -5,9 +5,11 @@ both see the same token ids. Imports TRL, which is an optional package.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -110,13 +112,14 @@ def _orpo(policy: PreTrainedModel, reference: PreTrainedModel, keys: dict[str, A
 
 
 def _tpo(policy: PreTrainedModel, reference: PreTrainedModel, keys: dict[str, Any], folder: Path) -> Any:
-    """With the chosen response as the gold one, which TRL calls the reference."""
+    """With a gold response, which TRL calls the reference: the chosen one of the pair after."""
     from trl.experimental.tpo import TPOConfig, TPOTrainer
 
     rows = _paired()
     return TPOTrainer(
         model=policy, args=TPOConfig(**_arguments(folder, len(TEXTS), keys)),
-        train_dataset=rows.add_column("reference", rows["chosen"]), processing_class=_tokenizer(),
+        train_dataset=rows.add_column("reference", [*rows["chosen"][1:], rows["chosen"][0]]),
+        processing_class=_tokenizer(),
     )  # fmt: skip
 
 
@@ -158,6 +161,36 @@ def _kto_of(
     )  # fmt: skip
 
 
+def sft_peer(
+    conversations: list[list[dict[str, str]]], template: str, folder: Path
+) -> tuple[Peer, list[TokenizedSide]]:
+    """SFTTrainer with assistant_only_loss: its loss of these conversations, and its tokens with its masks."""
+    from trl import SFTConfig, SFTTrainer
+
+    policy, _ = policy_and_reference()
+    tokenizer = _tokenizer()
+    tokenizer.chat_template = template
+    made = SFTTrainer(
+        model=policy,
+        args=SFTConfig(**_arguments(folder, len(conversations), {"assistant_only_loss": True})),
+        train_dataset=Dataset.from_list([{"messages": each} for each in conversations]),
+        processing_class=tokenizer,
+    )
+    rows = [made.train_dataset[row] for row in range(len(conversations))]
+    batch = made.data_collator(rows)
+    policy.train()
+    loss = made.compute_loss(policy, batch)
+    loss.backward()
+    gradient = {name: weight.grad for name, weight in policy.named_parameters() if weight.grad is not None}
+    sides = []
+    for ids, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
+        scored = np.array(labels) != -100
+        first, last = scored.argmax(), len(scored) - scored[::-1].argmax()
+        mask = scored[first:last]
+        sides.append(TokenizedSide(ids[:last], int(first), None if mask.all() else mask))
+    return Peer([], float(loss.detach()), gradient), sides
+
+
 MAKERS = {
     "DPOTrainer": _dpo,
     "CPOTrainer": _cpo,
@@ -182,7 +215,9 @@ def _pairs(chosen: list[TokenizedSide], rejected: list[TokenizedSide]) -> list[T
 
 def _of_masks(batch: dict[str, Tensor]) -> list[TokenizedPair]:
     sides = _sides(batch["input_ids"], batch["completion_mask"].bool())
-    return _pairs(sides[: len(TEXTS)], sides[len(TEXTS) : 2 * len(TEXTS)])
+    pairs = _pairs(sides[: len(TEXTS)], sides[len(TEXTS) : 2 * len(TEXTS)])
+    golden = sides[2 * len(TEXTS) :]
+    return [replace(pair, gold=side) for pair, side in zip(pairs, golden, strict=True)] if golden else pairs
 
 
 def _of_labels(batch: dict[str, Tensor]) -> list[TokenizedPair]:

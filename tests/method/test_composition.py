@@ -3,6 +3,7 @@ batch's loss, and in training runs against the plain loop, however the batch is 
 held-out pairs, which composes all of it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import exp, log
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.cases import Case, Layout, make_config
 from helpers.objective_cases import COMPARE_RANKS, KINKED, PAIR_A, PAIR_B, nls, s
+from helpers.small_engine import SmallEngine, train_small
+from helpers.tiny_models import make_llama, make_pairs
 from rcpo.common.errors import UserError
 from rcpo.config.compose import compose
 from rcpo.config.validate import validate
@@ -334,3 +338,31 @@ def test_bad_keys_are_one_line(section: dict[str, object], expected: str) -> Non
 def test_a_misspelt_key_is_told_the_right_one() -> None:
     with pytest.raises(UserError, match=r"dpo has no such parameter; did you mean objective\.aggregate\?"):
         objective_of({"name": "dpo", "agregate": "kl_dro"})
+
+
+@pytest.mark.parametrize("aggregate", ["mean", "kl_dro", "dr_dpo"])
+@pytest.mark.parametrize("split", [(4,), (1, 1, 1, 1)])
+def test_a_weight_of_the_batch_is_outside_the_aggregate(
+    aggregate: str, split: tuple[int, ...], tmp_path: Path
+) -> None:
+    """Weights 1, 2, .5 and 0: 7/8 of the unweighted loss and of its gradient, however the batch is split."""
+    pairs = make_pairs(4, seed=5)
+    weighed = [replace(pair, weight=weight) for pair, weight in zip(pairs, WEIGHTS, strict=True)]
+    found = []
+    for own, words in (
+        (pairs, ()),
+        (weighed, ("objective.sample_weight=weight", "objective.weight_of=batch")),
+    ):
+        config = make_config(
+            tmp_path, tmp_path / "run", Case("dpo", "off", "llama", "sgd"), Layout(1, 2), *words,
+            f"objective.aggregate={aggregate}", "optim.lr=1", "train.grad_clip=0",
+        )  # fmt: skip
+        model = make_llama()
+        before = torch.cat([weight.detach().clone().flatten() for weight in model.parameters()])
+        frozen = SmallEngine(make_llama(seed=1), config, 1)
+        (row,) = train_small(model, own, config, 1, split if own is weighed else (4,), frozen)
+        after = torch.cat([weight.detach().flatten() for weight in model.parameters()])
+        found.append((row["train/loss"], before - after))
+    (loss, gradient), (weighed_loss, weighed_gradient) = found
+    assert weighed_loss == pytest.approx(0.875 * loss, rel=1e-5)
+    torch.testing.assert_close(weighed_gradient, 0.875 * gradient, atol=1e-5, rtol=1e-4)

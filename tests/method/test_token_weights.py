@@ -216,7 +216,7 @@ def test_with_every_objective_or_refused(name: str) -> None:
         ({"wpo": 1}, "objective.wpo=1: must be true or false; type objective.wpo=false"),
         (
             {"sft_of": "prompt"},
-            "objective.sft_of=prompt: must be response or text; type objective.sft_of=text",
+            "objective.sft_of=prompt: must be response, text or gold; type objective.sft_of=text",
         ),
     ],
 )

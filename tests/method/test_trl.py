@@ -12,7 +12,10 @@ import torch
 
 from helpers.cases import Case, Layout, make_config
 from helpers.small_engine import SmallEngine, train_small
+from helpers.tiny_tokenizers import chat, make_words
 from rcpo.common.conf import conf_dir
+from rcpo.data.tokenize import tokenize_records
+from rcpo.records.conversations import read_conversation
 
 ROOT = Path(__file__).parents[2]
 LEARNING_RATE = 100.0
@@ -40,6 +43,34 @@ def test_the_table_is_there() -> None:
     assert len(table()) >= 20
 
 
+TURNS = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}<|turn|> {{ m['content'] }} {% else %}<|turn|> z "
+    "{% generation %}{{ m['content'] }} </s>{% endgeneration %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|turn|> z {% endif %}"
+)
+SAID = (("a b", "c d e", "f", "g h"), ("i", "j"), ("k", "l", "m n o", "p", "q", "r s t"))
+
+
+@pytest.mark.ci("TRL's SFTTrainer", needs="trl")
+def test_conversations_are_sfttrainer_s(tmp_path: Path) -> None:
+    """With assistant_only_loss: the same tokens and masks, the same loss and gradient."""
+    from helpers.trl_peer import policy_and_reference, sft_peer
+
+    conversations = [chat(*said) for said in SAID]
+    found, sides = sft_peer(conversations, TURNS, tmp_path)
+    tokenizer = make_words()
+    tokenizer.chat_template = TURNS
+    records = [read_conversation(turns, row) for row, turns in enumerate(conversations)]
+    pairs = list(tokenize_records(records, tokenizer, 64, None, "error").pairs)
+    assert [pair.chosen for pair in pairs] == sides
+    policy, _ = policy_and_reference()
+    config = make_config(
+        tmp_path, tmp_path / "run", Case("sft", "off", "llama", "sgd"), Layout(1, 2),
+        "objective.sft_mean=tokens", f"optim.lr={LEARNING_RATE}", "train.grad_clip=0",
+    )  # fmt: skip
+    assert_equals_peer(policy, pairs, config, (1, 1, 1), None, found)
+
+
 @pytest.mark.ci("TRL's own losses", needs="trl")
 @pytest.mark.parametrize("line", table(), ids=lambda line: f"{line[0]}-{line[1]}")
 def test_a_line_is_true(line: tuple[str, str, str], tmp_path: Path) -> None:
@@ -50,14 +81,21 @@ def test_a_line_is_true(line: tuple[str, str, str], tmp_path: Path) -> None:
     unpaired = "data.unpair=true" in words
     found = peer(trainer, keys_of(keys), tmp_path, unpaired)
     policy, reference = policy_and_reference("model.router_loss" in words)
-    before = {name: weight.detach().clone() for name, weight in policy.named_parameters()}
     config = make_config(
         tmp_path, tmp_path / "run", Case("dpo", "off", "llama", "sgd"), Layout(1, 2), *shlex.split(words),
         f"optim.lr={LEARNING_RATE}", "train.grad_clip=0",
     )  # fmt: skip
     frozen = SmallEngine(reference, config, 1)
     parts = (3, 3, 3) if unpaired else (2, 2, 2)
-    (row,) = train_small(policy, found.pairs, config, 1, parts, frozen)
+    assert_equals_peer(policy, found.pairs, config, parts, frozen, found)
+
+
+def assert_equals_peer(
+    policy: Any, pairs: Any, config: Any, parts: tuple[int, ...], frozen: SmallEngine | None, found: Any
+) -> None:
+    """Loss of a step to 1e-5 of its size, gradient to 1e-5 of its norm."""
+    before = {name: weight.detach().clone() for name, weight in policy.named_parameters()}
+    (row,) = train_small(policy, pairs, config, 1, parts, frozen)
     assert row["train/loss"] == pytest.approx(found.loss, rel=1e-5)
     difference = squared = 0.0
     for name, weight in policy.named_parameters():

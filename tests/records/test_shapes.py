@@ -241,8 +241,11 @@ NO_PAIRS: dict[str, tuple[dict[str, Any], str]] = {
         {"conversations": [said("human", "a")], "label": True},
         "single conversations with a label (KTO's form)",
     ),
-    "ShareGPT": ({"conversations": [said("human", "a")]}, "one conversation a row"),
-    "Alpaca": ({"instruction": "q", "input": "", "output": "a"}, "one answer a row"),
+    "Alpaca": (
+        {"instruction": "q", "input": "", "output": "a"},
+        "one answer a row (objective=sft trains on such; type "
+        "data.columns='{prompt: instruction, completion: output}')",
+    ),
 }
 
 
@@ -254,6 +257,29 @@ def test_what_is_no_pairs_is_called_so(tmp_path: Path, name: str) -> None:
         "write two answers to one prompt a row (prompt, chosen, rejected), or several (prompt, responses, "
         "scores)"
     )
+
+
+def test_a_conversation_is_a_chosen_answer_that_goes_on(tmp_path: Path) -> None:
+    """Messages or ShareGPT's turns, a column of system turns in front; of one answer the record is that of
+    its prompt and completion."""
+    turns = [turn("user", "q"), turn("assistant", "a"), turn("user", "r"), turn("assistant", "b")]
+    other = [turn("user", "z"), turn("assistant", "y")]
+    shared = [said("human", "q"), said("gpt", "a"), said("human", "r"), said("gpt", "b")]
+    for row in ({"messages": turns}, {"conversations": shared}, {"turns": turns}):
+        columns = {"messages": "turns"} if "turns" in row else None
+        (record, _), notes = load(tmp_path, [row, dict.fromkeys(row, other)], columns=columns)
+        assert (record.label, *parts(record)) == (True, turns[:1], turns[1:], turns[1:])
+        assert any("whole conversation a row" in note for note in notes) == (columns is None)
+    rows = [{"conversations": each, "system": "s"} for each in (shared, other)]
+    (record, _), notes = load(tmp_path, rows)
+    assert record.prompt == [turn("system", "s"), turn("user", "q")]
+    assert any("system is the system turn (2 rows)" in note for note in notes)
+    pairs = [(turns[:1], turns[1:2]), (other[:1], other[1:])]
+    (alone, _), _ = load(tmp_path, [{"messages": prompt + answer} for prompt, answer in pairs])
+    rows = [{"prompt": prompt, "completion": answer} for prompt, answer in pairs]
+    (completed, _), notes = load(tmp_path, rows)
+    assert parts(alone) == parts(completed)
+    assert any("a chosen one, since there is no label" in note for note in notes)
 
 
 def test_a_single_answer_has_a_label(tmp_path: Path) -> None:

@@ -1,16 +1,19 @@
 """DoRA's weights from `rcpo weigh`: against a known density ratio, and what is refused."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from helpers.forked import rcpo
 from helpers.two_sources import draw, recover
 from rcpo.cli import dispatch
 from rcpo.common.errors import UserError
 from rcpo.objectives import Composition
 from rcpo.quality.source import at_equal_shares, reliability
+from rcpo.records.arithmetic import arithmetic_records
 from rcpo.records.record import BadRowError
 from rcpo.records.weights import OF_SIDES, DoraSidesWeight, weighing_of
 
@@ -78,6 +81,40 @@ def test_rows_get_both_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert (tmp_path / "weighed.png").read_bytes().startswith(b"\x89PNG")
     said = capsys.readouterr().out
     assert "120 responses of 60 rows: 60 of human, 59 of others, 1 of unknown source; gamma 0.9833" in said
+
+
+@pytest.mark.ci("four short trainings")
+def test_what_weigh_writes_is_what_a_training_weighs_by(tmp_path: Path) -> None:
+    """Before the first update DPO's loss is log 2 of every pair, so that the first step of a batch of all
+    pairs has mean(w) log 2, and with KL-DRO, inside whose exponent w stands, log mean e^(w log 2); outside
+    it mean(w) log 2 again."""
+    records, held_out = arithmetic_records(60, 8, seed=0)
+    for name, part in (("rows", records), ("held_out", held_out)):
+        rows = []
+        for number, record in enumerate(part):
+            sides = {"chosen": record.chosen, "rejected": record.rejected}
+            source = {"c": "human" if number % 3 else "model", "r": "model"}
+            rows.append(json.dumps({"prompt": record.prompt, **sides, **source}) + "\n")
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
+    words = ["rows.jsonl", *SOURCES, "target=human", "out=weighed.jsonl", "folds=2"]
+    assert rcpo("weigh", *words, cwd=tmp_path).returncode == 0
+    weighed = [json.loads(line) for line in (tmp_path / "weighed.jsonl").read_text().splitlines()]
+    cases = (("mean", "mean", "pair"), ("product", "mean", "pair"), ("mean", "kl_dro", "pair"))
+    for how, aggregate, of in (*cases, ("mean", "kl_dro", "batch")):
+        weighing = DoraSidesWeight(0.5, 0.5, how)
+        loss = np.array([weighing.weight(row) for row in weighed]) * math.log(2)
+        is_inside = aggregate == "kl_dro" and of == "pair"
+        expected = math.log(np.exp(loss).mean()) if is_inside else loss.mean()
+        folder = f"{how}-{aggregate}-{of}"
+        made = rcpo(
+            "train", "data=file", "data.path=weighed.jsonl", "data.eval_path=held_out.jsonl",
+            "data.eval_pairs=8", f"objective.sample_weight=dora_{how}", f"objective.aggregate={aggregate}",
+            "train.steps=2", "train.pairs_per_step=60", "train.pairs_per_device=20", "tracking=none",
+            f"run_dir={folder}", f"objective.weight_of={of}", cwd=tmp_path,
+        )  # fmt: skip
+        assert made.returncode == 0, made.stderr
+        first, _ = (tmp_path / folder / "metrics.jsonl").read_text().splitlines()
+        assert json.loads(first)["train/loss"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(
