@@ -56,6 +56,7 @@ NEEDED = {
     "data/hh_rlhf": FILE,
     "data/mmpr": [*FILE, "data.columns=null"],
     "data/rlaif_v": [*FILE, "data.columns=null"],
+    "data/shapes": [*FEW, "model=tiny_vision"],
     "data/ultrafeedback": FILE,
     "optim/sgd": ["optim.lr=0.01"],
     "calibration/fixed": ["calibration.alpha=1.2"],
