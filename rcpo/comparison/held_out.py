@@ -49,9 +49,11 @@ class Origin:
 def model_folder(model: "ModelConfig") -> Path:
     """Where the model is, if it is in a folder; no folder for a hub id."""
     import rcpo.builtin
-    from rcpo.config.names import TINY
+    from rcpo.config.names import BUILTIN, last_part
 
-    return Path(rcpo.builtin.__file__).parent / "tiny" if model.path == TINY else Path(model.path)
+    if model.path not in BUILTIN:
+        return Path(model.path)
+    return Path(rcpo.builtin.__file__).parent / last_part(model.path)
 
 
 def data_settings(run: ComparedRun) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from rcpo.config.schema import Config
 
 TINY = "builtin:tiny"
 """`model.path` of the model that ships with rcpo."""
+BUILTIN = (TINY, "builtin:tiny_vision")
+"""Of that, and of the one that sees; each is the folder of `rcpo.builtin` of its name."""
 
 
 def model_label(config: Config) -> str:
@@ -26,7 +28,7 @@ def last_part(path: str) -> str:
 
 
 def data_label(config: Config) -> str:
-    """Short name of the data: arithmetic, or the last part of its path without suffixes and a glob's
+    """Short name of the data: arithmetic, shapes, or the last part of its path without suffixes and a glob's
     signs."""
     paths = config.data.train_paths()
     if not paths:

@@ -14,7 +14,7 @@ from rcpo.config.types import STRICT, NonNegative
 class OptimConfig:
     name: Literal["adamw", "sgd", "adamw_8bit", "rmsprop"]
     lr: Annotated[float, Field(gt=0)] | None = IN_CONF
-    """Peak learning rate; null: 3e-4 for builtin:tiny, else 1e-6; ten times that with model.lora."""
+    """Peak learning rate; null: 3e-4 for builtin:NAME, else 1e-6; ten times that with model.lora."""
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = IN_CONF
     """AdamW's two decay rates."""
     eps: Annotated[float, Field(gt=0)] = IN_CONF

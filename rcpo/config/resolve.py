@@ -11,7 +11,7 @@ import torch
 
 from rcpo.common.errors import UserError
 from rcpo.config.names import (
-    TINY,
+    BUILTIN,
     absolute,
     absolute_run_dir,
     all_absolute,
@@ -35,7 +35,7 @@ def resolve(
     Raises UserError where sizes do not divide or the device is absent.
     """
     device = config.train.device if device_is_elsewhere else _device(config)
-    tiny = config.model.path == TINY
+    tiny = config.model.path in BUILTIN
     launch = _launch(config, device, joined_world_size)
     config = dataclasses.replace(config, launch=launch)
     train = dataclasses.replace(
@@ -46,7 +46,7 @@ def resolve(
     if train.steps is None and train.epochs is None:
         train = (
             dataclasses.replace(train, steps=150)
-            if config.data.source == "arithmetic"
+            if config.data.source != "file"
             else dataclasses.replace(train, epochs=1.0)
         )
     dtype = config.model.dtype
@@ -105,7 +105,7 @@ def _scope(config: Config) -> Literal["head", "lora_last", "full"]:
 
 def _default_lr(config: Config) -> float:
     """An adapter takes about ten times the rate that all weights do."""
-    lr, with_adapter = (3e-4, 3e-3) if config.model.path == TINY else (1e-6, 1e-5)
+    lr, with_adapter = (3e-4, 3e-3) if config.model.path in BUILTIN else (1e-6, 1e-5)
     return lr if config.model.lora.rank is None else with_adapter
 
 

@@ -177,15 +177,15 @@ def _check_tracking(tracking: TrackingConfig) -> None:
 
 def _check_places(data: DataConfig) -> None:
     """Where pairs are read from."""
-    if data.source == "arithmetic":
-        if data.mix is not None:
-            raise UserError("data.mix: data=arithmetic reads no file; type data=file")
-        return
-    if data.responses != 2:
+    if data.source != "file" and data.mix is not None:
+        raise UserError(f"data.mix: data={data.source} reads no file; type data=file")
+    if data.source != "arithmetic" and data.responses != 2:
+        others = "a file has as many as its rows" if data.source == "file" else "pictures have pairs"
         raise UserError(
-            f"data.responses={data.responses}: is of data=arithmetic; a file has as many as its rows; type "
-            "data.responses=2"
+            f"data.responses={data.responses}: is of data=arithmetic; {others}; type data.responses=2"
         )
+    if data.source != "file":
+        return
     if data.path is None and data.mix is None:
         raise UserError("data.path: has no value and data=file needs one; type data.path=PAIRS.jsonl")
     if data.mix is None:

@@ -62,7 +62,7 @@ class LoraConfig:
 @defaults_in("every_model")
 class ModelConfig:
     path: Text
-    """builtin:tiny, a folder with safetensors weights, or a hub id."""
+    """builtin:tiny, builtin:tiny_vision, a folder with safetensors weights, or a hub id."""
     revision: Text | None = IN_CONF
     """Branch, tag or commit of a hub id; null: its main branch. The run keeps the commit that it found."""
     dtype: Literal["auto", "float32", "bfloat16"] = IN_CONF
@@ -171,8 +171,9 @@ Mix = Annotated[list[MixPart], BeforeValidator(_mix)]
 @dataclass(frozen=True, config=STRICT)
 @defaults_in("data/file", "every_data")
 class DataConfig:
-    source: Literal["arithmetic", "file"]
-    """arithmetic: generated word problems. file: anything that `path` names."""
+    source: Literal["arithmetic", "shapes", "file"]
+    """arithmetic: generated word problems. shapes: generated pictures with questions. file: anything that
+    `path` names."""
     path: Paths | None = IN_CONF
     """File, glob ('pairs/*.jsonl'), folder or hub id, or a list of them ('[a.jsonl, b.csv]'); for
     source=file."""
@@ -201,7 +202,7 @@ class DataConfig:
     """Held-out pairs: at most this many of the held-out set, or drawn from the training pairs where there is
     none; a fifth of them where fewer than a fifth would be left to train on."""
     seed: Seed = IN_CONF
-    """Fixes which pairs are held out (and, for arithmetic, the problems)."""
+    """Fixes which pairs are held out (and which are generated, where they are)."""
     on_bad_row: Literal["error", "drop"] = "error"  # conf/ has drop for files; a bad problem is rcpo's own
     """A row that cannot train: stop with its number and reason, or drop and count it."""
     as_chat: bool | None = IN_CONF
@@ -299,13 +300,13 @@ class DeepSpeedConfig:
 @defaults_in("config train")
 class TrainConfig:
     steps: Annotated[int, Field(gt=0, le=10**9)] | None = IN_CONF
-    """Optimizer steps; null with epochs null: 150 for arithmetic data, else one epoch."""
+    """Optimizer steps; null with epochs null: 150 for generated data, else one epoch."""
     epochs: Annotated[float, Field(gt=0, le=1e6)] | None = IN_CONF
     """Passes over the training pairs, rounded up to whole steps; steps or epochs, not both."""
     pairs_per_step: Positive = IN_CONF
     """Global batch: pairs of one optimizer step over all ranks."""
     pairs_per_device: Positive | None = IN_CONF
-    """Micro-batch of one rank; null: the largest divisor of its share up to 16 (builtin:tiny), 4 (CPUs), or
+    """Micro-batch of one rank; null: the largest divisor of its share up to 16 (builtin:NAME), 4 (CPUs), or
     on GPUs 8192 / max_length, from 4 to 16."""
     max_length: Annotated[int, Field(ge=2, le=10**8)] = IN_CONF
     """Tokens of prompt + response; responses are cut from the right."""
@@ -313,7 +314,7 @@ class TrainConfig:
     """Tokens of the prompt, cut from the left; null: what the longer response leaves of max_length, at least
     half."""
     eval_every: NonNegative | None = IN_CONF
-    """Optimizer steps between evaluations; 0: only at the start and the end; null: 25 for builtin:tiny, else
+    """Optimizer steps between evaluations; 0: only at the start and the end; null: 25 for builtin:NAME, else
     100."""
     stop_when: Text | None = IN_CONF
     """End the run, as done, after the first evaluation of which this holds: KEY <, <=, > or >= NUMBER,

@@ -7,7 +7,7 @@ from typing import Any
 
 from rcpo.config.conditions import check_conditions
 from rcpo.config.evaluation import check_option, refuse_missing_harness
-from rcpo.config.names import TINY, absolute, absolute_run_dir, all_absolute, check_name
+from rcpo.config.names import BUILTIN, absolute, absolute_run_dir, all_absolute, check_name
 from rcpo.config.schema import Config
 from rcpo.config.validate import section_of
 from rcpo.models.hub import commit_of, is_hub_id
@@ -48,13 +48,13 @@ def look_at_inputs(tree: dict[str, Any]) -> None:
 
 def _look_at_model(path: str) -> None:
     refuse_no_place(path)
-    if path != TINY and Path(path).is_dir() and not (Path(path) / "adapter_config.json").is_file():
+    if path not in BUILTIN and Path(path).is_dir() and not (Path(path) / "adapter_config.json").is_file():
         check_config_file(Path(path), path)
 
 
 def _look_at_data(config: Config) -> None:
     data = config.data
-    if data.source == "arithmetic" or data.mix is not None:  # a mixture's errors say which part they are of
+    if data.source != "file" or data.mix is not None:  # a mixture's errors say which part they are of
         return
     data = dataclasses.replace(data, path=all_absolute(data.path), eval_path=all_absolute(data.eval_path))
     places = [None if data.path is None else training_place(data), held_out_place(data)]

@@ -15,7 +15,7 @@ from rcpo.common.console import percent
 from rcpo.common.errors import UserError
 from rcpo.config.compose import Composition, config_dirs, look_at
 from rcpo.config.meanings import leaves, option_file, shown
-from rcpo.config.names import TINY
+from rcpo.config.names import BUILTIN
 from rcpo.config.resolve import resolve
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.config.validate import validate
@@ -106,7 +106,7 @@ class Origins:
 
 def _lines(config: ResolvedConfig, inputs: Inputs, origins: Origins) -> Iterator[Line]:
     train, optim, of = config.train, config.optim, origins.of
-    tiny, ranks = config.model.path == TINY, config.world_size()
+    tiny, ranks = config.model.path in BUILTIN, config.world_size()
     adapter = config.model.lora.rank is not None
     kind = inputs.kind
     yield Line("run_dir", config.run_dir, of("run_dir", "runs/NAME"))
@@ -122,19 +122,19 @@ def _lines(config: ResolvedConfig, inputs: Inputs, origins: Origins) -> Iterator
     if optim.warmup_ratio is not None:
         warmup = f"{percent(optim.warmup_ratio)} of the steps"
     yield Line("optim", optim.name, f"schedule {optim.schedule}, warm-up of {warmup}")
-    model = f"{'builtin:tiny' if tiny else 'a model of yours'}{', with an adapter' if adapter else ''}"
+    model = f"{config.model.path if tiny else 'a model of yours'}{', with an adapter' if adapter else ''}"
     yield Line("optim.lr", f"{optim.lr:g}", of("optim.lr", f"for {model}"))
     steps = inputs.num_steps(config)
     length = "train.epochs" if train.epochs is not None else "train.steps"
     passes = f"{steps * train.pairs_per_step / inputs.num_train:.3g} passes over the {kind}"
-    rule = "150 for data=arithmetic" if train.epochs is None else "one pass"
+    rule = f"150 for data={config.data.source}" if train.epochs is None else "one pass"
     yield Line("train.steps", f"{steps} ({passes})", of(length, rule))
     yield Line("train.pairs_per_step", str(train.pairs_per_step), of("train.pairs_per_step", ""))
     share = train.pairs_per_step // ranks
-    rule = f"the largest divisor of {share} that is allowed for {'builtin:tiny' if tiny else train.device}"
+    rule = f"the largest divisor of {share} that is allowed for {config.model.path if tiny else train.device}"
     micro = f"{train.pairs_per_device}, accumulated {share // train.pairs_per_device} times"
     yield Line("train.pairs_per_device", micro, of("train.pairs_per_device", rule))
-    rule = "25 for builtin:tiny, else 100"
+    rule = "25 for models that ship, else 100"
     yield Line("train.eval_every", str(train.eval_every), of("train.eval_every", rule))
     rule = "1 on CPUs" if train.device == "cpu" else "the lowest that fits into the GPUs' memory"
     yield Line("deepspeed.stage", str(config.zero_stage), of("deepspeed.stage", rule))

@@ -10,7 +10,7 @@ from typing import Any
 
 import rcpo.builtin
 from rcpo.common.errors import UserError
-from rcpo.config.names import TINY
+from rcpo.config.names import BUILTIN, last_part
 from rcpo.config.schema import ModelConfig
 from rcpo.models.hub import ADAPTER_CONFIG, adapter_hub_folder, is_hub_id
 
@@ -69,8 +69,9 @@ def _base_and_rank(file: Path) -> tuple[str, int]:
         base, rank = entries.get("base_model_name_or_path"), entries.get("r")
     except (ValueError, AttributeError):
         base, rank = None, None
-    if base and Path(base) == Path(rcpo.builtin.__file__).parent / "tiny":
-        base = TINY
+    for name in BUILTIN:
+        if base and Path(base) == Path(rcpo.builtin.__file__).parent / last_part(name):
+            base = name
     return base or "ITS_MODEL", rank if isinstance(rank, int) and rank > 0 else 16
 
 

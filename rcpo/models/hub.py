@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 from rcpo.common.hub import SECONDS, HubName, commit_now, one_line_faults
-from rcpo.config.names import TINY
+from rcpo.config.names import BUILTIN
 
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py")
@@ -79,8 +79,8 @@ def _commit_of(name: HubName, config: str) -> str:
 
 
 def is_hub_id(path: str) -> bool:
-    """Whether it is none of a folder and builtin:tiny; that it may be one, `rcpo.models.places` says."""
-    return path != TINY and not os.path.isdir(path)
+    """Whether it is neither a folder nor builtin:NAME; that it may be one, `rcpo.models.places` says."""
+    return path not in BUILTIN and not os.path.isdir(path)
 
 
 def is_commit_here(path: str, commit: str | None) -> bool:

@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 import rcpo.builtin
 from rcpo.common.errors import UserError
-from rcpo.config.names import TINY
+from rcpo.config.names import BUILTIN, last_part
 from rcpo.config.schema import ModelConfig
 from rcpo.data.generation import Generation, set_generation
 from rcpo.data.pictures import sight_of
@@ -56,13 +56,13 @@ CPU = torch.device("cpu")
 def model_place(
     path: str, allow_pickle: bool = False, needs_weights: bool = True, revision: str | None = None
 ) -> str:
-    """The folder that transformers is asked to load: the packaged one for builtin:tiny, that of a commit of
+    """The folder that transformers is asked to load: the packaged one for builtin:NAME, that of a commit of
     the hub (`rcpo.models.hub`), else `path` itself.
 
     Raises UserError where a folder lacks what a model needs; pickled weights count with `allow_pickle`.
     """
-    if path == TINY:
-        return str(Path(rcpo.builtin.__file__).parent / "tiny")
+    if path in BUILTIN:
+        return str(Path(rcpo.builtin.__file__).parent / last_part(path))
     refuse_no_place(path)
     folder = Path(path)
     if revision is not None and not is_hub_id(path):

@@ -7,13 +7,13 @@ import os
 from pathlib import Path
 
 from rcpo.common.errors import UserError
-from rcpo.config.names import TINY
+from rcpo.config.names import BUILTIN
 from rcpo.models.hub import ADAPTER_CONFIG
 
 
 def refuse_no_place(path: str) -> None:
-    """Raise UserError where `path` is neither a folder, nor builtin:tiny, nor may be a hub id."""
-    if path == TINY or os.path.isdir(path):
+    """Raise UserError where `path` is neither a folder, nor builtin:NAME, nor may be a hub id."""
+    if path in BUILTIN or os.path.isdir(path):
         return
     if os.path.exists(path):
         raise UserError(f"model.path={path}: is a file; it must be a folder with config.json and weights")

@@ -22,6 +22,7 @@ from rcpo.records.mixture import drawn
 from rcpo.records.places import Place, held_out_place, mixed_place, training_place
 from rcpo.records.readers import Rows, read_rows
 from rcpo.records.record import BadRowError, PreferenceRecord, as_messages, as_text, read_record
+from rcpo.records.scenes import shapes_records
 from rcpo.records.selection import NOTE, Judge, SourceRecords, all_usable, content, select
 from rcpo.records.shapes import Shape
 from rcpo.records.weights import UNWEIGHTED, WEIGHT_PARTS, Weighing, describe_weights
@@ -67,8 +68,8 @@ def load_records(
     UserError with one line for bad input.
     """
     _check_parts(config, weighing, has_gold)
-    if config.source == "arithmetic":
-        return _load_arithmetic(config, train, held_out)
+    if config.source != "file":
+        return _load_generated(config, train, held_out)
     report: list[str] = []
     training = _read_training(config, report, weighing, has_gold)
     own = held_out_place(config)
@@ -80,19 +81,24 @@ def load_records(
     return PreferenceData(selected.train, selected.held_out, report, selected.account)
 
 
-def _load_arithmetic(config: DataConfig, train: Judge, held_out: Judge) -> PreferenceData:
+def _load_generated(config: DataConfig, train: Judge, held_out: Judge) -> PreferenceData:
+    name = config.source
     if config.path is not None:
-        raise UserError(f"data.path={config.path}: data=arithmetic reads no file; type data=file")
+        raise UserError(f"data.path={config.path}: data={name} reads no file; type data=file")
     if config.columns:
-        raise UserError("data.columns: data=arithmetic has no columns; type data=file data.path=PAIRS.jsonl")
+        raise UserError(f"data.columns: data={name} has no columns; type data=file data.path=PAIRS.jsonl")
     if config.train_pairs is None:
-        raise UserError("data.train_pairs=null: data=arithmetic needs a number; type data.train_pairs=2048")
-    both = arithmetic_records(config.train_pairs, config.eval_pairs, config.seed, config.responses)
+        raise UserError(f"data.train_pairs=null: data={name} needs a number; type data.train_pairs=2048")
+    if name == "shapes":
+        both, model = shapes_records(config.train_pairs, config.eval_pairs, config.seed), "tiny_vision"
+    else:
+        both = arithmetic_records(config.train_pairs, config.eval_pairs, config.seed, config.responses)
+        model = "tiny"
     for records, judge in zip(both, (train, held_out), strict=True):
         for reason in filter(None, judge(records)):
-            raise UserError(f"data=arithmetic: {reason}; type model=tiny, or data=file data.path=PAIRS.jsonl")
+            raise UserError(f"data={name}: {reason}; type model={model}, or data=file data.path=PAIRS.jsonl")
     account = RowAccount(
-        "arithmetic", config.train_pairs + config.eval_pairs, held_out=len(both[1]), trained=len(both[0])
+        name, config.train_pairs + config.eval_pairs, held_out=len(both[1]), trained=len(both[0])
     )
     return PreferenceData(*both, [], Account(account, None, [record.row for record in both[1]]))
 
@@ -250,14 +256,14 @@ def _check_parts(config: DataConfig, weighing: Weighing, has_gold: bool = False)
                 f"data.columns.{part}={name}: has no effect without {kind}; "
                 f"type objective.sample_weight={kind} as well"
             )
-    if has_gold and config.source == "arithmetic":
+    if has_gold and config.source != "file":
         raise UserError(
-            "objective.sft_of=gold: data=arithmetic has no gold response; type data=file "
+            f"objective.sft_of=gold: data={config.source} has no gold response; type data=file "
             "data.path=PAIRS.jsonl, or objective.sft_of=response"
         )
-    if weighing.parts and config.source == "arithmetic":
+    if weighing.parts and config.source != "file":
         raise UserError(
-            f"objective.sample_weight: data=arithmetic has no column {weighing.parts[0]}; "
+            f"objective.sample_weight: data={config.source} has no column {weighing.parts[0]}; "
             "type data=file data.path=PAIRS.jsonl, or objective.sample_weight=null"
         )
 

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from rcpo.common.errors import UserError
-from rcpo.config.names import TINY
+from rcpo.config.names import BUILTIN
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.records.places import is_glob
 from rcpo.sweep.freeze import FrozenCell
@@ -98,7 +98,7 @@ def hub_ids(config: ResolvedConfig) -> list[str]:
     """What of model, adapter and data is an id on the hub."""
     data = config.data.paths() if config.data.source == "file" else []
     named = dict.fromkeys([config.model.path, config.model.lora.adapter, *data])
-    return [path for path in named if path and path != TINY and not _is_here(path)]
+    return [path for path in named if path and path not in BUILTIN and not _is_here(path)]
 
 
 def _is_here(path: str) -> bool:

@@ -21,10 +21,23 @@ WANTED = (
     "conf/config.yaml", "conf/objective/simpo.yaml", "conf/calibration/on.yaml", "rcpo/cli.py", WEIGHTS,
     "conf/cluster/example.yaml", "slurm/array.sbatch",
     "rcpo/builtin/tiny/config.json", "rcpo/builtin/tiny/tokenizer.json",
-    "rcpo/builtin/tiny/tokenizer_config.json",
+    "rcpo/builtin/tiny/tokenizer_config.json", "rcpo/builtin/tiny_vision/model.safetensors",
+    "rcpo/builtin/tiny_vision/processor_config.json", "rcpo/builtin/tiny_vision/chat_template.jinja",
 )  # fmt: skip
 """Paths in the source tree."""
-SUFFIXES = {".py", ".yaml", ".json", ".safetensors", ".typed", ".sbatch", ".css", ".js", ".j2", ".md"}
+SUFFIXES = {
+    ".py",
+    ".yaml",
+    ".json",
+    ".safetensors",
+    ".typed",
+    ".sbatch",
+    ".css",
+    ".js",
+    ".j2",
+    ".md",
+    ".jinja",
+}
 """All that a wheel holds of rcpo, beside its own dist-info."""
 
 pytestmark = pytest.mark.ci("packaging")

@@ -41,7 +41,8 @@ class Trained:
 
 @dataclass(frozen=True)
 class Column:
-    """One number a run, from its summary and the rows of metrics.jsonl; shown as `text` says."""
+    """One number a run, from its summary and last evaluation, and the rows of metrics.jsonl; shown as `text`
+    says."""
 
     head: str
     value: Callable[[dict[str, Any], list[dict[str, Any]], int], float | None]
@@ -50,6 +51,11 @@ class Column:
 
 def of_summary(key: str) -> Callable[[dict[str, Any], list[dict[str, Any]], int], float | None]:
     return lambda summary, rows, every: summary[key]
+
+
+def vision_gain(summary: dict[str, Any], rows: list[dict[str, Any]], every: int) -> float | None:
+    """Of the last evaluation; None for runs of text."""
+    return summary.get("vision_gain")
 
 
 def in_band_share(summary: dict[str, Any], rows: list[dict[str, Any]], every: int) -> float | None:
@@ -77,6 +83,7 @@ COLUMNS = (
     Column("chosen fell (%)", of_summary("end_chosen_down"), share),
     Column("in band (%)", in_band_share, share),
     Column("last alpha", of_summary("alpha"), "{:.2f}".format),
+    Column("vision gain", vision_gain, signed),
 )
 
 
@@ -84,12 +91,14 @@ def table_lines(cells: list[Trained]) -> Iterator[str]:
     """Markdown: mean and, behind +-, standard deviation over the seeds; failed runs are named, not
     averaged."""
     keys = [key for key in cells[0].axes if key != "seed"]
-    heads = [*keys, *(column.head for column in COLUMNS), "band of"]
+    finished = [cell for cell in cells if cell.status == "done"]
+    columns = [each for each in COLUMNS if each.value is not vision_gain or _cell_text(each, finished) != "-"]
+    heads = [*keys, *(column.head for column in columns), "band of"]
     yield f"| {' | '.join(heads)} |"
     yield "|" + " --- |" * len(heads)
     for group, members in itertools.groupby(cells, key=lambda cell: cell.group):
         done = [cell for cell in members if cell.status == "done"]
-        texts = [_cell_text(column, done) for column in COLUMNS]
+        texts = [_cell_text(column, done) for column in columns]
         band = done[0].config.calibration if done else None
         texts.append("" if band is None else f"{band.scope}, {band.estimator}")
         yield f"| {' | '.join([*group, *texts])} |"
@@ -102,7 +111,8 @@ def _cell_text(column: Column, done: list[Trained]) -> str:
     values = []
     for cell in done:
         every = cell.config.metrics.geometry_every
-        value = column.value(cell.run.read_run()["summary"], cell.run.rows(cell.run.metrics), every)
+        summary = cell.run.read_run()["summary"] | cell.run.rows(cell.run.eval)[-1]
+        value = column.value(summary, cell.run.rows(cell.run.metrics), every)
         if value is not None:
             values.append(value)
     if not values:

@@ -71,7 +71,7 @@ def furnish(place: Path) -> None:
     (place / "HH.jsonl.gz").write_bytes(gzip.compress("".join(rows).encode()))
     for folder in ("sweeps", "DIR/objective"):
         (place / folder).mkdir(parents=True)
-    for name in ("demo", "ches", "real", "lists", "noise", "sft_first"):
+    for name in ("demo", "ches", "real", "lists", "noise", "sft_first", "vision"):
         (place / f"sweeps/{name}.yaml").write_text(yaml.safe_dump(SWEEP))
     (place / "sweeps/search.yaml").write_text(yaml.safe_dump(SEARCH))
     (place / "win_rates.csv").write_text("run,win_rate\nRUN,0.5\n")

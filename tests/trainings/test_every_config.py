@@ -56,6 +56,7 @@ NEEDED = {
     "data/hh_rlhf": FILE,
     "data/mmpr": [*FILE, "data.columns=null"],
     "data/rlaif_v": [*FILE, "data.columns=null"],
+    "data/shapes": [*FEW, "model=tiny_vision"],
     "data/ultrafeedback": FILE,
     "optim/sgd": ["optim.lr=0.01"],
     "calibration/fixed": ["calibration.alpha=1.2"],
@@ -110,7 +111,8 @@ def test_every_shipped_option_trains_one_step(trained: tuple[Path, dict[str, str
     assert math.isfinite(row["train/loss"])
     assert 0 < row["train/grad_norm"] < math.inf
     assert [line["step"] for line in run.rows(run.eval)] == [0, 1]
-    before = load_file(Path(model_place("builtin:tiny")) / "model.safetensors")
+    model = "builtin:tiny_vision" if name == "data/shapes" else "builtin:tiny"
+    before = load_file(Path(model_place(model)) / "model.safetensors")
     after = load_file(run.final / "model.safetensors")
     assert before.keys() == after.keys()
     assert any(not before[key].equal(after[key]) for key in before)
