@@ -72,6 +72,7 @@ def test_files_are_small_and_hold_no_pickle() -> None:
     assert sum(files.values()) < 3e6
 
 
+@pytest.mark.ci("the model that sees")
 def test_the_shipped_model_looks(shipped: Shipped) -> None:
     accuracy, row = shipped.gain()
     assert accuracy > 0.65
@@ -79,6 +80,7 @@ def test_the_shipped_model_looks(shipped: Shipped) -> None:
     assert row["vision_gain/chosen"] > 0.5
 
 
+@pytest.mark.ci("the model that sees")
 def test_a_model_that_ignores_images_is_found_out(shipped: Shipped) -> None:
     """The same weights, their image features zeroed: nothing is lost with wrong pictures, to the bit."""
     projector: Any = shipped.model.base_model.get_submodule("multi_modal_projector")

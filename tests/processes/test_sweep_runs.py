@@ -152,6 +152,7 @@ def num_rows(run: RunFolder) -> int:
     return run.metrics.read_bytes().count(b"\n") if run.metrics.is_file() else 0
 
 
+@pytest.mark.ci("sweeps that are stopped")
 def test_a_sweep_is_cancelled_goes_on_and_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three endless cells, two at a time, from the words of `rcpo train -m`.
 

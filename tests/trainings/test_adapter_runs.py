@@ -18,6 +18,8 @@ from helpers.same_run import assert_equal_rows, final_weights, metrics
 from helpers.selection import asked_for, matrix
 from rcpo.runs.folder import RunFolder
 
+pytestmark = pytest.mark.ci("runs with adapters")
+
 SECONDS = 300
 LORA = ["model.lora.rank=3", "calibration.scope=head"]
 ARCHITECTURES = ("llama-tied", "neox")

@@ -12,6 +12,8 @@ from helpers.same_run import metrics as rows_of
 from helpers.selection import matrix
 from rcpo.launch.changes import changed_config
 
+pytestmark = pytest.mark.ci("kills and resumes")
+
 CASE = Case("dpo", "on", "llama-tied", "adamw")
 SPREADINGS = [
     (Layout(2, 2, 2), ("launch.processes=1",)),

@@ -14,6 +14,8 @@ from rcpo.config.resolved import ResolvedConfig
 from rcpo.runs.folder import RunFolder
 from rcpo.training.read_inputs import read_inputs
 
+pytestmark = pytest.mark.ci("rows of matrices")
+
 
 class Run(NamedTuple):
     case: Case

@@ -25,6 +25,8 @@ from rcpo.reference.cache import side_key, weights_fingerprint
 from rcpo.runs.folder import RunFolder
 from rcpo.training.read_inputs import read_inputs
 
+pytestmark = pytest.mark.ci("live references")
+
 LORA = ("model.lora.rank=3",)
 OTHER = "other"
 """In `reference.path`: the folder of a reference of its own, another architecture even."""
