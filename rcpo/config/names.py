@@ -13,7 +13,8 @@ from rcpo.config.schema import Config
 
 TINY = "builtin:tiny"
 """`model.path` of the model that ships with rcpo."""
-BUILTIN = (TINY, "builtin:tiny_vision")
+TINY_VISION = "builtin:tiny_vision"
+BUILTIN = (TINY, TINY_VISION)
 """Of that, and of the one that sees; each is the folder of `rcpo.builtin` of its name."""
 
 

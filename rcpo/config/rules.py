@@ -12,6 +12,7 @@ from rcpo.common.errors import UserError, shortened
 from rcpo.config.calibration import CalibrationConfig
 from rcpo.config.conditions import check_conditions
 from rcpo.config.evaluation import check_option
+from rcpo.config.names import TINY, TINY_VISION
 from rcpo.config.schema import Config, DataConfig, FilterConfig, LoraConfig, OptimConfig, TrackingConfig
 from rcpo.objectives import composition_of, objective_of
 
@@ -41,6 +42,7 @@ def check_combinations(config: Config) -> None:
     check_calibration(config.calibration)
     _check_published(config)
     _check_mismatched(config)
+    _check_builtin(config)
     _check_reference(config)
     _check_sync(config)
     if config.calibration.scope == "lora_last" and config.model.lora.rank is None:
@@ -296,6 +298,14 @@ def _check_sync(config: Config) -> None:
         why = "with model.lora.rank the reference is the policy without its adapter, whose weights stay"
     if why is not None:
         raise UserError(f"reference.sync_every={every}: {why}; type reference.sync_every=0")
+
+
+def _check_builtin(config: Config) -> None:
+    """The models that ship know the words of the pairs that ship with them."""
+    if config.model.path == TINY_VISION and config.data.source == "arithmetic":
+        raise UserError("model=tiny_vision: knows the words of data=shapes alone; type data=shapes as well")
+    if config.model.path == TINY and config.data.source == "shapes":
+        raise UserError("data=shapes: has pictures, and model=tiny sees none; type model=tiny_vision as well")
 
 
 def _check_mismatched(config: Config) -> None:

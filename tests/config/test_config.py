@@ -41,7 +41,8 @@ for words in json.load(sys.stdin):
 """One process for many command lines; each answers with a line of JSON."""
 
 NEEDED = {"data/file": ["data.path=p"], "data/mmpr": ["data.path=p"],
-          "model/hf": ["model.path=p"], "optim/sgd": ["optim.lr=0.1"],
+          "model/hf": ["model.path=p"], "model/tiny_vision": ["data=shapes"],
+          "data/shapes": ["model=tiny_vision"], "optim/sgd": ["optim.lr=0.1"],
           "calibration/fixed": ["calibration.alpha=1.2"]}  # fmt: skip
 """What an option leaves unset on purpose."""
 SHIPPED = sorted(
@@ -73,6 +74,8 @@ VALID = {
 """A word, and the part of the tree that it makes."""
 
 WRONG = {
+    "model=tiny_vision": "model=tiny_vision: knows the words of data=shapes alone; type data=shapes as well",
+    "data=shapes": "data=shapes: has pictures, and model=tiny sees none; type model=tiny_vision as well",
     "calibration=maybe": "calibration=maybe: no such option; choose one of "
     + ", ".join(sorted(path.stem for path in (conf_dir() / "calibration").glob("*.yaml"))),
     "train.stepz=3": "train.stepz: no such key; did you mean train.steps? `rcpo train --help` lists them",
