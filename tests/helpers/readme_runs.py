@@ -65,7 +65,7 @@ def furnish(place: Path) -> None:
     (place / "ANSWERS.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
     chats = [
         {"messages": [*one.prompt, *one.chosen, *other.prompt, *other.chosen]}
-        for one, other in zip(records[::2], records[1::2], strict=True)
+        for one, other in zip(records, [*records[1:], records[0]], strict=True)
     ]
     (place / "CHATS.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     (place / "HH.jsonl.gz").write_bytes(gzip.compress("".join(rows).encode()))
