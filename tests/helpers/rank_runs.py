@@ -6,7 +6,9 @@ for the picture at its end; it may be killed at a given moment. `do_jobs` runs j
 
 import math
 import os
+import random
 import signal
+import socket
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +20,7 @@ import rcpo.training.loop
 from helpers import forked
 from helpers.masters import record_masters
 from rcpo.monitor.sinks import JsonlSink
-from rcpo.ranks.distributed import free_port, initialize, rank, shut_down, world_size
+from rcpo.ranks.distributed import initialize, rank, shut_down, world_size
 from rcpo.ranks.environment import RANK_VARIABLES
 from rcpo.runs.folder import RunFolder
 from rcpo.runs.frozen import open_run
@@ -59,7 +61,7 @@ class _Running:
         self._job, self.run = job, job.run
         folder = Path(job.run).parent
         shared = dict(
-            zip(RANK_VARIABLES, ("", str(num_ranks), "", "127.0.0.1", str(free_port())), strict=True)
+            zip(RANK_VARIABLES, ("", str(num_ranks), "", "127.0.0.1", str(kept_port())), strict=True)
         )
         shared["RCPO_CACHE"] = str(folder / "cache")
         self.ranks = [
@@ -108,6 +110,19 @@ class _Running:
 
     def said(self) -> str:
         return "\n".join(child.said() for child in self.ranks)
+
+
+def kept_port() -> int:
+    """A free port below those that the system hands out by itself, so that nobody has it until ranks listen."""
+    draw = random.SystemRandom()
+    while True:
+        port = draw.randrange(12_000, 32_000)
+        with socket.socket() as one:
+            try:
+                one.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def train_all(runs: Sequence[RunFolder], num_ranks: int, timeout_seconds: float) -> None:
