@@ -113,7 +113,7 @@ class _Running:
 
 
 def kept_port() -> int:
-    """A free port below those that the system hands out by itself, so that nobody has it until ranks listen."""
+    """A free port below those that the system hands out by itself: nobody has it until ranks listen."""
     draw = random.SystemRandom()
     while True:
         port = draw.randrange(12_000, 32_000)
