@@ -32,7 +32,7 @@ def check(settings: argparse.Namespace) -> None:
         first, second = given[:2]
         raise UserError(f"{first}={getattr(settings, first)}: {second}= labels in their place; leave one out")
     if settings.url is not None or settings.judge is not None:
-        from rcpo.commands.judge import check_address
+        from rcpo.commands.judge_settings import check_address
 
         check_address(settings, "classifier=MODEL")
     elif settings.yes:

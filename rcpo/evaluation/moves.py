@@ -12,6 +12,7 @@ Shape legend: n positions of a chunk, V vocabulary.
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -149,7 +150,7 @@ def follow(
 
 def _responses(pair: TokenizedPair, side: int) -> tuple[list[int], list[int]]:
     """The response of a side and the other one."""
-    both = [[each.input_ids[place] for place in each.scored_at] for each in (pair.chosen, pair.rejected)]
+    both = [np.asarray(each.ids)[each.scored_at].tolist() for each in (pair.chosen, pair.rejected)]
     return both[side], both[1 - side]
 
 

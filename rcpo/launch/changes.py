@@ -1,8 +1,8 @@
-"""What may change between a run and its resumption, and the record of it.
+"""What has changed between a run and its resumption, and the record of it.
 
 A run is resumed with the config that it was started with; run.json has a copy. A difference in
 RUN/config.yaml, or one asked for on the command line, must be named with `--allow-change`, and only keys that
-leave the training what it was can be. Called by `rcpo.launch.start`.
+leave the training what it was can be (`rcpo.launch.allowed`). Called by `rcpo.launch.start`.
 """
 
 from collections.abc import Sequence

@@ -39,7 +39,7 @@ def look(tree: dict[str, Any], overwrite: bool) -> None:
 
 
 def look_at_inputs(tree: dict[str, Any]) -> None:
-    """The same of what is read alone: model and data, for commands that make no run of this tree."""
+    """The same of model and data alone, for commands that make no run of this tree."""
     config = section_of(Config, tree)
     check_conditions(config)
     _look_at_model(absolute(config.model.path) or config.model.path)

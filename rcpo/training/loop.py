@@ -139,7 +139,7 @@ def train(
     with stopping.deferred(), _closed_on_failure(sinks):
         if checkpoint is None:
             result = SideLogProbs(start.z_w, start.z_l)
-            _note_evaluation(training, result, start.reference, _vision_row(training, result))
+            _note_evaluation(training, result, start.reference, _further_row(training, result))
             note_answers(training)
         reason = _train_steps(training, watch or StepWatch())
         return _finish(training, reason, at_end or dict)
@@ -214,7 +214,7 @@ def _evaluate(training: Training) -> str | None:
     of_reference = training.start.reference
     if training.moving is not None:
         of_reference = training.moving.logprobs(pairs, eval_batch(training.config))
-    _note_evaluation(training, result, of_reference, _vision_row(training, result))
+    _note_evaluation(training, result, of_reference, _further_row(training, result))
     note_answers(training)
     return after_evaluation(training)
 
@@ -335,15 +335,13 @@ def _start_sinks(config: ResolvedConfig, run: RunFolder, num_steps: int, start_s
     return build_sinks(config, run, num_steps, start_step)
 
 
-def _vision_row(training: Training, result: SideLogProbs) -> dict[str, float]:
+def _further_row(training: Training, result: SideLogProbs) -> dict[str, float]:
     """Whether the policy looks at images, and what became of gold responses; nothing where there are none.
     Collective."""
     held_out, pad_id = training.inputs.held_out, training.inputs.pad_id
-    row = vision_row(training.engine, held_out, result, pad_id, eval_batch(training.config))
-    run = training.run
-    return row | gold_row(
-        training.engine, held_out, pad_id, eval_batch(training.config), lambda: run.rows(run.eval)
-    )
+    run, size = training.run, eval_batch(training.config)
+    row = vision_row(training.engine, held_out, result, pad_id, size)
+    return row | gold_row(training.engine, held_out, pad_id, size, lambda: run.rows(run.eval))
 
 
 def _note_evaluation(
