@@ -65,7 +65,9 @@ def run(place: str | None, words: Sequence[str], settings: argparse.Namespace) -
 
     model = place or BUILTIN
     refuse_no_run_or_model(model)
-    from rcpo.commands.lab_sweep import FINISHED, checked_grid, run_cells
+    from rcpo.commands.lab_sweep import FINISHED, checked_grid, look_at_grid, run_cells
+
+    look_at_grid(model, settings, words)
     from rcpo.common.console import RunConsole
     from rcpo.evaluation.one_token import Words
     from rcpo.evaluation.subject import find_subject

@@ -55,7 +55,9 @@ def run(place: str | None, words: Sequence[str], settings: argparse.Namespace) -
 
     refuse_no_run_or_model(place)
     from rcpo.commands.lab_persona import refuse_run
-    from rcpo.commands.lab_sweep import FINISHED, checked_grid, key_of, run_cells
+    from rcpo.commands.lab_sweep import FINISHED, checked_grid, key_of, look_at_grid, run_cells
+
+    look_at_grid(place, settings, words)
     from rcpo.evaluation.subject import find_subject
 
     subject = find_subject(place)

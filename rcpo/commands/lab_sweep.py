@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,6 +13,28 @@ RUNS = "runs"
 """The sweep folder in the experiment's."""
 FINISHED = (0, 1)
 """Exit codes of a sweep that nobody has stopped: of 1 a cell has failed, and the others are looked at."""
+
+
+def look_at_grid(model: str, settings: argparse.Namespace, words: Sequence[str]) -> None:
+    """Raise UserError for what a look at prompts, the user's `words` and the names of objectives and
+    calibrations can tell, before torch is loaded; `checked_grid` finds all."""
+    from rcpo.config.compose import compose
+    from rcpo.evaluation.json_rows import json_rows
+    from rcpo.launch.first_look import look_at_model
+    from rcpo.sweep.definition import check_words
+
+    check_words(words)
+    if settings.prompts is not None:
+        json_rows(Path(settings.prompts), f"prompts={settings.prompts}")
+    firsts = settings.objectives[0], settings.calibrations[0]
+    names = [(each, firsts[1]) for each in settings.objectives]
+    names += [(firsts[0], each) for each in settings.calibrations[1:]]
+    own = {"model.path": model, "data": "file", "data.path": "made-later.jsonl"}
+    base = [f"{key}={value}" for key, value in own.items() if key not in map(key_of, words)]
+    for objective, calibration in names:
+        tree = compose([*base, f"objective={objective}", f"calibration={calibration}", *words])
+        assert tree is not None  # words are no flags: check_words
+        look_at_model(tree)
 
 
 def checked_grid(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rcpo.commands.flags import Flags, positive_int
 from rcpo.common.errors import UserError
+from rcpo.common.imports import quick_imports
 from rcpo.common.locks import HeldError, hold, run_lock
 from rcpo.ranks.environment import is_first_rank
 
@@ -82,7 +83,8 @@ def run(options: argparse.Namespace) -> int:
 def _resume_run(path: str, allowed: list[str], step: str | None = None) -> int:
     from rcpo.runs.frozen import open_run
 
-    folder, _ = open_run(path)
+    with quick_imports():
+        folder, _ = open_run(path)  # loads torch
     if folder.read_run().get("status") == "done" and not allowed and step is None:
         reason = folder.read_run().get("exit_reason")
         more, why = ("train.steps=N", "") if reason is None else ("train.stop_when=null", f", {reason}")
@@ -91,7 +93,8 @@ def _resume_run(path: str, allowed: list[str], step: str | None = None) -> int:
             f"rcpo resume {path} --allow-change {more}"
         )
         return 0
-    from rcpo.launch.start import resume
+    with quick_imports():
+        from rcpo.launch.start import resume
 
     if step is None or not is_first_rank():
         return resume(path, allowed)

@@ -14,6 +14,7 @@ from rcpo.commands.flags import (
 )
 from rcpo.common.doing import doing
 from rcpo.common.errors import UserError
+from rcpo.common.imports import quick_imports
 
 if TYPE_CHECKING:
     from rcpo.config.resolved import ResolvedConfig
@@ -136,7 +137,8 @@ def run(options: argparse.Namespace) -> int:
         look(tree, options.overwrite)
         ask_hub(tree)
         doing("loading torch and transformers")
-    from rcpo.launch.start import start
+    with quick_imports():
+        from rcpo.launch.start import start
 
     return start(lambda: prepare(words, tree), overwrite=options.overwrite)
 

@@ -40,10 +40,15 @@ def look(tree: dict[str, Any], overwrite: bool) -> None:
 
 def look_at_inputs(tree: dict[str, Any]) -> None:
     """The same of model and data alone, for commands that make no run of this tree."""
+    look_at_model(tree)
+    _look_at_data(section_of(Config, tree))
+
+
+def look_at_model(tree: dict[str, Any]) -> None:
+    """The same of the model alone, for commands that make the data themselves."""
     config = section_of(Config, tree)
     check_conditions(config)
     _look_at_model(absolute(config.model.path) or config.model.path)
-    _look_at_data(config)
 
 
 def _look_at_model(path: str) -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from rcpo.common.doing import doing
 from rcpo.common.errors import UserError
 from rcpo.common.files import write_atomically
+from rcpo.common.imports import quick_imports
 
 if TYPE_CHECKING:  # imported where they are used: a rank must hear Ctrl-C quietly while torch is loading
     import torch
@@ -112,8 +113,10 @@ def _train(
     from rcpo.ranks.deterministic import missing_algorithms_refused
     from rcpo.ranks.distributed import rank
     from rcpo.records.load import NOTE
-    from rcpo.training.loop import train
-    from rcpo.training.read_inputs import read_inputs
+
+    with quick_imports():
+        from rcpo.training.loop import train
+        from rcpo.training.read_inputs import read_inputs
 
     inputs = inputs or read_inputs(config)
     for line in inputs.report:
@@ -199,9 +202,10 @@ def main(words: list[str]) -> int:
     try:
         if _is_started_rank():
             _end_with_parent()
-        from rcpo.runs.frozen import open_run
+        with quick_imports():
+            from rcpo.runs.frozen import open_run
 
-        run, config = open_run(str(Path(words[0])))
+            run, config = open_run(str(Path(words[0])))  # loads torch
         return run_worker(run, config, resume=len(words) == 2)
     except UserError as error:
         _tell_fault(str(error), error.exit_code)
