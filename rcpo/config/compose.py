@@ -19,7 +19,7 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from rcpo.common.conf import conf_dir
@@ -51,13 +51,17 @@ def compose(argv: list[str]) -> dict[str, Any] | None:
 def _run_hydra(argv: list[str], use: Callable[[DictConfig], None]) -> None:
     """Let Hydra compose the config and hand it to `use`, or print what its flags ask for."""
     stderr = io.StringIO()  # argparse prints a usage there that rcpo does not want
+    words = hydra_words(argv, [*config_dirs(argv), conf_dir()])
     entry = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(use)
     saved_argv, saved_full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv = ["rcpo train", *hydra_words(argv, [*config_dirs(argv), conf_dir()])]
+    sys.argv = ["rcpo train", *words]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, so that the one line below is all that the user sees
     try:
         with contextlib.redirect_stderr(stderr):
-            entry()
+            if any(word.startswith("-") for word in words):
+                entry()
+            else:
+                _compose_once(words, use)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(explained(error, argv, config_dirs(argv), look_at)) from None
     except SystemExit as stop:
@@ -71,6 +75,17 @@ def _run_hydra(argv: list[str], use: Callable[[DictConfig], None]) -> None:
             del os.environ["HYDRA_FULL_ERROR"]
         else:
             os.environ["HYDRA_FULL_ERROR"] = saved_full
+
+
+def _compose_once(words: list[str], use: Callable[[DictConfig], None]) -> None:
+    """What `hydra.main` does where there are no flags. It composes twice, to ask for the mode first; a grid
+    of 72 cells would take 11 s more."""
+    with hydra.initialize_config_dir(str(conf_dir()), job_name="rcpo", version_base="1.3"):
+        cfg = hydra.compose("config", words, return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        with read_write(cfg), open_dict(cfg):
+            del cfg["hydra"]
+        use(cfg)
 
 
 class Composition(NamedTuple):
