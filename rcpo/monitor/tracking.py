@@ -68,32 +68,6 @@ def _asked(tracking: "TrackingConfig") -> str:
     return tracking.mode if tracking.mode != "auto" else os.environ.get("WANDB_MODE", "")
 
 
-_LOADING: list[threading.Thread] = []
-
-
-def load_beside(tracking: "TrackingConfig") -> None:
-    """Load W&B and start its service in a thread, which `WandbSink` waits for: 2 to 3 s of CPU beside what a
-    run does before its first row. Nothing is written and W&B hears nothing yet: a run that is still refused
-    leaves no trace there. What fails here fails again, and is said, where the W&B run starts."""
-    if _asked(tracking) == "disabled" or _LOADING:
-        return
-
-    def load() -> None:
-        with contextlib.suppress(Exception):
-            import wandb
-            import wandb.sdk.launch.inputs.internal  # wandb.init would load it
-
-            wandb.setup()
-
-    _LOADING.append(threading.Thread(target=load, name="wandb", daemon=True))
-    _LOADING[0].start()
-
-
-def _wait_for_loading() -> None:
-    while _LOADING:
-        _LOADING.pop().join()
-
-
 def has_key() -> bool:
     """Whether W&B would find credentials without asking: in the environment, or in netrc for its host."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
@@ -142,7 +116,19 @@ class WandbSink:
         self._behind = len(list((run.path / "wandb").glob("*run-*-*"))) if is_over else 0
         self._log_model = config.tracking.log_model
         self._name = config.name
+        self._run: Any = None
+        self._waiting: list[Callable[[Any], object]] = [self._note_url]
+        self._start = threading.Thread(
+            target=self._start_run, args=(config, run, mode), name="wandb", daemon=True
+        )
+        self._start.start()
+
+    def _start_run(self, config: "ResolvedConfig", run: RunFolder, mode: WandbMode) -> None:
         self._run = _start(config, run, mode)
+
+    def _note_url(self, wandb_run: Any) -> None:
+        if not wandb_run.offline:
+            self._folder.update_run(wandb_url=wandb_run.url)
 
     def log_step(self, row: dict[str, float]) -> None:
         self._attempt(lambda wandb_run: wandb_run.log(row, step=int(row["step"])))
@@ -162,6 +148,7 @@ class WandbSink:
         self._attempt(lambda wandb_run: wandb_run.alert(ALERT, f"{self._name}: {line}", level="WARN"))
 
     def close(self, summary: dict[str, Any], exit_code: int) -> None:
+        self._start.join()
         values = {f"summary/{key}": value for key, value in summary.items() if value is not None}
         self._attempt(lambda wandb_run: wandb_run.summary.update(values))
         if summary:
@@ -186,11 +173,15 @@ class WandbSink:
             _warn(error, consequence)
 
     def _attempt(self, call: Callable[[Any], object]) -> None:
-        """Call with the W&B run; after a failure, which is said once, there is none."""
-        if self._run is None:
+        """Call with the W&B run, once it has started; after a failure, which is said once, there is none."""
+        self._waiting.append(call)
+        if self._start.is_alive():
             return
+        calls, self._waiting = self._waiting, []
         try:
-            call(self._run)
+            for each in calls:
+                if self._run is not None:
+                    each(self._run)
         except Exception as error:
             self._run = None
             _warn(error, GOING_ON)
@@ -223,7 +214,6 @@ def _warn(error: Exception, consequence: str) -> None:
 
 
 def _start_wandb(config: "ResolvedConfig", run: RunFolder, mode: WandbMode) -> Any:
-    _wait_for_loading()
     import wandb  # slow to import, and not needed with tracking=none
 
     settings = wandb.Settings(
@@ -256,6 +246,4 @@ def _start_wandb(config: "ResolvedConfig", run: RunFolder, mode: WandbMode) -> A
         settings=settings,
     )
     started.define_metric("*", step_metric="step")
-    if mode == "online":
-        run.update_run(wandb_url=started.url)
     return started

@@ -30,7 +30,6 @@ from rcpo.monitor.model_card import model_card
 from rcpo.monitor.plot import plot_run
 from rcpo.monitor.sinks import Sink, build_sinks
 from rcpo.monitor.summary import summarize
-from rcpo.monitor.tracking import load_beside
 from rcpo.objectives import Objective
 from rcpo.ranks import stopping
 from rcpo.ranks.distributed import done_by_rank_zero, from_rank_zero, rank, world_size
@@ -96,8 +95,6 @@ def train(
     maker.run_own_model(device)
     with told_when_full(_too_large(config)):
         engine = Engine(config, num_steps, device)
-    if rank() == 0:
-        load_beside(config.tracking)
     check_agreement(config, inputs, engine)
     slots = slots_of_step(inputs.train.slots)
     measurements = Measurements(config, engine, slots)

@@ -21,7 +21,7 @@ from rcpo.commands.train import prepare
 from rcpo.config.schema import Config, TrackingConfig
 from rcpo.evaluation.results import Results
 from rcpo.monitor.other_trackers import ALERT
-from rcpo.monitor.tracking import WandbSink, load_beside, wandb_mode
+from rcpo.monitor.tracking import WandbSink, wandb_mode
 from rcpo.report import dashboard
 from rcpo.runs.answers import read_answers
 from rcpo.runs.folder import RunFolder
@@ -79,37 +79,47 @@ def test_tracking_none_is_disabled_whatever_else_is_set(monkeypatch: pytest.Monk
     assert wandb_mode(tracking("online", name="none")) == "disabled"
 
 
-def test_wandb_is_loaded_beside_and_waited_for(
+def test_rows_wait_in_line_while_wandb_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Not where nothing is tracked; nothing of the run before its sink; a failure there is said later."""
-    done, seen = threading.Event(), list[bool]()
-
-    def setup() -> None:
-        done.wait(60)
-        seen.append(True)
-        raise RuntimeError("no service")
-
-    def init(**given: Any) -> None:
-        assert seen == [True], "did not wait"
-        raise RuntimeError("no service")
-
-    def names() -> list[str]:
-        return [thread.name for thread in threading.enumerate()]
-
-    monkeypatch.setattr(wandb, "setup", setup)
-    monkeypatch.setattr(wandb, "init", init)
-    for disabled in (tracking("online", name="none"), tracking("disabled")):
-        load_beside(disabled)
-    assert "wandb" not in names()
-    load_beside(tracking("offline"))
-    load_beside(tracking("offline"))
-    assert names().count("wandb") == 1
-    assert not any(tmp_path.glob("wandb*"))
-    threading.Timer(0.05, done.set).start()
+    """A start that takes longer than two rows; both are sent with the third, in order, from this thread."""
     config, run = made_run(tmp_path)
-    WandbSink(config, run, "offline")
-    assert "W&B failed (RuntimeError: no service); going on without it" in caplog.text
+    may_start, seen = threading.Event(), list[tuple[int, str]]()
+    init, log = wandb.init, wandb.Run.log
+
+    def late(**given: Any) -> Any:
+        may_start.wait(60)
+        return init(**given)
+
+    def noted(self: wandb.Run, row: dict[str, Any], step: int) -> None:
+        seen.append((step, threading.current_thread().name))
+        log(self, row, step=step)
+
+    monkeypatch.setattr(wandb, "init", late)
+    monkeypatch.setattr(wandb.Run, "log", noted)
+    sink = WandbSink(config, run, "offline")
+    for step in (0, 1):
+        sink.log_eval({"step": step, "displacement/chosen": 0.5 * step})
+    assert seen == []
+    may_start.set()
+    wait_for_start()
+    sink.log_step({"step": 2, "train/loss": 0.25})
+    assert seen == [(step, threading.main_thread().name) for step in (0, 1, 2)]
+    sink.close({}, 0)
+    assert sorted(wandb_rows(Records(run))) == [0, 1, 2]
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+def wait_for_start() -> None:
+    for thread in threading.enumerate():
+        if thread.name == "wandb":
+            thread.join(60)
+
+
+def test_a_run_that_ends_before_wandb_is_there_waits_for_it(tmp_path: Path) -> None:
+    config, run = made_run(tmp_path)
+    feed(WandbSink(config, run, "offline"))
+    assert sorted(wandb_rows(Records(run))) == [0, 1, 2]
 
 
 def test_online_without_a_key_is_said(caplog: pytest.LogCaptureFixture) -> None:
@@ -387,6 +397,7 @@ def test_wandb_failing_in_the_middle_is_one_warning(
     """The W&B run's own log raises at the second row, as it does when its service has died."""
     config, run = made_run(tmp_path)
     sink = WandbSink(config, run, "offline")
+    wait_for_start()
     log = wandb.Run.log
 
     def dies(self: wandb.Run, row: dict[str, Any], step: int) -> None:
