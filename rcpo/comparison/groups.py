@@ -32,7 +32,7 @@ OF_CALIBRATION = {
 """What each calibration reads of its section; the rest of it distinguishes nothing."""
 OTHER_KIND = "other data or model than most groups"
 PER_PAIR = ("chosen", "rejected", "margin", "accuracy", "fell")
-OF_VISION = ("vision_gain",)
+OF_VISION = ("vision_gain", "vision_gain_blank")
 """Keys of eval.jsonl that are columns of runs with images, and one number a seed."""
 
 Settings = dict[str, Any]

@@ -125,7 +125,8 @@ NOTES = (
 )
 VISION_NOTE = (
     "vision gain: share of held-out pairs with z_w > z_l, less the same with one another's images, at the "
-    "end (0: the model does not look); vs off: paired by seed alone, with a 95 % interval from two seeds on."
+    "end (0: the model does not look), and vision gain blank with grey images in their place; vs off: paired "
+    "by seed alone, with a 95 % interval from two seeds on."
 )
 
 

@@ -100,7 +100,7 @@ class Pictures:
     sight: Sight
     images: tuple[Image, ...]
     digest: bytes
-    """Of their pixels, after the processor."""
+    """Of their pixels, after the processor; empty where nobody has looked at them before."""
     written: tuple[str, ...] = ()
     """What stands for each image in the text."""
 
@@ -111,9 +111,14 @@ class Pictures:
             pixels, _ = self.sight.look(self.images)
         except BadRowError as error:
             raise UserError(f"data: {error} ({names}), and could be read at the start; put it back") from None
-        if _digest_of(pixels) != self.digest:
+        if self.digest and _digest_of(pixels) != self.digest:
             raise UserError(f"data: {names} has changed since the run was started; put it back")
         return pixels
+
+    def blank(self) -> "Pictures":
+        """Images of the same sizes, and so of the same tokens, without anything on them."""
+        images = tuple(dataclasses.replace(image, is_blank=True) for image in self.images)
+        return dataclasses.replace(self, images=images, digest=b"")
 
 
 def _digest_of(pixels: dict[str, Tensor]) -> bytes:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 COLUMNS = ("images", "image")
 """Columns of images; a row may have one of them."""
 MEGAPIXEL = 10**6
+GREY = (127, 127, 127)
+"""Of a blank image: about zero once a processor has normalised it."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Image:
     """The file's bytes, where the row has them."""
     megapixels: int = 50
     """With more million pixels it is not decoded (data.image_megapixels): 50 are 150 MB once decoded."""
+    is_blank: bool = False
+    """Shown as an image of its size without anything on it."""
 
     @property
     def identity(self) -> str:
@@ -70,7 +74,8 @@ class Image:
                     if not width * height:
                         raise BadRowError("an image has no pixels")
                     picture.load()
-                    return PIL.ImageOps.exif_transpose(picture).convert("RGB")
+                    upright = PIL.ImageOps.exif_transpose(picture).convert("RGB")
+                    return PIL.Image.new("RGB", upright.size, GREY) if self.is_blank else upright
         except BadRowError:
             raise
         except PIL.Image.DecompressionBombError:
