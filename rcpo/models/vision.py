@@ -180,10 +180,11 @@ def own_pixels(pixels: Pixels, family: Family) -> dict[str, Tensor]:
     }
 
 
-def own_inputs(model: PreTrainedModel, batch: PairBatch) -> dict[str, Any]:
-    """What the model's own forward method is given beside the ids: every row's images by themselves."""
-    if batch.pixels is None:
+def own_inputs(model: PreTrainedModel, input_ids: Tensor, pixels: Pixels | None) -> dict[str, Any]:
+    """What the model's own forward method is given beside the ids (R, T): every row's images by
+    themselves."""
+    if pixels is None:
         return {}
     family = FAMILIES[model.config.model_type]
-    pixels = own_pixels(batch.pixels, family)
-    return pixels | family.told(model.config, batch.input_ids, pixels)
+    tensors = own_pixels(pixels, family)
+    return tensors | family.told(model.config, input_ids, tensors)
