@@ -97,12 +97,16 @@ class Questions:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def refuse(self, subject: Subject) -> None:
-        """Raise UserError where the model reads text alone and a question shows an image."""
+        """Raise UserError where the model reads text alone and a question shows an image, or where it has no
+        words for an answer."""
         if self.have_images and not subject.sees:
             raise UserError(
                 f"tasks={NAME}: the questions have images, and {subject.name} reads text alone; give a "
                 "vision-language model, or questions without images"
             )
+        tokenizer = subject.tokenizer(may_see=True)
+        if tokenizer.chat_template is not None:
+            first_tokens(tokenizer, subject.model.chat_template_kwargs)
 
     def ask(self, loaded: Loaded, batch: int) -> tuple[dict[str, Score], list[dict[str, Any]]]:
         """Scores, of log-probabilities first, and a row a question."""

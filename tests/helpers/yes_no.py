@@ -27,7 +27,7 @@ def make_answerer(folder: Path, seed: int = 0) -> Path:
     file.write_text(json.dumps(tokenizer))
     model: Any = AutoModelForImageTextToText.from_pretrained(folder)
     torch.manual_seed(seed)
-    model.resize_token_embeddings(len(vocabulary), mean_resizing=True)
+    model.resize_token_embeddings(len(vocabulary), mean_resizing=False)
     model.save_pretrained(folder)
     return folder
 
