@@ -124,7 +124,7 @@ GOOD = {"image": "a.png", "text": "is there a red square ?", "label": "yes"}
         ([GOOD], [SEES], "writes yes and no as the same token, or has no word for them"),
         ([GOOD], [SEES, "tasks=arithmetic,yes_no"], "tasks=arithmetic: asks text alone, and tiny"),
         ([GOOD], [TINY, "tasks=arithmetic"], "questions=.*: no task asks them; type tasks=yes_no as well"),
-        ([], [TINY], "questions=.*: holds no rows"),
+        ([], [TINY], "questions=.*: is empty; give a file"),
     ],
 )  # fmt: skip
 def test_questions_that_cannot_be_asked_are_one_line(
