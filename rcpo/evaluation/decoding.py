@@ -133,7 +133,7 @@ def _answer_batch(
         logits_processor=LogitsProcessorList(processors),
     )
     answers = [_up_to_stop(row, set(stop_ids)) for row in written[:, longest:].tolist()]
-    rows = [()] * len(answers) if first.logps is None else map(tuple, first.logps.tolist())
+    rows = [()] * len(answers) if first.found is None else map(tuple, first.found.tolist())
     return [answer._replace(watched=row) for answer, row in zip(answers, rows, strict=True)]
 
 
@@ -147,12 +147,12 @@ class FirstToken(LogitsProcessor):
 
     def __init__(self, watched: Sequence[int]) -> None:
         self._watched = list(watched)
-        self.logps: Tensor | None = None
+        self.found: Tensor | None = None
         """(rows, tokens) fp32, once an answer has begun."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self.logps is None:
-            self.logps = scores.float().log_softmax(-1)[:, self._watched]
+        if self.found is None:
+            self.found = scores.float().log_softmax(-1)[:, self._watched]
         return scores
 
 

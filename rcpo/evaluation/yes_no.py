@@ -211,10 +211,10 @@ def _row(place: int, question: Question, log_odds: float, answer: str) -> dict[s
     }
 
 
-def _log_sum(logps: Sequence[float]) -> float:
+def _log_sum(values: Sequence[float]) -> float:
     """log of the sum of the probabilities; -inf of none."""
-    largest = max(logps)
-    return largest + math.log(math.fsum(math.exp(each - largest) for each in logps))
+    largest = max(values)
+    return largest + math.log(math.fsum(math.exp(each - largest) for each in values))
 
 
 def _column(names: Sequence[str], rows: Rows, place: Place) -> str:

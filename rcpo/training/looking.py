@@ -39,7 +39,12 @@ def with_blank_images(pairs: Sequence[TokenizedPair]) -> dict[int, TokenizedPair
     }
 
 
-AGAINST = {"others": ("vision_gain", with_wrong_images), "blank": ("vision_gain_blank", with_blank_images)}
+AGAINST = {
+    "others": (("vision_gain", "vision_gain/chosen", "vision_gain/rejected"), with_wrong_images),
+    "blank": (
+        ("vision_gain_blank", "vision_gain_blank/chosen", "vision_gain_blank/rejected"), with_blank_images
+    ),
+}  # fmt: skip
 """Keys of a row by what metrics.vision_gain names, and which images are shown there."""
 
 
@@ -65,13 +70,13 @@ def vision_row(
     """
     row: dict[str, float] = {}
     for name in AGAINST if against == "both" else AGAINST.keys() & {against}:
-        key, shown = AGAINST[name]
+        keys, shown = AGAINST[name]
         wrong = shown(pairs)
         if not wrong:
             continue
         z_w, z_l = evaluate_logprobs(model, list(wrong.values()), pad_id, pairs_per_device)
         own_w, own_l = (side[list(wrong)] for side in with_own)
-        row[key] = float((own_w > own_l).double().mean() - (z_w > z_l).double().mean())
-        row[f"{key}/chosen"] = float((own_w - z_w).double().mean())
-        row[f"{key}/rejected"] = float((own_l - z_l).double().mean())
+        right = (own_w > own_l).double().mean() - (z_w > z_l).double().mean()
+        lost = [(own - z).double().mean() for own, z in ((own_w, z_w), (own_l, z_l))]
+        row |= dict(zip(keys, map(float, (right, *lost)), strict=True))
     return row
