@@ -15,25 +15,35 @@ if TYPE_CHECKING:
     from rcpo.evaluation.results import TaskResult
     from rcpo.evaluation.subject import Subject
 
-OPTIONS = ("word_problems", "paper_v1", "paper_v2", "safety")
+OPTIONS = ("word_problems", "paper_v1", "paper_v2", "safety", "yes_no")
 SETTINGS = (
     Setting(
         "evaluation",
-        "word_problems (default), paper_v1, paper_v2, safety, or a file like theirs",
+        "word_problems (default), paper_v1, paper_v2, safety, yes_no, or a file like theirs",
         offered=OPTIONS,
         default="word_problems",
     ),
-    Setting("tasks", "names in place of its tasks: arithmetic, lm-eval's, or those of tasks_dir", names),
+    Setting(
+        "tasks", "names in place of its tasks: arithmetic, yes_no, lm-eval's, or those of tasks_dir", names
+    ),
     Setting("tasks_dir", "a folder of lm-eval's task files (YAML) of your own"),
+    Setting("questions", "of yes_no: a file, a folder or a hub id, in the form of POPE's rows"),
+    Setting("questions_split", "which split of such a data set, where it has several"),
+    Setting("questions_config", "which config of such a data set, where it has several"),
     Setting("step", "the runs' checkpoints of that step, in place of their ends"),
     Setting(
         "initial", "yes (default): the models that runs started from, too", yes_or_no, True, ("yes", "no")
     ),
     Setting("batch", "prompts at once (default: 32)", whole_number(1)),
-    Setting("limit", "only so many of the first questions of lm-eval's tasks", whole_number(1)),
+    Setting("limit", "only so many of the first questions of yes_no and lm-eval's tasks", whole_number(1)),
     Setting("chat_template", "plain, or a jinja file; by default the model's own"),
     Setting("chat", "yes: lm-eval's questions as user turns (default: no)", yes_or_no, None, ("yes", "no")),
 )
+
+OF_OPTION = (
+    "tasks", "tasks_dir", "batch", "limit", "chat", "questions", "questions_split", "questions_config",
+)  # fmt: skip
+"""Those that stand for keys of an option of the group evaluation."""
 
 
 def add_arguments(parser: Flags) -> None:
@@ -41,7 +51,9 @@ def add_arguments(parser: Flags) -> None:
 Score models on tasks. Of runs, the scores and their standard errors go into RUN/evaluation.json,
 every question into RUN/evaluation/, and `rcpo compare` shows them, with differences to calibration=off
 that are paired by question. arithmetic is the held-out word problems of the model that ships: exact
-match of generated answers, without network. Other tasks run through lm-eval (pip install
+match of generated answers, without network. yes_no asks your questions that yes or no answers, about
+images too, in the form of POPE: accuracy, precision, recall, F1 and the rate of yes, by log-probability
+and by what is written. Other tasks run through lm-eval (pip install
 'rcpo[evaluate]'). What is known already is not evaluated again. Of several runs, each GPU of this
 machine evaluates one at a time."""
     parser.epilog = """\
@@ -49,6 +61,7 @@ examples:
   rcpo evaluate RUN
   rcpo evaluate SWEEP evaluation=paper_v1
   rcpo evaluate SWEEP evaluation=paper_v1 --slurm my_cluster.yaml
+  rcpo evaluate RUN tasks=yes_no questions=POPE.jsonl
   rcpo evaluate RUN MODEL tasks=mine tasks_dir=TASKS"""
     add_settings(parser, SETTINGS, "RUN|SWEEP|MODEL")
     add = parser.add_argument
@@ -92,7 +105,7 @@ def run(options: argparse.Namespace) -> int:
     from rcpo.common.console import RunConsole
     from rcpo.evaluation.options import option_named, with_settings
 
-    asked = {key: getattr(settings, key) for key in ("tasks", "tasks_dir", "batch", "limit", "chat")}
+    asked = {key: getattr(settings, key) for key in OF_OPTION}
     option = with_settings(option_named(settings.evaluation), asked)
     if options.slurm is not None:
         return _submit(places, options, option)

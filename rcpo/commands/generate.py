@@ -51,7 +51,8 @@ def add_arguments(parser: Flags) -> None:
     parser.description = """\
 Write a model's answers to prompts, in the file that AlpacaEval, MT-Bench (both turns) or Arena-Hard
 reads, or as plain lines. Chat template and system turn are those of training, and an answer ends
-with the token that training ended answers with. In fp32 an answer depends on its prompt (and seed)
+with the token that training ended answers with. Rows with `image` or `images` are asked of models
+that see, with the processor of training. In fp32 an answer depends on its prompt (and seed)
 alone, not on what it is batched with. A generation that was killed goes on when the same is typed."""
     parser.epilog = """\
 examples:
@@ -74,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
 
     refuse_no_run_or_model(places[0])
     from rcpo.evaluation.forms import check_format
-    from rcpo.evaluation.generation import Partial, ids_of_all
+    from rcpo.evaluation.generation import Partial, asked_first
     from rcpo.evaluation.prompts import Asking
     from rcpo.evaluation.subject import find_subject
     from rcpo.models.load import read_config
@@ -83,11 +84,12 @@ def run(options: argparse.Namespace) -> int:
     prompts = read(settings.prompts, subject)
     check_format(settings.format, prompts, settings.answers)
     kwargs = subject.model.chat_template_kwargs
-    asking = Asking(subject.tokenizer(), kwargs, settings.system, subject.system)
+    _check_images(prompts, subject, settings.prompts, settings.format)
+    asking = Asking(subject.tokenizer(may_see=True), kwargs, settings.system, subject.system)
     positions = getattr(read_config(subject.model).get_text_config(), "max_position_embeddings", None)
-    first_ids = ids_of_all(asking, prompts, f"prompts={settings.prompts}", positions)
+    first = asked_first(asking, prompts, f"prompts={settings.prompts}", positions)
     partial = Partial(out, _made_with(settings, subject, prompts), options.overwrite)
-    write_atomically_or_say(out, _generate(settings, subject, asking, prompts, first_ids, partial))
+    write_atomically_or_say(out, _generate(settings, subject, asking, prompts, first, partial))
     partial.remove()
     print(f"wrote {out}: {len(prompts) * settings.answers} answers of {settings.name or subject.name}")
     return 0
@@ -123,12 +125,31 @@ def read(named: str, subject: "Subject") -> "list[Prompt]":
             raise UserError("prompts=held_out: a model has no held-out pairs; give a run, or prompts=FILE")
         from rcpo.records.load import load_records
 
-        return with_rows([record.prompt for record in load_records(subject.config.data).held_out])
+        held_out = load_records(subject.config.data).held_out
+        return with_rows([record.prompt for record in held_out], [record.images for record in held_out])
     if not Path(named).is_file():
         raise UserError(
             f"prompts={named}: no such file; give one, or type prompts={' or prompts='.join(NAMED)}"
         )
     return read_prompts(Path(named))
+
+
+def _check_images(prompts: "list[Prompt]", subject: "Subject", named: str, form: str) -> None:
+    """Raise UserError where a model of text alone is asked about an image, or a format has no place for
+    one."""
+    number = next((number for number, prompt in enumerate(prompts) if prompt.images), None)
+    if number is None:
+        return
+    if form != "jsonl":
+        raise UserError(
+            f"format={form}: row {number} of the prompts (counted from 0) has an image, for which it has no "
+            "place; type format=jsonl"
+        )
+    if not subject.sees:
+        raise UserError(
+            f"prompts={named}: row {number} (counted from 0) has an image, and {subject.name} reads text "
+            "alone; give a vision-language model, or prompts without images"
+        )
 
 
 def _made_with(settings: argparse.Namespace, subject: "Subject", prompts: "list[Prompt]") -> dict[str, Any]:
@@ -144,7 +165,7 @@ def _generate(
     subject: "Subject",
     asking: "Asking",
     prompts: Any,
-    first_ids: Any,
+    first: Any,
     partial: Any,
 ) -> str:
     """The file's text."""
@@ -160,7 +181,7 @@ def _generate(
             subject.load(),
             asking,
             prompts,
-            first_ids,
+            first,
             decoding,
             settings.answers,
             settings.seed,

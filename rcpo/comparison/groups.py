@@ -5,6 +5,7 @@ A group is all runs whose configs agree in everything but the seed. Two runs of 
 on other pairs, or started from another model, than the rest are told by their first evaluation, and left out.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from rcpo.comparison.downstream import PREFIX, differences_by_question
 from rcpo.comparison.keys import ABSENT, IGNORED, SPEED_ALONE, matches
 from rcpo.comparison.labels import name_groups, of_most
 from rcpo.comparison.load import ComparedRun, one_line
-from rcpo.comparison.statistics import Difference, holm, paired_difference
+from rcpo.comparison.statistics import Difference, holm, paired_difference, seed_difference
 
 OF_CALIBRATION = {
     "off": (),
@@ -31,6 +32,8 @@ OF_CALIBRATION = {
 """What each calibration reads of its section; the rest of it distinguishes nothing."""
 OTHER_KIND = "other data or model than most groups"
 PER_PAIR = ("chosen", "rejected", "margin", "accuracy", "fell")
+OF_VISION = ("vision_gain", "vision_gain_blank")
+"""Keys of eval.jsonl that are columns of runs with images, and one number a seed."""
 
 Settings = dict[str, Any]
 
@@ -60,7 +63,7 @@ class Group:
     baseline: "Group | None" = None
     """The calibration=off group of the same objective and training, where there is one."""
     differences: dict[str, Difference] = field(default_factory=dict)
-    """Against the baseline, by name of `PER_PAIR`, and by downstream/TASK."""
+    """Against the baseline, by name of `PER_PAIR` and `OF_VISION`, and by downstream/TASK."""
     p_holm: float = float("nan")
     """p of the chosen difference, adjusted for all groups that have a baseline."""
     note: str = ""
@@ -299,7 +302,20 @@ def _differences(group: Group, baseline: Group) -> tuple[dict[str, Difference], 
     values = {name: np.stack([a.values(name) - b.values(name) for a, b in both]) for name in PER_PAIR}
     values = {name: delta for name, delta in values.items() if delta.size}
     values |= _by_question(group, baseline)
-    return {name: paired_difference(delta) for name, delta in values.items()}, ""
+    by_pair = {name: paired_difference(delta) for name, delta in values.items()}
+    return by_pair | _by_seed(group, baseline), ""
+
+
+def _by_seed(group: Group, baseline: Group) -> dict[str, Difference]:
+    """Of what is one number a run, over the seeds that both have."""
+    off = {run.seed: run for run in baseline.runs}
+    found = {}
+    for name in OF_VISION:
+        both = [run.last(name) - off[run.seed].last(name) for run in group.runs if run.seed in off]
+        delta = [each for each in both if not math.isnan(each)]
+        if delta:
+            found[name] = seed_difference(delta)
+    return found
 
 
 def _by_question(group: Group, baseline: Group) -> dict[str, np.ndarray]:

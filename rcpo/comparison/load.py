@@ -97,6 +97,11 @@ class ComparedRun:
     def seed(self) -> Any:
         return self.settings.get("seed")
 
+    def last(self, key: str) -> float:
+        """Of the last evaluation; nan where it has no such key."""
+        found = self.evals.get(key)
+        return math.nan if found is None else float(found[-1])
+
     @cached_property
     def measured(self) -> Columns:
         """The steps that measured the band."""

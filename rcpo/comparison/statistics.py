@@ -66,6 +66,23 @@ def paired_difference(delta: np.ndarray) -> Difference:
     return Difference(mean, low, high, p, se_pairs, se_seeds, num_seeds, num_pairs)
 
 
+def seed_difference(delta: Sequence[float]) -> Difference:
+    """The difference of which every seed gives one number: Student's t over the seeds; nan limits and p with
+    one. No pairs count."""
+    mean, error = mean_and_error(delta)
+    num = len(delta)
+    if math.isnan(error):
+        low = high = p = math.nan
+    elif error == 0:
+        low = high = mean
+        p = 1.0 if mean == 0 else 0.0
+    else:
+        reach = error * student_quantile(0.05, num - 1)
+        low, high = mean - reach, mean + reach
+        p = _solve(lambda tail: student_quantile(tail, num - 1), abs(mean) / error)
+    return Difference(mean, low, high, p, math.nan, error, num, 0)
+
+
 def _solve(quantile: Callable[[float], float], t: float) -> float:
     """The p whose quantile is t, by bisection; p below 1e-9 are 1e-9."""
     low, high = math.log(1e-9), 0.0

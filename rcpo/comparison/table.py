@@ -14,7 +14,7 @@ import numpy as np
 from rcpo.common.console import NOISE_MARK, above_noise, nats, number, percent
 from rcpo.common.errors import UserError
 from rcpo.comparison.downstream import PREFIX
-from rcpo.comparison.groups import OTHER_KIND, PER_PAIR, Comparison, Group, LeftOut
+from rcpo.comparison.groups import OF_VISION, OTHER_KIND, PER_PAIR, Comparison, Group, LeftOut
 from rcpo.comparison.load import ComparedRun
 from rcpo.comparison.statistics import mean_and_error
 
@@ -23,9 +23,8 @@ def _last(name: str) -> Callable[[ComparedRun, Group], float]:
     return lambda run, group: float(run.evals[f"displacement/{name}"][-1])
 
 
-def _loss(run: ComparedRun, group: Group) -> float:
-    found = run.evals.get("loss")
-    return math.nan if found is None else float(found[-1])
+def _if_there(key: str) -> Callable[[ComparedRun, Group], float]:
+    return lambda run, group: run.last(key)
 
 
 def _speed(run: ComparedRun, group: Group) -> float:
@@ -65,6 +64,12 @@ class Column:
     text: Callable[[float], str]
     rank: int
     """The highest is left out first where a terminal is narrow."""
+    only_with: str | None = None
+    """A key of eval.jsonl: without it in any run there is no such column."""
+
+
+def signed(value: float) -> str:
+    return f"{value:+.3f}"
 
 
 COLUMNS = (
@@ -77,13 +82,13 @@ COLUMNS = (
     Column("worst", "worst", lambda run, group: float(np.nanmin(run.evals["displacement/chosen"])), nats, 9),
     Column("pairs_per_second", "pairs/s", _speed, number, 6),
     Column("memory_gb", "GB", _memory, number, 8),
-    Column("loss", "loss", _loss, number, 10),
+    Column("loss", "loss", _if_there("loss"), number, 10, only_with="loss"),
+    *(Column(name, name.replace("_", " "), _if_there(name), signed, 1, only_with=name) for name in OF_VISION),
 )
 
 
 def columns_of(comparison: Comparison) -> list[Column]:
-    """`COLUMNS`, without the loss where no run has it, and one for every task that a run has been evaluated
-    on."""
+    """`COLUMNS`, without those that no run has, and one for every task that a run has been evaluated on."""
     tasks = dict.fromkeys(
         task for group in comparison.groups for run in group.runs for task in run.downstream
     )
@@ -92,11 +97,17 @@ def columns_of(comparison: Comparison) -> list[Column]:
         return lambda run, group: run.downstream[task].value if task in run.downstream else math.nan
 
     more = [Column(f"{PREFIX}{task}", task, score(task), "{:.3f}".format, 1) for task in tasks]
-    return [*(column for column in COLUMNS if column.name != "loss" or _has_loss(comparison)), *more]
+    return [*(column for column in COLUMNS if _is_known(column.only_with, comparison)), *more]
 
 
-def _has_loss(comparison: Comparison) -> bool:
-    return any("loss" in run.evals for group in comparison.groups for run in group.runs)
+def _is_known(key: str | None, comparison: Comparison) -> bool:
+    """Whether a run has this key of eval.jsonl."""
+    return key is None or any(key in run.evals for group in comparison.groups for run in group.runs)
+
+
+def has_own_difference(name: str) -> bool:
+    """Whether a column has one of its own beside it: its difference to off."""
+    return name in OF_VISION or name.startswith(PREFIX)
 
 
 SMALLEST_NATS = 0.005
@@ -111,6 +122,11 @@ NOTES = (
     "vs off: mean difference of chosen to calibration=off, paired by seed and by held-out pair, with its "
     "95 % interval; p from a t test that takes both pairs and seeds as random (Cochran and Cox), Holm-"
     "adjusted for {num} groups. Bracketed p: one seed only, so the noise between seeds is not in it.",
+)
+VISION_NOTE = (
+    "vision gain: share of held-out pairs with z_w > z_l, less the same with one another's images, at the "
+    "end (0: the model does not look), and vision gain blank with grey images in their place; vs off: paired "
+    "by seed alone, with a 95 % interval from two seeds on."
 )
 
 
@@ -133,7 +149,7 @@ class GroupLine:
         }  # fmt: skip
         for name, (mean, error) in self.means.items():
             row |= {name: mean, f"{name}_se": error}
-        for name in (*PER_PAIR, *(name for name in self.means if name.startswith(PREFIX))):
+        for name in (*PER_PAIR, *filter(has_own_difference, self.means)):
             found = group.differences.get(name)
             row |= {
                 f"vs_off_{name}{suffix}": None if found is None else getattr(found, key)
@@ -202,7 +218,7 @@ def number_text(line: GroupLine, column: Column, pm: str) -> str:
         text = above_noise(mean, OF_FLOOR[column.name] * line.noise_floor)
     if math.isnan(error):
         return text
-    if column.name.startswith(PREFIX):
+    if has_own_difference(column.name):
         return f"{text} {pm} {error:.3f}"
     return f"{text} {pm} {error:.2f}" if column.name in OF_FLOOR else text
 
@@ -222,12 +238,15 @@ def difference_text(line: GroupLine) -> str:
     return f"{nats(found.mean)} [{nats(found.low)}, {nats(found.high)}]"
 
 
-def downstream_difference_text(line: GroupLine, name: str) -> str:
-    """The difference of a task's score to off with its interval; in brackets where one seed gave it."""
+def own_difference_text(line: GroupLine, name: str) -> str:
+    """The difference of a task's score, or of a vision gain, to off with its interval, where there is one; in
+    brackets where one seed gave it."""
     found = line.group.differences.get(name)
     if found is None:
         return ""
-    text = f"{found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+    text = f"{found.mean:+.3f}"
+    if not math.isnan(found.low):
+        text += f" [{found.low:+.3f}, {found.high:+.3f}]"
     return f"({text})" if found.num_seeds == 1 else text
 
 
@@ -277,8 +296,10 @@ def _downstream_notes(comparison: Comparison) -> list[str]:
 def notes(comparison: Comparison, pm: str) -> list[str]:
     """What the numbers are, then every run that is left out, then every group that is of another kind."""
     lines = [note.format(pm=pm, num=comparison.num_comparisons) for note in NOTES[:2]]
-    if _has_loss(comparison):
+    if _is_known("loss", comparison):
         lines.append("loss: of the held-out pairs, at the end; to be compared within one objective alone.")
+    if any(_is_known(name, comparison) for name in OF_VISION):
+        lines.append(VISION_NOTE)
     if comparison.num_comparisons:
         lines.append(NOTES[2].format(num=comparison.num_comparisons))
     lines += _downstream_notes(comparison)

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rcpo.common.errors import UserError
-from rcpo.comparison.downstream import PREFIX
-from rcpo.comparison.groups import Comparison, Group
+from rcpo.comparison.groups import OF_VISION, Comparison, Group
 from rcpo.comparison.joined import Joined
 from rcpo.comparison.labels import NONE
 from rcpo.comparison.load import one_line
@@ -21,8 +20,9 @@ from rcpo.comparison.table import (
     columns_of,
     difference_p_text,
     difference_text,
-    downstream_difference_text,
+    has_own_difference,
     number_text,
+    own_difference_text,
 )
 
 
@@ -67,7 +67,7 @@ DIFFERENCE = (
 )  # fmt: skip
 RANKS = {
     "chosen": 0, "accuracy": 4, "rejected": 5, "fell": 6, "in_band": 8, "pairs_per_second": 9, "margin": 10,
-    "memory_gb": 11, "worst": 12, "loss": 13,
+    "memory_gb": 11, "worst": 12, "loss": 13, **dict.fromkeys(OF_VISION, 2.2),
 }  # fmt: skip
 
 TAKEN = tuple(column.name for column in (*TOLD, DATA, *DIFFERENCE)) + tuple(RANKS)
@@ -103,11 +103,10 @@ def make_view(
     more = [] if joined is None else [_joined_column(name, joined) for name in joined.names]
     every = columns_of(comparison)
     numbers = [_number(column) for column in every]
-    downstream = [column.name for column in every if column.name.startswith(PREFIX)]
     more += [
-        _downstream_difference(name)
-        for name in downstream
-        if any(name in line.group.differences for line in lines)
+        _own_difference(column)
+        for column in every
+        if has_own_difference(column.name) and any(column.name in line.group.differences for line in lines)
     ]
     told = [column for column in TOLD if column.name != "settings" or any(line.group.shown for line in lines)]
     columns = [*told, *numbers, *DIFFERENCE, *more]
@@ -124,14 +123,15 @@ def _number(column: Column) -> Shown:
     )  # fmt: skip
 
 
-def _downstream_difference(name: str) -> Shown:
+def _own_difference(column: Column) -> Shown:
+    name = column.name
+
     def mean(line: GroupLine) -> float | None:
         found = line.group.differences.get(name)
         return None if found is None else found.mean
 
-    task = name.removeprefix(PREFIX)
     return Shown(
-        f"vs_off_{name}", f"{task} vs off", lambda line, pm: downstream_difference_text(line, name), 3.2,
+        f"vs_off_{name}", f"{column.head} vs off", lambda line, pm: own_difference_text(line, name), 3.2,
         value=mean,
     )  # fmt: skip
 

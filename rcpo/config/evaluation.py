@@ -13,8 +13,11 @@ from rcpo.common.conf import IN_CONF, defaults_in
 from rcpo.common.errors import UserError
 from rcpo.config.types import STRICT, Positive, Text
 
-OWN = ("arithmetic",)
+YES_NO = "yes_no"
+OWN = ("arithmetic", YES_NO)
 """Tasks that need no package and no network; all others are lm-eval's, or of a folder of the user's."""
+MAY_SHOW = (YES_NO,)
+"""Tasks whose questions may have images; models that see are asked no others."""
 DEFAULT = "word_problems"
 
 
@@ -23,15 +26,23 @@ DEFAULT = "word_problems"
 class EvaluationConfig:
     name: Text = IN_CONF
     tasks: Annotated[list[Text], Field(min_length=1)] = IN_CONF
-    """Names: arithmetic (the held-out word problems), lm-eval's, or those of tasks_dir."""
+    """Names: arithmetic (the held-out word problems), yes_no (your questions), lm-eval's, or those of
+    tasks_dir."""
     tasks_dir: Text | None = IN_CONF
     """Folder of lm-eval's task files (YAML) of your own; with local data they need no network."""
     limit: Positive | None = IN_CONF
-    """Only so many of the first questions of lm-eval's tasks; null: all."""
+    """Only so many of the first questions of yes_no and of lm-eval's tasks; null: all."""
     chat: bool = IN_CONF
     """Ask lm-eval's questions as user turns."""
     batch: Positive = IN_CONF
     """Prompts at once."""
+    questions: Text | None = IN_CONF
+    """Of yes_no: a file, a folder of `datasets` or a hub id with a row a question, as POPE has them: text (or
+    question), label (or answer), which is yes or no, and image, whose path is relative to the file."""
+    questions_split: Text | None = IN_CONF
+    """Which split of such a data set; null: the only one."""
+    questions_config: Text | None = IN_CONF
+    """Which config of such a data set, where it has several."""
 
     @property
     def folder(self) -> Path | None:

@@ -42,3 +42,7 @@ class MetricsConfig:
     beside those of the start: in RUN/answers.jsonl, the log, the tracker and rcpo compare --html; 0: none."""
     answer_tokens: Positive = IN_CONF
     """Tokens of an answer, at most."""
+    vision_gain: Literal["others", "blank", "both", "none"] = IN_CONF
+    """Whether a model that sees still looks: at each evaluation one more pass over the held-out pairs, with
+    one another's images (others: vision_gain), with grey ones of the same sizes (blank: vision_gain_blank),
+    or one of each (both); none: no such pass. Runs of text have none."""

@@ -24,11 +24,10 @@ from transformers import PreTrainedTokenizerBase
 from rcpo.common.errors import UserError, first_line
 from rcpo.ranks.transfer import to_device
 from rcpo.records.images import Image
-from rcpo.records.messages import PLACE, Messages
+from rcpo.records.messages import Messages, parts_of
 from rcpo.records.record import BadRowError
 
 if TYPE_CHECKING:
-    from rcpo.data.pairs import TokenizedPair
     from rcpo.data.render import Rendered
 
 DIGEST_BYTES = 16
@@ -74,23 +73,29 @@ class Sight:
         """The texts with room for the tokens of the images, which stand in the prompt. Raises BadRowError
         where the template has not written a place for each, or a text has the token of a place itself."""
         token, split = self.processor.image_token, rendered.split
-        prompt = rendered.texts[0][:split]
         if any(token in text[split:] for text in rendered.texts):
             raise BadRowError(f"a response has the text {token}, which stands for images")
-        if prompt.count(token) != len(images):
-            num = prompt.count(token)
-            raise BadRowError(f"the prompt has {token} {num} times for {len(images)} images once rendered")
-        if not images:
-            return rendered
-        pixels, written = self.look(images)
-        first, *others = prompt.split(token)
-        prompt = first + "".join(new + text for new, text in zip(written, others, strict=True))
+        prompt, pictures = self.write(rendered.texts[0][:split], images)
         return dataclasses.replace(
             rendered,
             texts=tuple(prompt + text[split:] for text in rendered.texts),
             split=len(prompt),
-            pictures=Pictures(self, images, _digest_of(pixels), tuple(written)),
+            pictures=pictures,
         )
+
+    def write(self, prompt: str, images: tuple[Image, ...]) -> tuple[str, "Pictures | None"]:
+        """A prompt's text with room for the tokens of its images, and the images. Raises BadRowError where
+        the template has not written a place for each."""
+        token = self.processor.image_token
+        if prompt.count(token) != len(images):
+            num = prompt.count(token)
+            raise BadRowError(f"the prompt has {token} {num} times for {len(images)} images once rendered")
+        if not images:
+            return prompt, None
+        pixels, written = self.look(images)
+        first, *others = prompt.split(token)
+        prompt = first + "".join(new + text for new, text in zip(written, others, strict=True))
+        return prompt, Pictures(self, images, _digest_of(pixels), tuple(written))
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +105,7 @@ class Pictures:
     sight: Sight
     images: tuple[Image, ...]
     digest: bytes
-    """Of their pixels, after the processor."""
+    """Of their pixels, after the processor; empty where nobody has looked at them before."""
     written: tuple[str, ...] = ()
     """What stands for each image in the text."""
 
@@ -111,9 +116,14 @@ class Pictures:
             pixels, _ = self.sight.look(self.images)
         except BadRowError as error:
             raise UserError(f"data: {error} ({names}), and could be read at the start; put it back") from None
-        if _digest_of(pixels) != self.digest:
+        if self.digest and _digest_of(pixels) != self.digest:
             raise UserError(f"data: {names} has changed since the run was started; put it back")
         return pixels
+
+    def blank(self) -> "Pictures":
+        """Images of the same sizes, and so of the same tokens, without anything on them."""
+        images = tuple(dataclasses.replace(image, is_blank=True) for image in self.images)
+        return dataclasses.replace(self, images=images, digest=b"")
 
 
 def _digest_of(pixels: dict[str, Tensor]) -> bytes:
@@ -141,7 +151,14 @@ class Pixels(NamedTuple):
         return self._replace(num_sides=1)
 
 
-def pixels_of(pairs: Sequence["TokenizedPair"]) -> Pixels | None:
+class Showing(Protocol):
+    """A pair, or a prompt, that may show images."""
+
+    @property
+    def pictures(self) -> Pictures | None: ...
+
+
+def pixels_of(pairs: Sequence[Showing]) -> Pixels | None:
     """Read and processed; None where no pair has an image."""
     seen = [pair.pictures for pair in pairs if pair.pictures is not None]
     if not seen:
@@ -167,14 +184,4 @@ def in_parts(tokenizer: PreTrainedTokenizerBase, turns: Messages) -> Messages:
     with content as a list of parts, as its template wants it."""
     if sight_of(tokenizer) is None:
         return turns
-    return [{**turn, "content": _parts(turn["content"])} for turn in turns]
-
-
-def _parts(text: str) -> list[dict[str, str]]:
-    first, *others = text.split(PLACE)
-    parts = [{"type": "text", "text": first}] if first else []
-    for other in others:
-        parts.append({"type": "image"})
-        if other:
-            parts.append({"type": "text", "text": other})
-    return parts
+    return [{**turn, "content": parts_of(turn["content"])} for turn in turns]

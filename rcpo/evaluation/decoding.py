@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from rcpo.data.pictures import Pictures, pixels_of
 from rcpo.models.attention import UNREAD_SDPA
+from rcpo.models.vision import own_inputs
 
 DEFAULT_NEW_TOKENS = 512
 
@@ -36,8 +38,10 @@ class Asked(NamedTuple):
     """A prompt to be answered."""
 
     ids: list[int]
-    seed: str
+    seed: str = ""
     """Of the draws; unread where decoding is greedy."""
+    pictures: Pictures | None = None
+    """The prompt's images, for whose tokens the ids have room."""
 
 
 class Answer(NamedTuple):
@@ -47,6 +51,8 @@ class Answer(NamedTuple):
     """Without the token that ended it."""
     is_finished: bool
     """Whether it ended with a token that ends an answer, and was not cut."""
+    watched: tuple[float, ...] = ()
+    """Log-probabilities of the watched tokens as its first one, fp32."""
 
 
 def positions_of(model: PreTrainedModel) -> int | None:
@@ -69,9 +75,10 @@ def answer_all(
     decoding: Decoding,
     stop_ids: Sequence[int],
     pad_id: int,
+    watched: Sequence[int] = (),
 ) -> Iterator[dict[int, Answer]]:
     """Answers by their place in `asked`, batch by batch, the longest prompts first; an empty one where a
-    prompt leaves no room."""
+    prompt leaves no room. `watched`: tokens whose log-probability as the first of an answer is told."""
     see_masks(model)
     positions = positions_of(model)
     rooms = [room(len(each.ids), decoding, positions) for each in asked]
@@ -84,7 +91,8 @@ def answer_all(
         tokens = rooms[waiting[0]]
         members = [place for place in waiting[: decoding.answers_per_batch] if rooms[place] == tokens]
         waiting = waiting[len(members) :]
-        found = _answer_batch(model, [asked[place] for place in members], tokens, decoding, stop_ids, pad_id)
+        batch = [asked[place] for place in members]
+        found = _answer_batch(model, batch, tokens, decoding, stop_ids, pad_id, watched)
         yield dict(zip(members, found, strict=True))
 
 
@@ -101,6 +109,7 @@ def _answer_batch(
     decoding: Decoding,
     stop_ids: Sequence[int],
     pad_id: int,
+    watched: Sequence[int],
 ) -> list[Answer]:
     longest = max(len(each.ids) for each in asked)
     ids = torch.full((len(asked), longest), pad_id)
@@ -108,23 +117,43 @@ def _answer_batch(
     for row, each in enumerate(asked):
         ids[row, longest - len(each.ids) :] = torch.tensor(each.ids)
         mask[row, longest - len(each.ids) :] = 1
-    processors: list[Callable[[Tensor, Tensor], Tensor]] = []
+    first = FirstToken(watched)
+    processors: list[Callable[[Tensor, Tensor], Tensor]] = [first] if watched else []
     if decoding.temperature > 0:
-        processors = [Draws([each.seed for each in asked], decoding.temperature, decoding.top_p)]
+        processors.append(Draws([each.seed for each in asked], decoding.temperature, decoding.top_p))
+    pixels = pixels_of(asked)
+    ids = ids.to(model.device)
     # A config of its own: the folder's may ask for sampling, penalties or other lengths.
     model.generation_config = GenerationConfig(pad_token_id=pad_id, eos_token_id=list(stop_ids) or None)
     written = model.generate(
-        input_ids=ids.to(model.device),
+        input_ids=ids,
         attention_mask=mask.to(model.device),
+        **own_inputs(model, ids, None if pixels is None else pixels.to(model.device).of_side()),
         max_new_tokens=num_new,
         logits_processor=LogitsProcessorList(processors),
     )
-    return [_up_to_stop(row, set(stop_ids)) for row in written[:, longest:].tolist()]
+    answers = [_up_to_stop(row, set(stop_ids)) for row in written[:, longest:].tolist()]
+    rows = [()] * len(answers) if first.found is None else map(tuple, first.found.tolist())
+    return [answer._replace(watched=row) for answer, row in zip(answers, rows, strict=True)]
 
 
 def _up_to_stop(ids: list[int], stop_ids: set[int]) -> Answer:
     end = next((place for place, token in enumerate(ids) if token in stop_ids), None)
     return Answer(ids, False) if end is None else Answer(ids[:end], True)
+
+
+class FirstToken(LogitsProcessor):
+    """Keeps the log-probabilities of some tokens as the first of each row's answer, and changes nothing."""
+
+    def __init__(self, watched: Sequence[int]) -> None:
+        self._watched = list(watched)
+        self.found: Tensor | None = None
+        """(rows, tokens) fp32, once an answer has begun."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.found is None:
+            self.found = scores.float().log_softmax(-1)[:, self._watched]
+        return scores
 
 
 class Draws(LogitsProcessor):

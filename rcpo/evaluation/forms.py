@@ -18,7 +18,7 @@ from typing import Any
 
 from rcpo.common.errors import UserError
 from rcpo.evaluation.prompts import Prompt
-from rcpo.records.messages import Messages
+from rcpo.records.messages import Messages, in_parts
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def written(name: str, answered: Sequence[Answered], generator: str) -> str:
 def _plain(number: int, answered: Answered) -> list[dict[str, Any]]:
     lines = []
     for idx, turns in enumerate(answered.answers):
-        line: dict[str, Any] = {"index": number, "answer": idx, "prompt": answered.asked}
+        line: dict[str, Any] = {"index": number, "answer": idx, "prompt": in_parts(answered.asked)}
         line |= {
             "response": turns[-1].text,
             "finished": turns[-1].is_finished,

@@ -99,29 +99,30 @@ def _difference(head: str, made_with: dict[str, Any]) -> str:
 
 def digest_of(prompts: Sequence[Prompt]) -> str:
     """Of what is asked."""
-    text = json.dumps([[prompt.opening, prompt.later] for prompt in prompts], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    parts = [
+        [prompt.opening, prompt.later, *(image.digest() for image in prompt.images)] for prompt in prompts
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def ids_of_all(
-    asking: Asking, prompts: Sequence[Prompt], where: str, positions: int | None
-) -> list[list[int]]:
-    """Tokens of every prompt's first turn. Raises UserError with the row of one that the template refuses or
-    that is longer than the model takes; `where` is what the user typed for the prompts."""
+def asked_first(asking: Asking, prompts: Sequence[Prompt], where: str, positions: int | None) -> list[Asked]:
+    """Tokens and images of every prompt's first turn. Raises UserError with the row of one that the template
+    refuses, whose image cannot be read, or that is longer than the model takes; `where` is what the user
+    typed for the prompts."""
     found = []
     for number, prompt in enumerate(prompts):
         try:
-            ids = asking.ids(asking.conversation(prompt))
+            asked = asking.asked(asking.conversation(prompt), prompt.images)
         except BadRowError as error:
             raise UserError(
                 f"{where}: row {number} (counted from 0): {error}; mend it or leave it out"
             ) from None
-        if positions is not None and len(ids) >= positions:
+        if positions is not None and len(asked.ids) >= positions:
             raise UserError(
-                f"{where}: row {number} (counted from 0) has {len(ids)} tokens, and the model takes "
+                f"{where}: row {number} (counted from 0) has {len(asked.ids)} tokens, and the model takes "
                 f"{positions} with its answer; give a shorter one, or leave it out"
             )
-        found.append(ids)
+        found.append(asked)
     return found
 
 
@@ -129,7 +130,7 @@ def generate(
     model: PreTrainedModel,
     asking: Asking,
     prompts: Sequence[Prompt],
-    first_ids: Sequence[list[int]],
+    first: Sequence[Asked],
     decoding: Decoding,
     num_answers: int,
     seed: int,
@@ -140,7 +141,7 @@ def generate(
     was generated stays."""
     openings = [asking.conversation(prompt) for prompt in prompts]
     asked: dict[tuple[int, int], str | Messages] = {}
-    occurrences = _occurrences(first_ids)
+    occurrences = _occurrences(first)
     with _said_if_full(partial), partial.open() as stream:
         for turn in range(max(len(prompt.later) for prompt in prompts) + 1):
             whiches, batch = [], []
@@ -155,9 +156,10 @@ def generate(
                     if which in partial.turns:
                         on_answers(1)
                         continue
-                    ids = asking.ids(asked[row, answer]) if turn else first_ids[row]
+                    each = asking.asked(asked[row, answer], prompt.images) if turn else first[row]
                     whiches.append(which)
-                    batch.append(Asked(ids, f"{seed} {answer} {occurrences[row]} {turn} {_digest(ids)}"))
+                    draw = f"{seed} {answer} {occurrences[row]} {turn} {_digest(each)}"
+                    batch.append(each._replace(seed=draw))
             for found in answer_all(model, batch, decoding, asking.stop_ids, asking.pad_id):
                 for place, answer_ids in found.items():
                     turn_text = Turn(asking.text(answer_ids.ids), len(answer_ids.ids), answer_ids.is_finished)
@@ -184,15 +186,16 @@ def _said_if_full(partial: Partial) -> Iterator[None]:
         ) from None
 
 
-def _occurrences(first_ids: Sequence[list[int]]) -> list[int]:
+def _occurrences(first: Sequence[Asked]) -> list[int]:
     """How often the same prompt stands before each: two of the same have draws of their own."""
-    seen = Counter[tuple[int, ...]]()
+    seen = Counter[str]()
     found = []
-    for ids in first_ids:
-        found.append(seen[tuple(ids)])
-        seen[tuple(ids)] += 1
+    for asked in first:
+        found.append(seen[_digest(asked)])
+        seen[_digest(asked)] += 1
     return found
 
 
-def _digest(ids: Sequence[int]) -> str:
-    return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()
+def _digest(asked: Asked) -> str:
+    shown = b"" if asked.pictures is None else asked.pictures.digest
+    return hashlib.sha256(",".join(map(str, asked.ids)).encode() + shown).hexdigest()

@@ -14,7 +14,7 @@ from rcpo.common.errors import UserError
 from rcpo.common.files import cache_dir, write_atomically
 from rcpo.evaluation.decoding import Decoding
 from rcpo.evaluation.forms import written
-from rcpo.evaluation.generation import Partial, digest_of, generate, ids_of_all
+from rcpo.evaluation.generation import Partial, asked_first, digest_of, generate
 from rcpo.evaluation.prompts import Asking, Prompt
 from rcpo.evaluation.results import FOLDER, INITIAL
 from rcpo.evaluation.subject import Subject
@@ -46,12 +46,12 @@ def answers_file(
         return file
     asking = Asking(subject.tokenizer(), model.chat_template_kwargs, None, subject.system)
     positions = getattr(read_config(model).get_text_config(), "max_position_embeddings", None)
-    first_ids = ids_of_all(asking, prompts, where, positions)
+    first = asked_first(asking, prompts, where, positions)
     partial = Partial(file, made_with, start_again=True)
     decoding = Decoding(max_new_tokens=max_new_tokens, answers_per_batch=batch)
     total = sum(1 + len(prompt.later) for prompt in prompts)
     with shown(f"{subject.name} {subject.when}", total) as advance:
-        answered = generate(subject.load(), asking, prompts, first_ids, decoding, 1, 0, partial, advance)
+        answered = generate(subject.load(), asking, prompts, first, decoding, 1, 0, partial, advance)
     try:
         write_atomically(file, written("jsonl", answered, subject.name))
     except OSError as error:

@@ -8,11 +8,13 @@ Forms of a row, each with the keys by which it is known:
     {"uid": id, "prompt": text}                 Arena-Hard 2.0
     {"prompt": text or messages}, {"messages": messages}, or text alone
 
+with images in a column `images` or `image`, as pairs have them (`rcpo.records.images`).
+
 Does not write answers (`rcpo.evaluation.forms`). `rcpo.data.tokenize` says what training sees; the two agree
 on what a prompt is."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,17 @@ from transformers import PreTrainedTokenizerBase
 
 from rcpo.common.errors import UserError
 from rcpo.data.generation import tokens_in_front
+from rcpo.data.pictures import sight_of
 from rcpo.data.template import Template, apply, ends_of_answers, look_at_template, taken_apart
+from rcpo.evaluation.decoding import Asked
 from rcpo.evaluation.json_rows import json_rows
-from rcpo.records.messages import PLACE, ROLES, BadMessageError, Messages, parsed, turns, without_system
-from rcpo.records.record import BadRowError
+from rcpo.records.images import COLUMNS, Image, refuse_missing, with_images
+from rcpo.records.messages import ROLES, BadMessageError, Messages, parsed, turns, without_system
+from rcpo.records.record import BadRowError, PreferenceRecord
 
 FORMS = "instruction, prompt, messages, or turns"
+MEGAPIXELS = 50
+"""A larger image is not decoded, as with the default of data.image_megapixels."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,8 @@ class Prompt:
     """User turns that are asked once the one before is answered."""
     row: dict[str, Any] = field(default_factory=dict)
     """As it was given."""
+    images: tuple[Image, ...] = ()
+    """Those whose places are in `opening`."""
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -45,10 +54,16 @@ def read_prompts(path: Path) -> list[Prompt]:
     prompts = []
     for number, row in enumerate(json_rows(path, f"prompts={path}")):
         try:
-            prompts.append(_prompt(row))
+            prompt = _prompt(row)
         except (BadRowError, BadMessageError) as error:
             raise UserError(
                 f"prompts={path}: row {number} (counted from 0) {error}; give it {FORMS}"
+            ) from None
+        try:
+            prompts.append(_shown(prompt, number, path.parent))
+        except BadRowError as error:
+            raise UserError(
+                f"prompts={path}: row {number} (counted from 0): {error}; mend it or leave it out"
             ) from None
     if not prompts:
         raise UserError(f"prompts={path}: has no rows; give a file with {FORMS} in every row")
@@ -77,6 +92,19 @@ def _prompt(row: Any) -> Prompt:
     return Prompt(_conversation(value), row=row)
 
 
+def _shown(prompt: Prompt, number: int, folder: Path) -> Prompt:
+    """The prompt with the images of its row, whose paths are relative to `folder`. Raises BadRowError where
+    images and places do not match, or a file is missing."""
+    opening, has_images = prompt.opening, any(prompt.row.get(name) for name in COLUMNS)
+    if isinstance(opening, str):
+        if not has_images:
+            return prompt
+        opening = [{"role": "user", "content": opening}]
+    record = with_images(PreferenceRecord(opening, [], [], number), prompt.row, lambda: folder, MEGAPIXELS)
+    refuse_missing(record.images)
+    return replace(prompt, opening=record.prompt, images=record.images)
+
+
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise BadRowError("has a prompt without text")
@@ -89,8 +117,6 @@ def _conversation(value: Any) -> Messages:
     if not isinstance(value, list) or not all(isinstance(turn, dict) and "role" in turn for turn in value):
         raise BadRowError("has a prompt that is neither text nor messages with role and content")
     found = turns(value)
-    if any(PLACE in turn["content"] for turn in found):
-        raise BadMessageError("has a message with a part of the type image, and only text is asked")
     if found and found[-1]["role"] == "assistant":
         found.pop()
     if not found or any(turn["role"] not in ROLES for turn in found):
@@ -138,9 +164,14 @@ class Asking:
         return without_system(opening, self._keeps_system)
 
     def ids(self, asked: str | Messages) -> list[int]:
-        """Tokens of a text, or of a conversation with its generation prompt. Raises BadRowError where the
-        template refuses it, UserError where there is none."""
-        tokenizer = self.tokenizer
+        """Tokens of a text, or of a conversation with its generation prompt, without images. Raises
+        BadRowError where the template refuses it, UserError where there is none."""
+        return self.asked(asked).ids
+
+    def asked(self, asked: str | Messages, images: tuple[Image, ...] = (), seed: str = "") -> Asked:
+        """What `rcpo.evaluation.decoding` is given: tokens as in `ids`, with room for those of `images`.
+        Raises BadRowError where an image cannot be read, or has no place; else as `ids` does."""
+        tokenizer, pictures = self.tokenizer, None
         if isinstance(asked, str):
             ids, front = self._ids(asked), tokens_in_front(tokenizer)
             ids = ids if ids[: len(front)] == front else [*front, *ids]
@@ -152,12 +183,15 @@ class Asking:
                 )
             if self._template.takes_apart:
                 asked = [taken_apart(turn) for turn in asked]
-            ids = self._ids(apply(tokenizer, asked, True, self._kwargs))
+            text, sight = apply(tokenizer, asked, True, self._kwargs), sight_of(tokenizer)
+            if sight is not None:
+                text, pictures = sight.write(text, images)
+            ids = self._ids(text)
         while tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
             ids = ids[1:]
         if not ids:
             raise BadRowError("is no token of the model's")
-        return ids
+        return Asked(ids, seed, pictures)
 
     def text(self, ids: Iterable[int]) -> str:
         """An answer's words."""
@@ -175,6 +209,17 @@ def answered(asked: str | Messages, answer: str, question: str) -> str | Message
     return [*asked, {"role": "assistant", "content": answer}, {"role": "user", "content": question}]
 
 
-def with_rows(prompts: Sequence[str | Messages]) -> list[Prompt]:
-    """Prompts that come from no file."""
-    return [Prompt(opening, row={"prompt": opening}) for opening in prompts]
+def with_rows(
+    prompts: Sequence[str | Messages], images: Sequence[tuple[Image, ...]] | None = None
+) -> list[Prompt]:
+    """Prompts that come from no file of prompts, and the images of each."""
+    return [
+        Prompt(opening, row={"prompt": opening} | _named(seen), images=seen)
+        for opening, seen in zip(prompts, images or [()] * len(prompts), strict=True)
+    ]
+
+
+def _named(images: tuple[Image, ...]) -> dict[str, Any]:
+    """Their files, where all have one."""
+    paths = [str(image.path) for image in images if image.path is not None]
+    return {"images": paths} if images and len(paths) == len(images) else {}

@@ -16,13 +16,13 @@ from rcpo.common.errors import UserError
 from rcpo.config.names import last_part
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.config.schema import LoraConfig, ModelConfig
-from rcpo.data.pictures import sight_of
 from rcpo.evaluation.prompts import Asking
 from rcpo.evaluation.results import FINAL, INITIAL
 from rcpo.models.adapter_files import CONFIG_FILE
-from rcpo.models.load import load_frozen_model, load_tokenizer, model_place
+from rcpo.models.load import load_frozen_model, load_tokenizer, model_place, read_config
 from rcpo.models.merge import merged_model
 from rcpo.models.places import is_adapter
+from rcpo.models.vision import is_vision
 from rcpo.reference.cache import weights_fingerprint
 from rcpo.runs.folder import RunFolder
 from rcpo.runs.frozen import open_run
@@ -53,14 +53,19 @@ class Subject:
         """What training does with system turns: keep, merge or drop."""
         return "keep" if self.config is None else self.config.data.system
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        tokenizer = load_tokenizer(self.model)
-        if sight_of(tokenizer) is not None:
+    @cached_property
+    def sees(self) -> bool:
+        """Whether it is a vision-language model."""
+        return is_vision(read_config(self.model))
+
+    def tokenizer(self, may_see: bool = False) -> PreTrainedTokenizerBase:
+        """Raises UserError for a model that sees, unless it `may_see`."""
+        if self.sees and not may_see:
             raise UserError(
-                f"{self.name}: sees images, and answers and tasks are asked of models of text alone so far; "
-                "load its folder with transformers' AutoModelForImageTextToText and AutoProcessor"
+                f"{self.name}: sees images, and this is asked of models of text alone; `rcpo generate`, and "
+                "`rcpo evaluate` with tasks=yes_no, take it"
             )
-        return tokenizer
+        return load_tokenizer(self.model)
 
     def load(self) -> PreTrainedModel:
         """The model, for evaluation alone."""
@@ -98,8 +103,8 @@ def find_subject(word: str, step: str | None = None, chat_template: str | None =
 class Loaded:
     """A subject's model, and its tokenizer with what prompts are made of."""
 
-    def __init__(self, subject: Subject) -> None:
-        self.subject, self.tokenizer = subject, subject.tokenizer()
+    def __init__(self, subject: Subject, may_see: bool = False) -> None:
+        self.subject, self.tokenizer = subject, subject.tokenizer(may_see)
         self.asking = Asking(self.tokenizer, subject.model.chat_template_kwargs, None, subject.system)
         self.model = subject.load()
 

@@ -1,7 +1,7 @@
 """Tasks by name, for one model after another: what is known already is not evaluated again.
 
-`arithmetic` is rcpo's own; every other name is lm-eval's, or of a folder of the user's. Called by
-`rcpo.commands.evaluate` and, at the end of a run, by `rcpo.launch.at_end`."""
+`arithmetic` and `yes_no` are rcpo's own; every other name is lm-eval's, or of a folder of the user's. Called
+by `rcpo.commands.evaluate` and, at the end of a run, by `rcpo.launch.at_end`."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -10,12 +10,13 @@ from typing import Any
 
 from rcpo.common.code_version import code_hash
 from rcpo.common.errors import UserError
-from rcpo.config.evaluation import OWN, EvaluationConfig
+from rcpo.config.evaluation import MAY_SHOW, OWN, YES_NO, EvaluationConfig
 from rcpo.evaluation import arithmetic
 from rcpo.evaluation.harness import Harness
 from rcpo.evaluation.kept import keep, kept, turn
 from rcpo.evaluation.results import INITIAL, Results, TaskResult, result_of
 from rcpo.evaluation.subject import Loaded, Subject, initial_of
+from rcpo.evaluation.yes_no import Questions
 
 KIND = "evaluation"
 """Of what is kept of initial models."""
@@ -27,9 +28,15 @@ class Evaluation:
     """One `rcpo evaluate`: tasks and settings, and what was found of models that several runs share."""
 
     def __init__(self, asked: EvaluationConfig) -> None:
-        """Raises UserError for a task that there is not."""
+        """Raises UserError for a task that there is not, and for one without its questions."""
         self.tasks, self._batch, self._is_chat = list(asked.tasks), asked.batch, asked.chat
         self._known: dict[str, Found] = {}
+        if asked.questions is not None and YES_NO not in asked.tasks:
+            raise UserError(
+                f"questions={asked.questions}: no task asks them; type tasks={YES_NO} as well, or leave "
+                "them out"
+            )
+        self._questions = Questions(asked) if YES_NO in asked.tasks else None
         self._harness: Harness | None = None
         if theirs := [task for task in asked.tasks if task not in OWN]:
             self._harness = Harness(theirs, asked.folder, asked.limit, asked.chat)
@@ -48,9 +55,9 @@ class Evaluation:
                 with turn(KIND, _versioned(key)) if is_shared else contextlib.nullcontext():
                     known = self._known.get(key) or (_shared(key) if is_shared and not again else None)
                     if known is None:
-                        self._refuse_plain(subject, task)
+                        self._refuse(subject, task)
                         say(f"{subject.name} {subject.when}: {task}")
-                        loaded = loaded or Loaded(subject)
+                        loaded = loaded or Loaded(subject, may_see=True)
                         metrics, questions = self._ask(task, loaded)
                         known = TaskResult(metrics, len(questions), made_with), questions
                         if is_shared:
@@ -73,10 +80,17 @@ class Evaluation:
             task in before and before[task].made_with == self._made_with(subject, task) for task in self.tasks
         )
 
-    def _refuse_plain(self, subject: Subject, task: str) -> None:
-        """Raise UserError where questions are user turns and the model has no chat template, before its
-        weights are loaded."""
-        if (task in OWN or self._is_chat) and subject.tokenizer().chat_template is None:
+    def _refuse(self, subject: Subject, task: str) -> None:
+        """Raise UserError where questions are user turns and the model has no chat template, or where they
+        show images and it sees none, or the other way round; before its weights are loaded."""
+        if subject.sees and task not in MAY_SHOW:
+            raise UserError(
+                f"tasks={task}: asks text alone, and {subject.name} sees images; type tasks={YES_NO} "
+                "questions=FILE"
+            )
+        if task == YES_NO and self._questions is not None:
+            self._questions.refuse(subject)
+        if (task in OWN or self._is_chat) and subject.tokenizer(may_see=True).chat_template is None:
             what = f"tasks={task}" if task in OWN else "chat=yes"
             raise UserError(
                 f"{what}: asks user turns, and {subject.name} has no chat template; type chat_template=plain"
@@ -86,13 +100,18 @@ class Evaluation:
     def _ask(self, task: str, loaded: Loaded) -> Any:
         if task == "arithmetic":
             return arithmetic.ask(loaded, self._batch)
+        if task == YES_NO:
+            assert self._questions is not None
+            return self._questions.ask(loaded, self._batch)
         assert self._harness is not None
         return self._harness.ask(task, loaded, self._batch)
 
     def _made_with(self, subject: Subject, task: str) -> dict[str, Any]:
-        data = None
+        data: Any = None
         if task == "arithmetic" and subject.config is not None and subject.config.data.source == "arithmetic":
             data = [subject.config.data.eval_pairs, subject.config.data.seed]
+        if task == YES_NO and self._questions is not None:
+            data = self._questions.digest
         template = [subject.model.chat_template, subject.model.chat_template_kwargs]
         made_with = {"weights": subject.fingerprint, "data": data, "template": template}
         if task in OWN:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from rcpo.common.errors import UserError, first_line
-from rcpo.config.evaluation import OWN, EvaluationConfig, refuse_missing_harness
+from rcpo.config.evaluation import EvaluationConfig, refuse_missing_harness
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.ranks.stopping import interrupting
 from rcpo.runs.folder import RunFolder
@@ -20,9 +20,9 @@ logger = logging.getLogger(__name__)
 
 def check_tasks(config: ResolvedConfig) -> None:
     """Raise UserError where a task of train.evaluate needs a package that is not here, is none of lm-eval's,
-    or cannot be loaded with its data."""
+    or cannot be loaded with its data or questions."""
     asked, name = config.evaluation, config.train.evaluate
-    if name is None or set(asked.tasks) <= set(OWN):
+    if name is None or (asked.tasks == ["arithmetic"] and asked.questions is None):
         return
     refuse_missing_harness(asked.tasks, f"train.evaluate={name}", "train.evaluate=word_problems")
     from rcpo.evaluation.tasks import Evaluation
@@ -56,6 +56,7 @@ def _scores(config: ResolvedConfig, run: RunFolder) -> dict[str, float]:
 def _command(asked: EvaluationConfig, run: RunFolder) -> str:
     """The words that ask the same later."""
     given = {"tasks": ",".join(asked.tasks), "tasks_dir": asked.tasks_dir, "limit": asked.limit}
+    given |= {key: getattr(asked, key) for key in ("questions", "questions_split", "questions_config")}
     given["chat"] = "yes" if asked.chat else None
     words = [f"{key}={value}" for key, value in given.items() if value is not None]
     return shlex.join(["rcpo", "evaluate", run.shown(run.path), *words])

@@ -307,6 +307,11 @@ def _refuse_whole_batches(objective: Objective) -> None:
             f"objective={objective.name}: reads prompts with other pairs' responses, which a loop "
             "of your own does not score; take other parameters (kto: kl=mean) or another objective"
         )
+    if objective.needs_lengths:
+        raise UserError(
+            f"objective={objective.name}: reads the lengths of the global batch before its parts, which a "
+            "loop of your own gives one by one; take other parameters (acpo: tau=previous or tau=pair)"
+        )
     if objective.match is not None:
         raise UserError(
             f"objective={objective.name}: compares ranks within the global batch, which a loop of "

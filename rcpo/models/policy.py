@@ -111,7 +111,7 @@ class Policy(nn.Module):
         return rows
 
     def _by_own_logits(self, batch: PairBatch) -> Tensor:
-        images = own_inputs(self.model, batch)
+        images = own_inputs(self.model, batch.input_ids, batch.pixels)
         logits = self.model(input_ids=batch.input_ids, use_cache=False, **images).logits
         picked = logits.flatten(0, 1).index_select(0, batch.token_positions).float()
         return picked.log_softmax(-1).gather(1, batch.targets[:, None]).squeeze(1)

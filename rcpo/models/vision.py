@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from rcpo.common.errors import UserError
+from rcpo.config.evaluation import MAY_SHOW
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.config.schema import ModelConfig
 from rcpo.data.batch import PairBatch
@@ -83,9 +84,9 @@ def check_run_with_images(config: ResolvedConfig, sight: Sight) -> None:
     elif config.metrics.answers:
         key = f"metrics.answers={config.metrics.answers}"
         advice = "answers to images are not there yet; type metrics.answers=0"
-    elif train.evaluate is not None:
+    elif train.evaluate is not None and not set(config.evaluation.tasks) <= set(MAY_SHOW):
         key = f"train.evaluate={train.evaluate}"
-        advice = "tasks with images are not there yet; type train.evaluate=null"
+        advice = "asks text alone; type train.evaluate=yes_no evaluation.questions=FILE, or null"
     elif config.data.unpair:
         key, advice = "data.unpair=true", "images are trained in pairs so far; type data.unpair=false"
     elif config.objective_function.needs_mismatched:
@@ -180,10 +181,11 @@ def own_pixels(pixels: Pixels, family: Family) -> dict[str, Tensor]:
     }
 
 
-def own_inputs(model: PreTrainedModel, batch: PairBatch) -> dict[str, Any]:
-    """What the model's own forward method is given beside the ids: every row's images by themselves."""
-    if batch.pixels is None:
+def own_inputs(model: PreTrainedModel, input_ids: Tensor, pixels: Pixels | None) -> dict[str, Any]:
+    """What the model's own forward method is given beside the ids (R, T): every row's images by
+    themselves."""
+    if pixels is None:
         return {}
     family = FAMILIES[model.config.model_type]
-    pixels = own_pixels(batch.pixels, family)
-    return pixels | family.told(model.config, batch.input_ids, pixels)
+    tensors = own_pixels(pixels, family)
+    return tensors | family.told(model.config, input_ids, tensors)

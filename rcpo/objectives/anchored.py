@@ -95,12 +95,17 @@ def dpo_shift(pair: PairLogProbs, config: DPOShiftConfig) -> Tensor:
     return pair.sigmoid_loss(config.beta * (pair.r_w - config.f * pair.r_l))
 
 
-TOTAL_LENGTH = BatchStatistic(
-    column=lambda pair: pair.len_w + pair.len_l,
-    start=lambda mean_total_length: (mean_total_length,),
-    advance=lambda state, mean: (mean,),
-)
-"""Mean of |y_w| + |y_l| over the global batch, in tokens; the first step takes its own."""
+TOTAL_LENGTHS = {
+    name: BatchStatistic(
+        column=lambda pair: pair.len_w + pair.len_l,
+        start=lambda mean_total_length: (mean_total_length,),
+        advance=lambda state, mean: (mean,),
+        of_lengths=name == "batch",
+    )
+    for name in ("batch", "previous")
+}
+"""Mean of |y_w| + |y_l| over a global batch, in tokens: the step's own, or that of the step before, of which
+the first step takes its own."""
 
 
 @dataclass(frozen=True)
@@ -109,27 +114,49 @@ class ACPOConfig:
     """Strength of the pull to the reference, > 0."""
     delta: float
     """Target reward margin per token of both responses, >= 0."""
+    tau: str
+    """Whose lengths make the target tau. pair: each pair's own. batch: the mean over the step's global batch.
+    previous: that of the step before."""
+    max_scale: float
+    """Largest k, > 0; 1: never more push than dpo's."""
+    risen: str
+    """k where the rejected response is at least as likely as before, r_l >= 0. full: max_scale. formula: that
+    of the formula, which is 0 until the chosen reward is beyond tau; at r_l = 0 it stays max_scale."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "beta")
+        require_positive(self, "beta", "max_scale")
         require_not_negative(self, "delta")
+        require(self, "tau", self.tau in ("pair", *TOTAL_LENGTHS), "pair, batch or previous")
+        require(self, "risen", self.risen in ("full", "formula"), "full or formula")
 
 
-@objective("acpo", ACPOConfig, needs_reference=True, statistics=(TOTAL_LENGTH,))
+def _total_length(config: ACPOConfig) -> tuple[BatchStatistic, ...]:
+    return () if config.tau == "pair" else (TOTAL_LENGTHS[config.tau],)
+
+
+@objective("acpo", ACPOConfig, needs_reference=True, statistics=_total_length)
 def acpo(pair: PairLogProbs, config: ACPOConfig) -> Tensor:
     """-log sigmoid(beta r_w - k beta r_l), per pair (B,), with k detached: asymmetric constraint on the
     rejected side.
 
-    k = 1 where r_l >= 0, else clip((tau - beta r_w) / (-beta r_l), 0, 1): no more push than reaches the
-    target tau = delta * mean(|y_w| + |y_l|), a number from the previous step's global batch. Since k is held
-    constant in the gradient, d_l = k d_w. Huang et al. 2026 (arXiv 2603.22165): its abstract says that a
-    coefficient that knows lengths scales the rejected reward alone, towards a target; a review has
-    k = (r_w - tau) / r_l with tau = delta (|y_w| + |y_l|). The paper's own equations were not to be had:
-    the clipping, the branch r_l >= 0, the previous step's mean, delta and beta are choices made here.
+    k = max_scale where r_l >= 0, else clip((tau - beta r_w) / (-beta r_l), 0, max_scale): no more push than
+    reaches the target tau = delta * mean(|y_w| + |y_l|). Since k is held constant in the gradient,
+    d_l = k d_w. Huang et al. 2026 (arXiv 2603.22165), whose own equations were not to be had. Known:
+
+        abstract    a coefficient that knows lengths scales the rejected reward alone, towards a target
+        a review    k = (r(y_w) - tau_batch) / r(y_l), and tau(y_w, y_l) = delta (|y_w| + |y_l|); the name
+                    tau_batch suggests a mean over the step's batch (tau=batch); without it (k = 1) POPE falls
+
+    Choices made here: the clipping (max_scale), the branch r_l >= 0 (risen), from which batch tau is (tau),
+    delta and beta. No auxiliary loss is known of.
     """
     beta_r_w, beta_r_l = config.beta * pair.r_w, config.beta * pair.r_l
-    tau = config.delta * pair.state[0]
+    tau = config.delta * (pair.state[0] if pair.state else pair.len_w + pair.len_l)
     tiny = torch.finfo(beta_r_l.dtype).tiny
-    scale = ((tau - beta_r_w) / (-beta_r_l).clamp(min=tiny)).clamp(0, 1)
-    scale = torch.where(beta_r_l >= 0, torch.ones_like(scale), scale).detach()
+    scale = ((tau - beta_r_w) / (-beta_r_l).clamp(min=tiny)).clamp(0, config.max_scale)
+    risen = torch.full_like(scale, config.max_scale)
+    if config.risen == "formula":
+        above = ((beta_r_w - tau) / beta_r_l.clamp(min=tiny)).clamp(0, config.max_scale)
+        risen = torch.where(beta_r_l > 0, above, risen)
+    scale = torch.where(beta_r_l >= 0, risen, scale).detach()
     return pair.sigmoid_loss(beta_r_w - scale * beta_r_l)

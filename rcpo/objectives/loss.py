@@ -203,7 +203,7 @@ Match = Callable[[PairLogProbs], tuple[Tensor, Tensor]]
 @dataclass(frozen=True)
 class BatchStatistic:
     """Detached numbers that a loss reads from `PairLogProbs.state`, learnt from a global batch: from the
-    pairs of the step before, or from the mismatched pairs of the step itself.
+    pairs of the step before, or from the lengths or the mismatched pairs of the step itself.
 
     Either way they are known before the step's first micro-batch, so that the loss does not depend on how the
     batch is split over ranks and micro-batches.
@@ -219,6 +219,11 @@ class BatchStatistic:
     """Whether `column` is of mismatched pairs (`rcpo.data.mismatched`): each prompt of the step's own batch
     with another pair's responses, scored without gradients before the step. Costs a forward pass of policy
     and reference."""
+    of_lengths: bool = False
+    """Whether `column` reads len_w and len_l alone, of the step's own pairs: these are known before it."""
+
+    def is_of(self, mismatched: bool, lengths: bool) -> bool:
+        return (self.of_mismatched, self.of_lengths) == (mismatched, lengths)
 
     @property
     def width(self) -> int:
@@ -290,6 +295,11 @@ class Objective:
         return any(statistic.of_mismatched for statistic in self.statistics)
 
     @property
+    def needs_lengths(self) -> bool:
+        """Whether a step must know its global batch's lengths before it begins."""
+        return any(statistic.of_lengths for statistic in self.statistics)
+
+    @property
     def reads_tokens(self) -> bool:
         """Whether the loss needs more of a response's token log-probs than their sum: then an evaluation,
         which has sums, has no loss."""
@@ -308,17 +318,20 @@ class Objective:
 
     @property
     def num_statistics(self) -> int:
-        """Columns of the batch's own pairs to average over the global batch; 0 for most objectives."""
-        return sum(not statistic.of_mismatched for statistic in self.statistics)
+        """Columns of the batch's own pairs to average over the global batch once they have been through the
+        model; 0 for most objectives."""
+        return sum(statistic.is_of(False, False) for statistic in self.statistics)
 
-    def statistic_columns(self, pair: PairLogProbs, of_mismatched: bool = False) -> Tensor:
+    def statistic_columns(
+        self, pair: PairLogProbs, of_mismatched: bool = False, of_lengths: bool = False
+    ) -> Tensor:
         """The columns whose global-batch means `advance` wants: (n, B), detached; n is `num_statistics`, or
-        with `of_mismatched` the number of those that mismatched pairs have."""
+        the number of those that mismatched pairs, or lengths alone, have."""
         pair = self.view(pair)
         columns = [
             statistic.column(pair).detach()
             for statistic in self.statistics
-            if statistic.of_mismatched == of_mismatched
+            if statistic.is_of(of_mismatched, of_lengths)
         ]
         return torch.stack(columns) if columns else pair.z_w.new_zeros(0, len(pair.z_w))
 
@@ -329,16 +342,20 @@ class Objective:
         return tuple(number for statistic in self.statistics for number in statistic.start(length))
 
     def advance(
-        self, state: tuple[float, ...], means: Sequence[float], of_mismatched: bool = False
+        self,
+        state: tuple[float, ...],
+        means: Sequence[float],
+        of_mismatched: bool = False,
+        of_lengths: bool = False,
     ) -> tuple[float, ...]:
         """The state after the global batch's means of `statistic_columns`; what these are not about stays.
-        Once per optimizer step: of its own pairs after it, of mismatched ones before it. A mean that is not
-        finite gives numbers that are not, and so a loss that is not."""
+        Once per optimizer step: of its own pairs after it, of mismatched ones and of lengths before it. A
+        mean that is not finite gives numbers that are not, and so a loss that is not."""
         numbers: list[float] = []
         left = iter(means)
         for statistic in self.statistics:
             own = state[len(numbers) : len(numbers) + statistic.width]
-            if statistic.of_mismatched != of_mismatched:
+            if not statistic.is_of(of_mismatched, of_lengths):
                 numbers += own
                 continue
             mean = next(left)

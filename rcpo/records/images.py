@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import io
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 COLUMNS = ("images", "image")
 """Columns of images; a row may have one of them."""
 MEGAPIXEL = 10**6
+GREY = (127, 127, 127)
+"""Of a blank image: about zero once a processor has normalised it."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,21 @@ class Image:
     """The file's bytes, where the row has them."""
     megapixels: int = 50
     """With more million pixels it is not decoded (data.image_megapixels): 50 are 150 MB once decoded."""
+    is_blank: bool = False
+    """Shown as an image of its size without anything on it."""
 
     @property
     def identity(self) -> str:
         """Equal for images of one file, or of equal bytes."""
         return str(self.path) if self.data is None else hashlib.blake2b(self.data).hexdigest()
+
+    def digest(self) -> str:
+        """Of the file's bytes. Raises BadRowError where it cannot be read."""
+        try:
+            data = self.path.read_bytes() if self.data is None and self.path is not None else self.data
+        except OSError as error:
+            raise BadRowError(f"an image cannot be read ({self.path}: {error.strerror})") from None
+        return hashlib.blake2b(data or b"", digest_size=16).hexdigest()
 
     def _num_bytes(self) -> int | None:
         """None where there is no file."""
@@ -70,7 +82,8 @@ class Image:
                     if not width * height:
                         raise BadRowError("an image has no pixels")
                     picture.load()
-                    return PIL.ImageOps.exif_transpose(picture).convert("RGB")
+                    upright = PIL.ImageOps.exif_transpose(picture).convert("RGB")
+                    return PIL.Image.new("RGB", upright.size, GREY) if self.is_blank else upright
         except BadRowError:
             raise
         except PIL.Image.DecompressionBombError:
@@ -117,6 +130,13 @@ def with_images(
     if num_places != len(images):
         raise BadRowError(f"there are {_num(len(images), 'image')} for {_num(num_places, 'place')}")
     return dataclasses.replace(record, images=tuple(images))
+
+
+def refuse_missing(images: Iterable[Image]) -> None:
+    """Raise BadRowError for an image whose file is not there."""
+    for image in images:
+        if image.path is not None and not image.path.is_file():
+            raise BadRowError(f"an image file is missing: {image.path}")
 
 
 def _num(num: int, what: str) -> str:

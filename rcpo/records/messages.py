@@ -152,6 +152,27 @@ def _part_text(part: Any) -> str:
     raise BadMessageError(f"has a message with a part of the type {kind}, and only text and images are read")
 
 
+def parts_of(text: str) -> list[dict[str, str]]:
+    """A message's content as a list of parts, with one for each place of an image."""
+    first, *others = text.split(PLACE)
+    parts = [{"type": "text", "text": first}] if first else []
+    for other in others:
+        parts.append({"type": "image"})
+        if other:
+            parts.append({"type": "text", "text": other})
+    return parts
+
+
+def in_parts(prompt: str | Messages) -> str | Messages:
+    """A prompt as files have it: content in parts where it has a place of an image."""
+    if isinstance(prompt, str):
+        return prompt
+    return [
+        {**turn, "content": parts_of(turn["content"])} if PLACE in turn["content"] else turn
+        for turn in prompt
+    ]
+
+
 def _call(call: Any) -> Any:
     """A tool call whose arguments are an object, as templates want it; OpenAI's format has them as JSON
     text."""

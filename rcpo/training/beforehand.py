@@ -2,6 +2,7 @@
 
     with_mismatched     prompts with other pairs' responses           kto kl=mismatched: numbers of this batch
     with_sides_by_sign  what lists pull up, and what they push down   the two sides of a list
+    with_lengths        of its own pairs' lengths                     acpo tau=batch: numbers of this batch
     with_mean_tokens    of the chosen responses                       likelihood terms: means over them
     with_partners       of the sorted numbers of all pairs            losses that compare ranks
     tilted              what the mean is not                          KL-DRO, Dr. DPO
@@ -42,6 +43,22 @@ def with_mismatched(method: Method, state: TrainState, mismatched: Sequence[Micr
         sums.append(objective.statistic_columns(pair, of_mismatched=True).double().sum(1))
     means = sum_over_ranks(torch.stack(sums).sum(0)) / method.pairs_per_step
     numbers = objective.advance(state.objective_state, means.tolist(), of_mismatched=True)
+    return replace(state, objective_state=numbers)
+
+
+def with_lengths(method: Method, state: TrainState, micro_batches: Sequence[MicroBatch]) -> TrainState:
+    """`state` as the step sees it: with the objective's numbers of the global batch's lengths; `state` itself
+    where it has none. One reduction then, of lengths, that waits for the device. Collective then."""
+    objective = method.objective
+    if not objective.needs_lengths:
+        return state
+    sums = []
+    for micro_batch in micro_batches:
+        nothing = torch.zeros(micro_batch.batch.num_pairs, device=micro_batch.batch.lengths.device)
+        pair = pairs_of(micro_batch, nothing, nothing, state.objective_state)
+        sums.append(objective.statistic_columns(pair, of_lengths=True).double().sum(1))
+    means = sum_over_ranks(torch.stack(sums).sum(0)) / method.pairs_per_step
+    numbers = objective.advance(state.objective_state, means.tolist(), of_lengths=True)
     return replace(state, objective_state=numbers)
 
 

@@ -337,7 +337,8 @@ def _further_row(training: Training, result: SideLogProbs) -> dict[str, float]:
     Collective."""
     held_out, pad_id = training.inputs.held_out, training.inputs.pad_id
     run, size = training.run, eval_batch(training.config)
-    row = vision_row(training.engine, held_out, result, pad_id, size)
+    against = training.config.metrics.vision_gain
+    row = vision_row(training.engine, held_out, result, pad_id, size, against)
     return row | gold_row(training.engine, held_out, pad_id, size, lambda: run.rows(run.eval))
 
 

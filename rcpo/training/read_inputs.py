@@ -109,6 +109,11 @@ def _checked_tokenizer(config: ResolvedConfig) -> PreTrainedTokenizerBase:
     tokenizer = load_tokenizer(config.model)
     if (sight := sight_of(tokenizer)) is not None:
         check_run_with_images(config, sight)
+    elif config.metrics.vision_gain != "others":
+        raise UserError(
+            f"metrics.vision_gain={config.metrics.vision_gain}: {config.model.path} reads text alone; type "
+            "metrics.vision_gain=others"
+        )
     check_vocabulary(config.model, tokenizer)
     check_model(config.model)
     return tokenizer

@@ -38,6 +38,7 @@ from rcpo.ranks.distributed import sum_parts_over_ranks, world_size
 from rcpo.training.beforehand import (
     tilted,
     with_expert_costs,
+    with_lengths,
     with_mean_tokens,
     with_mismatched,
     with_partners,
@@ -103,7 +104,7 @@ def train_step(
     alpha = state.calibrator.alpha()
     state.calibrator.begin()
     measurement.begin()
-    seeing = with_mismatched(method, state, mismatched)
+    seeing = with_lengths(method, with_mismatched(method, state, mismatched), micro_batches)
     micro_batches = with_sides_by_sign(method, seeing, micro_batches)
     micro_batches = with_partners(method, with_mean_tokens(method, micro_batches))
     micro_batches = tilted(method, seeing, micro_batches)

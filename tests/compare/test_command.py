@@ -247,3 +247,35 @@ def test_what_rounding_may_have_made_is_marked(tmp_path: Path, capsys: pytest.Ca
     assert "~: no more than rounding may have made of the mean; the noise floor of bfloat16" in out
     groups = json.loads(typed(capsys, str(tmp_path), "--json"))["cells"]
     assert [group["noise_floor"] for group in groups] == pytest.approx([0.495, 1.0])
+
+
+def test_whether_a_model_looks_is_a_column_whose_difference_is_paired_by_seed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Differences of the seeds .20, .15 and .25: mean .2, standard error .05 / sqrt(3), t of 2 degrees of
+    freedom 4.303, so that the interval reaches .1242. A group without another seed in common has none."""
+    gains = {"off": (0.2, 0.3, 0.25), "balance": (0.4, 0.45, 0.5), "exact": (0.4,)}
+    for calibration, of_seeds in gains.items():
+        for seed, gain in enumerate(of_seeds):
+            path = tmp_path / "seeds" / f"{calibration}-{seed}"
+            make_run(path, "dpo", calibration, seed, at_end={"vision_gain": gain})
+    found = records(typed(capsys, str(tmp_path / "seeds"), "--csv"))
+    row = found["dpo", "balance"]
+    assert float(row["vision_gain"]) == pytest.approx(0.45)
+    assert float(row["vision_gain_se"]) == pytest.approx(0.05 / 3**0.5)
+    of_off = {name: float(row[f"vs_off_vision_gain{name}"]) for name in ("", "_low", "_high")}
+    assert of_off == pytest.approx({"": 0.2, "_low": 0.0758, "_high": 0.3242}, abs=1e-4)
+    assert 0.01 < float(row["vs_off_vision_gain_p"]) < 0.05
+    assert found["dpo", "exact"]["vs_off_vision_gain"] == "0.2"
+    assert found["dpo", "exact"]["vs_off_vision_gain_low"] == ""
+    said = typed(capsys, str(tmp_path / "seeds"), "--markdown")
+    assert "+0.450 ± 0.029" in said
+    assert "+0.200 [+0.076, +0.324]" in said
+    assert "(+0.200)" in said
+    assert "vision gain: share of held-out pairs" in said
+    cells = json.loads(typed(capsys, str(tmp_path / "seeds"), "--json"))["cells"]
+    assert [round(cell["vision_gain"], 3) for cell in cells] == [0.25, 0.4, 0.45]
+    typed(capsys, str(tmp_path / "seeds"), "--html", str(tmp_path / "page.html"))
+    assert "+0.200 [+0.076, +0.324]" in (tmp_path / "page.html").read_text()
+    make_run(tmp_path / "text")
+    assert "vision" not in typed(capsys, str(tmp_path / "text"), "--markdown")

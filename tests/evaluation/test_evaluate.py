@@ -108,7 +108,7 @@ def test_what_is_known_is_not_asked_again(tmp_path: Path, monkeypatch: pytest.Mo
         return {"exact_match": Score(0.5, None)}, [{"id": "a", "value": 0.5}]
 
     monkeypatch.setattr(arithmetic, "ask", ask)
-    monkeypatch.setattr(tasks, "Loaded", lambda subject: type("", (), {"subject": subject}))
+    monkeypatch.setattr(tasks, "Loaded", lambda subject, may_see: type("", (), {"subject": subject}))
     runs = [str(make_done(tmp_path / name, f"name={name}")) for name in ("a", "b")]
     evaluate(*runs)
     assert asked == ["a step-000000"]

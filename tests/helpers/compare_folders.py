@@ -46,11 +46,12 @@ def make_run(
     band: bool = True,
     with_pairs: bool = True,
     noise: float | None = None,
+    at_end: dict[str, float] | None = None,
     **run_json: Any,
 ) -> Path:
     """A run of `steps` steps, evaluated at the start, in the middle and at the end, where the log-probs of
     the pairs have changed by `change` (chosen, rejected); in proportion to the step. `noise`: of a bf16
-    run."""
+    run; `at_end`: more of the last evaluation."""
     run = RunFolder(path)
     tree = copy.deepcopy(default_tree())
     tree["objective"] = {"name": objective, **({"beta": 0.1} if objective == "dpo" else {})}
@@ -73,6 +74,7 @@ def make_run(
         evaluations.append({"step": step} | displacement_row(z_w, z_l, *start, noise=noise))
         if with_pairs:
             run.save_pair_results(step, SideLogProbs(z_w, z_l))
+    evaluations[-1] |= at_end or {}
     run.eval.write_text("".join(encode_row(row) + "\n" for row in evaluations))
     return path
 

@@ -47,15 +47,17 @@ class Column:
     head: str
     value: Callable[[dict[str, Any], list[dict[str, Any]], int], float | None]
     text: Callable[[float], str]
+    is_of_some: bool = False
+    """Left out where no run has it."""
 
 
 def of_summary(key: str) -> Callable[[dict[str, Any], list[dict[str, Any]], int], float | None]:
     return lambda summary, rows, every: summary[key]
 
 
-def vision_gain(summary: dict[str, Any], rows: list[dict[str, Any]], every: int) -> float | None:
-    """Of the last evaluation; None for runs of text."""
-    return summary.get("vision_gain")
+def of_last(key: str) -> Callable[[dict[str, Any], list[dict[str, Any]], int], float | None]:
+    """Of the last evaluation; None for runs that have none."""
+    return lambda summary, rows, every: summary.get(key)
 
 
 def in_band_share(summary: dict[str, Any], rows: list[dict[str, Any]], every: int) -> float | None:
@@ -83,7 +85,15 @@ COLUMNS = (
     Column("chosen fell (%)", of_summary("end_chosen_down"), share),
     Column("in band (%)", in_band_share, share),
     Column("last alpha", of_summary("alpha"), "{:.2f}".format),
-    Column("vision gain", vision_gain, signed),
+    *(
+        Column(head + against, of_last(f"vision_gain{kind}{side}"), signed, is_of_some=True)
+        for against, kind in (("", ""), (", blank", "_blank"))
+        for head, side in (
+            ("vision gain", ""),
+            ("of z_w (nats)", "/chosen"),
+            ("of z_l (nats)", "/rejected"),
+        )
+    ),
 )
 
 
@@ -92,7 +102,7 @@ def table_lines(cells: list[Trained]) -> Iterator[str]:
     averaged."""
     keys = [key for key in cells[0].axes if key != "seed"]
     finished = [cell for cell in cells if cell.status == "done"]
-    columns = [each for each in COLUMNS if each.value is not vision_gain or _cell_text(each, finished) != "-"]
+    columns = [each for each in COLUMNS if not each.is_of_some or _cell_text(each, finished) != "-"]
     heads = [*keys, *(column.head for column in columns), "band of"]
     yield f"| {' | '.join(heads)} |"
     yield "|" + " --- |" * len(heads)

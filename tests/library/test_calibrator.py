@@ -296,6 +296,10 @@ def foreign() -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "lengths of the batch": (
+        lambda: rcpo.Calibrator("off", load_objective("acpo", tau="batch")),
+        "objective=acpo: reads the lengths of the global batch before its parts",
+    ),
     "kind": (
         lambda: rcpo.Calibrator("balanced", "dpo"),
         r"Calibrator\('balanced', ...\): no such kind of calibration; choose one of off, on",

@@ -202,6 +202,41 @@ def test_acpo_target():
     assert d_w.item() == pytest.approx(d_l.item())
 
 
+def test_acpo_target_of_each_pair_and_of_the_step_itself():
+    """Lengths 5 and 7, r = (-0.5, -2): tau = 0.05 and 0.07, which the logits are. With tau=batch the step's
+    own mean of lengths is known before it, and no column is left for after it."""
+    pair = PairLogProbs(*(torch.tensor(x, dtype=torch.float64) for x in ([-0.5] * 2, [-2.0] * 2, [0.0] * 2)),
+                        torch.zeros(2, dtype=torch.float64), BATCH.len_w, BATCH.len_l)  # fmt: skip
+    each = load_objective("acpo", tau="pair")
+    assert each(pair).tolist() == pytest.approx([nls(0.05), nls(0.07)])
+    assert (each.num_statistics, each.needs_lengths, each.initial_state(6.0)) == (0, False, ())
+    own = load_objective("acpo", tau="batch")
+    assert (own.num_statistics, own.needs_lengths) == (0, True)
+    assert own.statistic_columns(BATCH).shape == (0, 2)
+    assert own.statistic_columns(BATCH, of_lengths=True).tolist() == [[5.0, 7.0]]
+    assert own.advance((9.0,), []) == (9.0,)
+    assert own.advance((9.0,), [6.0], of_lengths=True) == (6.0,)
+    assert own(pair._replace(state=(6.0,))).tolist() == pytest.approx([nls(0.06)] * 2)
+
+
+def test_acpo_scale_has_a_limit_and_a_branch_for_what_has_risen():
+    """tau = 0.4, r = (-0.5, -2): the formula has k = 0.45/0.2 = 2.25, so the logit is 0.15, 0.35 and 0.4 with
+    max_scale 1, 2 and 3. tau = 0.05, r = (1, 2): full has k = 1 and logit -0.1; the formula 0.05/0.2 and tau.
+    r = (0, 2): below tau the formula pushes the rejected response no more. r = 0: both push."""
+    fallen = pair_of((-5.5, -7), (-5, -5), (2, 3))._replace(state=(40.0,))
+    for max_scale, logit in ((1.0, 0.15), (2.0, 0.35), (3.0, 0.4)):
+        loss = load_objective("acpo", max_scale=max_scale)(fallen)
+        assert loss.item() == pytest.approx(nls(logit))
+    for r_w, r_l, full, formula in ((1, 2, -0.1, 0.05), (0, 2, -0.2, 0.0), (0, 0, 0.0, 0.0)):
+        pair = pair_of((r_w, r_l), (0, 0), (2, 3))._replace(state=(5.0,))
+        found = [
+            loss_and_incentives(load_objective("acpo", risen=risen), pair) for risen in ("full", "formula")
+        ]
+        assert [value.item() for value, _ in found] == pytest.approx([nls(full), nls(formula)])
+        d_w, d_l = found[1][1]
+        assert (d_l / d_w).item() == pytest.approx({(1, 2): 0.25, (0, 2): 0.0, (0, 0): 1.0}[r_w, r_l])
+
+
 def test_acpo_without_state_takes_the_batch_mean():
     """Lengths 5 and 7: tau = 0.06 for both, so that batches of one differ from this batch where tau
     matters."""

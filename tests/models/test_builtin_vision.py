@@ -1,9 +1,12 @@
 """The model that sees and ships with rcpo: its files, whether it looks, and the script that made it."""
 
+import dataclasses
+import io
 import random
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import PIL.Image
 import pytest
 import torch
 from torch import Tensor
@@ -25,11 +28,13 @@ from rcpo.data.tokenize import tokenize_records
 from rcpo.models.evaluation import evaluate_logprobs
 from rcpo.models.load import load_model, load_tokenizer
 from rcpo.models.policy import Policy
+from rcpo.records.images import Image
 from rcpo.records.load import load_records
-from rcpo.records.scenes import draw_scene
+from rcpo.records.scenes import SIZE, draw_scene
 from rcpo.training.looking import vision_row
 
 TINY = Path(rcpo.builtin.__file__).parent / "tiny_vision"
+GAINS = ("vision_gain", "vision_gain_blank")
 CONFIG = ModelConfig("builtin:tiny_vision", dtype="float32")
 
 
@@ -50,11 +55,11 @@ class Shipped(NamedTuple):
     pairs: list[TokenizedPair]
     pad_id: int
 
-    def gain(self) -> tuple[float, dict[str, float]]:
+    def gain(self, against: str = "others") -> tuple[float, dict[str, float]]:
         """Accuracy of held-out pairs, and what is left of it and of z with wrong pictures."""
         frozen = Frozen(Policy(self.model))
         z = evaluate_logprobs(frozen, self.pairs, self.pad_id, 32)
-        row = vision_row(frozen, self.pairs, z, self.pad_id, 32)
+        row = vision_row(frozen, self.pairs, z, self.pad_id, 32, against)
         return float((z.z_w > z.z_l).double().mean()), row
 
 
@@ -86,10 +91,33 @@ def test_a_model_that_ignores_images_is_found_out(shipped: Shipped) -> None:
     projector: Any = shipped.model.base_model.get_submodule("multi_modal_projector")
     handle = projector.register_forward_hook(lambda module, inputs, output: output * 0)
     try:
-        _, row = shipped.gain()
+        _, row = shipped.gain("both")
     finally:
         handle.remove()
-    assert row == {"vision_gain": 0.0, "vision_gain/chosen": 0.0, "vision_gain/rejected": 0.0}
+    assert set(row) == {f"{key}{of}" for key in GAINS for of in ("", "/chosen", "/rejected")}
+    assert set(row.values()) == {0.0}
+
+
+@pytest.mark.ci("the model that sees")
+def test_against_blank_pictures_the_gain_is_that_of_pairs_whose_pictures_are_grey(shipped: Shipped) -> None:
+    """The same pairs with grey pictures as their own, made from files, have the z that is taken off."""
+    frozen = Frozen(Policy(shipped.model))
+    grey = PIL.Image.new("RGB", (SIZE, SIZE), (127, 127, 127))
+    stream = io.BytesIO()
+    grey.save(stream, format="PNG")
+    data = load_records(DataConfig("shapes", train_pairs=1, eval_pairs=128))
+    records = [
+        dataclasses.replace(record, images=(Image(None, stream.getvalue()),)) for record in data.held_out
+    ]
+    pairs = tokenize_records(records, load_tokenizer(CONFIG), 256, None, "error").pairs
+    own, blank = (evaluate_logprobs(frozen, each, shipped.pad_id, 32) for each in (shipped.pairs, pairs))
+    accuracy, row = shipped.gain("blank")
+    assert list(row) == ["vision_gain_blank", "vision_gain_blank/chosen", "vision_gain_blank/rejected"]
+    assert row["vision_gain_blank"] == accuracy - float((blank.z_w > blank.z_l).double().mean())
+    assert row["vision_gain_blank/chosen"] == float((own.z_w - blank.z_w).double().mean())
+    assert row["vision_gain_blank/rejected"] == float((own.z_l - blank.z_l).double().mean())
+    assert row["vision_gain_blank/chosen"] > 0.5
+    assert shipped.gain("none")[1] == {}
 
 
 @pytest.mark.ci("24 answers one by one")

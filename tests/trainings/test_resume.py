@@ -33,6 +33,8 @@ PUBLISHED = Case("cpo", "published", "neox", "adamw")
 POPULATION = Case("simpo", "exact", "llama", "adamw")
 POPULATION_HEAD = Case("ipo", "on", "neox", "adamw")
 MISMATCHED = Case("kto", "on", "neox", "adamw")
+LENGTHS_OF_STEP = Case("acpo", "on", "llama", "adamw")
+LENGTHS_BEFORE = Case("acpo", "exact", "neox", "adamw")
 WORDS = {
     # Measured at steps 1, 3 and 5: the run resumes from step 4 between two measurements.
     EXACT: ("calibration.every=2", "calibration.warmup_steps=0"),
@@ -43,6 +45,8 @@ WORDS = {
     POPULATION: ("metrics.population=true",),
     POPULATION_HEAD: ("metrics.population=true",),
     MISMATCHED: ("objective.kl=mismatched",),
+    LENGTHS_OF_STEP: ("objective.tau=batch", "objective.delta=0.1"),
+    LENGTHS_BEFORE: ("objective.tau=previous", "objective.delta=0.1", "objective.risen=formula"),
 }
 """Further overrides."""
 LAYOUTS = (*(Layout(1, 4, stage) for stage in (0, 1, 2, 3)), Layout(2, 2, 2), Layout(2, 2, 3))
@@ -70,6 +74,8 @@ MOMENTS: list[tuple[Case, Layout, tuple[Moment, int]]] = [
     (MISMATCHED, Layout(1, 4, 1), AFTER_A_CHECKPOINT),
     (MISMATCHED, Layout(2, 2, 3), ("signal", 2)),
     (MISMATCHED, Layout(2, 2, 2), ("nan", 5)),
+    (LENGTHS_OF_STEP, Layout(2, 2, 2), AFTER_A_CHECKPOINT),
+    (LENGTHS_BEFORE, Layout(1, 4, 1), AFTER_A_CHECKPOINT),
     (Case("kto", "off", "llama", "adamw"), Layout(1, 4, 1), ("signal", 2)),  # next comes a second pass's pair
 ]
 """Checkpoints are written at steps 2, 4 and 6, evaluations at 0, 4 and 6."""

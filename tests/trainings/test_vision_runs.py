@@ -47,7 +47,9 @@ def trained(folder: Path, name: str, *more: str) -> Path:
 
 def test_a_run_ends_with_a_model_that_answers_an_image(folder: Path) -> None:
     """exact calibration; two images a row; z of held-out pairs falls with wrong images by what is said."""
-    run = trained(folder, "exact", "calibration=exact", "train.pairs_per_device=4")
+    run = trained(
+        folder, "exact", "calibration=exact", "train.pairs_per_device=4", "metrics.vision_gain=both"
+    )
     final = run / "final"
     model = AutoModelForImageTextToText.from_pretrained(final)
     processor = AutoProcessor.from_pretrained(final, backend="pil")
@@ -57,7 +59,7 @@ def test_a_run_ends_with_a_model_that_answers_an_image(folder: Path) -> None:
     assert model.generate(**inputs, max_new_tokens=3, do_sample=False).shape[1] > inputs["input_ids"].shape[1]
     first, *_, last = rows_of(run / "eval.jsonl")
     assert {"vision_gain", "vision_gain/chosen", "vision_gain/rejected"} <= set(first)
-    assert first["vision_gain/chosen"] != 0
+    assert first["vision_gain/chosen"] != first["vision_gain_blank/chosen"] != 0
     assert "AutoModelForImageTextToText" in (final / "README.md").read_text()
     # What sees is frozen, and stays to the bit.
     before, after = load_file(folder / "model" / "model.safetensors"), load_file(final / "model.safetensors")
