@@ -253,7 +253,8 @@ def _print(console: Any, found: Sequence[dict[str, Any]]) -> None:
     for each in found:
         numbers = each[which]
         chosen, rejected = (
-            f"{numbers[side]['before']:.3f} -> {numbers[side]['after']:.3f}" for side in ("chosen", "rejected")
+            f"{numbers[side]['before']:.3f} -> {numbers[side]['after']:.3f}"
+            for side in ("chosen", "rejected")
         )
         lowest = numbers["lowest"]
         shown = (chosen, f"{lowest['p']:.3f}", str(lowest["step"]), rejected, f"{numbers['fell']:.0%}")

@@ -85,8 +85,8 @@ def test_what_is_measured_is_what_the_models_say() -> None:
 
 def test_the_largest_fall_is_during_training(tmp_path: Path) -> None:
     """One prompt: .5, .25, .125 before the updates of steps 1, 2, 4 (a number of step 3 was lost), .4 at the
-    end. Two held-out prompts: means .5, (.1 + .3) / 2, (.6 + .2) / 2, (.2 + .4) / 2. Of two that are the same the first
-    counts."""
+    end. Two held-out prompts: means .5, (.1 + .3) / 2, (.6 + .2) / 2, (.2 + .4) / 2. Of two that are
+    the same the first counts."""
     run = RunFolder(tmp_path)
     run.pair_results.mkdir()
     before = {1: 0.5, 2: 0.25, 3: math.nan, 4: 0.125}
