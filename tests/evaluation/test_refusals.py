@@ -205,7 +205,8 @@ def test_a_classifier_labels(
     Path("P.jsonl").write_text("".join(json.dumps({"prompt": each.prompt()}) + "\n" for each in problems))
     words = [
         "lab", "refusal", "builtin:tiny", "prompts=P.jsonl", "classifier=reward", "ties=drop",
-        "temperature=2", "max_new_tokens=3", "calibrations=off", "out=OUT", "train.steps=1", "train.pairs_per_step=2",
+        "temperature=2", "max_new_tokens=3", "calibrations=off", "out=OUT", "train.steps=1",
+        "train.pairs_per_step=2",
     ]  # fmt: skip
 
     def ran(*own: str) -> int:
