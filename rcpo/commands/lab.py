@@ -37,9 +37,10 @@ of refusal, the end of text, others); entropy; and how much of the displacement 
 tokens, the shared beginning, the content and the end. One pass of each model. Writes RUN/lab/.
 
 persona: the one-token experiment of arXiv 2410.08847. Prompts are answered with one token, Yes
-against No say, with each objective and each calibration: p(chosen) before and after, which tokens
-gained, and which ones theory names. A sweep of runs in a folder: the same words go on after a stop.
-KEY=VALUE words of rcpo train are passed on. Without MODEL, the model that ships on its own words.
+against No say, with each objective and each calibration: p(chosen) before, after, and where it was
+smallest; which tokens gained, and which ones theory names. A sweep of runs in a folder: the same
+words go on after a stop. KEY=VALUE words of rcpo train are passed on. Without MODEL, the model that
+ships on its own words.
 
 refusal: does training on a model's own refusals make it refuse? Two answers to each prompt of your
 file are drawn and labelled; the one that refuses is chosen. Every objective with every calibration

@@ -214,6 +214,7 @@ class _Watch:
 
     def measured(self, run: Path) -> dict[str, Any]:
         """Of one run, kept in RUN/lab/persona.json."""
+        from rcpo.evaluation import one_token_course as course
         from rcpo.evaluation.one_token import Watched, measure
         from rcpo.evaluation.subject import find_subject
         from rcpo.training.read_inputs import tokenise
@@ -221,7 +222,7 @@ class _Watch:
         file, top = run / "lab" / "persona.json", self._settings.top
         if file.is_file():
             known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            if known.get("top") == top:
+            if known.get("top") == top and "course" in known["held_out"]:
                 return known
         trained = find_subject(str(run))
         assert trained.config is not None
@@ -231,13 +232,18 @@ class _Watch:
         found: dict[str, Any] = {"top": top}
         for name, of_split in (("trained", pairs.train.pairs), ("held_out", pairs.held_out.pairs)):
             found[name] = measure(self._before, after, of_split, tokenizer, top)
+        assert trained.run is not None
+        found["held_out"] |= course.summary(course.of_held_out(trained.run))
+        if len(pairs.train.pairs) == 1:
+            at_end = found["trained"]["chosen"]["after"] if trained.config.train.keep_best is None else None
+            found["trained"] |= course.summary(course.of_one_prompt(trained.run, at_end))
         file.parent.mkdir(exist_ok=True)
         write_atomically(file, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
         return found
 
 
 def _print(console: Any, found: Sequence[dict[str, Any]]) -> None:
-    from rich.table import Table
+    from rcpo.sweep.table import new_table
 
     if not found:
         return
@@ -245,13 +251,23 @@ def _print(console: Any, found: Sequence[dict[str, Any]]) -> None:
     which = "trained" if is_alone else "held_out"
     several = len({each["seed"] for each in found}) > 1
     columns = ["pair", "objective", "calibration", *(["seed"] if several else [])]
-    table = Table(*columns, "p(chosen)", "p(rejected)", "fell", box=None, pad_edge=False)
+    table = new_table(console, columns, ["p(chosen)", "lowest", "at step", "p(rejected)", "fell"])
     for each in found:
-        sides = (each[which][side] for side in ("chosen", "rejected"))
-        shown = (f"{side['before']:.3f} -> {side['after']:.3f}" for side in sides)
-        table.add_row(*(str(each[column]) for column in columns), *shown, f"{each[which]['fell']:.0%}")
+        numbers = each[which]
+        chosen, rejected = (
+            f"{numbers[side]['before']:.3f} -> {numbers[side]['after']:.3f}"
+            for side in ("chosen", "rejected")
+        )
+        lowest = numbers["lowest"]
+        shown = (chosen, f"{lowest['p']:.3f}", str(lowest["step"]), rejected, f"{numbers['fell']:.0%}")
+        table.add_row(*(str(each[column]) for column in columns), *shown)
     said = "the trained prompt" if is_alone else f"{found[0][which]['prompts']} held-out prompts"
-    console.print(f"\nof {said}; fell: the share of prompts whose chosen token did", soft_wrap=True)
+    looked = "step" if is_alone else "evaluation"
+    console.print(
+        f"\nof {said}; lowest: the smallest p(chosen) of every {looked}; fell: the share of prompts whose "
+        "chosen token did, by the end",
+        soft_wrap=True,
+    )
     console.print(table)
     for each in found:
         numbers = each[which]

@@ -61,6 +61,10 @@ class Partial:
         *lines, _ = self.path.read_text(encoding="utf-8").split("\n")
         return lines
 
+    def num_kept(self) -> int:
+        """Answers that are whole in the file; of those that were added last some may not be."""
+        return max(0, len(self._whole_lines()) - 1)
+
     @contextlib.contextmanager
     def open(self) -> Iterator[IO[str]]:
         """To write on, behind the whole lines. Raises UserError where another process does so now."""
@@ -182,7 +186,7 @@ def _said_if_full(partial: Partial) -> Iterator[None]:
     except OSError as error:
         raise UserError(
             f"{partial.path}: cannot be written ({error.strerror}); make room and type the same words again: "
-            f"{len(partial.turns)} answers are there already"
+            f"{partial.num_kept()} answers are there already"
         ) from None
 
 

@@ -1,6 +1,9 @@
 """`rcpo generate`: the files of other tools, both turns, what a kill leaves, prompts in every form."""
 
+import contextlib
 import json
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from rcpo.evaluation.decoding import answer_all
 from rcpo.evaluation.forms import markdown_counts
 from rcpo.evaluation.prompts import Asking, Prompt, read_prompts
 from rcpo.evaluation.subject import find_subject
+from rcpo.records.arithmetic import problem_split
 
 QUESTION = "alice has three apples and gets four more . how many ?"
 SECOND = "alice has seven apples and drops five of them . how many ?"
@@ -203,15 +207,48 @@ def test_a_file_that_is_being_written_is_left_alone(place: Path, capsys: pytest.
     assert sorted(path.name for path in place.iterdir()) == ["o.jsonl", "q.jsonl"]
 
 
-def test_a_full_disk_keeps_what_was_generated(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*rest: Any) -> None:
-        raise OSError(28, "No space left on device")
+@contextlib.contextmanager
+def disk_that_fills_up(room: int) -> Iterator[None]:
+    """No file of this process grows beyond `room` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    monkeypatch.setattr(generation.Partial, "add", full)
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["generate", TINY, write("q.jsonl", {"prompt": QUESTION}), "out=o.jsonl"])
+
+def test_a_full_disk_keeps_what_was_generated(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Full between two answers: one line, exit code 2. With room the same words ask for the others alone, and
+    the file is that of a generation that nothing stopped."""
+    problems = problem_split(0, 24, 0)[1]
+    asked = write("q.jsonl", *({"prompt": each.prompt()} for each in problems))
+    run(TINY, asked, "out=whole.jsonl")
+    words = [TINY, asked, "out=o.jsonl", "batch=2"]
+    capsys.readouterr()
+    with disk_that_fills_up(800), pytest.raises(SystemExit) as stop:
+        cli.main(["generate", *words])
     assert stop.value.code == 2
-    assert Path("o.jsonl.partial").exists()
+    assert not Path("o.jsonl").exists()
+    kept = [json.loads(line) for line in Path("o.jsonl.partial").read_text().split("\n")[1:-1]]
+    assert 0 < len(kept) < 24
+    said = "cannot be written (File too large); make room and type the same words again"
+    assert (
+        capsys.readouterr().err == f"rcpo: o.jsonl.partial: {said}: {len(kept)} answers are there already\n"
+    )
+    seen: list[int] = []
+
+    def counted(*rest: Any) -> Any:
+        seen.append(len(rest[1]))
+        return answer_all(*rest)
+
+    monkeypatch.setattr(generation, "answer_all", counted)
+    run(*words)
+    assert seen == [24 - len(kept)]
+    assert Path("o.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
+    assert not Path("o.jsonl.partial").exists()
 
 
 def test_prompts_in_every_form_are_read(place: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers.loopback_judge import Rule, judging_by, longer
+from helpers.reward_models import make_classifier
 from rcpo import cli
 from rcpo.common.errors import UserError
 from rcpo.evaluation import chat as chat_module
@@ -20,7 +21,6 @@ from rcpo.evaluation.forms import Answered, Turn, written
 from rcpo.evaluation.judge import messages_of, verdict_of
 from rcpo.evaluation.prompts import Prompt
 from rcpo.evaluation.win_rate import equal_length_rates, order_of, rates, wins_of
-from rcpo.models.load import model_place
 
 
 @pytest.fixture(autouse=True)
@@ -218,42 +218,21 @@ def test_the_files_that_generate_writes_are_read(tmp_path: Path, form: str) -> N
         join_answers(tmp_path / f"a.{suffix}", tmp_path / "c.jsonl")
 
 
-def make_classifier(folder: Path, num_labels: int = 1) -> None:
-    """Its score is the embedding of the last token, of which only "seven" has one."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
-
-    tokenizer = AutoTokenizer.from_pretrained(model_place("builtin:tiny"))
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=4, intermediate_size=4, num_hidden_layers=0,
-        num_attention_heads=1, num_labels=num_labels, max_position_embeddings=32,
-    )  # fmt: skip
-    model = LlamaForSequenceClassification(config)
-    with torch.no_grad():
-        model.model.embed_tokens.weight.zero_()
-        model.model.embed_tokens.weight[tokenizer.convert_tokens_to_ids(tokenizer.tokenize(" seven")[-1])] = (
-            1.0
-        )
-        model.score.weight.fill_(1.0)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 def test_a_reward_model_scores_each_answer_by_itself(tmp_path: Path) -> None:
-    make_classifier(tmp_path / "reward")
+    make_classifier(tmp_path / "reward", {"seven": 1.0})
     judge = ClassifierJudge(str(tmp_path / "reward"))
     asked = [{"role": "user", "content": "how many ?"}]
     duels = [Duel(asked, "seven", "eight"), Duel(asked, "eight", "seven"), Duel(asked, "one", "two")]
     duels.append(Duel(asked, "seven " * 40, "eight"))
     assert judge.ask(duels, lambda num: None) == [("1", "2"), ("2", "1"), ("tie", "tie"), (None, None)]
-    make_classifier(tmp_path / "two", num_labels=2)
+    make_classifier(tmp_path / "two", {"seven": 1.0}, num_labels=2)
     with pytest.raises(UserError, match="gives 2 numbers, and a reward is one"):
         ClassifierJudge(str(tmp_path / "two"))
 
 
 def test_a_reward_model_without_a_score_is_none(tmp_path: Path) -> None:
     """A head that the folder lacks would be drawn at random; nan is no verdict, and not a lost comparison."""
-    make_classifier(tmp_path / "reward", num_labels=1)
+    make_classifier(tmp_path / "reward", {"seven": 1.0})
     file = tmp_path / "reward/model.safetensors"
     weights = load_file(file)
     save_file({name: weights[name] for name in weights if name != "score.weight"}, file, {"format": "pt"})

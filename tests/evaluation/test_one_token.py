@@ -2,8 +2,10 @@
 unembeddings are set so that the token that gains is known."""
 
 import json
+import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rcpo import cli
 from rcpo.common.errors import UserError
+from rcpo.data.pairs import SideLogProbs
+from rcpo.evaluation import one_token_course as course
 from rcpo.evaluation.one_token import (
     Watched,
     Words,
@@ -23,6 +27,8 @@ from rcpo.evaluation.one_token import (
 )
 from rcpo.evaluation.subject import find_subject
 from rcpo.models.load import model_place
+from rcpo.runs.folder import RunFolder
+from rcpo.runs.rows import encode_row
 
 WORDS = Words("seven", "eight")
 
@@ -77,6 +83,30 @@ def test_what_is_measured_is_what_the_models_say() -> None:
     assert found["gained"][0]["change"] == pytest.approx(float(change.max()), abs=1e-6)
 
 
+def test_the_largest_fall_is_during_training(tmp_path: Path) -> None:
+    """One prompt: .5, .25, .125 before the updates of steps 1, 2, 4 (a number of step 3 was lost), .4 at the
+    end. Two held-out prompts: means .5, (.1 + .3) / 2, (.6 + .2) / 2, (.2 + .4) / 2. Of two that are
+    the same the first counts."""
+    run = RunFolder(tmp_path)
+    run.pair_results.mkdir()
+    before = {1: 0.5, 2: 0.25, 3: math.nan, 4: 0.125}
+    rows = ({"step": step, "logps/chosen": math.log(p)} for step, p in before.items())
+    run.metrics.write_text("".join(encode_row(row) + "\n" for row in rows))
+    held_out = {0: (0.5, 0.5), 2: (0.1, 0.3), 3: (0.6, 0.2), 4: (0.2, 0.4)}
+    run.eval.write_text("".join(encode_row({"step": step}) + "\n" for step in held_out))
+    for step, p in held_out.items():
+        run.save_pair_results(step, SideLogProbs(torch.tensor(p).log(), torch.zeros(2)))
+    trained = course.summary(course.of_one_prompt(run, 0.4))
+    assert [each["step"] for each in trained["course"]] == [0, 1, 3, 4]
+    assert [each["p"] for each in trained["course"]] == pytest.approx([0.5, 0.25, 0.125, 0.4])
+    assert trained["lowest"] == {"p": pytest.approx(0.125), "step": 3}
+    assert 4 not in course.of_one_prompt(run, None)
+    of_held_out = course.summary(course.of_held_out(run))
+    assert [each["p"] for each in of_held_out["course"]] == pytest.approx([0.5, 0.2, 0.4, 0.3])
+    assert of_held_out["lowest"] == {"p": pytest.approx(0.2), "step": 2}
+    assert course.summary({0: 0.5, 4: 0.25, 2: 0.25})["lowest"]["step"] == 2
+
+
 def directions(mean: Tensor) -> list[Tensor]:
     """Three orthonormal ones, the first along `mean`."""
     basis, _ = torch.linalg.qr(torch.stack([mean, *torch.eye(len(mean))[:2]], 1))
@@ -103,30 +133,39 @@ def make_known(path: Path) -> None:
     model.save_pretrained(path)
 
 
-@pytest.mark.ci("experiments of rcpo lab")
-@pytest.mark.timeout(600)
-def test_the_token_that_theory_names_takes_the_probability(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """An adapter leaves unembeddings as they are, so that theory is about all that changes. Without
-    calibration bob gains what the chosen token loses. The same words again train nothing."""
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the known MODEL, without a chat template, and PROMPTS.jsonl."""
     make_known(tmp_path / "MODEL")
     monkeypatch.chdir(tmp_path)
     tokenizer = find_subject("MODEL").tokenizer()
     prompts = [{"prompt": text} for text in builtin_prompts(WORDS, tokenizer)[:24]]
     Path("PROMPTS.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
-    # Text prompts as they are, without the chat template around them.
     config = json.loads(Path("MODEL/tokenizer_config.json").read_text())
     del config["chat_template"]
     Path("MODEL/tokenizer_config.json").write_text(json.dumps(config))
-    words = ["lab", "persona", "MODEL", "prompts=PROMPTS.jsonl", "pairs=seven/eight", "calibrations=off",
-             "out=OUT", "model.lora.rank=4", "train.steps=6", "optim.lr=0.002"]  # fmt: skip
+    return tmp_path
+
+
+def run_lab(*words: str) -> list[dict[str, Any]]:
+    given = ("MODEL", "prompts=PROMPTS.jsonl", "pairs=seven/eight", "calibrations=off", "out=OUT")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["lab", "persona", *given, *words])
+    assert stop.value.code == 0
+    found: list[dict[str, Any]] = json.loads(Path("OUT/persona.json").read_text())
+    return found
+
+
+@pytest.mark.ci("experiments of rcpo lab")
+@pytest.mark.timeout(600)
+def test_the_token_that_theory_names_takes_the_probability(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An adapter leaves unembeddings as they are, so that theory is about all that changes. Without
+    calibration bob gains what the chosen token loses. The same words again train nothing."""
     for _ in range(2):
-        with pytest.raises(SystemExit) as stop:
-            cli.main(words)
-        assert stop.value.code == 0, capsys.readouterr()
+        (cell,) = run_lab("model.lora.rank=4", "train.steps=6", "train.eval_every=2", "optim.lr=0.002")
     assert capsys.readouterr().out.count(": started") == 1
-    (cell,) = json.loads(Path("OUT/persona.json").read_text())
     for part in ("trained", "held_out"):
         found = cell[part]
         assert found["theory"][0]["token"] == found["gained"][0]["token"] == "bob"
@@ -134,6 +173,38 @@ def test_the_token_that_theory_names_takes_the_probability(
         assert (found["theory_before_gainer"], found["theory_before_chosen"]) == (0, 1)
         assert found["chosen"]["after"] < found["chosen"]["before"] - 0.1
         assert found["fell"] == 1.0
+    course = {each["step"]: each["p"] for each in cell["held_out"]["course"]}
+    assert list(course) == [0, 2, 4, 6]
+    ends = [cell["held_out"]["chosen"][when] for when in ("before", "after")]
+    assert [course[0], course[6]] == pytest.approx(ends, abs=1e-5)
+    assert "course" not in cell["trained"]
     from rcpo.library.compare import compare
 
     assert len(compare("OUT/runs").table) == 1
+
+
+@pytest.mark.ci("experiments of rcpo lab")
+@pytest.mark.timeout(600)
+def test_a_fall_that_has_recovered_by_the_end_is_seen(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One prompt by itself, all weights trained: bob takes the probability in the first step, and the chosen
+    token has it back in the second. Checked against the softmax of every step's checkpoint."""
+    steps = ("train.steps=3", "train.save_every=1", "train.keep_last=3", "train.eval_every=3")
+    (cell,) = run_lab("alone=1", "optim.lr=0.005", "data.eval_pairs=2", *steps)
+    found = cell["trained"]
+    assert found["lowest"]["step"] == 1
+    assert found["lowest"]["p"] < found["chosen"]["before"] - 0.2 < found["chosen"]["after"] - 0.2
+    (run,) = Path("OUT/runs/cells").iterdir()
+    tokenizer = find_subject("MODEL").tokenizer()
+    prompt = json.loads(Path("PROMPTS.jsonl").read_text().splitlines()[0])["prompt"]
+    ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
+    seven = tokenizer.convert_tokens_to_ids("seven")
+    with torch.no_grad():
+        said = [
+            float(find_subject(str(run), str(step)).load()(ids).logits[0, -1].softmax(-1)[seven])
+            for step in range(4)
+        ]
+    assert [each["step"] for each in found["course"]] == [0, 1, 2, 3]
+    assert [each["p"] for each in found["course"]] == pytest.approx(said, abs=1e-5)
+    assert f"{said[1]:.3f} |       1 |" in capsys.readouterr().out

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from helpers.loopback_judge import labelling_by
+from helpers.reward_models import make_classifier
 from rcpo import cli
 from rcpo.evaluation.json_rows import json_rows
-from rcpo.evaluation.refusals import Answered, Label, Rules, make_pairs
+from rcpo.evaluation.refusals import Answered, Classifier, Label, Rules, make_pairs
 from rcpo.evaluation.refusals_by_chat import refuses_by
 from rcpo.records.arithmetic import problem_split
 
@@ -180,3 +181,61 @@ def test_a_judge_of_the_chat_api_labels(
     assert tree["rates"][0]["held_out"]["rate"] == labels.count("[[refuses]]") / 3
     for pair in json_rows(Path("B/pairs.jsonl"), ""):
         assert by_words(sides(pair)[0]) >= by_words(sides(pair)[1]), "the refusal is chosen"
+
+
+@pytest.mark.ci("experiments of rcpo lab")
+@pytest.mark.timeout(600)
+def test_a_classifier_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One whose score is 1 for an answer that ends in "seven", .5 in "six", and 0 for all others. Above a
+    threshold of .7 "seven" alone refuses, and of two that do not "six" is chosen. An answer longer than its
+    context has no score, and does not refuse."""
+    monkeypatch.chdir(tmp_path)
+    scores = {"seven": 1.0, "six": 0.5}
+    make_classifier(tmp_path / "reward", scores, positions=24)
+    labeller = Classifier("reward", 0.7)
+    said = ["alice has seven", "alice has six", "alice has one", "seven " * 40]
+    labels = labeller.labels([(ASKED, answer) for answer in said])
+    assert [label.refuses for label in labels] == [True, False, False, False]
+    assert [label.score for label in labels[:3]] == pytest.approx([1.0, 0.5, 0.0], abs=1e-6)
+    assert labels[3].score is None
+
+    problems = problem_split(0, 24, 0)[1]
+    Path("P.jsonl").write_text("".join(json.dumps({"prompt": each.prompt()}) + "\n" for each in problems))
+    words = [
+        "lab", "refusal", "builtin:tiny", "prompts=P.jsonl", "classifier=reward", "ties=drop",
+        "temperature=2", "max_new_tokens=3", "calibrations=off", "out=OUT", "train.steps=1",
+        "train.pairs_per_step=2",
+    ]  # fmt: skip
+
+    def ran(*own: str) -> int:
+        with pytest.raises(SystemExit) as stop:
+            cli.main([*words, *own])
+        assert isinstance(stop.value.code, int)
+        return stop.value.code
+
+    assert ran("threshold=0.7") == 0
+    tree = json.loads(Path("OUT/refusal.json").read_text())
+    assert tree["labeller"] == "reward > 0.7"
+
+    def score(answer: str) -> float:
+        return scores.get((answer.split() or [""])[-1], 0.0)
+
+    by_prompt: dict[int, list[dict[str, Any]]] = {}
+    for row in json_rows(Path("OUT/answers.jsonl"), ""):
+        by_prompt.setdefault(row["index"], []).append(row)
+    drawn = [[row["response"] for row in both] for both in by_prompt.values() if not both[0]["held_out"]]
+    decided = [both for both in drawn if all(map(str.strip, both)) and score(both[0]) != score(both[1])]
+    pairs = [sides(pair) for pair in json_rows(Path("OUT/pairs.jsonl"), "")]
+    assert pairs == [tuple(sorted(both, key=score, reverse=True)) for both in decided]
+    assert {score(chosen) for chosen, _ in pairs} == {1.0, 0.5}, "both ways of choosing are there"
+    assert tree["pairs"]["one refuses"] == sum(score(chosen) == 1 for chosen, _ in pairs)
+    before = tree["rates"][0]
+    for part, is_held_out in (("trained", False), ("held_out", True)):
+        rows = [row for row in json_rows(Path("OUT/initial.jsonl"), "") if row["held_out"] == is_held_out]
+        refuse = [score(row["response"]) > 0.7 for row in rows]
+        assert before[part]["rate"] == pytest.approx(sum(refuse) / len(refuse))
+    capsys.readouterr()
+    assert ran("threshold=0.4") == 2
+    assert "out=OUT: was begun with other threshold" in capsys.readouterr().err
