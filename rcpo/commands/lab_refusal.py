@@ -264,31 +264,37 @@ def _share(values: Sequence[bool]) -> dict[str, float]:
 
 
 def _print(tree: dict[str, Any]) -> None:
-    from rich.table import Table
-
     from rcpo.common.console import RunConsole
+    from rcpo.sweep.table import new_table
 
     console = RunConsole()
     said = ", ".join(f"{number} {what}" for what, number in tree["pairs"].items() if number)
     console.print(f"\npairs: {said}", soft_wrap=True)
+    rates = tree["rates"]
+    several = len({each.get("seed") for each in rates if each["cell"] is not None}) > 1
     axes = [
         key
-        for key in ("objective", "calibration", "pairs", "seed")
-        if any(key in each for each in tree["rates"])
+        for key in ("objective", "calibration", "pairs", *(["seed"] if several else []))
+        if any(key in each for each in rates)
     ]
-    table = Table(*axes, "refuses, trained prompts", "held out", "tokens", box=None, pad_edge=False)
-    for each in tree["rates"]:
+    table = new_table(console, axes, ["trained prompts", "held out", "tokens"])
+    for each in rates:
         shown = [str(each.get(key, "")) for key in axes]
         if each["cell"] is None:
             shown[0] = "before"
         table.add_row(
             *shown, *(_shown(each[part]) for part in ("trained", "held_out")), f"{each['tokens']:.1f}"
         )
-    console.print(f"refusals by {tree['labeller']}:", soft_wrap=True)
+    first = rates[0]
+    console.print(
+        f"\nrefusals by {tree['labeller']}, of {first['trained']['prompts']} trained prompts and "
+        f"{first['held_out']['prompts']} held out:",
+        soft_wrap=True,
+    )
     console.print(table)
     if tree["unreadable"]:
         console.print(f"{tree['unreadable']} replies cannot be read, and count as no refusal", soft_wrap=True)
 
 
 def _shown(share: dict[str, float]) -> str:
-    return f"{share['rate']:.1%} ± {share['error']:.1%} of {share['prompts']}"
+    return f"{share['rate']:.1%} ± {share['error']:.1%}"
