@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rcpo.common.errors import UserError
-from rcpo.config.schema import DataConfig
+from rcpo.config.schema import DataConfig, MixPart
 from rcpo.records import images, shapes
 from rcpo.records.account import Account, RowAccount, why
 from rcpo.records.arithmetic import arithmetic_records
@@ -68,6 +68,11 @@ def load_records(
     UserError with one line for bad input.
     """
     _check_parts(config, weighing, has_gold)
+    for part in config.mix or ():
+        try:
+            _check_parts(_as_mixed(part, config), weighing, has_gold)
+        except UserError as error:
+            raise UserError(f"data.mix: {error}") from None
     if config.source != "file":
         return _load_generated(config, train, held_out)
     report: list[str] = []
@@ -112,9 +117,8 @@ def _read_training(
         return _read_place(training_place(config), config, report, weighing, has_gold)
     sources, dropped, read, start = [], dict[str, list[int]](), 0, 0
     for part in config.mix:
-        of_part = dataclasses.replace(config, columns=part.columns or config.columns)
+        of_part = _as_mixed(part, config)
         try:
-            _check_parts(of_part, weighing, has_gold)
             source = _read_place(mixed_place(part, config), of_part, report, weighing, has_gold)
         except UserError as error:
             raise UserError(f"data.mix: {error}") from error.__cause__
@@ -126,6 +130,11 @@ def _read_training(
     records = drawn(config.mix, sources, config.seed, report, NOTE)
     undrawn = sum(map(len, sources)) - len(records)
     return SourceRecords("data.mix", records, RowAccount("data.mix", read, dropped, undrawn=undrawn), start)
+
+
+def _as_mixed(part: MixPart, config: DataConfig) -> DataConfig:
+    """The config with the columns of a source of data.mix."""
+    return dataclasses.replace(config, columns=part.columns or config.columns)
 
 
 def _read_place(
@@ -256,6 +265,11 @@ def _check_parts(config: DataConfig, weighing: Weighing, has_gold: bool = False)
                 f"data.columns.{part}={name}: has no effect without {kind}; "
                 f"type objective.sample_weight={kind} as well"
             )
+        if part == GOLD and not has_gold:
+            raise UserError(
+                f"data.columns.gold={name}: has no effect without a term of it; type objective.sft_of=gold "
+                "as well"
+            )
     if has_gold and config.source != "file":
         raise UserError(
             f"objective.sft_of=gold: data={config.source} has no gold response; type data=file "
@@ -280,10 +294,11 @@ def _check_columns(seen: list[str], shape: Shape, place: Place, config: DataConf
     missing = [names[part] for part in needed if names[part] not in seen]
     if missing:
         parts = ", ".join(f"{part}: NAME" for part in needed if names[part] in missing)
+        other = ", or objective.sft_of=response" if names.get(GOLD) in missing else ""
         known = shapes.advice(seen) if {"chosen", "rejected"} & set(missing) and not config.columns else None
         raise place.error(
             f"has no column {' and no column '.join(missing)}, but {', '.join(map(str, seen))}; "
-            + (known or f"type data.columns='{{{parts}}}'")
+            + (known or f"type data.columns='{{{parts}}}'{other}")
         )
 
 
