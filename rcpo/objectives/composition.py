@@ -80,8 +80,9 @@ class Composition:
     tokens of log p - log sum_v p_v^2, multiplied, without a gradient."""
     sample_weight: str | None = IN_CONF
     """null: every pair counts alike. weight: by the column `weight`. dora: by 1/(a + a_i (1-p)/p) of the
-    column `probability` (`rcpo.records.weights`). dora_mean, dora_product: by the mean or the product of both
-    responses' weights, from `probability_chosen` and `probability_rejected`, as `rcpo weigh` writes them."""
+    column `probability` (`rcpo.records.weights`). dora_mean, dora_product: by the mean or the product of
+    the responses' weights, from `probability_chosen` and `probability_rejected`, or of a list's from
+    `probabilities`, as `rcpo weigh` writes them."""
     weight_of: str = IN_CONF
     """pair: a pair's weight multiplies its own loss, inside the exponent of an aggregate, as DoRA's published
     code has it for DPO and RRHF. batch: the mean weight of the global batch multiplies the aggregate of its
@@ -165,7 +166,7 @@ class Composition:
             parts.append("each pair's loss times its weight in the data")
         if self.sample_weight in OF_DORA[1:]:
             how = str(self.sample_weight).removeprefix("dora_")
-            parts.append(f"each pair's loss times the {how} of DoRA's weights of both responses")
+            parts.append(f"each pair's loss times the {how} of DoRA's weights of its responses")
         if self.sample_weight == "dora":
             parts.append(f"each pair's loss times DoRA's weight 1/({self.dora_a} + {self.dora_a_i} (1-p)/p)")
         if self.weight_of == "batch":
