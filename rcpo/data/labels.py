@@ -65,11 +65,6 @@ def check_lists(config: ResolvedConfig, train: PackedPairs, held_out: PackedPair
             f"data.filter.scores={data.filter.scores}: has scores of pairs, and the data are lists of "
             "responses; type data.lists=best_worst, or data.filter.scores=null"
         )
-    if every := config.reference.sync_every:
-        raise UserError(
-            f"reference.sync_every={every}: was not tried with lists of responses; type "
-            "reference.sync_every=0"
-        )
 
 
 def check_labels(config: ResolvedConfig, train: PackedPairs, held_out: PackedPairs) -> None:

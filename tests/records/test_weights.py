@@ -174,7 +174,7 @@ def test_weights_of_a_list_s_responses_by_hand(
     tmp_path: Path,
 ) -> None:
     """a = a_i = 1/2: a weight is 2p, so 1, 1/2 and 1/4, best first. A whole list, in two slots, has the mean
-    or the product of all; a pair of two of its responses that of these. The order of the row does not matter."""
+    or the product of all; a pair of two of its responses that of these. The row's order does not matter."""
     turned = {key: value[::-1] if isinstance(value, list) else value for key, value in LIST.items()}
     as_text = {key: str(value) for key, value in LIST.items()}  # as CSV has it
     for row in (LIST, turned, as_text):

@@ -13,10 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.cases import NUM_STEPS, Case, Layout, make_config, make_run, write_inputs
+from helpers.lists import PlainList, pl_dpo_loss, plain_step
 from helpers.rank_runs import Job, do_jobs, train_all
 from helpers.same_run import assert_equal_rows, final_weights, metrics
-from helpers.tiny_models import VOCABULARY
+from helpers.tiny_models import VOCABULARY, make_llama
 from rcpo.common.errors import UserError
+from rcpo.data.pairs import TokenizedPair
 from rcpo.runs.folder import RunFolder
 from rcpo.training.read_inputs import read_inputs
 
@@ -162,8 +164,8 @@ def dora_of(rows: Sequence[dict[str, Any]]) -> list[float]:
 @pytest.mark.ci("four short trainings")
 @pytest.mark.parametrize("of", ["pair", "batch"])
 def test_weights_of_responses_are_inside_the_exponent_or_outside(of: str, tmp_path: Path) -> None:
-    """Before the first update pl_dpo's loss of n responses is log n!. Of a step of all lists KL-DRO then is log
-    mean e^(w log n!), or mean(w) log mean n!. A split of the batch changes nothing."""
+    """Before the first update pl_dpo's loss of n responses is log n!. Of a step of all lists KL-DRO then is
+    log mean e^(w log n!), or mean(w) log mean n!. A split of the batch changes nothing."""
     write_inputs(tmp_path)
     words = (*write_lists(tmp_path), "objective.sample_weight=dora_mean", "objective.aggregate=kl_dro")
     words = (*words, f"objective.weight_of={of}", "train.pairs_per_step=14", *EVERY_STEP)
@@ -213,3 +215,53 @@ def test_lists_of_two_weigh_as_their_pairs(tmp_path: Path) -> None:
     assert metrics(runs[0]) == metrics(runs[1])
     weights = final_weights(runs[1])
     assert all(torch.equal(weight, weights[name]) for name, weight in final_weights(runs[0]).items())
+
+
+def plain_lists(slots: Sequence[TokenizedPair], num_slots: int) -> list[PlainList]:
+    """Lists of packed slots, the best response first."""
+    made = []
+    for first in range(0, len(slots), num_slots):
+        own = slots[first : first + num_slots]
+        sides = [slot.chosen for slot in own] + [slot.rejected for slot in own[::-1]]
+        scores = [slot.scores[0] for slot in own] + [slot.scores[1] for slot in own[::-1]]
+        there = [idx for idx, side in enumerate(sides) if side.num_tokens]
+        made.append(PlainList([sides[idx] for idx in there], [scores[idx] for idx in there]))
+    return made
+
+
+@pytest.mark.ci("three short trainings")
+def test_a_reference_that_follows_is_the_plain_loop(tmp_path: Path) -> None:
+    """pl_dpo with reference.sync_every=2: six steps by the reference of the moment, in one part, in parts of
+    two lists, and with a live reference of the start; and the held-out loss."""
+    write_inputs(tmp_path)
+    case = Case("pl_dpo", "off", "llama", "sgd")
+    words = (*write_lists(tmp_path), "reference.sync_every=2", "reference.sync_mix=0.4", "train.grad_clip=0")
+    words = (*words, "optim.lr=0.05")
+    configs = {
+        name: make_config(tmp_path, tmp_path / name, case, Layout(1, size), *words, *more)
+        for name, size, more in (("whole", 8, ()), ("split", 2, ()), ("live", 4, ("reference=live",)))
+    }
+    runs = {name: make_run(config) for name, config in configs.items()}
+    train_all(list(runs.values()), 1, 200)
+    inputs = read_inputs(configs["whole"])
+    sampler, slots = inputs.sampler(configs["whole"]), inputs.train.slots
+    policy, moving = make_llama(), make_llama()
+    of_runs = {name: metrics(run) for name, run in runs.items()}
+    for step in range(6):
+        lists = plain_lists(inputs.train.take(sampler.global_batch(step)), slots)
+        plain = plain_step(policy, moving, lists, pl_dpo_loss)
+        for rows in of_runs.values():
+            assert rows[step]["train/loss"] == pytest.approx(plain.loss, rel=1e-5)
+        with torch.no_grad():
+            for weight, up, down in zip(policy.parameters(), plain.up, plain.down, strict=True):
+                weight -= 0.05 * (down - up)
+            if (step + 1) % 2 == 0:
+                for own, its in zip(moving.parameters(), policy.parameters(), strict=True):
+                    own.copy_(0.6 * own + 0.4 * its)
+    held_out = plain_step(policy, moving, plain_lists(inputs.held_out, inputs.held_out_slots), pl_dpo_loss)
+    for name, run in runs.items():
+        assert run.rows(run.eval)[-1]["loss"] == pytest.approx(held_out.loss, rel=1e-4)
+        assert_equal_rows(of_runs[name], of_runs["whole"])
+        weights = final_weights(run)
+        for key, weight in policy.state_dict().items():
+            torch.testing.assert_close(weights[key], weight, atol=1e-5, rtol=0, msg=key)
