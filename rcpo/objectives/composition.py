@@ -70,8 +70,10 @@ class Composition:
     """What a likelihood term is: pairs: -z_w/|y_w|. tokens: -z_w over the global batch's mean of |y_w|, whose
     mean over pairs is that over tokens. sum: -z_w. null: as the formula has it."""
     sft_of: str = IN_CONF
-    """response: a likelihood term is of the chosen response. text: of prompt and chosen response. gold: of a
-    third response, from the column `gold` (TPO, arXiv 2405.16681). Both take a pass of one side more."""
+    """response: a likelihood term is of the chosen response, as the loss reads it. plain: of the chosen
+    response by itself, all its tokens alike, whatever ld_alpha makes of them; of neither side, as gold. text:
+    of prompt and chosen response. gold: of a third response, from the column `gold` (TPO, arXiv 2405.16681).
+    Each but the first takes a pass of one side more."""
     ld_alpha: float = IN_CONF
     """In [0, 1]: what the tokens of the longer response of a pair past the length of the shorter one count in
     z and ref (LD-DPO, arXiv 2409.06411); 1: as all others."""
@@ -119,7 +121,7 @@ class Composition:
         if self.sft_mean not in SFT_MEANS:
             raise ParameterError("sft_mean", self.sft_mean, "null, pairs, tokens or sum", "tokens")
         if self.sft_of not in SFT_OF:
-            raise ParameterError("sft_of", self.sft_of, "response, text or gold", "text")
+            raise ParameterError("sft_of", self.sft_of, "response, plain, text or gold", "text")
         require(self, "ld_alpha", 0 <= self.ld_alpha <= 1, "at least 0 and at most 1")
         smoothing = self.label_smoothing
         require(self, "label_smoothing", 0 <= smoothing < 0.5, "at least 0 and less than 0.5")
@@ -154,6 +156,8 @@ class Composition:
             parts.append(f"log-ratios as the divergence {self.divergence}{alpha} has them")
         if self.sft_mean is not None:
             parts.append(f"likelihood terms {OF_SFT_MEAN[self.sft_mean]}")
+        if self.sft_of == "plain":
+            parts.append("likelihood terms of the chosen response by itself, of neither side")
         if self.sft_of == "text":
             parts.append("likelihood terms of prompt and chosen response")
         if self.sft_of == "gold":
