@@ -159,7 +159,7 @@ def test_bad_values_are_one_line() -> None:
         ("reference.sync_every=-1", r"^reference\.sync_every=-1: .*; type "),
         (
             "reference.sync_every=4 reference.bema_bias=1",
-            r"^reference\.bema_bias=1: has no effect without reference\.sync_how=bema; type ",
+            r"^reference\.bema_bias=1\.0: has no effect without reference\.sync_how=bema; type ",
         ),
         (
             "reference.sync_every=4 reference.sync_how=bema reference.sync_mix=0.5",
