@@ -269,11 +269,6 @@ def _check_parts(config: DataConfig, weighing: Weighing, has_gold: bool = False)
                 f"data.columns.{part}={name}: has no effect without {kind}; "
                 f"type objective.sample_weight={kind} as well"
             )
-        if part == GOLD and not has_gold:
-            raise UserError(
-                f"data.columns.gold={name}: has no effect without a term of it; type objective.sft_of=gold "
-                "as well"
-            )
     if has_gold and config.source != "file":
         raise UserError(
             f"objective.sft_of=gold: data={config.source} has no gold response; type data=file "

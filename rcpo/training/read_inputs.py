@@ -27,6 +27,7 @@ from rcpo.models.attention import check_attention
 from rcpo.models.checks import check_model, check_positions, check_vocabulary
 from rcpo.models.load import load_tokenizer
 from rcpo.models.vision import check_run_with_images
+from rcpo.records.gold import GOLD
 from rcpo.records.load import NOTE, PreferenceData, load_records, note_on_text
 from rcpo.records.weights import weighing_of
 from rcpo.reference.weights import check_reference
@@ -126,6 +127,12 @@ def tokenise(config: ResolvedConfig, tokenizer: PreTrainedTokenizerBase) -> Pair
     # One pair a row, so that runs with best_worst and with all_pairs are measured on the same.
     held_out = Tokeniser(tokenizer, *limits, *written, "whole" if lists == "whole" else "best_worst")
     has_gold = reads_gold(config)
+    named = [config.data.columns or {}, *(part.columns or {} for part in config.data.mix or ())]
+    if not has_gold and (name := next((each[GOLD] for each in named if GOLD in each), None)) is not None:
+        raise UserError(
+            f"data.columns.gold={name}: has no effect without a term of it; type objective.sft_of=gold "
+            "as well"
+        )
     records = load_records(config.data, weighing_of(config.composition), train, held_out, has_gold)
     if tokenizer.chat_template is not None:
         records.report.extend(note_on_text(records, config.data))
