@@ -12,9 +12,12 @@ from rcpo.common.errors import UserError
 from rcpo.common.files import write_atomically
 
 COLUMNS = {"chosen": "probability_chosen", "rejected": "probability_rejected"}
+RESPONSES, PROBABILITIES = "responses", "probabilities"
+"""Of a row that is a list of responses."""
 SETTINGS = (
     Setting("out", "a .jsonl file for the rows with the new columns; beside it .png, the reliability", Path),
-    Setting("source", "the column that says where a row's responses come from (default: source)"),
+    Setting("source", "the column that says where a row's responses come from, or a list's one by one"
+            " (default: source)"),
     Setting("chosen_source", "in its place, the column of the chosen response's source"),
     Setting("rejected_source", "and of the rejected one's"),
     Setting("target", "the source to be like: its value in that column"),
@@ -30,9 +33,10 @@ SETTINGS = (
 def add_arguments(parser: Flags) -> None:
     parser.description = """\
 Train a classifier of where responses come from, and write what it thinks of each: the columns
-probability_chosen and probability_rejected, for objective.sample_weight=dora_mean (DoRA, arXiv
-2504.05831). Probabilities are out of fold, calibrated, and as if all sources were equally common.
-Rows whose source is null get the mean of all folds. Needs pip install 'rcpo[weigh]'."""
+probability_chosen and probability_rejected, or probabilities where rows are lists of responses, for
+objective.sample_weight=dora_mean (DoRA, arXiv 2504.05831). Probabilities are out of fold,
+calibrated, and as if all sources were equally common. Rows whose source is null get the mean of
+all folds. Needs pip install 'rcpo[weigh]'."""
     parser.epilog = """\
 examples:
   rcpo weigh PAIRS.jsonl target=human out=weighed.jsonl
@@ -50,23 +54,22 @@ def run(options: argparse.Namespace) -> int:
     from rcpo.evaluation.json_rows import json_rows
 
     rows = json_rows(Path(places[0]), places[0])
-    texts, labels = _responses(rows, places[0], names, settings.target)
+    texts, labels, nums = _responses(rows, places[0], names, settings)
     import numpy as np
 
     from rcpo.quality.reliability import plot_reliability
     from rcpo.quality.source import at_equal_shares, features_of, out_of_fold, reliability
 
-    is_target, of_row = np.array(labels), np.repeat(np.arange(len(rows)), 2)
+    is_target, of_row = np.array(labels), np.repeat(np.arange(len(rows)), nums)
     features = features_of(texts, settings.encoder)
     p = out_of_fold(features, is_target, of_row, settings.folds, settings.calibration, settings.seed)
     num_target, num_others = int((is_target == 1).sum()), int((is_target == 0).sum())
     gamma = num_others / num_target if settings.gamma is None else settings.gamma
     found = reliability(p[is_target >= 0], is_target[is_target >= 0])
-    weighed = at_equal_shares(p, gamma).reshape(-1, 2)
+    weighed = np.split(at_equal_shares(p, gamma), np.cumsum(nums)[:-1])
     lines = [
-        json.dumps(row | dict(zip(COLUMNS.values(), map(float, both), strict=True)), ensure_ascii=False)
-        + "\n"
-        for row, both in zip(rows, weighed, strict=True)
+        json.dumps(row | _columns(row, of_one.tolist()), ensure_ascii=False) + "\n"
+        for row, of_one in zip(rows, weighed, strict=True)
     ]
     picture = settings.out.with_suffix(".png")
     try:
@@ -105,38 +108,76 @@ def _check(settings: argparse.Namespace) -> tuple[str, str]:
     return settings.chosen_source or both, settings.rejected_source or both
 
 
-def _responses(
-    rows: list[Any], shown: str, names: tuple[str, str], target: str
-) -> tuple[list[str], list[int]]:
-    """Texts and labels (1 target, 0 others, -1 unknown), chosen and rejected of each row in turn."""
-    from rcpo.records.record import as_text
+def _columns(row: dict[str, Any], probabilities: list[float]) -> dict[str, Any]:
+    if RESPONSES in row:
+        return {PROBABILITIES: probabilities}
+    return dict(zip(COLUMNS.values(), probabilities, strict=True))
 
-    texts, labels, sources = list[str](), list[int](), dict[str, None]()
+
+def _responses(
+    rows: list[Any], shown: str, names: tuple[str, str], settings: argparse.Namespace
+) -> tuple[list[str], list[int], list[int]]:
+    """Texts and labels (1 target, 0 others, -1 unknown) of all responses, and how many a row has: chosen and
+    rejected of each pair in turn, those of a list in its order."""
+    texts, labels, nums, sources = list[str](), list[int](), list[int](), dict[str, None]()
     for number, row in enumerate(rows):
-        for side, name in zip(COLUMNS, names, strict=True):
-            if not isinstance(row, dict) or side not in row or name not in row:
-                missing = side if not isinstance(row, dict) or side not in row else name
-                raise UserError(
-                    f"{shown}: row {number} (counted from 0) has no {missing}; "
-                    f"{'give rows of pairs' if missing == side else 'type source=COLUMN'}"
-                )
-            if column := next((column for column in COLUMNS.values() if column in row), None):
-                raise UserError(f"{shown}: row {number} has {column} already; weigh the rows without it")
-            text = row[side]
-            if not isinstance(text, str):
-                try:
-                    text = as_text(text)
-                except (TypeError, KeyError, AttributeError):
-                    raise UserError(
-                        f"{shown}: row {number}: {side} is neither text nor messages; mend it"
-                    ) from None
-            texts.append(text)
-            source = row[name]
-            labels.append(-1 if source is None else int(str(source) == target))
+        at = f"{shown}: row {number}"
+        is_list = isinstance(row, dict) and RESPONSES in row
+        found = _of_list(row, at, names[0], settings) if is_list else _of_pair(row, at, names)
+        column = next((name for name in (*COLUMNS.values(), PROBABILITIES) if name in row), None)
+        if column is not None:
+            raise UserError(f"{at} has {column} already; weigh the rows without it")
+        nums.append(len(found))
+        for name, response, source in found:
+            texts.append(_text(response, name, at))
+            labels.append(-1 if source is None else int(str(source) == settings.target))
             sources |= {} if source is None else {str(source): None}
-    if target not in sources:
+    if settings.target not in sources:
         import difflib
 
-        close = difflib.get_close_matches(target, sources, n=3, cutoff=0) or ["none"]
-        raise UserError(f"target={target}: no response has this source; the closest are {', '.join(close)}")
-    return texts, labels
+        close = difflib.get_close_matches(settings.target, sources, n=3, cutoff=0) or ["none"]
+        raise UserError(
+            f"target={settings.target}: no response has this source; the closest are {', '.join(close)}"
+        )
+    return texts, labels, nums
+
+
+def _of_pair(row: Any, at: str, names: tuple[str, str]) -> list[tuple[str, Any, Any]]:
+    """Side, response and source of both."""
+    for side, name in zip(COLUMNS, names, strict=True):
+        if not isinstance(row, dict) or side not in row or name not in row:
+            missing = side if not isinstance(row, dict) or side not in row else name
+            raise UserError(
+                f"{at} (counted from 0) has no {missing}; "
+                f"{'give rows of pairs or lists' if missing == side else 'type source=COLUMN'}"
+            )
+    return [(side, row[side], row[name]) for side, name in zip(COLUMNS, names, strict=True)]
+
+
+def _of_list(
+    row: dict[str, Any], at: str, name: str, settings: argparse.Namespace
+) -> list[tuple[str, Any, Any]]:
+    """The same of a list's responses; their source is one for all, or a list of theirs."""
+    if settings.chosen_source is not None:
+        raise UserError(f"{at} is a list of responses; type source=COLUMN in place of chosen_source")
+    if name not in row:
+        raise UserError(f"{at} (counted from 0) has no {name}; type source=COLUMN")
+    responses, sources = row[RESPONSES], row[name]
+    if not isinstance(responses, list):
+        raise UserError(f"{at}: {RESPONSES} is {type(responses).__name__}, not a list; mend it")
+    if not isinstance(sources, list):
+        sources = [sources] * len(responses)
+    if len(sources) != len(responses):
+        raise UserError(f"{at} has {len(sources)} of {name} for {len(responses)} responses; mend it")
+    return [("a response", response, source) for response, source in zip(responses, sources, strict=True)]
+
+
+def _text(response: Any, name: str, at: str) -> str:
+    from rcpo.records.record import as_text
+
+    if isinstance(response, str):
+        return response
+    try:
+        return as_text(response)
+    except (TypeError, KeyError, AttributeError):
+        raise UserError(f"{at}: {name} is neither text nor messages; mend it") from None

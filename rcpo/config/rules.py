@@ -278,14 +278,19 @@ def _check_reference(config: Config) -> None:
 
 def _check_sync(config: Config) -> None:
     """What cannot follow the policy."""
-    every = config.reference.sync_every
-    if not every:
-        mix, shipped = config.reference.sync_mix, value_in_conf(("reference/cached",), "sync_mix")
-        if mix != shipped:
+    every, how = config.reference.sync_every, config.reference.sync_how
+    kinds = {"sync_how": how, "sync_mix": "mix"} | dict.fromkeys(
+        ("bema_power", "bema_bias", "bema_lag"), "bema"
+    )
+    for key, kind in kinds.items():
+        value, shipped = getattr(config.reference, key), value_in_conf(("reference/cached",), key)
+        if value != shipped and not (every and how == kind):
+            lacks, typed = (f"sync_how={kind}",) * 2 if every else ("sync_every", "sync_every=512")
             raise UserError(
-                f"reference.sync_mix={mix}: has no effect without reference.sync_every; type "
-                f"reference.sync_every=512, or reference.sync_mix={shipped}"
+                f"reference.{key}={value}: has no effect without reference.{lacks}; type "
+                f"reference.{typed}, or reference.{key}={shipped}"
             )
+    if not every:
         return
     objective, why = objective_of(config.objective), None
     if not objective.needs_reference:

@@ -282,6 +282,16 @@ class ReferenceConfig:
     start."""
     sync_mix: Annotated[float, Field(gt=0, le=1)] = IN_CONF
     """The policy's share in what the reference's weights then become; 1: a copy of the policy."""
+    sync_how: Literal["mix", "bema"] = IN_CONF
+    """mix: by sync_mix. bema: the reference becomes a bias-corrected average of the policy
+    (`rcpo.reference.bema`; arXiv 2508.00180, with TRL's defaults)."""
+    bema_power: Annotated[float, Field(ge=0)] = IN_CONF
+    """The average takes in (bema_lag + step)^-bema_power of the policy; 0: a copy of the policy."""
+    bema_bias: Annotated[float, Field(ge=0)] = IN_CONF
+    """(bema_lag + step)^-bema_bias of the policy's way from the start is added to the average; large: no
+    correction."""
+    bema_lag: Annotated[float, Field(ge=1)] = IN_CONF
+    """Steps that the average is older than the run; at least 1."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -65,11 +65,6 @@ def check_lists(config: ResolvedConfig, train: PackedPairs, held_out: PackedPair
             f"data.filter.scores={data.filter.scores}: has scores of pairs, and the data are lists of "
             "responses; type data.lists=best_worst, or data.filter.scores=null"
         )
-    if every := config.reference.sync_every:
-        raise UserError(
-            f"reference.sync_every={every}: was not tried with lists of responses; type "
-            "reference.sync_every=0"
-        )
 
 
 def check_labels(config: ResolvedConfig, train: PackedPairs, held_out: PackedPairs) -> None:
@@ -89,14 +84,20 @@ def check_labels(config: ResolvedConfig, train: PackedPairs, held_out: PackedPai
             f"objective={config.objective['name']}: compares the two responses of a pair, and the training "
             f"data are single answers with a label; {cure}"
         )
-    if train.has_single_answers and config.objective_function.reading.sft_of == "gold":
+    sft_of = config.objective_function.reading.sft_of
+    if train.pictures is not None and sft_of != "response":
+        raise UserError(
+            f"objective.sft_of={sft_of}: is of a text by itself, which a model would read without the pair's "
+            "images; type objective.sft_of=response"
+        )
+    if train.has_single_answers and sft_of == "gold":
         raise UserError(
             "objective.sft_of=gold: is of a response beside a pair, and the training data are single "
             "answers; type objective.sft_of=response"
         )
     if train.has_single_answers:
         _check_both_labels(config, train)
-    if train.has_conversations and config.objective_function.reading.sft_of == "text":
+    if train.has_conversations and sft_of == "text":
         raise UserError(
             "objective.sft_of=text: is of a prompt and its answer, and the training data are conversations "
             "with several answers; type objective.sft_of=response"

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from rcpo.data.pairs import NO_SIDE, PackedPairs, TokenizedPair, TokenizedSide
 from rcpo.objectives.loss import Lists
+from rcpo.records.lists import pairs_among
 from rcpo.records.record import PreferenceRecord
 
 
@@ -38,13 +39,11 @@ def pairs_of_list(
 ) -> list[TokenizedPair]:
     """What `lists` (data.lists) makes of a record's responses, the best first."""
     row, weight, scores, num = record.row, record.weight, record.scores, len(sides)
-    if lists == "best_worst":
-        return [TokenizedPair(sides[0], sides[-1], row, weight)]
-    if lists == "all_pairs":
+    if lists != "whole":
+        of = record.of_responses
         return [
-            TokenizedPair(sides[better], sides[worse], row, weight)
-            for better, worse in itertools.combinations(range(num), 2)
-            if scores[better] > scores[worse]
+            TokenizedPair(sides[both[0]], sides[both[1]], row, weight if of is None else of.of(both))
+            for both in pairs_among(scores, lists)
         ]
     slots = [
         TokenizedPair(sides[best], sides[num - 1 - best], row, weight, (scores[best], scores[num - 1 - best]))

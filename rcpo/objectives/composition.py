@@ -70,8 +70,10 @@ class Composition:
     """What a likelihood term is: pairs: -z_w/|y_w|. tokens: -z_w over the global batch's mean of |y_w|, whose
     mean over pairs is that over tokens. sum: -z_w. null: as the formula has it."""
     sft_of: str = IN_CONF
-    """response: a likelihood term is of the chosen response. text: of prompt and chosen response. gold: of a
-    third response, from the column `gold` (TPO, arXiv 2405.16681). Both take a pass of one side more."""
+    """response: a likelihood term is of the chosen response, as the loss reads it. plain: of the chosen
+    response by itself, all its tokens alike, whatever ld_alpha makes of them; of neither side, as gold. text:
+    of prompt and chosen response. gold: of a third response, from the column `gold` (TPO, arXiv 2405.16681).
+    Each but the first takes a pass of one side more."""
     ld_alpha: float = IN_CONF
     """In [0, 1]: what the tokens of the longer response of a pair past the length of the shorter one count in
     z and ref (LD-DPO, arXiv 2409.06411); 1: as all others."""
@@ -80,8 +82,9 @@ class Composition:
     tokens of log p - log sum_v p_v^2, multiplied, without a gradient."""
     sample_weight: str | None = IN_CONF
     """null: every pair counts alike. weight: by the column `weight`. dora: by 1/(a + a_i (1-p)/p) of the
-    column `probability` (`rcpo.records.weights`). dora_mean, dora_product: by the mean or the product of both
-    responses' weights, from `probability_chosen` and `probability_rejected`, as `rcpo weigh` writes them."""
+    column `probability` (`rcpo.records.weights`). dora_mean, dora_product: by the mean or the product of
+    the responses' weights, from `probability_chosen` and `probability_rejected`, or of a list's from
+    `probabilities`, as `rcpo weigh` writes them."""
     weight_of: str = IN_CONF
     """pair: a pair's weight multiplies its own loss, inside the exponent of an aggregate, as DoRA's published
     code has it for DPO and RRHF. batch: the mean weight of the global batch multiplies the aggregate of its
@@ -118,7 +121,7 @@ class Composition:
         if self.sft_mean not in SFT_MEANS:
             raise ParameterError("sft_mean", self.sft_mean, "null, pairs, tokens or sum", "tokens")
         if self.sft_of not in SFT_OF:
-            raise ParameterError("sft_of", self.sft_of, "response, text or gold", "text")
+            raise ParameterError("sft_of", self.sft_of, "response, plain, text or gold", "text")
         require(self, "ld_alpha", 0 <= self.ld_alpha <= 1, "at least 0 and at most 1")
         smoothing = self.label_smoothing
         require(self, "label_smoothing", 0 <= smoothing < 0.5, "at least 0 and less than 0.5")
@@ -153,6 +156,8 @@ class Composition:
             parts.append(f"log-ratios as the divergence {self.divergence}{alpha} has them")
         if self.sft_mean is not None:
             parts.append(f"likelihood terms {OF_SFT_MEAN[self.sft_mean]}")
+        if self.sft_of == "plain":
+            parts.append("likelihood terms of the chosen response by itself, of neither side")
         if self.sft_of == "text":
             parts.append("likelihood terms of prompt and chosen response")
         if self.sft_of == "gold":
@@ -165,7 +170,7 @@ class Composition:
             parts.append("each pair's loss times its weight in the data")
         if self.sample_weight in OF_DORA[1:]:
             how = str(self.sample_weight).removeprefix("dora_")
-            parts.append(f"each pair's loss times the {how} of DoRA's weights of both responses")
+            parts.append(f"each pair's loss times the {how} of DoRA's weights of its responses")
         if self.sample_weight == "dora":
             parts.append(f"each pair's loss times DoRA's weight 1/({self.dora_a} + {self.dora_a_i} (1-p)/p)")
         if self.weight_of == "batch":

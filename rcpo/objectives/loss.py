@@ -90,7 +90,8 @@ class PairLogProbs(NamedTuple):
     that is missing z and ref are 0 and |y| is 1."""
     likely: Tensor | None = None
     """Log-probability of the text beside the chosen response that a likelihood term is of, summed over its
-    tokens, (B,): the prompt, or a gold response (`Reading.sft_of`). None where there is none."""
+    tokens, (B,): the prompt, a gold response, or the chosen one by itself (`Reading.sft_of`). None where
+    there is none."""
     likely_tokens: Tensor | None = None
     """Tokens of that text, (B,)."""
     lists: Lists | None = None
@@ -151,7 +152,7 @@ class PairLogProbs(NamedTuple):
         if self.reading.sft_of != "response":
             if self.likely is None or self.likely_tokens is None:
                 raise ValueError(f"sft_of={self.reading.sft_of} needs the log-probs of that text")
-            if self.reading.sft_of == "gold":
+            if self.reading.sft_is_beside:
                 total, tokens = -(weight * self.likely), self.likely_tokens
             else:
                 total, tokens = total - weight * self.likely, tokens + self.likely_tokens

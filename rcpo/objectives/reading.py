@@ -16,7 +16,7 @@ from rcpo.objectives.numerics import exp_linear, expm1_linear
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
 SFT_MEANS = (None, "sum", "pairs", "tokens")
-SFT_OF = ("response", "text", "gold")
+SFT_OF = ("response", "plain", "text", "gold")
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,14 @@ class Reading:
     sft_mean: str | None = None
     """What the likelihood term is a mean over; None: as the formula has it."""
     sft_of: str = "response"
-    """What the likelihood term is of: the chosen response, the text of prompt and chosen response, or a gold
-    response beside the two."""
+    """What the likelihood term is of: the chosen response as the loss reads it (response) or by itself, all
+    its tokens alike (plain), the text of prompt and chosen response, or a gold response beside the two."""
+
+    @property
+    def sft_is_beside(self) -> bool:
+        """Whether the likelihood term is wholly of a text beside the two responses, and so of neither
+        side."""
+        return self.sft_of in ("plain", "gold")
 
     def sigmoid_loss(self, logit: Tensor) -> Tensor:
         """-(1-s) log sigmoid(logit) - s log sigmoid(-logit), elementwise."""

@@ -66,9 +66,9 @@ class ShownPair:
     use: str
     """trained, or held out."""
     prompt: ShownPart
-    chosen: ShownPart
-    """Scored, as is `rejected`."""
-    rejected: ShownPart
+    chosen: ShownPart | None
+    """Scored, as is `rejected`; None where a single answer, or a conversation, has no such response."""
+    rejected: ShownPart | None
     images: list[ShownImage] = dataclasses.field(default_factory=list)
 
 
@@ -86,11 +86,11 @@ class Preview:
     """Why `rcpo train` would refuse to begin."""
 
     def lengths(self) -> dict[str, list[int]]:
-        """Tokens of each part of the training pairs."""
+        """Tokens of each part of the training pairs that there is."""
         arrays, responses = self.inputs.train.arrays, self.inputs.train.num_scored
         columns = (arrays.num_prompt.max(axis=1), responses[:, 0], responses[:, 1])
         found = {part: column[column > 0].tolist() for part, column in zip(PARTS, columns, strict=True)}
-        return {part: values or [0] for part, values in found.items()}
+        return {part: values for part, values in found.items() if values}
 
     def edges(self) -> list[int]:
         """Ends of the histograms' bins, in tokens: of one width, the same for all parts."""
@@ -122,7 +122,7 @@ class Preview:
             },
             "pairs": [
                 {"row": pair.row, "use": pair.use}
-                | {part: vars(getattr(pair, part)) for part in PARTS}
+                | {part: vars(shown) for part in PARTS if (shown := getattr(pair, part)) is not None}
                 | ({"images": [image.as_json() for image in pair.images]} if pair.images else {})
                 for pair in self.pairs
             ],
@@ -206,7 +206,8 @@ def _shown_pair(
     prompt = pair.prompt_ids
     cut = whole[0].num_prompt - len(prompt)
     responses = [
-        _shown_response(side, _uncut(side, whole), tokenizer) for side in (pair.chosen, pair.rejected)
+        _shown_response(side, _uncut(side, whole), tokenizer) if side.num_tokens else None
+        for side in (pair.chosen, pair.rejected)
     ]
     shown = ShownPart(decoded(prompt, tokenizer), len(prompt), cut)
     chosen, rejected = responses
@@ -225,11 +226,8 @@ def _shown_images(pair: TokenizedPair, tokenizer: PreTrainedTokenizerBase) -> li
 
 
 def _uncut(side: TokenizedSide, whole: Sequence[TokenizedSide]) -> TokenizedSide:
-    """The side that this one is cut from, on whichever side data.flip has put it; itself where it is
-    missing."""
+    """The side that this one is cut from, on whichever side data.flip has put it."""
     response = side.input_ids[side.num_prompt :]
-    if not response:
-        return side
     starts_so = (each for each in whole if each.input_ids[each.num_prompt :][: len(response)] == response)
     return next(starts_so, side)
 

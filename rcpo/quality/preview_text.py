@@ -42,10 +42,10 @@ def _length_lines(preview: Preview) -> list[str]:
     digits = len(str(most))
     labels = [f"{low}-{high - 1}" for low, high in itertools.pairwise(edges)]
     width = max(len("tokens"), *map(len, labels))
-    heads = [part.ljust(BAR + digits + 1) for part in PARTS]
+    heads = [part.ljust(BAR + digits + 1) for part in histograms]
     lines = ["  ".join(["tokens".ljust(width), *heads]).rstrip()]
     for place, label in enumerate(labels):
-        counts = [histograms[part][place] for part in PARTS]
+        counts = [of_part[place] for of_part in histograms.values()]
         cells = [f"{_bar(count, most)} {count if count else '':>{digits}}" for count in counts]
         lines.append("  ".join([label.rjust(width), *cells]).rstrip())
     while len(lines) > 2 and not lines[-1].strip("-0123456789 "):  # bins that nothing is in
@@ -73,7 +73,9 @@ def _print_pair(console: Console, pair: ShownPair) -> None:
         size = f"{image.width} x {image.height} pixels, {image.tokens} tokens of the prompt"
         _print(console, Text(f"{_printable(image.name)}: {size}"))
     for name in PARTS:
-        part: ShownPart = getattr(pair, name)
+        part: ShownPart | None = getattr(pair, name)
+        if part is None:
+            continue
         scored = "not scored" if name == "prompt" else "scored"
         cut = f", {part.cut} more cut off" if part.cut else ""
         _print(console, Text(f"{name} ({part.tokens} tokens, {scored}{cut})", style="bold"))

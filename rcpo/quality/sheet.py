@@ -51,11 +51,11 @@ def write_sheet(pairs: Sequence[ShownPair], path: Path) -> int:
 
 
 def _caption(pair: ShownPair, image: ShownImage) -> list[str]:
-    texts = (
+    texts = [
         f"row {pair.row}, {pair.use}: {image.name}",
         f"{image.width} x {image.height}, {image.tokens} tokens",
-        f"chosen: {pair.chosen.text}",
-        f"rejected: {pair.rejected.text}",
-    )
+    ]
+    sides = {"chosen": pair.chosen, "rejected": pair.rejected}
+    texts += [f"{name}: {side.text}" for name, side in sides.items() if side is not None]
     lines = [line for text in texts for line in textwrap.wrap(text, LETTERS, max_lines=3, placeholder=" ...")]
     return lines[:TEXT_LINES]

@@ -8,10 +8,12 @@ import dataclasses
 import itertools
 import json
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rcpo.records.messages import spelled
 from rcpo.records.record import BadRowError, PreferenceRecord, read_record
+from rcpo.records.weights import PROBABILITIES, ResponseWeights
 
 LISTED = ("responses", "scores", "ranks")
 """Columns of a list: its responses, and scores (the highest is best) or ranks (the lowest is best)."""
@@ -28,12 +30,15 @@ def read_list(
     tools: Any = None,
     documents: Any = None,
     template_kwargs: Any = None,
+    probabilities: Any = None,
+    weigh: Callable[[Sequence[Any]], ResponseWeights] | None = None,
 ) -> PreferenceRecord:
     """Turn a row into a record, best response first: chosen is the best one, rejected the worst one.
 
     Responses are what chosen and rejected may be, text or messages; lists may be written as text, in JSON or
     as Python writes them. Of ranks the scores are their negatives. Of equal scores the order is that of the
-    responses' text, so that it does not matter in which order a row has them. Raises BadRowError."""
+    responses' text, so that it does not matter in which order a row has them. `weigh` makes weights of the
+    `probabilities` of its responses. Raises BadRowError."""
     found = _list_of("responses", responses)
     if not 2 <= len(found) <= MOST:
         raise BadRowError(f"there are {len(found)} responses; a list has from 2 to {MOST}")
@@ -59,14 +64,37 @@ def read_list(
     said = [json.dumps(response) for response in record.responses]
     if len(set(said)) < len(said):
         raise BadRowError("two responses are identical")
-    return record
+    if weigh is None:
+        return record
+    given = _list_of(PROBABILITIES, probabilities)
+    if len(given) != len(found):
+        raise BadRowError(f"there are {len(given)} {PROBABILITIES} of {len(found)} responses")
+    weights = weigh([given[idx] for idx in order])
+    return dataclasses.replace(record, of_responses=weights, weight=weights.of(range(len(found))))
+
+
+def pairs_among(scores: Sequence[float], lists: str) -> list[tuple[int, int]]:
+    """Places of the better and the worse response of each pair that `lists` (data.lists: best_worst or
+    all_pairs) makes of a list with these scores, the best first."""
+    if lists == "best_worst":
+        return [(0, len(scores) - 1)]
+    both = itertools.combinations(range(len(scores)), 2)
+    return [(better, worse) for better, worse in both if scores[better] > scores[worse]]
 
 
 def num_pairs(record: PreferenceRecord, lists: str) -> int:
     """How many training pairs `lists` (data.lists) makes of a record; a whole list counts as one."""
     if lists != "all_pairs" or not record.scores:
         return 1
-    return sum(better > worse for better, worse in itertools.combinations(record.scores, 2))
+    return len(pairs_among(record.scores, lists))
+
+
+def weights_made(record: PreferenceRecord, lists: str) -> list[float]:
+    """Of what `lists` (data.lists) makes of a record: of each pair where responses have weights of their own,
+    else the record's."""
+    if record.of_responses is None or lists == "whole":
+        return [record.weight]
+    return [record.of_responses.of(places) for places in pairs_among(record.scores, lists)]
 
 
 def _scores_of(scores: Any, ranks: Any, num: int) -> list[float]:

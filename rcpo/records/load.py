@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rcpo.common.errors import UserError
-from rcpo.config.schema import DataConfig
+from rcpo.config.schema import DataConfig, MixPart
 from rcpo.records import images, shapes
 from rcpo.records.account import Account, RowAccount, why
 from rcpo.records.arithmetic import arithmetic_records
 from rcpo.records.conversations import MESSAGES, read_conversation
 from rcpo.records.gold import GOLD, with_gold
-from rcpo.records.lists import LISTED, read_list
+from rcpo.records.lists import LISTED, read_list, weights_made
 from rcpo.records.messages import parsed_quietly, unused_keys, without_system
 from rcpo.records.mixture import drawn
 from rcpo.records.places import Place, held_out_place, mixed_place, training_place
@@ -25,7 +25,7 @@ from rcpo.records.record import BadRowError, PreferenceRecord, as_messages, as_t
 from rcpo.records.scenes import shapes_records
 from rcpo.records.selection import NOTE, Judge, SourceRecords, all_usable, content, select
 from rcpo.records.shapes import Shape
-from rcpo.records.weights import UNWEIGHTED, WEIGHT_PARTS, Weighing, describe_weights
+from rcpo.records.weights import PROBABILITIES, UNWEIGHTED, WEIGHT_PARTS, Weighing, describe_weights
 
 PARTS = ("prompt", "chosen", "rejected")
 FOR_TEMPLATES = ("tools", "documents", "chat_template_kwargs")
@@ -68,6 +68,11 @@ def load_records(
     UserError with one line for bad input.
     """
     _check_parts(config, weighing, has_gold)
+    for part in config.mix or ():
+        try:
+            _check_parts(_as_mixed(part, config), weighing, has_gold)
+        except UserError as error:
+            raise UserError(f"data.mix: {error}") from None
     if config.source != "file":
         return _load_generated(config, train, held_out)
     report: list[str] = []
@@ -77,7 +82,7 @@ def load_records(
     selected = select(config, training, held_out_source, train, held_out)
     report += selected.report
     if weighing.parts:
-        report.append(_describe_weights(selected.train, weighing))
+        report.append(_describe_weights(selected.train, weighing, config.lists))
     return PreferenceData(selected.train, selected.held_out, report, selected.account)
 
 
@@ -112,9 +117,8 @@ def _read_training(
         return _read_place(training_place(config), config, report, weighing, has_gold)
     sources, dropped, read, start = [], dict[str, list[int]](), 0, 0
     for part in config.mix:
-        of_part = dataclasses.replace(config, columns=part.columns or config.columns)
+        of_part = _as_mixed(part, config)
         try:
-            _check_parts(of_part, weighing, has_gold)
             source = _read_place(mixed_place(part, config), of_part, report, weighing, has_gold)
         except UserError as error:
             raise UserError(f"data.mix: {error}") from error.__cause__
@@ -128,12 +132,18 @@ def _read_training(
     return SourceRecords("data.mix", records, RowAccount("data.mix", read, dropped, undrawn=undrawn), start)
 
 
+def _as_mixed(part: MixPart, config: DataConfig) -> DataConfig:
+    """The config with the columns of a source of data.mix."""
+    return dataclasses.replace(config, columns=part.columns or config.columns)
+
+
 def _read_place(
     place: Place, config: DataConfig, report: list[str], weighing: Weighing, has_gold: bool = False
 ) -> SourceRecords:
     """Records of one source, and the account of its rows; bad rows stop or are dropped as data.on_bad_row
     says."""
-    parts = (*PARTS, *FOR_TEMPLATES, *images.COLUMNS, *weighing.parts, *((GOLD,) if has_gold else ()))
+    weighed = dict.fromkeys((*weighing.parts, *weighing.list_parts))
+    parts = (*PARTS, *FOR_TEMPLATES, *images.COLUMNS, *weighed, *((GOLD,) if has_gold else ()))
     names = {part: (config.columns or {}).get(part, part) for part in parts}
     is_named = any(part in NAMED for part in config.columns or {})
     for kind in (shapes.SINGLE, LISTED, (MESSAGES,)):
@@ -147,6 +157,9 @@ def _read_place(
         if is_named
         else shapes.shape_of(source, names, config.as_chat is False)
     )
+    unread = weighed.keys() - set(weighing.list_parts if shape.is_list else weighing.parts)
+    own_names = {part: name for part, name in shape.names.items() if part not in unread}
+    shape = dataclasses.replace(shape, names=own_names)
     _check_columns(source.columns, shape, place, config)
     records, dropped = _read_records(source, shape, place, config, weighing)
     records, num_folded = _without_system(records, config.system)
@@ -250,7 +263,7 @@ def _check_parts(config: DataConfig, weighing: Weighing, has_gold: bool = False)
                 f"data.columns.{part}: no such part; the parts are {known}; "
                 "type data.columns='{prompt: NAME, chosen: NAME, rejected: NAME}'"
             )
-        if part in WEIGHT_PARTS and part not in weighing.parts:
+        if part in WEIGHT_PARTS and part not in (*weighing.parts, *weighing.list_parts):
             kind = {"weight": "weight", "probability": "dora"}.get(part, "dora_mean")
             raise UserError(
                 f"data.columns.{part}={name}: has no effect without {kind}; "
@@ -280,10 +293,11 @@ def _check_columns(seen: list[str], shape: Shape, place: Place, config: DataConf
     missing = [names[part] for part in needed if names[part] not in seen]
     if missing:
         parts = ", ".join(f"{part}: NAME" for part in needed if names[part] in missing)
+        other = ", or objective.sft_of=response" if names.get(GOLD) in missing else ""
         known = shapes.advice(seen) if {"chosen", "rejected"} & set(missing) and not config.columns else None
         raise place.error(
             f"has no column {' and no column '.join(missing)}, but {', '.join(map(str, seen))}; "
-            + (known or f"type data.columns='{{{parts}}}'")
+            + (known or f"type data.columns='{{{parts}}}'{other}")
         )
 
 
@@ -300,8 +314,8 @@ def _read_records(
             tools, documents, kwargs = (values[part] for part in FOR_TEMPLATES)
             if shape.is_list:
                 responses, scores, ranks = (values.get(part) for part in LISTED)
-                listed = (values["prompt"], responses, scores, ranks)
-                record = read_list(*listed, number, tools, documents, kwargs)
+                listed = (values["prompt"], responses, scores, ranks, number, tools, documents, kwargs)
+                record = read_list(*listed, values.get(PROBABILITIES), weighing.weigh_list)
             elif shape.is_conversation:
                 record = read_conversation(values[MESSAGES], number, tools, documents, kwargs)
             else:
@@ -314,7 +328,9 @@ def _read_records(
                 record = with_gold(record, values["prompt"], values[GOLD])
             folder = functools.partial(source.folder_of, number)
             record = images.with_images(record, values, folder, config.image_megapixels)
-            records.append(dataclasses.replace(record, weight=weighing.weight(values)))
+            if record.of_responses is None:
+                record = dataclasses.replace(record, weight=weighing.weight(values))
+            records.append(record)
         except BadRowError as error:
             if config.on_bad_row == "error":
                 raise place.error(
@@ -324,9 +340,9 @@ def _read_records(
     return records, dropped
 
 
-def _describe_weights(train: list[PreferenceRecord], weighing: Weighing) -> str:
+def _describe_weights(train: list[PreferenceRecord], weighing: Weighing, lists: str) -> str:
     """The weights' line for the log; raises UserError where nothing would be trained."""
-    weights = [record.weight for record in train]
+    weights = [weight for record in train for weight in weights_made(record, lists)]
     if not any(weights):
         raise UserError(
             f"objective.sample_weight: the weight of all {len(train)} training pairs is 0, from column "

@@ -25,6 +25,7 @@ from rcpo.records.messages import (
 
 if TYPE_CHECKING:
     from rcpo.records.images import Image
+    from rcpo.records.weights import ResponseWeights
 
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 _HH_ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -59,6 +60,8 @@ class PreferenceRecord:
     """A third response to the prompt, of which the likelihood term is (objective.sft_of=gold)."""
     scores: tuple[float, ...] = ()
     """Of a list: of each response, the best first, the highest is best; empty: a pair."""
+    of_responses: "ResponseWeights | None" = None
+    """Of a list whose responses have weights of their own, which `weight` is made of."""
 
     @property
     def responses(self) -> list[str | Messages]:

@@ -1,4 +1,4 @@
-"""The weight of a pair, from its row: what multiplies the pair's loss, and so its incentives.
+"""The weight of a pair or a list, from its row: what multiplies its loss, and so its incentives.
 
 Owns the columns that weights come from and which values are fit. `rcpo.objectives.composition` says which
 kind a run uses; `rcpo.records.load` applies it to training rows. Held-out pairs are measured, not trained,
@@ -6,7 +6,7 @@ and need no such column.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,16 +15,41 @@ from rcpo.records.record import BadRowError
 
 WEIGHT, PROBABILITY = "weight", "probability"
 OF_SIDES = ("probability_chosen", "probability_rejected")
-WEIGHT_PARTS = (WEIGHT, PROBABILITY, *OF_SIDES)
+PROBABILITIES = "probabilities"
+"""Of a row that is a list: of each of its responses, in the row's order."""
+WEIGHT_PARTS = (WEIGHT, PROBABILITY, *OF_SIDES, PROBABILITIES)
 """Parts of a row that a weight may come from, beside prompt, chosen and rejected."""
 
 
+@dataclass(frozen=True)
+class ResponseWeights:
+    """A weight of each response of a list, the best first, and how they combine."""
+
+    each: tuple[float, ...]
+    how: str
+    """mean or product."""
+
+    def of(self, places: Sequence[int]) -> float:
+        """The weight of a pair, or a list, of the responses at these places."""
+        chosen = [self.each[place] for place in places]
+        return math.prod(chosen) if self.how == "product" else math.fsum(chosen) / len(chosen)
+
+
 class Weighing(Protocol):
-    """From a row to the pair's weight."""
+    """From a row to the weight of the pair or list that it is."""
 
     @property
     def parts(self) -> tuple[str, ...]:
         """Parts of a row that are read; each is a column of that name, or as data.columns says."""
+
+    @property
+    def list_parts(self) -> tuple[str, ...]:
+        """Those of a row that is a list of responses."""
+
+    @property
+    def weigh_list(self) -> Callable[[Sequence[Any]], ResponseWeights] | None:
+        """From the values of PROBABILITIES, the best response's first, to the responses' weights; raises
+        BadRowError. None: a list has one weight, as a pair has."""
 
     def weight(self, values: Mapping[str, Any]) -> float:
         """The weight, finite and >= 0. Raises BadRowError."""
@@ -34,6 +59,8 @@ class Unweighted:
     """Every pair counts alike."""
 
     parts: tuple[str, ...] = ()
+    list_parts: tuple[str, ...] = ()
+    weigh_list: None = None
 
     def weight(self, values: Mapping[str, Any]) -> float:
         return 1.0
@@ -43,6 +70,8 @@ class ColumnWeight:
     """The number in the column `weight`: 2 counts a pair twice, 0 leaves it out of the loss."""
 
     parts: tuple[str, ...] = (WEIGHT,)
+    list_parts: tuple[str, ...] = (WEIGHT,)
+    weigh_list: None = None
 
     def weight(self, values: Mapping[str, Any]) -> float:
         weight = _number(WEIGHT, values[WEIGHT])
@@ -67,6 +96,8 @@ class DoraWeight:
     a: float
     a_i: float
     parts: tuple[str, ...] = (PROBABILITY,)
+    list_parts: tuple[str, ...] = (PROBABILITY,)
+    weigh_list: None = None
 
     def weight(self, values: Mapping[str, Any]) -> float:
         return self.of(PROBABILITY, values[PROBABILITY])
@@ -81,22 +112,32 @@ class DoraWeight:
 
 @dataclass(frozen=True)
 class DoraSidesWeight:
-    """DoRA's weights of both responses, from the columns `probability_chosen` and `probability_rejected`, as
-    one weight of the pair.
+    """DoRA's weights of all responses, from the columns `probability_chosen` and `probability_rejected` of a
+    pair, or `probabilities` of a list, as one weight of the pair or list.
 
-    mean: (w_chosen + w_rejected) / 2, as the published code does for DPO (github.com/stevie1023/DoRA,
-    dpo_loss), which has it inside the exponent of KL-DRO. product: w_chosen w_rejected, the pair's density
-    ratio where both responses are drawn independently and a = 0 or the weights are small; not published.
+    mean: (1/n) sum_i w_i, as the published code does for DPO of pairs and of lists
+    (github.com/stevie1023/DoRA, dpo_loss), which has it inside the exponent of KL-DRO. product: their
+    product, the density ratio where responses are drawn independently and a = 0 or the weights are small; not
+    published. A pair that is made of two responses of a list has the weight of these two. The published code
+    has an a_i of each response's source; here it is the same for all, as there for n = 2 and 4.
     """
 
     a: float
     a_i: float
     how: str
     parts: tuple[str, ...] = OF_SIDES
+    list_parts: tuple[str, ...] = (PROBABILITIES,)
 
     def weight(self, values: Mapping[str, Any]) -> float:
-        chosen, rejected = (DoraWeight(self.a, self.a_i).of(part, values[part]) for part in OF_SIDES)
-        return chosen * rejected if self.how == "product" else (chosen + rejected) / 2
+        return self._weights([(part, values[part]) for part in OF_SIDES]).of((0, 1))
+
+    def weigh_list(self, probabilities: Sequence[Any]) -> ResponseWeights:
+        """As `Weighing` says."""
+        return self._weights([("one of the probabilities", value) for value in probabilities])
+
+    def _weights(self, given: Sequence[tuple[str, Any]]) -> ResponseWeights:
+        dora = DoraWeight(self.a, self.a_i)
+        return ResponseWeights(tuple(dora.of(name, value) for name, value in given), self.how)
 
 
 UNWEIGHTED = Unweighted()

@@ -68,8 +68,8 @@ def with_mean_tokens(method: Method, micro_batches: Sequence[MicroBatch]) -> Seq
     then."""
     if not method.objective.needs_mean_tokens:
         return micro_batches
-    is_of_gold = method.objective.reading.sft_of == "gold"
-    parts = [] if is_of_gold else [each.batch.lengths.chunk(2)[0] for each in micro_batches]
+    is_beside = method.objective.reading.sft_is_beside
+    parts = [] if is_beside else [each.batch.lengths.chunk(2)[0] for each in micro_batches]
     parts += [each.likely.lengths for each in micro_batches if each.likely is not None]
     mean = float(sum_over_ranks(torch.cat(parts).double().sum())) / method.pairs_per_step
     return [each._replace(mean_tokens=mean) for each in micro_batches]

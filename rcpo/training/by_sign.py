@@ -34,9 +34,18 @@ def with_lists(
 
     def made(is_up: Tensor) -> MicroBatch:
         found = by_sign(pairs, lists, is_up)
-        known = torch.cat([micro_batch.ref_w, micro_batch.ref_l, micro_batch.ref_w.new_zeros(1)])
-        ref_w, ref_l = known[found.places.to(device)].chunk(2)
+        places = found.places.to(device)
+
+        def moved(of_w: Tensor, of_l: Tensor) -> tuple[Tensor, Tensor]:
+            moved_w, moved_l = torch.cat([of_w, of_l, of_w.new_zeros(1)])[places].chunk(2)
+            return moved_w, moved_l
+
+        ref_w, ref_l = moved(micro_batch.ref_w, micro_batch.ref_l)
+        read_ref = None if micro_batch.read_ref is None else moved(*micro_batch.read_ref)
         weight = torch.tensor([pair.weight for pair in found.pairs]).to(device)
-        return MicroBatch(lay(found.pairs).to(device), ref_w, ref_l, weight, lists=found.lists.to(device))
+        return MicroBatch(
+            lay(found.pairs).to(device), ref_w, ref_l, weight, read_ref=read_ref,
+            lists=found.lists.to(device),
+        )  # fmt: skip
 
     return micro_batch._replace(lists=lists.to(device), by_sign=made if num_slots > 1 else None)

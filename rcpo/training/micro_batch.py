@@ -92,9 +92,11 @@ def made_for(
 
 def beside(objective: Objective, pairs: Sequence[TokenizedPair], pad_id: int) -> PairBatch | None:
     """The texts beside the responses that this objective's likelihood term is of, as one side; None where it
-    is of the chosen response alone."""
+    is of the chosen response as the loss reads it."""
     if objective.reading.sft_of == "text":
         return collate_sides([prompt_as_response(pair.chosen) for pair in pairs], pad_id)
+    if objective.reading.sft_of == "plain":
+        return collate_sides([pair.chosen for pair in pairs], pad_id)
     if objective.reading.sft_of == "gold":
         return collate_sides([pair.gold or NO_SIDE for pair in pairs], pad_id)
     return None

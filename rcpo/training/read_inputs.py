@@ -132,7 +132,8 @@ def tokenise(config: ResolvedConfig, tokenizer: PreTrainedTokenizerBase) -> Pair
     # One pair a row, so that runs with best_worst and with all_pairs are measured on the same.
     held_out = Tokeniser(tokenizer, *limits, *written, "whole" if lists == "whole" else "best_worst")
     has_gold = reads_gold(config)
-    if not has_gold and (name := (config.data.columns or {}).get(GOLD)) is not None:
+    named = [config.data.columns or {}, *(part.columns or {} for part in config.data.mix or ())]
+    if not has_gold and (name := next((each[GOLD] for each in named if GOLD in each), None)) is not None:
         raise UserError(
             f"data.columns.gold={name}: has no effect without a term of it; type objective.sft_of=gold "
             "as well"

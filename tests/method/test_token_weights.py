@@ -22,12 +22,14 @@ from rcpo.models.policy import Policy, read
 from rcpo.objectives import REGISTRY, load_objective, objective_of
 
 LD, WPO, TEXT = "objective.ld_alpha=0.3", "objective.wpo=true", "objective.sft_of=text"
+PLAIN = "objective.sft_of=plain"
 MATRIX = pytest.mark.ci("rows of matrices")
 CASES = {
     "dpo with both": ("dpo", [LD, WPO]),
     "ld in a mean": ("simpo", [LD]),
     "orpo as TRL has it": ("orpo", [TEXT, "objective.sft_mean=tokens"]),
     "all three": ("rpo", [LD, WPO, TEXT]),
+    "ld beside a plain likelihood": ("rpo", [LD, PLAIN]),
 }
 
 
@@ -47,7 +49,8 @@ class Plain:
         self.len_w, self.len_l = (len(logps) for logps, _ in sides)
         shared = min(self.len_w, self.len_l)
         self.z_w, self.z_l = (logps[:shared].sum() + alpha * logps[shared:].sum() for logps, _ in sides)
-        self.sum_w = float(sides[0][0].detach().sum())
+        self.plain_w = sides[0][0].sum()
+        self.sum_w = float(self.plain_w.detach())
         self.weight = torch.stack([(logps - of_all).mean() for logps, of_all in sides]).sum().exp().detach()
         prompt = prompt_as_response(pair.chosen)
         self.prompt = token_logps(model, prompt)[0].sum() if prompt is not NO_SIDE else torch.zeros(())
@@ -72,7 +75,9 @@ def plain_loss(case: str, model, reference, pairs) -> tuple[Tensor, Tensor, Tens
             loss = likelihood - 0.1 * F.logsigmoid(odds)
         else:
             loss = -F.logsigmoid(0.1 * (one.z_w - ref.z_w - one.z_l + ref.z_l))
-            if name == "rpo":
+            if PLAIN in keys:
+                loss = loss - one.plain_w / one.len_w
+            elif name == "rpo":
                 loss = loss - (one.z_w + one.prompt) / one.num_text
         losses.append(loss * (one.weight if WPO in keys else 1))
     return torch.stack(losses).mean()
@@ -216,7 +221,7 @@ def test_with_every_objective_or_refused(name: str) -> None:
         ({"wpo": 1}, "objective.wpo=1: must be true or false; type objective.wpo=false"),
         (
             {"sft_of": "prompt"},
-            "objective.sft_of=prompt: must be response, text or gold; type objective.sft_of=text",
+            "objective.sft_of=prompt: must be response, plain, text or gold; type objective.sft_of=text",
         ),
     ],
 )

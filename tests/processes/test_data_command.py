@@ -127,3 +127,27 @@ def test_data_cannot_steer_the_terminal(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(each) + "\n" for each in rows))
     done = forked.rcpo("data", str(path), "data.eval_pairs=2", "train.pairs_per_step=2", cwd=tmp_path)
     assert "\x1b" not in done.stdout
+
+
+@pytest.mark.ci("two more starts")
+def test_a_side_that_is_not_there_is_not_shown(tmp_path: Path) -> None:
+    """Of conversations neither a histogram nor a part of rejected responses; of single answers the part that
+    the label says."""
+    talks = [{"messages": row(name, answer, "")["chosen"]} for name in NAMES for answer in ("one", "two")]
+    path = tmp_path / "talks.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in talks))
+    words = (path, "objective=sft", "data.eval_pairs=2", "train.pairs_per_step=2", "--pairs", "2")
+    said = shown(*words)
+    assert set(said["lengths"]) == {"prompt", "chosen"}
+    assert [set(pair) for pair in said["pairs"]] == [{"row", "use", "prompt", "chosen"}] * 2
+    done = forked.rcpo("data", *map(str, words), cwd=tmp_path)
+    assert "rejected" not in done.stdout
+    answers = [
+        {"prompt": f"w{number % 7}", "completion": f" w{number}", "label": number % 2 == 0}
+        for number in range(40)
+    ]
+    path.write_text("".join(json.dumps(each) + "\n" for each in answers))
+    said = shown(path, "objective=kto", "data.eval_pairs=8", "train.pairs_per_step=2", "--pairs", "20")
+    assert set(said["lengths"]) == {"prompt", "chosen", "rejected"}
+    for pair in said["pairs"]:
+        assert ("chosen" in pair, "rejected" in pair) == (pair["row"] % 2 == 0, pair["row"] % 2 == 1)

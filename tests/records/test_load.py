@@ -165,7 +165,7 @@ def test_columns_are_read_by_their_own_names(tmp_path: Path) -> None:
     assert fault(config_of(path, columns={"answer": "good"})) == (
         "data.columns.answer: no such part; the parts are prompt, chosen, rejected, completion, label, "
         "responses, scores, ranks, messages, tools, documents, chat_template_kwargs, images, image, gold, "
-        "weight, probability, probability_chosen, probability_rejected; type "
+        "weight, probability, probability_chosen, probability_rejected, probabilities; type "
         "data.columns='{prompt: NAME, chosen: NAME, rejected: NAME}'"
     )
 

@@ -7,12 +7,21 @@ from typing import Any
 
 import pytest
 
+from helpers.tiny_tokenizers import make_bpe
 from rcpo.common.errors import UserError
 from rcpo.config.schema import DataConfig
+from rcpo.data.tokenize import tokenize_records
 from rcpo.objectives import Composition
 from rcpo.records.load import load_records
 from rcpo.records.record import BadRowError
-from rcpo.records.weights import UNWEIGHTED, ColumnWeight, DoraWeight, Weighing, weighing_of
+from rcpo.records.weights import (
+    UNWEIGHTED,
+    ColumnWeight,
+    DoraSidesWeight,
+    DoraWeight,
+    Weighing,
+    weighing_of,
+)
 
 WEIGHT, DORA = ColumnWeight(), DoraWeight(0.5, 0.5)
 
@@ -125,4 +134,98 @@ def test_settings_that_do_not_fit_are_one_line(tmp_path: Path) -> None:
     assert fault(config_of(None, source="arithmetic", train_pairs=8), WEIGHT) == (
         "objective.sample_weight: data=arithmetic has no column weight; type data=file "
         "data.path=PAIRS.jsonl, or objective.sample_weight=null"
+    )
+
+
+MEAN, PRODUCT = DoraSidesWeight(0.5, 0.5, "mean"), DoraSidesWeight(0.5, 0.5, "product")
+LIST = {
+    "prompt": "q",
+    "responses": [" a", " bb", " ccc"],
+    "scores": [1, 3, 2],
+    "probabilities": [0.125, 0.5, 0.25],
+}
+HELD_OUT = {"prompt": "h", "chosen": " a", "rejected": " b"}
+
+
+def weights_of(folder: Path, weighing: Weighing, rows: list[dict[str, Any]], lists: str) -> list[float]:
+    """Of what a run trains on, in its order."""
+    path, held_out = folder / "rows.jsonl", folder / "held_out.jsonl"
+    for file, own in ((path, rows), (held_out, [HELD_OUT])):
+        file.write_text("".join(json.dumps(row) + "\n" for row in own))
+    config = config_of(str(path), eval_path=str(held_out), lists=lists)
+    records = load_records(config, weighing).train
+    pairs = tokenize_records(records, make_bpe(), 64, None, "error", lists=lists).pairs
+    return [float(weight) for weight in pairs.arrays.weights]
+
+
+@pytest.mark.parametrize(
+    ("weighing", "whole", "best_worst", "all_pairs"),
+    [
+        (MEAN, [7 / 12] * 2, [5 / 8], [3 / 4, 5 / 8, 3 / 8]),
+        (PRODUCT, [1 / 8] * 2, [1 / 4], [1 / 2, 1 / 4, 1 / 8]),
+    ],
+    ids=["mean", "product"],
+)
+def test_weights_of_a_list_s_responses_by_hand(
+    weighing: Weighing,
+    whole: list[float],
+    best_worst: list[float],
+    all_pairs: list[float],
+    tmp_path: Path,
+) -> None:
+    """a = a_i = 1/2: a weight is 2p, so 1, 1/2 and 1/4, best first. A whole list, in two slots, has the mean
+    or the product of all; a pair of two of its responses that of these. The row's order does not matter."""
+    turned = {key: value[::-1] if isinstance(value, list) else value for key, value in LIST.items()}
+    as_text = {key: str(value) for key, value in LIST.items()}  # as CSV has it
+    for row in (LIST, turned, as_text):
+        assert weights_of(tmp_path, weighing, [row], "whole") == whole
+        assert weights_of(tmp_path, weighing, [row], "best_worst") == best_worst
+        assert weights_of(tmp_path, weighing, [row], "all_pairs") == all_pairs
+
+
+def test_a_list_of_two_weighs_what_its_pair_weighs(tmp_path: Path) -> None:
+    """To the last bit, at odd numbers, and beside longer lists."""
+    p_w, p_l = 0.3123, 0.7771
+    pair = {"prompt": "q", "chosen": " a", "rejected": " b"}
+    pair |= {"probability_chosen": p_w, "probability_rejected": p_l}
+    two = {"prompt": "q", "responses": [" b", " a"], "scores": [0, 1], "probabilities": [p_l, p_w]}
+    for how in ("mean", "product"):
+        weighing = DoraSidesWeight(0.3, 0.6, how)
+        (expected,) = weights_of(tmp_path, weighing, [pair], "best_worst")
+        for lists in ("whole", "best_worst", "all_pairs"):
+            assert weights_of(tmp_path, weighing, [two], lists) == [expected]
+    one_for_all = {key: value for key, value in LIST.items() if key != "probabilities"} | {
+        "probability": 0.25
+    }
+    assert weights_of(tmp_path, DORA, [one_for_all], "whole") == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "reason"),
+    [
+        ([0.5, 0.5], "there are 2 probabilities of 3 responses"),
+        (None, "probabilities is null, or text that is no list"),
+        (0.5, "probabilities is float, not a list"),
+        ([0.5, 0.5, 0], "one of the probabilities is not above 0 and at most 1"),
+        ([0.5, 0.5, None], "one of the probabilities is null"),
+        ([0.5, "much", 1], "one of the probabilities is not a finite number"),
+    ],
+)
+def test_unfit_probabilities_of_a_list_are_bad_rows(probabilities: Any, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [LIST, LIST | {"prompt": "r", "probabilities": probabilities}, LIST | {"prompt": "s"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = load_records(config_of(str(path), lists="whole", on_bad_row="drop"), MEAN)
+    assert data.account.training.dropped == {reason: [1]}
+
+
+def test_lists_without_probabilities_are_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    row = {key: value for key, value in LIST.items() if key != "probabilities"}
+    path.write_text("".join(json.dumps(row | {"prompt": f"q{n}"}) + "\n" for n in range(3)))
+    said = fault(config_of(str(path)), MEAN)
+    assert "has no column probabilities, but prompt, responses, scores; type data.columns='{prob" in said
+    assert fault(config_of(str(path), columns={"probabilities": "p"}), DORA) == (
+        "data.columns.probabilities=p: has no effect without dora_mean; type "
+        "objective.sample_weight=dora_mean as well"
     )

@@ -83,6 +83,31 @@ def test_rows_get_both_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "120 responses of 60 rows: 60 of human, 59 of others, 1 of unknown source; gamma 0.9833" in said
 
 
+@pytest.mark.ci("fits once more")
+def test_rows_that_are_lists_get_one_probability_a_response(tmp_path: Path) -> None:
+    """Beside pairs, in the row's order; those of a row are in one fold. A source may be one for a list."""
+    drawn = draw(180, 0.5)
+    human, model = drawn.texts[:90], drawn.texts[90:]
+    rows: list[dict[str, object]] = [
+        {"prompt": "q", "responses": [human[n], model[n], model[n + 45]], "scores": [3, 2, 1]}
+        | {"from": ["human", "model", "model"]}
+        for n in range(40)
+    ]
+    rows += [
+        {"prompt": "q", "responses": human[n : n + 2], "ranks": [1, 2], "from": "human"} for n in (80, 82)
+    ]
+    rows += [{"prompt": "q", "chosen": human[84], "rejected": human[85], "from": "human"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out, words = tmp_path / "weighed.jsonl", ["source=from", "target=human", "folds=2"]
+    assert dispatch(["weigh", str(tmp_path / "rows.jsonl"), *words, f"out={out}"]) == 0
+    weighed = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [{key: row[key] for key in old} for row, old in zip(weighed, rows, strict=True)] == rows
+    p = [row["probabilities"] for row in weighed[:-1]]
+    assert [len(of_row) for of_row in p] == [3] * 40 + [2, 2]
+    assert np.mean([of_row[0] for of_row in p]) > np.mean([of_row[1] for of_row in p[:40]]) + 0.1
+    assert set(weighed[-1]) - set(rows[-1]) == set(OF_SIDES)
+
+
 @pytest.mark.ci("four short trainings")
 def test_what_weigh_writes_is_what_a_training_weighs_by(tmp_path: Path) -> None:
     """Before the first update DPO's loss is log 2 of every pair, so that the first step of a batch of all
@@ -141,3 +166,24 @@ def test_what_cannot_be_weighed_is_one_line(
     assert str(caught.value).startswith(fault)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "o.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "words", "fault"),
+    [
+        ({}, ["source=from"], "rows.jsonl: row 0 (counted from 0) has no from; type source=COLUMN"),
+        ({"source": ["a"]}, [], "rows.jsonl: row 0 has 1 of source for 2 responses; mend it"),
+        ({"source": "a"}, SOURCES, "rows.jsonl: row 0 is a list of responses; type source=COLUMN in place"),
+        ({"source": "a", "responses": "x"}, [], "rows.jsonl: row 0: responses is str, not a list; mend it"),
+        ({"source": "a", "responses": [1, 2]}, [], "rows.jsonl: row 0: a response is neither text nor"),
+        ({"source": "a", "probabilities": [1, 1]}, [], "rows.jsonl: row 0 has probabilities already; weigh"),
+    ],
+)
+def test_a_list_that_cannot_be_weighed_is_one_line(
+    row: dict[str, object], words: list[str], fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "q", "responses": ["a", "b"], **row}))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        dispatch(["weigh", "rows.jsonl", "out=o.jsonl", "target=a", *words])
+    assert str(caught.value).startswith(fault)
