@@ -47,8 +47,8 @@ def with_grids(config: PretrainedConfig, ids: Tensor, pixels: dict[str, Tensor])
 class Family(NamedTuple):
     """What differs between vision-language models."""
 
-    projector: str
-    """The module of the body between tower and text."""
+    projector: tuple[str, ...]
+    """The modules of the body between tower and text."""
     joined_along: int = 0
     """The dimension of pixel tensors along which images stand."""
     blank: Callable[[PretrainedConfig], dict[str, Tensor]] = _square
@@ -60,13 +60,18 @@ class Family(NamedTuple):
 
 
 FAMILIES = {
-    "llava": Family("multi_modal_projector"),
-    "idefics3": Family("connector", joined_along=1, blank=_tile),
-    "smolvlm": Family("connector", joined_along=1, blank=_tile, with_videos="SmolVLMProcessor"),
-    "internvl": Family("multi_modal_projector", with_videos="InternVLProcessor"),
-    "qwen2_vl": Family("visual.merger", blank=_grid, told=with_grids, with_videos="Qwen2VLProcessor"),
-    "qwen2_5_vl": Family("visual.merger", blank=_grid, told=with_grids, with_videos="Qwen2_5_VLProcessor"),
-    "qwen3_vl": Family("visual.merger", blank=_grid, told=with_grids, with_videos="Qwen3VLProcessor"),
+    "llava": Family(("multi_modal_projector",)),
+    "idefics3": Family(("connector",), joined_along=1, blank=_tile),
+    "smolvlm": Family(("connector",), joined_along=1, blank=_tile, with_videos="SmolVLMProcessor"),
+    "internvl": Family(("multi_modal_projector",), with_videos="InternVLProcessor"),
+    "qwen2_vl": Family(("visual.merger",), blank=_grid, told=with_grids, with_videos="Qwen2VLProcessor"),
+    "qwen2_5_vl": Family(("visual.merger",), blank=_grid, told=with_grids, with_videos="Qwen2_5_VLProcessor"),
+    "qwen3_vl": Family(
+        ("visual.merger", "visual.deepstack_merger_list"),
+        blank=_grid,
+        told=with_grids,
+        with_videos="Qwen3VLProcessor",
+    ),
 }
 """By `model_type`."""
 

@@ -54,10 +54,10 @@ def check_vision(config: ModelConfig, hf_config: PretrainedConfig) -> None:
             f"model.path={config.path}: is a vision-language model of the family {hf_config.model_type}, "
             f"which rcpo does not know; those that it knows are {', '.join(FAMILIES)}"
         )
-    if config.lora.rank is not None and config.vision != "frozen":
+    if config.lora.rank is not None and config.vision not in ("frozen", "lora"):
         raise UserError(
-            f"model.vision={config.vision}: an adapter trains the language model alone; type "
-            "model.vision=frozen, or model.lora.rank=null"
+            f"model.vision={config.vision}: where adapters train, no whole part does; type model.vision=lora "
+            "for adapters on what sees too, model.vision=frozen, or model.lora.rank=null"
         )
     if config.quantization is not None:
         raise UserError("model.quantization=4bit: is not there for models that see; type null")
@@ -95,14 +95,24 @@ def check_run_with_images(config: ResolvedConfig, sight: Sight) -> None:
         raise UserError(f"{key}: {advice}, or give a model of text alone")
 
 
+def check_seen(config: ModelConfig, num_with_images: int) -> None:
+    """Raise UserError where what sees is to train, and no training pair has an image."""
+    if config.vision != "frozen" and not num_with_images:
+        raise UserError(
+            f"model.vision={config.vision}: no training pair has an image; type model.vision=frozen"
+        )
+
+
 def freeze_vision(model: PreTrainedModel, vision: str) -> None:
-    """Let of the parts that see train what `model.vision` says; the language model is left as it is."""
+    """Let of the parts that see train what `model.vision` says; the language model is left as it is.
+    Adapters (lora) are added later, and nothing else trains then."""
     if vision == "train":
         return
     kept = set[int]()
     if vision == "projector":
-        projector = model.base_model.get_submodule(FAMILIES[model.config.model_type].projector)
-        kept = {id(parameter) for parameter in projector.parameters()}
+        names = FAMILIES[model.config.model_type].projector
+        projector = map(model.base_model.get_submodule, names)
+        kept = {id(parameter) for part in projector for parameter in part.parameters()}
     for parameter in _parameters_of_sight(model):
         if id(parameter) not in kept:
             parameter.requires_grad_(False)

@@ -26,7 +26,7 @@ from rcpo.models.adapters import check_adapters
 from rcpo.models.attention import check_attention
 from rcpo.models.checks import check_model, check_positions, check_vocabulary
 from rcpo.models.load import load_tokenizer
-from rcpo.models.vision import check_run_with_images
+from rcpo.models.vision import check_run_with_images, check_seen
 from rcpo.records.gold import GOLD
 from rcpo.records.load import NOTE, PreferenceData, load_records, note_on_text
 from rcpo.records.weights import weighing_of
@@ -218,5 +218,7 @@ def read_inputs(config: ResolvedConfig, keep: bool = True) -> Inputs:
     tokens = _kept_tokens(config, tokenizer, keep)
     check_reference(config, tokenizer, _longest(config, tokens.train, tokens.held_out))
     inputs = filtered_inputs(config, tokenizer, tokens)
+    if sight_of(tokenizer) is not None:
+        check_seen(config.model, inputs.train.num_with_images)
     check_sizes(config, tokens, inputs.num_train)
     return inputs

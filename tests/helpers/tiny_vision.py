@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import PIL.Image
+import torch
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -30,6 +31,12 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+
+from rcpo.config.schema import DataConfig, ModelConfig
+from rcpo.data.pairs import TokenizedPair
+from rcpo.data.tokenize import tokenize_records
+from rcpo.models.load import load_tokenizer
+from rcpo.records.load import load_records
 
 WORDS = (
     "a", "b", "c", "d", "e", "f", "g", "h", "what", "is", "in", "this", "picture", "it", "shows", "red",
@@ -285,3 +292,26 @@ def rows_with_images(
             }
         )
     return rows
+
+
+def plain_z(model: PreTrainedModel, pair: TokenizedPair) -> list[torch.Tensor]:
+    """z_w, z_l by the model's own forward method, each side with its own pass of the vision tower."""
+    found = []
+    for side in (pair.chosen, pair.rejected):
+        ids = torch.tensor([side.input_ids])
+        pixels = pair.pictures.pixels()
+        if "image_grid_thw" in pixels:
+            pixels["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
+        logits = model(input_ids=ids, **pixels).logits[0]
+        picked = logits[:-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        found.append(picked[side.num_prompt - 1 :].sum())
+    return found
+
+
+def tokenized(folder: Path, num: int, images_a_row: Sequence[int]) -> list[TokenizedPair]:
+    """Pairs for training of rows that are written beside the model of `folder`, all but one of `num`."""
+    rows = rows_with_images(folder, num, images_a_row, [(30, 20), (24, 24)])
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = load_records(DataConfig("file", str(folder / "pairs.jsonl"), eval_pairs=1))
+    tokenizer = load_tokenizer(ModelConfig(path=str(folder / "model")))
+    return list(tokenize_records(data.train, tokenizer, 256, None, "drop").pairs)

@@ -11,15 +11,14 @@ from transformers import (
     AutoProcessor,
     Idefics3ForConditionalGeneration,
     LlavaForConditionalGeneration,
-    PreTrainedModel,
 )
 
-from helpers.tiny_vision import make_vision, png, rows_with_images
+from helpers.tiny_vision import make_vision, plain_z, png, rows_with_images
 from rcpo.common.errors import UserError
 from rcpo.config.schema import DataConfig, ModelConfig
 from rcpo.data.batch import collate
 from rcpo.data.joint import collate_joint
-from rcpo.data.pairs import PackedPairs, TokenizedPair, pair_digest
+from rcpo.data.pairs import PackedPairs, pair_digest
 from rcpo.data.tokenize import TokenizedData, tokenize_records
 from rcpo.models.load import load_model, load_tokenizer
 from rcpo.models.policy import Policy
@@ -80,20 +79,6 @@ def test_ids_are_the_processors_and_no_placeholder_is_scored(made: Made) -> None
             ids = processor(images=images, text=[text], add_special_tokens=False)["input_ids"][0]
             assert side.input_ids == ids
             assert image_id not in side.input_ids[side.num_prompt :]
-
-
-def plain_z(model: PreTrainedModel, pair: TokenizedPair) -> list[torch.Tensor]:
-    """z_w, z_l by the model's own forward method, each side with its own pass of the vision tower."""
-    found = []
-    for side in (pair.chosen, pair.rejected):
-        ids = torch.tensor([side.input_ids])
-        pixels = pair.pictures.pixels()
-        if "image_grid_thw" in pixels:
-            pixels["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
-        logits = model(input_ids=ids, **pixels).logits[0]
-        picked = logits[:-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-        found.append(picked[side.num_prompt - 1 :].sum())
-    return found
 
 
 def test_z_and_gradient_are_those_of_plain_torch(made: Made) -> None:
