@@ -53,8 +53,12 @@ class Sight:
     processor: Processor
     joined_along: int
     """The dimension of pixel tensors along which images stand one after the other."""
-    joins: bool = True
-    """Whether a prompt may be computed once for both responses: a token's position is its place alone."""
+    why_apart: str | None = None
+    """Why a prompt cannot be computed once for both responses; None: it can."""
+    for_text_too: bool = False
+    """Whether the model is one of text as well: rows without images are what they would be for that."""
+    masks: bool = True
+    """Whether any attention kernel will do."""
 
     def look(self, images: Sequence[Image]) -> tuple[dict[str, Tensor], list[str]]:
         """Pixel tensors of these images, and what the processor writes into the text for each. Raises
@@ -75,8 +79,12 @@ class Sight:
         where the template has not written a place for each, or a text has the token of a place itself."""
         token, split = self.processor.image_token, rendered.split
         prompt = rendered.texts[0][:split]
-        if any(token in text[split:] for text in rendered.texts):
-            raise BadRowError(f"a response has the text {token}, which stands for images")
+        inner = self._inner_token()
+        for each in (token, inner):
+            if any(each in text[split:] for text in rendered.texts):
+                raise BadRowError(f"a response has the text {each}, which stands for images")
+        if inner != token and inner in prompt:
+            raise BadRowError(f"the prompt has the text {inner}, which stands for images")
         if prompt.count(token) != len(images):
             num = prompt.count(token)
             raise BadRowError(f"the prompt has {token} {num} times for {len(images)} images once rendered")
@@ -91,6 +99,13 @@ class Sight:
             split=len(prompt),
             pictures=Pictures(self, images, _digest_of(pixels), tuple(written)),
         )
+
+    def _inner_token(self) -> str:
+        """What the processor writes into the text for a part of an image, where that is another token than
+        the one in its place (Gemma 3)."""
+        tokenizer = getattr(self.processor, "tokenizer", None)
+        inner = getattr(tokenizer, "image_token", None)
+        return inner if isinstance(inner, str) else self.processor.image_token
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,10 +179,16 @@ def sight_of(tokenizer: PreTrainedTokenizerBase) -> Sight | None:
 
 def in_parts(tokenizer: PreTrainedTokenizerBase, turns: Messages) -> Messages:
     """The turns as the tokenizer's chat template is handed them: as they are, or for a vision-language model
-    with content as a list of parts, as its template wants it."""
-    if sight_of(tokenizer) is None:
+    with content as a list of parts, as its template wants it; a text that is for a model of text as well
+    stays one."""
+    if (sight := sight_of(tokenizer)) is None:
         return turns
-    return [{**turn, "content": _parts(turn["content"])} for turn in turns]
+    return [
+        {**turn, "content": _parts(turn["content"])}
+        if PLACE in turn["content"] or not sight.for_text_too
+        else turn
+        for turn in turns
+    ]
 
 
 def _parts(text: str) -> list[dict[str, str]]:

@@ -55,7 +55,7 @@ class Subject:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         tokenizer = load_tokenizer(self.model)
-        if sight_of(tokenizer) is not None:
+        if (sight := sight_of(tokenizer)) is not None and not sight.for_text_too:
             raise UserError(
                 f"{self.name}: sees images, and answers and tasks are asked of models of text alone so far; "
                 "load its folder with transformers' AutoModelForImageTextToText and AutoProcessor"

@@ -95,7 +95,7 @@ def train(
     maker = ReferenceMaker(config, run, inputs, visited, mismatches, checkpoint is not None, visits)
     maker.run_own_model(device)
     with told_when_full(_too_large(config)):
-        engine = Engine(config, num_steps, device)
+        engine = Engine(config, num_steps, device, inputs.sees)
     if rank() == 0:
         load_beside(config.tracking)
     check_agreement(config, inputs, engine)
