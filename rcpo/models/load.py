@@ -51,6 +51,7 @@ from rcpo.models.vision import (
     freeze_vision,
     give_sight,
     has_vision,
+    hold_names,
     is_given_sight,
     is_vision,
     reads_images,
@@ -195,6 +196,8 @@ def from_pretrained(place: str, config: ModelConfig, **options: Any) -> Any:
     )
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     _hold_routers_still(model)
+    if reads_images(hf_config):
+        hold_names(model)
     if not sees:  # a tower's masks are its own
         leave_masks_unread(model)
     return loaded

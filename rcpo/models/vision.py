@@ -9,12 +9,15 @@ calibration know no images.
 Does not own reading images (`rcpo.data.pictures`) or loading weights (`rcpo.models.load`, which calls this).
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoProcessor, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import WeightConverter
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -52,6 +55,15 @@ def is_given_sight(place: str, config: ModelConfig, hf_config: PretrainedConfig)
     to have a processor, and a chat template with a place for them."""
     as_text = config.chat_template == "plain" or not has_processor(Path(place))
     return is_vision(hf_config) or (reads_images(hf_config) and not as_text)
+
+
+def hold_names(model: PreTrainedModel) -> None:
+    """Let weights be saved under the names that they were loaded by. At ZeRO 3 transformers keeps every way
+    in which names of this architecture may have been changed, used or not, and would undo them all."""
+    known = getattr(model, "_weight_conversions", None)
+    if known is not None:
+        kept = [each for each in known if each.was_used() or isinstance(each, WeightConverter)]
+        model._weight_conversions = kept
 
 
 def check_vision(config: ModelConfig, hf_config: PretrainedConfig) -> None:
@@ -190,23 +202,32 @@ def hidden_with_images(model: PreTrainedModel, batch: PairBatch, layout: dict[st
     """Last hidden states (R, T, H) of rows whose prompts show images; of a batch without any, what it would
     be anyway, with an image of nothing encoded and multiplied by zero."""
     body, family = model.base_model, FAMILIES[model.config.model_type]
-    given: dict[str, Any]
     if batch.pixels is None:
         device = batch.input_ids.device
         blank = {name: each.to(device) for name, each in family.blank(model.config).items()}
         seen = body.get_image_features(**blank, return_dict=True)
         nothing = sum((each.sum() for each in features_of(seen)), start=torch.zeros((), device=device))
-        embedded = body.get_input_embeddings()(batch.input_ids)
-        given = {"inputs_embeds": embedded + (0 * nothing).to(embedded.dtype)}
         if hasattr(body, "rope_deltas"):
             body.rope_deltas = None  # those of another batch's images
-    else:
-        seen = body.get_image_features(**batch.pixels.tensors, return_dict=True)
-        repeat_features(seen, batch.pixels.num_sides)
-        given = {"input_ids": batch.input_ids, "mm_encoder_outputs": {"image": seen}}
-        given |= family.told(model.config, batch.input_ids, own_pixels(batch.pixels, family))
-    hidden: Tensor = body(**given, use_cache=False, **layout).last_hidden_state
-    return hidden
+        with _added_to_embeddings(body, 0 * nothing):
+            return cast(Tensor, body(batch.input_ids, use_cache=False, **layout).last_hidden_state)
+    seen = body.get_image_features(**batch.pixels.tensors, return_dict=True)
+    repeat_features(seen, batch.pixels.num_sides)
+    told = family.told(model.config, batch.input_ids, own_pixels(batch.pixels, family))
+    given = {"mm_encoder_outputs": {"image": seen}, "use_cache": False, **told, **layout}
+    return cast(Tensor, body(batch.input_ids, **given).last_hidden_state)
+
+
+@contextlib.contextmanager
+def _added_to_embeddings(body: nn.Module, nothing: Tensor) -> Iterator[None]:
+    """While open, `nothing` () is added to the embeddings of tokens inside `body`: all ranks come to its
+    modules in one order, with and without images, as ZeRO 3 wants it."""
+    embeddings = cast(Any, body).get_input_embeddings()
+    handle = embeddings.register_forward_hook(lambda module, given, made: made + nothing.to(made.dtype))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def own_pixels(pixels: Pixels, family: Family) -> dict[str, Tensor]:

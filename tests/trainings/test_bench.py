@@ -287,7 +287,11 @@ def test_memory_of_the_head_stays_where_that_of_full_logits_grows(monkeypatch: p
 
 
 MISTAKES = {
-    "--baseline fast": "--baseline fast: no such baseline; choose of plain, response, trl",
+    "--baseline fast": "--baseline fast: no such baseline; choose of plain, response, trl, twice",
+    "--baseline twice": "--baseline twice: is of images alone; leave it out, or add --images",
+    "--images side=30": "--images side=30,patch=14,hidden=320,heads=5: side must be a multiple of patch",
+    "--images side=28 --baseline plain": "--baseline plain: is of text alone; leave it out, or leave out",
+    "--images side=28 model=tiny": "model=tiny: --images makes model and data itself; leave one of them out",
     "--shape width=3": "argument --shape: width=3: must be one of hidden=N, intermediate=N, ",
     "--shape hidden=10,heads=4": "--shape hidden=10,heads=4: hidden must be a multiple of twice the heads",
     "--lengths prompt=0": "argument --lengths: prompt=0: must be one of prompt=N, response=N, spread=N ",
