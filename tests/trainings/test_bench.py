@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,9 @@ import torch
 from torch import Tensor
 
 from helpers import forked
+from helpers.forks import run_forked
 from rcpo import cli
-from rcpo.bench import block, curve, gpu, loops, plan, profiled
+from rcpo.bench import curve, gpu, loops, plan, profiled
 from rcpo.bench.machine import model_flops, peak_tflops
 from rcpo.bench.plan import Outcome, compare_first_steps, run_bench
 from rcpo.bench.shares import BUCKETS
@@ -37,21 +37,6 @@ TINY = [
     "--lengths", "prompt=12,response=9", "--repeats", "1",
     "model.attention=eager", "train.pairs_per_step=4", "train.pairs_per_device=2",
 ]  # fmt: skip
-
-
-def run_forked(file: Path, num_ranks: int) -> None:
-    """`plan._run_processes` for one rank, with everything imported already."""
-    assert num_ranks == 1
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            code = block.main([str(file)])
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    assert os.waitpid(child, 0)[1] == 0
 
 
 def bench(folder: Path, *words: str) -> Outcome:
