@@ -122,11 +122,11 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     return [{**row, "images": [str(folder / name) for name in row["images"]]} for row in rows]
 
 
-def opened(example: dict[str, Any]) -> dict[str, Any]:
+def opened(row: dict[str, Any]) -> dict[str, Any]:
     """A row as TRL's collator wants it: with its pictures read."""
     import PIL.Image
 
-    return {**example, "images": [PIL.Image.open(path).convert("RGB") for path in example["images"]]}
+    return {**row, "images": [PIL.Image.open(path).convert("RGB") for path in row["images"]]}
 
 
 @contextlib.contextmanager

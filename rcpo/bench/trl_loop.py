@@ -53,7 +53,7 @@ def collator_of(processor: Any) -> Any:
     from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
     inner = DataCollatorForVisionPreference(processor)
-    return lambda examples: inner([images.opened(example) for example in examples])
+    return lambda rows: inner([images.opened(row) for row in rows])
 
 
 def run_trl(work: Work, recorder: Recorder) -> None:
