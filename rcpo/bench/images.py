@@ -55,7 +55,9 @@ def _write_model(images: dict[str, int], shape: dict[str, int], folder: Path) ->
         LlavaProcessor,
         PreTrainedTokenizerFast,
     )
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     names = [*SPECIAL, *(f"w{number}" for number in range(shape["vocabulary"] - len(SPECIAL)))]
     tokens = Tokenizer(WordLevel({name: idx for idx, name in enumerate(names)}, unk_token="<unk>"))
     tokens.pre_tokenizer = WhitespaceSplit()

@@ -234,13 +234,6 @@ def _contenders(options: Options, words: list[str]) -> list[Contender]:
         contenders.append(Contender(name, "rcpo", config, every))
     objective = contenders[0].config.objective_function
     for name in options.baselines:
-        if (name == "twice" and options.images is None) or (
-            name in ("plain", "response") and options.images is not None
-        ):
-            raise UserError(
-                f"--baseline {name}: is {'of images' if name == 'twice' else 'of text'} alone; leave it out, "
-                f"or {'add' if name == 'twice' else 'leave out'} --images"
-            )
         if objective.needs_mismatched:
             raise UserError(
                 f"--baseline {name}: does not score the mismatched pairs that objective={objective.name} "

@@ -212,6 +212,10 @@ def options_of(flags: argparse.Namespace) -> "Options":
             f"--shape hidden={flags.shape['hidden']},heads={flags.shape['heads']}: hidden must be a multiple "
             "of twice the heads; type another"
         )
+    of_others = ("twice",) if flags.images is None else ("plain", "response")
+    if found := [name for name in baselines if name in of_others]:
+        what, way = ("images", "add") if flags.images is None else ("text", "leave out")
+        raise UserError(f"--baseline {found[0]}: is of {what} alone; leave it out, or {way} --images")
     if flags.images is not None:
         _check_images(flags)
     return Options(
