@@ -11,14 +11,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from rcpo.bench.images import encoding_twice
 from rcpo.bench.recorder import BenchDone, Recorder
-from rcpo.bench.work import CACHE, REFERENCE, Block, Work, moved
+from rcpo.bench.work import CACHE, REFERENCE, Block, Work, has_images, moved
 from rcpo.common.errors import UserError
 from rcpo.models.evaluation import eval_batch, evaluate_logprobs
 from rcpo.models.sizes import numel
@@ -45,8 +47,9 @@ def run_block(block: Block) -> dict[str, Any]:
         return compute_reference(block, work, device)
     recorder = Recorder(block, device)
     found: dict[str, Any] = {}
-    if block.contender == "rcpo":
-        found = run_rcpo(work, recorder)
+    if block.contender in ("rcpo", "twice"):
+        with encoding_twice() if block.contender == "twice" else nullcontext():
+            found = run_rcpo(work, recorder)
     elif block.contender == "trl":
         from rcpo.bench.trl_loop import run_trl
 
@@ -127,7 +130,7 @@ def compute_reference(block: Block, work: Work, device: torch.device) -> dict[st
     from safetensors.torch import save_file
 
     from rcpo.engine.engine import Engine
-    from rcpo.reference.cache import ReferenceCache, side_key, weights_fingerprint
+    from rcpo.reference.cache import ReferenceCache, pair_keys, weights_fingerprint
 
     visited = sorted({0, *(idx for batch in work.batches for idx in batch)})
     pairs = [work.inputs.train[idx] for idx in visited]
@@ -135,11 +138,12 @@ def compute_reference(block: Block, work: Work, device: torch.device) -> dict[st
     started = time.perf_counter()
     values = evaluate_logprobs(engine, pairs, work.inputs.pad_id, eval_batch(work.config))
     seconds = time.perf_counter() - started
-    values = moved(values, pairs)
+    if not has_images(Path(block.work)):  # TRL has no reference beforehand for those, and takes the true one
+        values = moved(values, pairs)
     if rank() == 0:
         rows: dict[bytes, float] = {}
         for pair, z_w, z_l in zip(pairs, values.z_w.tolist(), values.z_l.tolist(), strict=True):
-            rows |= {side_key(pair.chosen): z_w, side_key(pair.rejected): z_l}
+            rows |= dict(zip(pair_keys(pair), (z_w, z_l), strict=True))
         ReferenceCache(weights_fingerprint(work.config.model)).merge(rows)
         z_w, z_l = work.reference.z_w.clone(), work.reference.z_l.clone()
         z_w[visited], z_l[visited] = values.z_w, values.z_l

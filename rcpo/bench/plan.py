@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rcpo.bench.images import write_work
 from rcpo.bench.work import LONGEST, PAIRS, Block, Mode, random_pairs, save_pairs, write_model
 from rcpo.common.errors import UserError
 from rcpo.config.compose import compose
@@ -33,7 +34,7 @@ from rcpo.runs.folder import RunFolder
 from rcpo.runs.frozen import config_tree
 from rcpo.training.read_inputs import read_inputs
 
-BASELINES = ("plain", "response", "trl")
+BASELINES = ("plain", "response", "trl", "twice")
 FIXED = ("tracking=none", "train.eval_every=0", "train.save_every=0")
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 """Largest difference of losses, and of gradients over the gradient's norm, that rounding explains."""
@@ -58,6 +59,8 @@ class Options:
     shape: dict[str, int] | None
     lengths: dict[str, int] | None
     trace: str | None = None
+    images: dict[str, int] | None = None
+    """A random Llava and pictures in place of a Llama and random tokens."""
     shares: bool = True
     """Whether an extra block of each of rcpo's contenders tells where time goes."""
 
@@ -68,7 +71,7 @@ class Contender:
 
     name: str
     program: str
-    """rcpo, plain, response or trl."""
+    """rcpo, plain, response, trl or twice."""
     config: ResolvedConfig
     every: int = 1
     """One of so many of the run's steps is measured."""
@@ -117,15 +120,17 @@ class _Bench:
         self._options, self._folder, self._say = options, folder, say
         self._num_blocks = 0
         words = [*options.words, *FIXED, f"train.steps={options.num_warmup + options.num_steps}"]
+        if options.images is not None:
+            words = [*_write_images(options, folder), *words]
         config = _resolved(words)
-        if options.shape is not None:
+        if options.shape is not None and options.images is None:
             write_model(options.shape, config, folder / "model")
             words.append(f"model.path={folder / 'model'}")
             config = _resolved(words)
         contenders = _contenders(options, words)
         if options.baselines and config.world_size() > 1:
             raise UserError("--baseline: baselines run on one rank; leave it out, or type launch.processes=1")
-        if options.lengths is None:
+        if options.lengths is None or options.images is not None:
             inputs = read_inputs(config)
             if inputs.train.slots > 1:
                 raise UserError(
@@ -143,7 +148,8 @@ class _Bench:
             num_pairs = (options.num_warmup + options.num_steps) * config.train.pairs_per_step
             prompt, response, spread = (options.lengths[name] for name in ("prompt", "response", "spread"))
             pairs = random_pairs(num_pairs, prompt, response, vocabulary, spread)
-        save_pairs(pairs, folder / PAIRS)
+        if options.images is None:
+            save_pairs(pairs, folder / PAIRS)
         batches = _batches(config, pairs, options)
         self.outcome = Outcome(contenders, pairs, batches)
 
@@ -258,6 +264,19 @@ def _contenders(options: Options, words: list[str]) -> list[Contender]:
             refuse(contenders[0].config.objective["name"])
         contenders.append(Contender(name, name, contenders[0].config))
     return contenders
+
+
+def _write_images(options: Options, folder: Path) -> list[str]:
+    """Model, pictures and rows of `options.images`; returns the words for them."""
+    assert options.images is not None
+    assert options.shape is not None
+    assert options.lengths is not None
+    given = [word for word in options.words if word.split("=")[0] in ("model", "model.path", "data")]
+    if given:
+        raise UserError(f"{given[0]}: --images makes model and data itself; leave one of them out")
+    settings = _resolved([*options.words, *FIXED]).train
+    num_pairs = (options.num_warmup + options.num_steps) * settings.pairs_per_step
+    return write_work(options.images, options.shape, options.lengths, num_pairs, folder)
 
 
 def _batches(config: ResolvedConfig, pairs: list[TokenizedPair], options: Options) -> list[list[int]]:

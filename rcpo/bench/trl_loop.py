@@ -1,8 +1,8 @@
 """The baseline trl: TRL's DPOTrainer on the same token ids, pairs and reference log-probs.
 
 Its own trainer, collator, fused head and metrics; data are handed over tokenised and in the bench's order,
-with the optimizer of the bench, in bf16 with fp32 weights under autocast as `rcpo.bench.loops`, and without
-gradient checkpointing unless the bench has it.
+rows with pictures as they are, with the optimizer of the bench, in bf16 with fp32 weights under autocast as
+`rcpo.bench.loops`, and without gradient checkpointing unless the bench has it.
 Called by `rcpo.bench.block`; TRL is an optional package.
 """
 
@@ -13,12 +13,14 @@ from datasets import Dataset
 from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback
 
+from rcpo.bench import images
 from rcpo.bench.loops import with_fp32_weights
 from rcpo.bench.recorder import BenchDone, Recorder, gradients_of
 from rcpo.bench.work import Work
 from rcpo.common.errors import UserError
+from rcpo.data.pictures import sight_of
 from rcpo.engine.engine import accumulation_steps, build_optimizer
-from rcpo.models.load import load_model
+from rcpo.models.load import load_frozen_model, load_model
 
 LOSSES = {"dpo": "sigmoid", "hinge": "hinge"}
 """Objectives that TRL computes as rcpo does, with a beta."""
@@ -39,13 +41,30 @@ def dataset_of(work: Work) -> Dataset:
     )
 
 
+def rows_with_images(work: Work) -> Dataset:
+    """The same as rows with pictures, which TRL tokenises batch by batch."""
+    order = [idx for batch in work.batches for idx in batch]
+    rows = images.rows_of(work.folder)
+    return Dataset.from_list([rows[work.inputs.train[idx].row] for idx in order])
+
+
+def collator_of(processor: Any) -> Any:
+    """TRL's own for pictures, which are read before it."""
+    from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
+
+    inner = DataCollatorForVisionPreference(processor)
+    return lambda rows: inner([images.opened(row) for row in rows])
+
+
 def run_trl(work: Work, recorder: Recorder) -> None:
     """Train with TRL until the recorder has seen enough. Raises UserError for what TRL does otherwise."""
     from trl import DPOConfig, DPOTrainer
 
     config = work.config
     refuse(config.objective["name"])
-    refuse_two_prompts(work)
+    sight = sight_of(work.inputs.tokenizer)
+    if sight is None:
+        refuse_two_prompts(work)
 
     class Prepared(DPOTrainer):
         """DPOTrainer on data that are tokenised, referenced and ordered already."""
@@ -78,7 +97,7 @@ def run_trl(work: Work, recorder: Recorder) -> None:
         max_steps=recorder.num_steps,
         max_length=None,
         max_grad_norm=0.0 if recorder.block.mode == "check" else config.train.grad_clip,
-        precompute_ref_log_probs=True,
+        precompute_ref_log_probs=sight is None,  # of images TRL has none: its reference runs in every step
         bf16=config.model.dtype == "bfloat16",
         gradient_checkpointing=config.model.gradient_checkpointing,
         use_cpu=recorder.device.type == "cpu",
@@ -88,7 +107,11 @@ def run_trl(work: Work, recorder: Recorder) -> None:
         disable_tqdm=True,
     )
     trainer = Prepared(
-        model=model, args=arguments, train_dataset=dataset_of(work), processing_class=work.inputs.tokenizer,
+        model=model, args=arguments,
+        train_dataset=dataset_of(work) if sight is None else rows_with_images(work),
+        processing_class=work.inputs.tokenizer if sight is None else sight.processor,
+        data_collator=None if sight is None else collator_of(sight.processor),
+        ref_model=None if sight is None else load_frozen_model(config.model).to(recorder.device),
         optimizers=(optimizer, schedule), callbacks=[watch],
     )  # fmt: skip
     try:

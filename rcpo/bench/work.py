@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rcpo.bench.images import PAIRS as ROWS
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.inputs import Inputs
 from rcpo.data.pairs import SideLogProbs, TokenizedPair, TokenizedSide, pack
@@ -23,6 +24,7 @@ from rcpo.models.load import load_tokenizer
 from rcpo.records.account import Account, RowAccount
 from rcpo.runs.folder import RunFolder
 from rcpo.runs.frozen import open_run
+from rcpo.training.read_inputs import read_inputs
 
 Mode = Literal["reference", "check", "time", "shares", "profile"]
 """reference: compute the reference log-probs. check: loss and gradient of the first step. time: seconds and
@@ -35,7 +37,7 @@ class Block:
     """One process's task."""
 
     contender: str
-    """rcpo, plain, response or trl."""
+    """rcpo, plain, response, trl or twice."""
     mode: Mode
     work: str
     """Folder of the work."""
@@ -62,6 +64,7 @@ class Work:
 
     config: ResolvedConfig
     run: RunFolder
+    folder: Path
     inputs: Inputs
     batches: list[list[int]]
     """Indices into `inputs.train`, one optimizer step after another."""
@@ -71,20 +74,29 @@ class Work:
     @classmethod
     def load(cls, block: Block) -> "Work":
         run, config = open_run(block.run)
-        pairs = load_pairs(Path(block.work) / PAIRS)
-        account = Account(RowAccount("bench", len(pairs), trained=len(pairs)))
-        inputs = Inputs(load_tokenizer(config.model), pack(pairs), pairs[:1], [], account)
+        if has_images(Path(block.work)):
+            inputs = read_inputs(config, keep=False)
+            pairs = list(inputs.train)
+        else:
+            pairs = load_pairs(Path(block.work) / PAIRS)
+            account = Account(RowAccount("bench", len(pairs), trained=len(pairs)))
+            inputs = Inputs(load_tokenizer(config.model), pack(pairs), pairs[:1], [], account)
         sampler = inputs.sampler(config)
         batches = [sampler.global_batch(step) for step in range(block.num_warmup + block.num_steps)]
         file = Path(block.work) / REFERENCE
         nothing = torch.full((len(pairs),), math.nan)
         values = load_file(file) if file.is_file() else {"z_w": nothing, "z_l": nothing}
-        return cls(config, run, inputs, batches, SideLogProbs(values["z_w"], values["z_l"]))
+        return cls(config, run, Path(block.work), inputs, batches, SideLogProbs(values["z_w"], values["z_l"]))
 
     def micro_batches(self, step: int) -> list[list[int]]:
         """Of a baseline: in the order of the batch, as drawn."""
         size, batch = self.config.train.pairs_per_device, self.batches[step]
         return [batch[start : start + size] for start in range(0, len(batch), size)]
+
+
+def has_images(folder: Path) -> bool:
+    """Whether the work is of pictures, whose pairs are read as rows."""
+    return (folder / ROWS).is_file()
 
 
 def num_tokens(pairs: Sequence[TokenizedPair]) -> int:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rcpo.bench.plan import Options
 
 SHAPE = {"hidden": 256, "intermediate": 688, "layers": 4, "heads": 4, "vocabulary": 49152}
+IMAGES = {"side": 336, "patch": 14, "hidden": 320, "layers": 8, "heads": 5}
 LENGTHS = {"prompt": 120, "response": 60, "spread": 0}
 
 
@@ -27,6 +28,7 @@ Words are those of `rcpo train`."""
 examples:
   rcpo bench --calibrations off,on --steps 10
   rcpo bench --shape layers=2 --lengths prompt=120,response=60 --baseline plain
+  rcpo bench --images side=336 --baseline trl,twice model.vision=train objective=dpo
   rcpo bench model.path=MODEL --variant train.packing=true --json bench.json"""
     add_config_words(parser)
     _add_contenders(parser)
@@ -55,9 +57,10 @@ def _add_contenders(parser: Flags) -> None:
         type=_names,
         action="append",
         default=[],
-        metavar="plain|response|trl",
-        help="one more contender: torch with full logits, torch with logits of response positions, or TRL's "
-        "DPOTrainer where installed; may be given several times. Loss and gradient of the first step must "
+        metavar="plain|response|trl|twice",
+        help="one more contender: torch with full logits, torch with logits of response positions, TRL's "
+        "DPOTrainer where installed, or with --images rcpo that encodes an image for each side of its pair; "
+        "may be given several times. Loss and gradient of the first step must "
         "agree, or nothing is compared",
     )
 
@@ -80,6 +83,15 @@ def _add_work(parser: Flags) -> None:
         metavar="NAME=N,...",
         help="random tokens in place of data: prompt, response (in parts; the rest is 120, 60), and spread, "
         "100 times the standard deviation of a length's logarithm around these medians (0: all alike)",
+    )
+
+    add(
+        "--images",
+        type=lambda text: _sizes(text, IMAGES),
+        metavar="NAME=N,...",
+        help="a random Llava and pictures of 640 x 480 pixels in place of weights and data; of its tower "
+        "side (pixels), patch, hidden, layers, heads (in parts; the rest is 336, 14, 320, 8, 5). --shape and "
+        "--lengths are of its text",
     )
 
 
@@ -200,6 +212,12 @@ def options_of(flags: argparse.Namespace) -> "Options":
             f"--shape hidden={flags.shape['hidden']},heads={flags.shape['heads']}: hidden must be a multiple "
             "of twice the heads; type another"
         )
+    of_others = ("twice",) if flags.images is None else ("plain", "response")
+    if found := [name for name in baselines if name in of_others]:
+        what, way = ("images", "add") if flags.images is None else ("text", "leave out")
+        raise UserError(f"--baseline {found[0]}: is of {what} alone; leave it out, or {way} --images")
+    if flags.images is not None:
+        _check_images(flags)
     return Options(
         words=[*flags.hydra, *flags.words],
         calibrations=list(dict.fromkeys(flags.calibrations)),
@@ -208,11 +226,29 @@ def options_of(flags: argparse.Namespace) -> "Options":
         repeats=flags.repeats,
         num_steps=flags.steps,
         num_warmup=flags.warmup,
-        shape=flags.shape,
-        lengths=flags.lengths,
+        shape=flags.shape if flags.images is None else flags.shape or SHAPE,
+        lengths=flags.lengths if flags.images is None else flags.lengths or LENGTHS,
+        images=flags.images,
         trace=None if flags.profile is None else str(Path(flags.profile).absolute()),
         shares=not flags.no_shares,
     )
+
+
+def _check_images(flags: argparse.Namespace) -> None:
+    """Raise UserError for sizes that make no model."""
+    side, patch, hidden, heads = (flags.images[name] for name in ("side", "patch", "hidden", "heads"))
+    if side % patch or hidden % heads:
+        raise UserError(
+            f"--images side={side},patch={patch},hidden={hidden},heads={heads}: side must be a multiple of "
+            "patch, and hidden of heads; type another"
+        )
+    if flags.lengths is not None and flags.lengths["spread"]:
+        raise UserError("--lengths spread: answers to images are all of one length; leave it out")
+    if flags.shape is not None and flags.shape["vocabulary"] < FEWEST_WORDS:
+        raise UserError(f"--shape vocabulary: must be at least {FEWEST_WORDS} with --images; type another")
+
+
+FEWEST_WORDS = 16
 
 
 def _names(text: str) -> list[str]:

@@ -27,8 +27,9 @@ def add_arguments(parser: Flags) -> None:
     parser.description = """\
 Write the model of a run's newest checkpoint, or of one step, as a Hugging Face model folder:
 safetensors with tokenizer, config and model card, which transformers loads with
-AutoModelForCausalLM.from_pretrained(OUT). A run that is done has its final model in RUN/final
-already; without a checkpoint, that is what is exported. These folders are for transformers 5.
+AutoModelForCausalLM.from_pretrained(OUT), a model that sees with AutoModelForImageTextToText. A
+run that is done has its final model in RUN/final already; without a checkpoint, that is what is
+exported. These folders are for transformers 5.
 
 --push sends OUT to the Hugging Face hub and asks nothing: the token is read from HF_TOKEN, and a
 new repository is private but with --public."""
@@ -147,6 +148,7 @@ def _card(
     options: argparse.Namespace, run_folder: "RunFolder", config: "ResolvedConfig", folder: Path
 ) -> str:
     """README.md of the folder: the run up to its step, and where the folder will be."""
+    from rcpo.models.processors import has_processor
     from rcpo.monitor.model_card import model_card
     from rcpo.monitor.summary import summarize
 
@@ -161,7 +163,8 @@ def _card(
     if options.merge:
         lora = dataclasses.replace(config.model.lora, save="merged")
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, lora=lora))
-    return model_card(config, summary, options.push or str(options.out), for_4=options.transformers4)
+    place, sees = options.push or str(options.out), has_processor(folder)
+    return model_card(config, summary, place, for_4=options.transformers4, sees=sees)
 
 
 def _step_of(run_folder: "RunFolder", folder: Path) -> int:

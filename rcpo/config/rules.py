@@ -113,6 +113,11 @@ def _check_model(config: Config) -> None:
                     f"model.lora.{field.name}={shown}: has no effect without an adapter to train; type "
                     f"model.lora.rank=16, or model.lora.{field.name}={'null' if default is None else default}"
                 )
+        if model.vision == "lora":
+            raise UserError(
+                "model.vision=lora: there is no adapter; type model.lora.rank=16 as well, or "
+                "model.vision=train"
+            )
         if model.quantization is not None:
             raise UserError(
                 f"model.quantization={model.quantization}: quantized weights cannot train, so it needs an "

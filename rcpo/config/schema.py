@@ -93,9 +93,10 @@ class ModelConfig:
     router_loss: Annotated[float, Field(ge=0, le=1e3)] = IN_CONF
     """What the load-balancing loss of a mixture of experts counts beside the objective's; 0: nothing, and no
     pass for it."""
-    vision: Literal["frozen", "projector", "train"] = IN_CONF
+    vision: Literal["frozen", "projector", "train", "lora"] = IN_CONF
     """What trains of the parts of a vision-language model that see, beside its language model. frozen:
-    nothing. projector: what lies between its tower and the text. train: both."""
+    nothing. projector: what lies between its tower and the text. train: both. lora: with model.lora.rank,
+    adapters on the linear layers of both; their own weights stay."""
     lora: LoraConfig = Field(default_factory=LoraConfig)
     """Train a low-rank adapter in place of the weights."""
     quantization: Literal["4bit"] | None = IN_CONF

@@ -39,6 +39,12 @@ class Inputs:
         """Held-out pairs, or lists."""
         return len(self.held_out) // self.held_out_slots
 
+    @property
+    def sees(self) -> bool:
+        """Whether any pair has an image."""
+        held_out = any(pair.pictures is not None for pair in self.held_out)
+        return held_out or self.train.num_with_images > 0
+
     def num_probed(self, config: ResolvedConfig) -> int:
         """Held-out pairs of the probe: its pairs, or all slots of its lists."""
         return config.calibration.probe_pairs * self.held_out_slots

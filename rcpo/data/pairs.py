@@ -263,6 +263,11 @@ class PackedPairs(Sequence[TokenizedPair]):
             columns[name][where] = columns[name][where][:, ::-1]
         return PackedPairs(of._replace(**columns), self.pictures, self.gold)
 
+    @property
+    def num_with_images(self) -> int:
+        """Pairs whose prompt shows something."""
+        return 0 if self.pictures is None else sum(each is not None for each in self.pictures)
+
     def widths(self) -> list[int]:
         """Tokens of each pair's longer side; looks at no id."""
         widths: list[int] = self.arrays.lengths.max(axis=1, initial=0).tolist()

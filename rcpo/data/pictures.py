@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from rcpo.common.errors import UserError, first_line
 from rcpo.ranks.transfer import to_device
 from rcpo.records.images import Image
-from rcpo.records.messages import Messages, parts_of
+from rcpo.records.messages import PLACE, Messages, parts_of
 from rcpo.records.record import BadRowError
 
 if TYPE_CHECKING:
@@ -52,8 +52,12 @@ class Sight:
     processor: Processor
     joined_along: int
     """The dimension of pixel tensors along which images stand one after the other."""
-    joins: bool = True
-    """Whether a prompt may be computed once for both responses: a token's position is its place alone."""
+    why_apart: str | None = None
+    """Why a prompt cannot be computed once for both responses; None: it can."""
+    for_text_too: bool = False
+    """Whether the model is one of text as well: rows without images are what they would be for that."""
+    masks: bool = True
+    """Whether any attention kernel will do."""
 
     def look(self, images: Sequence[Image]) -> tuple[dict[str, Tensor], list[str]]:
         """Pixel tensors of these images, and what the processor writes into the text for each. Raises
@@ -73,8 +77,9 @@ class Sight:
         """The texts with room for the tokens of the images, which stand in the prompt. Raises BadRowError
         where the template has not written a place for each, or a text has the token of a place itself."""
         token, split = self.processor.image_token, rendered.split
-        if any(token in text[split:] for text in rendered.texts):
-            raise BadRowError(f"a response has the text {token}, which stands for images")
+        for each in (token, self._inner_token()):
+            if any(each in text[split:] for text in rendered.texts):
+                raise BadRowError(f"a response has the text {each}, which stands for images")
         prompt, pictures = self.write(rendered.texts[0][:split], images)
         return dataclasses.replace(
             rendered,
@@ -87,6 +92,8 @@ class Sight:
         """A prompt's text with room for the tokens of its images, and the images. Raises BadRowError where
         the template has not written a place for each."""
         token = self.processor.image_token
+        if (inner := self._inner_token()) != token and inner in prompt:
+            raise BadRowError(f"the prompt has the text {inner}, which stands for images")
         if prompt.count(token) != len(images):
             num = prompt.count(token)
             raise BadRowError(f"the prompt has {token} {num} times for {len(images)} images once rendered")
@@ -96,6 +103,13 @@ class Sight:
         first, *others = prompt.split(token)
         prompt = first + "".join(new + text for new, text in zip(written, others, strict=True))
         return prompt, Pictures(self, images, _digest_of(pixels), tuple(written))
+
+    def _inner_token(self) -> str:
+        """What the processor writes into the text for a part of an image, where that is another token than
+        the one in its place (Gemma 3)."""
+        tokenizer = getattr(self.processor, "tokenizer", None)
+        inner = getattr(tokenizer, "image_token", None)
+        return inner if isinstance(inner, str) else self.processor.image_token
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,7 +195,13 @@ def sight_of(tokenizer: PreTrainedTokenizerBase) -> Sight | None:
 
 def in_parts(tokenizer: PreTrainedTokenizerBase, turns: Messages) -> Messages:
     """The turns as the tokenizer's chat template is handed them: as they are, or for a vision-language model
-    with content as a list of parts, as its template wants it."""
-    if sight_of(tokenizer) is None:
+    with content as a list of parts, as its template wants it; a text that is for a model of text as well
+    stays one."""
+    if (sight := sight_of(tokenizer)) is None:
         return turns
-    return [{**turn, "content": parts_of(turn["content"])} for turn in turns]
+    return [
+        {**turn, "content": parts_of(turn["content"])}
+        if PLACE in turn["content"] or not sight.for_text_too
+        else turn
+        for turn in turns
+    ]

@@ -32,6 +32,7 @@ from rcpo.models.adapters import exported_tensors
 from rcpo.models.attention import refuse_joint_layout
 from rcpo.models.load import load_model
 from rcpo.models.policy import Policy
+from rcpo.models.vision import show_nothing
 from rcpo.ranks.distributed import barrier, done_by_rank_zero
 
 
@@ -90,8 +91,11 @@ with k = 1, no variance up to 2 and no fourth moment up to 4: a few coordinates 
 class Engine:
     """A policy under training. Every method that says "collective" must be called by all ranks together."""
 
-    def __init__(self, config: ResolvedConfig, num_steps: int, device: torch.device) -> None:
-        """Load the model and wrap it; `num_steps` fixes the schedule's end. Collective."""
+    def __init__(
+        self, config: ResolvedConfig, num_steps: int, device: torch.device, sees: bool = True
+    ) -> None:
+        """Load the model and wrap it; `num_steps` fixes the schedule's end, without `sees` no batch has an
+        image. Collective."""
         settings = deepspeed_config(config)
         self.stage: int = settings["zero_optimization"]["stage"]
         # Kept alive: with it transformers loads the weights already sharded.
@@ -103,6 +107,8 @@ class Engine:
         self.vocabulary, self.hidden_size = _head_shape(model)
         if self.stage != 3:
             model.to(device)
+        if not sees:
+            show_nothing(model)
         self.policy = Policy(model)
         self.device = device
         self.accumulation_steps = accumulation_steps(config)

@@ -22,7 +22,7 @@ from rcpo.models.adapter_files import CONFIG_FILE
 from rcpo.models.load import load_frozen_model, load_tokenizer, model_place, read_config
 from rcpo.models.merge import merged_model
 from rcpo.models.places import is_adapter
-from rcpo.models.vision import is_vision
+from rcpo.models.vision import is_vision, reads_images
 from rcpo.reference.cache import weights_fingerprint
 from rcpo.runs.folder import RunFolder
 from rcpo.runs.frozen import open_run
@@ -55,12 +55,17 @@ class Subject:
 
     @cached_property
     def sees(self) -> bool:
-        """Whether it is a vision-language model."""
+        """Whether it may be shown images."""
+        return reads_images(read_config(self.model))
+
+    @cached_property
+    def only_sees(self) -> bool:
+        """Whether it is a vision-language model and nothing else: text alone is not asked of it."""
         return is_vision(read_config(self.model))
 
     def tokenizer(self, may_see: bool = False) -> PreTrainedTokenizerBase:
-        """Raises UserError for a model that sees, unless it `may_see`."""
-        if self.sees and not may_see:
+        """Raises UserError for a model that is for images alone, unless it `may_see`."""
+        if self.only_sees and not may_see:
             raise UserError(
                 f"{self.name}: sees images, and this is asked of models of text alone; `rcpo generate`, and "
                 "`rcpo evaluate` with tasks=yes_no, take it"

@@ -83,7 +83,7 @@ class Evaluation:
     def _refuse(self, subject: Subject, task: str) -> None:
         """Raise UserError where questions are user turns and the model has no chat template, or where they
         show images and it sees none, or the other way round; before its weights are loaded."""
-        if subject.sees and task not in MAY_SHOW:
+        if subject.only_sees and task not in MAY_SHOW:
             raise UserError(
                 f"tasks={task}: asks text alone, and {subject.name} sees images; type tasks={YES_NO} "
                 "questions=FILE"

@@ -119,11 +119,13 @@ class Run:
         """
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+        from rcpo.models.adapter_files import read_adapter_config
         from rcpo.models.vision import is_vision
 
         final = self._final()
         whole = (final / "config.json").is_file()
-        sees = whole and is_vision(AutoConfig.from_pretrained(final))
+        place = final if whole else read_adapter_config(str(final))["base_model_name_or_path"]
+        sees = is_vision(AutoConfig.from_pretrained(place))
         return (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_pretrained(
             final, **options
         )

@@ -116,7 +116,7 @@ def add_adapters(model: PreTrainedModel, config: ModelConfig, place: str) -> Non
         return
     import peft
 
-    targets = target_names(model, lora)
+    targets = target_names(model, lora, config.vision == "lora")
     expected = adapted_by(model, targets)
     below: dict[str, tuple[Tensor, Tensor]] = {}
     if lora.adapter is not None:

@@ -46,7 +46,16 @@ from rcpo.models.generation import end_ids
 from rcpo.models.hub import hub_folder, is_hub_id
 from rcpo.models.places import check_config_file, refuse_no_place
 from rcpo.models.sizes import count_parameters
-from rcpo.models.vision import check_vision, freeze_vision, give_sight, has_vision, is_vision
+from rcpo.models.vision import (
+    check_vision,
+    freeze_vision,
+    give_sight,
+    has_vision,
+    hold_names,
+    is_given_sight,
+    is_vision,
+    reads_images,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -96,8 +105,9 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         ends = end_ids(place)
     set_generation(tokenizer, Generation(ends, config.response))
     hf_config = read_config(config)
-    if is_vision(hf_config):
+    if reads_images(hf_config):
         check_vision(config, hf_config)
+    if is_given_sight(place, config, hf_config):
         with one_line_errors(config.path, "processor"), quiet_transformers():
             give_sight(tokenizer, place, config, hf_config)
     apply_chat_template_choice(tokenizer, config.chat_template)
@@ -186,6 +196,8 @@ def from_pretrained(place: str, config: ModelConfig, **options: Any) -> Any:
     )
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     _hold_routers_still(model)
+    if reads_images(hf_config):
+        hold_names(model)
     if not sees:  # a tower's masks are its own
         leave_masks_unread(model)
     return loaded

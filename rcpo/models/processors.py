@@ -24,6 +24,11 @@ FILES = (
 """What a processor is read from, beside the tokenizer's files."""
 
 
+def has_processor(folder: Path) -> bool:
+    """Whether a model folder is of a model that sees."""
+    return any((folder / name).is_file() for name in FILES[:2])
+
+
 def without_videos(kind: str, place: str, tokenizer: PreTrainedTokenizerBase) -> Any:
     """The processor of the class `kind` from the folder or hub id `place`, for images and text."""
     known = getattr(transformers, kind)

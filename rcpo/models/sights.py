@@ -37,18 +37,23 @@ def _nothing_more(config: PretrainedConfig, ids: Tensor, pixels: dict[str, Tenso
     return {}
 
 
-def with_grids(config: PretrainedConfig, ids: Tensor, pixels: dict[str, Tensor]) -> dict[str, Tensor]:
+def _with_grids(config: PretrainedConfig, ids: Tensor, pixels: dict[str, Tensor]) -> dict[str, Tensor]:
     """From which a position of three numbers is made for every token: its own of text, time, row and column
     of an image (M-RoPE)."""
     kinds = (ids == config.image_token_id).int()
     return {"mm_token_type_ids": kinds, "image_grid_thw": pixels["image_grid_thw"]}
 
 
+def _with_blocks(config: PretrainedConfig, ids: Tensor, pixels: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By which the tokens of one image see each other, those behind them too."""
+    return {"token_type_ids": (ids == config.image_token_id).int()}
+
+
 class Family(NamedTuple):
     """What differs between vision-language models."""
 
-    projector: str
-    """The module of the body between tower and text."""
+    projector: tuple[str, ...]
+    """The modules of the body between tower and text."""
     joined_along: int = 0
     """The dimension of pixel tensors along which images stand."""
     blank: Callable[[PretrainedConfig], dict[str, Tensor]] = _square
@@ -57,16 +62,30 @@ class Family(NamedTuple):
     """What the body is told beside ids and features: of the ids (R, T) and every row's pixels."""
     with_videos: str | None = None
     """The processor's class, where it takes videos too."""
+    why_apart: str | None = None
+    """Why a prompt cannot be computed once for both responses; None: it can."""
+    masks: bool = True
+    """Whether any attention kernel may be told who sees whom; else transformers' own masks have to be."""
+    for_text_too: bool = False
+    """Whether transformers has it as a model of text as well, and text alone asks for less."""
 
 
+FOLLOWING = "positions of this family follow the images, and prompts stand by themselves so far"
+BOTH_WAYS = "the tokens of an image see each other in this family, and prompts stand by themselves so far"
+QWEN = Family(("visual.merger",), blank=_grid, told=_with_grids, why_apart=FOLLOWING)
 FAMILIES = {
-    "llava": Family("multi_modal_projector"),
-    "idefics3": Family("connector", joined_along=1, blank=_tile),
-    "smolvlm": Family("connector", joined_along=1, blank=_tile, with_videos="SmolVLMProcessor"),
-    "internvl": Family("multi_modal_projector", with_videos="InternVLProcessor"),
-    "qwen2_vl": Family("visual.merger", blank=_grid, told=with_grids, with_videos="Qwen2VLProcessor"),
-    "qwen2_5_vl": Family("visual.merger", blank=_grid, told=with_grids, with_videos="Qwen2_5_VLProcessor"),
-    "qwen3_vl": Family("visual.merger", blank=_grid, told=with_grids, with_videos="Qwen3VLProcessor"),
+    "llava": Family(("multi_modal_projector",)),
+    "idefics3": Family(("connector",), joined_along=1, blank=_tile),
+    "smolvlm": Family(("connector",), joined_along=1, blank=_tile, with_videos="SmolVLMProcessor"),
+    "internvl": Family(("multi_modal_projector",), with_videos="InternVLProcessor"),
+    "qwen2_vl": QWEN._replace(with_videos="Qwen2VLProcessor"),
+    "qwen2_5_vl": QWEN._replace(with_videos="Qwen2_5_VLProcessor"),
+    "qwen3_vl": QWEN._replace(
+        projector=("visual.merger", "visual.deepstack_merger_list"), with_videos="Qwen3VLProcessor"
+    ),
+    "gemma3": Family(
+        ("multi_modal_projector",), told=_with_blocks, why_apart=BOTH_WAYS, masks=False, for_text_too=True
+    ),
 }
 """By `model_type`."""
 

@@ -22,17 +22,18 @@ from rcpo.models.logit_transform import body_of
 logger = logging.getLogger(__name__)
 
 
-def target_names(model: PreTrainedModel, lora: LoraConfig) -> list[str]:
+def target_names(model: PreTrainedModel, lora: LoraConfig, sees: bool = False) -> list[str]:
     """The names, or ends of names, that peft is given: they match linear layers and nothing else.
 
     all-linear: all but the output projection and those that cannot have an adapter, which are told. Layers
     that text does not go through, such as those of a vision tower, are left out where a given name matches
-    them too. Raises UserError where a given name is no linear layer, the output projection, or cannot have
-    one.
+    them too; with `sees` they are taken like all others. Raises UserError where a given name is no linear
+    layer, the output projection, or cannot have one, and where `sees` asks for layers that are not named.
     """
     head = model.get_output_embeddings()
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    beside = _beside_text(model, set(linear) - {name for name, module in linear.items() if module is head})
+    seeing = _beside_text(model, set(linear) - {name for name, module in linear.items() if module is head})
+    beside = {} if sees else seeing
     inner = {name for name, module in linear.items() if module is not head and name not in beside}
     to_experts = {child for child in {_last(name) for name in inner} if _moves_to_experts(model, child)}
     reasons = {name: why for name in inner if (why := _why_not(model, name, to_experts)) is not None}
@@ -65,6 +66,12 @@ def target_names(model: PreTrainedModel, lora: LoraConfig) -> list[str]:
                 f"model.lora.targets: {target} of {kind} cannot have an adapter: {reasons[name]}; "
                 f"choose from {', '.join(short)}"
             )
+    if sees and not wanted & set(seeing):
+        raise UserError(
+            "model.vision=lora: model.lora.targets names no layer of tower or projector; choose some of "
+            f"{', '.join(sorted({_last(name) for name in fit & set(seeing)}))} too, or type "
+            "model.vision=frozen"
+        )
     is_mixed = any(_ends(name, target) for name in beside for target in lora.targets)
     return _shortest_ends(model, wanted) if is_mixed else list(lora.targets)
 

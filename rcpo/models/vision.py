@@ -9,11 +9,15 @@ calibration know no images.
 Does not own reading images (`rcpo.data.pictures`) or loading weights (`rcpo.models.load`, which calls this).
 """
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoProcessor, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import WeightConverter
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -25,8 +29,8 @@ from rcpo.config.resolved import ResolvedConfig
 from rcpo.config.schema import ModelConfig
 from rcpo.data.batch import PairBatch
 from rcpo.data.pictures import Pixels, Processor, Sight, set_sight
-from rcpo.models.processors import without_videos
-from rcpo.models.sights import FAMILIES, Family, features_of, repeat_features, with_grids
+from rcpo.models.processors import has_processor, without_videos
+from rcpo.models.sights import FAMILIES, Family, features_of, repeat_features
 
 
 def is_vision(hf_config: PretrainedConfig) -> bool:
@@ -38,13 +42,34 @@ def is_vision(hf_config: PretrainedConfig) -> bool:
     )
 
 
+def reads_images(hf_config: PretrainedConfig) -> bool:
+    """Whether config.json is of a model that sees, be it one of text as well (Gemma 3)."""
+    return is_vision(hf_config) or hf_config.model_type in FAMILIES
+
+
 def has_vision(model: PreTrainedModel) -> bool:
-    return is_vision(model.config)
+    return reads_images(model.config)
+
+
+def is_given_sight(place: str, config: ModelConfig, hf_config: PretrainedConfig) -> bool:
+    """Whether images may be shown to the model in the folder `place`: where it is one of text as well, it has
+    to have a processor, and a chat template with a place for them."""
+    as_text = config.chat_template == "plain" or not has_processor(Path(place))
+    return is_vision(hf_config) or (reads_images(hf_config) and not as_text)
+
+
+def hold_names(model: PreTrainedModel) -> None:
+    """Let weights be saved under the names that they were loaded by. At ZeRO 3 transformers keeps every way
+    in which names of this architecture may have been changed, used or not, and would undo them all."""
+    known = getattr(model, "_weight_conversions", None)
+    if known is not None:
+        kept = [each for each in known if each.was_used() or isinstance(each, WeightConverter)]
+        model._weight_conversions = kept
 
 
 def check_vision(config: ModelConfig, hf_config: PretrainedConfig) -> None:
     """Raise UserError for a family that is not known, and for keys that a model cannot have."""
-    if not is_vision(hf_config):
+    if not reads_images(hf_config):
         if config.vision != "frozen":
             raise UserError(
                 f"model.vision={config.vision}: {config.path} reads text alone; type model.vision=frozen"
@@ -55,11 +80,13 @@ def check_vision(config: ModelConfig, hf_config: PretrainedConfig) -> None:
             f"model.path={config.path}: is a vision-language model of the family {hf_config.model_type}, "
             f"which rcpo does not know; those that it knows are {', '.join(FAMILIES)}"
         )
-    if config.lora.rank is not None and config.vision != "frozen":
+    if config.lora.rank is not None and config.vision not in ("frozen", "lora"):
         raise UserError(
-            f"model.vision={config.vision}: an adapter trains the language model alone; type "
-            "model.vision=frozen, or model.lora.rank=null"
+            f"model.vision={config.vision}: where adapters train, no whole part does; type model.vision=lora "
+            "for adapters on what sees too, model.vision=frozen, or model.lora.rank=null"
         )
+    if FAMILIES[hf_config.model_type].for_text_too:
+        return
     if config.quantization is not None:
         raise UserError("model.quantization=4bit: is not there for models that see; type null")
     if config.chat_template == "plain":
@@ -71,16 +98,16 @@ def check_vision(config: ModelConfig, hf_config: PretrainedConfig) -> None:
 def check_run_with_images(config: ResolvedConfig, sight: Sight) -> None:
     """Raise UserError where a run of a model that sees asks for what is not there for it yet."""
     train, key = config.train, None
-    if train.share_prefix and not sight.joins:
-        key = "train.share_prefix=true"
-        advice = "positions of this family follow the images, and prompts stand by themselves so far; type "
-        advice += "train.share_prefix=false"
+    if train.share_prefix and sight.why_apart is not None:
+        key, advice = "train.share_prefix=true", f"{sight.why_apart}; type train.share_prefix=false"
     elif train.packing and not train.share_prefix:
         key = "train.packing=true"
         advice = "images are packed with their prompts once alone; add train.share_prefix=true"
-    elif config.deepspeed.stage == 3:
-        key = "deepspeed.stage=3"
-        advice = "ranks with and without images would gather other weights; type deepspeed.stage=2"
+    elif sight.for_text_too and config.model.quantization is not None:
+        key, advice = "model.quantization=4bit", "is not there for images; type model.quantization=null"
+    elif not sight.masks and config.model.attention not in (None, "eager", "sdpa"):
+        key = f"model.attention={config.model.attention}"
+        advice = "has no mask in which the tokens of an image see each other; type model.attention=sdpa"
     elif config.metrics.answers:
         key = f"metrics.answers={config.metrics.answers}"
         advice = "answers to images are not there yet; type metrics.answers=0"
@@ -96,14 +123,24 @@ def check_run_with_images(config: ResolvedConfig, sight: Sight) -> None:
         raise UserError(f"{key}: {advice}, or give a model of text alone")
 
 
+def check_seen(config: ModelConfig, num_with_images: int) -> None:
+    """Raise UserError where what sees is to train, and no training pair has an image."""
+    if config.vision != "frozen" and not num_with_images:
+        raise UserError(
+            f"model.vision={config.vision}: no training pair has an image; type model.vision=frozen"
+        )
+
+
 def freeze_vision(model: PreTrainedModel, vision: str) -> None:
-    """Let of the parts that see train what `model.vision` says; the language model is left as it is."""
+    """Let of the parts that see train what `model.vision` says; the language model is left as it is.
+    Adapters (lora) are added later, and nothing else trains then."""
     if vision == "train":
         return
     kept = set[int]()
     if vision == "projector":
-        projector = model.base_model.get_submodule(FAMILIES[model.config.model_type].projector)
-        kept = {id(parameter) for parameter in projector.parameters()}
+        names = FAMILIES[model.config.model_type].projector
+        projector = map(model.base_model.get_submodule, names)
+        kept = {id(parameter) for part in projector for parameter in part.parameters()}
     for parameter in _parameters_of_sight(model):
         if id(parameter) not in kept:
             parameter.requires_grad_(False)
@@ -117,15 +154,28 @@ def _parameters_of_sight(model: PreTrainedModel) -> list[nn.Parameter]:
 
 
 def needs_tower(model: PreTrainedModel) -> bool:
-    """Whether a pass without images goes through the tower all the same: where what sees trains.
+    """Whether a pass without images goes through the tower all the same: where what sees trains, and at
+    ZeRO 3.
 
     ZeRO exchanges gradients in the order in which they come, and nothing for a parameter that has none. A
     rank whose micro-batch has no image must have the same gradients in the same order as the others, with
-    zeros for what sees.
+    zeros for what sees. At ZeRO 3 all ranks put the weights of a layer together when one of them comes to it,
+    with and without gradients: a rank that does not come there would put together others.
     """
-    if not (torch.is_grad_enabled() and has_vision(model)):
+    if not has_vision(model) or hasattr(model, SHOWN_NOTHING):
         return False
-    return any(parameter.requires_grad for parameter in _parameters_of_sight(model))
+    of_sight = _parameters_of_sight(model)
+    if any(hasattr(parameter, "ds_id") for parameter in of_sight):
+        return True
+    return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in of_sight)
+
+
+SHOWN_NOTHING = "rcpo_shown_nothing"
+
+
+def show_nothing(model: PreTrainedModel) -> None:
+    """Let no pass go through the tower: of a run without any image, of a model that sees."""
+    setattr(model, SHOWN_NOTHING, True)
 
 
 def give_sight(
@@ -145,32 +195,40 @@ def give_sight(
     processor.tokenizer = tokenizer
     if getattr(processor, "chat_template", None):
         tokenizer.chat_template = processor.chat_template
-    set_sight(
-        tokenizer, Sight(cast(Processor, processor), family.joined_along, family.told is not with_grids)
-    )
+    own = (family.joined_along, family.why_apart, family.for_text_too, family.masks)
+    set_sight(tokenizer, Sight(cast(Processor, processor), *own))
 
 
 def hidden_with_images(model: PreTrainedModel, batch: PairBatch, layout: dict[str, Any]) -> Tensor:
     """Last hidden states (R, T, H) of rows whose prompts show images; of a batch without any, what it would
     be anyway, with an image of nothing encoded and multiplied by zero."""
     body, family = model.base_model, FAMILIES[model.config.model_type]
-    given: dict[str, Any]
     if batch.pixels is None:
         device = batch.input_ids.device
         blank = {name: each.to(device) for name, each in family.blank(model.config).items()}
         seen = body.get_image_features(**blank, return_dict=True)
         nothing = sum((each.sum() for each in features_of(seen)), start=torch.zeros((), device=device))
-        embedded = body.get_input_embeddings()(batch.input_ids)
-        given = {"inputs_embeds": embedded + (0 * nothing).to(embedded.dtype)}
         if hasattr(body, "rope_deltas"):
             body.rope_deltas = None  # those of another batch's images
-    else:
-        seen = body.get_image_features(**batch.pixels.tensors, return_dict=True)
-        repeat_features(seen, batch.pixels.num_sides)
-        given = {"input_ids": batch.input_ids, "mm_encoder_outputs": {"image": seen}}
-        given |= family.told(model.config, batch.input_ids, own_pixels(batch.pixels, family))
-    hidden: Tensor = body(**given, use_cache=False, **layout).last_hidden_state
-    return hidden
+        with _added_to_embeddings(body, 0 * nothing):
+            return cast(Tensor, body(batch.input_ids, use_cache=False, **layout).last_hidden_state)
+    seen = body.get_image_features(**batch.pixels.tensors, return_dict=True)
+    repeat_features(seen, batch.pixels.num_sides)
+    told = family.told(model.config, batch.input_ids, own_pixels(batch.pixels, family))
+    given = {"mm_encoder_outputs": {"image": seen}, "use_cache": False, **told, **layout}
+    return cast(Tensor, body(batch.input_ids, **given).last_hidden_state)
+
+
+@contextlib.contextmanager
+def _added_to_embeddings(body: nn.Module, nothing: Tensor) -> Iterator[None]:
+    """While open, `nothing` () is added to the embeddings of tokens inside `body`: all ranks come to its
+    modules in one order, with and without images, as ZeRO 3 wants it."""
+    embeddings = cast(Any, body).get_input_embeddings()
+    handle = embeddings.register_forward_hook(lambda module, given, made: made + nothing.to(made.dtype))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def own_pixels(pixels: Pixels, family: Family) -> dict[str, Tensor]:

@@ -47,9 +47,11 @@ def check_agreement(config: ResolvedConfig, inputs: Inputs, engine: Engine) -> N
 
 
 def _short_pair(inputs: Inputs) -> TokenizedPair:
-    """The pair with the fewest tokens, cut to NUM_TOKENS a side."""
-    widths = inputs.train.widths()
-    pair = inputs.train[min((idx for idx, width in enumerate(widths) if width), key=widths.__getitem__)]
+    """The pair with the fewest tokens, cut to NUM_TOKENS a side; one with an image where there are any."""
+    widths, pictures = inputs.train.widths(), inputs.train.pictures
+    seen = [] if pictures is None else [idx for idx, each in enumerate(pictures) if each is not None]
+    places = seen or [idx for idx, width in enumerate(widths) if width]
+    pair = inputs.train[min(places, key=widths.__getitem__)]
 
     def cut(side: TokenizedSide) -> TokenizedSide:
         if pair.pictures is not None:  # its prompt has the tokens of images, and stays whole

@@ -94,7 +94,7 @@ def train(
     maker = ReferenceMaker(config, run, inputs, visited, mismatches, checkpoint is not None, visits)
     maker.run_own_model(device)
     with told_when_full(_too_large(config)):
-        engine = Engine(config, num_steps, device)
+        engine = Engine(config, num_steps, device, inputs.sees)
     check_agreement(config, inputs, engine)
     slots = slots_of_step(inputs.train.slots)
     measurements = Measurements(config, engine, slots)

@@ -26,7 +26,7 @@ from rcpo.models.adapters import check_adapters
 from rcpo.models.attention import check_attention
 from rcpo.models.checks import check_model, check_positions, check_vocabulary
 from rcpo.models.load import load_tokenizer
-from rcpo.models.vision import check_run_with_images
+from rcpo.models.vision import check_run_with_images, check_seen
 from rcpo.records.gold import GOLD
 from rcpo.records.load import NOTE, PreferenceData, load_records, note_on_text
 from rcpo.records.weights import weighing_of
@@ -107,7 +107,7 @@ def _checked_tokenizer(config: ResolvedConfig) -> PreTrainedTokenizerBase:
     check_optimizer(config)
     check_speedups(config)
     tokenizer = load_tokenizer(config.model)
-    if (sight := sight_of(tokenizer)) is not None:
+    if (sight := sight_of(tokenizer)) is not None and not sight.for_text_too:
         check_run_with_images(config, sight)
     elif config.metrics.vision_gain != "others":
         raise UserError(
@@ -205,6 +205,17 @@ def filtered_inputs(config: ResolvedConfig, tokenizer: PreTrainedTokenizerBase, 
     return Inputs(tokenizer, train, list(tokens.held_out), report, account, slots)
 
 
+def check_images(
+    config: ResolvedConfig, tokenizer: PreTrainedTokenizerBase, train: PackedPairs, held_out: PackedPairs
+) -> None:
+    """Raise UserError where what sees trains on no image, and where a model of text as well is shown some and
+    the run cannot."""
+    check_seen(config.model, train.num_with_images)
+    sight = sight_of(tokenizer)
+    if sight is not None and train.num_with_images + held_out.num_with_images:
+        check_run_with_images(config, sight)
+
+
 def check_sizes(config: ResolvedConfig, tokens: Tokens, num_pairs: int) -> None:
     """Raise UserError where a row is longer than the model takes, or a step takes more pairs than the
     `num_pairs` that there are to train on. Reads of the model config.json alone."""
@@ -224,5 +235,6 @@ def read_inputs(config: ResolvedConfig, keep: bool = True) -> Inputs:
     tokens = _kept_tokens(config, tokenizer, keep)
     check_reference(config, tokenizer, _longest(config, tokens.train, tokens.held_out))
     inputs = filtered_inputs(config, tokenizer, tokens)
+    check_images(config, tokenizer, inputs.train, tokens.held_out)
     check_sizes(config, tokens, inputs.num_train)
     return inputs

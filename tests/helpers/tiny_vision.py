@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import PIL.Image
+import torch
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -20,16 +21,24 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     CLIPImageProcessorPil,
+    Gemma3Processor,
     Idefics3Processor,
     LlavaProcessor,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     set_seed,
 )
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+
+from rcpo.config.schema import DataConfig, ModelConfig
+from rcpo.data.pairs import TokenizedPair
+from rcpo.data.tokenize import tokenize_records
+from rcpo.models.load import load_tokenizer
+from rcpo.records.load import load_records
 
 WORDS = (
     "a", "b", "c", "d", "e", "f", "g", "h", "what", "is", "in", "this", "picture", "it", "shows", "red",
@@ -37,8 +46,9 @@ WORDS = (
 )  # fmt: skip
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>"
-    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
@@ -49,13 +59,14 @@ TOKENS = {
     "qwen2_5_vl": OF_QWEN,
     "qwen3_vl": OF_QWEN,
     "internvl": ("<IMG_CONTEXT>", "<img>", "</img>", "<video>"),
+    "gemma3": ("<start_of_image>", "<image_soft_token>", "<end_of_image>"),
     "idefics3": (
         "<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>",
         *(f"<row_{row}_col_{col}>" for row in (1, 2) for col in (1, 2)), "\n", "\n\n",
     ),
 }  # fmt: skip
 TOKENS["smolvlm"] = (*TOKENS["idefics3"], "<video>")
-PLACES = {"internvl": "<IMG_CONTEXT>"} | dict.fromkeys(
+PLACES = {"internvl": "<IMG_CONTEXT>", "gemma3": "<start_of_image>"} | dict.fromkeys(
     ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "<|vision_start|><|image_pad|><|vision_end|>"
 )
 """What a template writes for an image; <image> of the others."""
@@ -70,7 +81,10 @@ NAMED = {
     "internvl": {
         "start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
         "video_token": "<video>",
-    }
+    },
+    "gemma3": {
+        "boi_token": "<start_of_image>", "image_token": "<image_soft_token>", "eoi_token": "<end_of_image>",
+    },
 }  # fmt: skip
 
 
@@ -221,6 +235,31 @@ def _qwen(
     return model, Parts(image_processor, {"processor_class": kind})
 
 
+def _gemma3(tokenizer: PreTrainedTokenizerFast) -> tuple[PreTrainedModel, Any]:
+    sizes = {"height": 16, "width": 16}
+    image_processor = Gemma3ImageProcessorPil(size=sizes, image_seq_length=4)
+    processor = Gemma3Processor(image_processor, tokenizer, tokenizer.chat_template, image_seq_length=4)
+    model = _model(
+        "gemma3",
+        tokenizer,
+        text_config={
+            "vocab_size": len(tokenizer), "sliding_window": 6, **TEXT,
+            "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 8,
+        },
+        vision_config={
+            "hidden_size": 32, "intermediate_size": 32, "image_size": 16, "patch_size": 4,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "vision_use_head": False,
+        },
+        mm_tokens_per_image=4,
+        boi_token_index=tokenizer.convert_tokens_to_ids("<start_of_image>"),
+        eoi_token_index=tokenizer.convert_tokens_to_ids("<end_of_image>"),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image_soft_token>"),
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    model.base_model.multi_modal_projector.mm_input_projection_weight.data.normal_()  # zeros else
+    return model, processor
+
+
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
 SIZES_2_5 = {
     "hidden_size": 32, "intermediate_size": 32, "out_hidden_size": 32, "window_size": 16,
@@ -235,6 +274,7 @@ MAKERS: dict[str, Callable[[PreTrainedTokenizerFast], tuple[PreTrainedModel, Any
     "idefics3": _idefics3,
     "smolvlm": _smolvlm,
     "internvl": _internvl,
+    "gemma3": _gemma3,
     "qwen2_vl": partial(
         _qwen, "qwen2_vl", "Qwen2VLProcessor", {"embed_dim": 32, "hidden_size": 32, "mlp_ratio": 1}, MROPE
     ),
@@ -285,3 +325,28 @@ def rows_with_images(
             }
         )
     return rows
+
+
+def plain_z(model: PreTrainedModel, pair: TokenizedPair) -> list[torch.Tensor]:
+    """z_w, z_l by the model's own forward method, each side with its own pass of the vision tower."""
+    found = []
+    for side in (pair.chosen, pair.rejected):
+        ids = torch.tensor([side.input_ids])
+        pixels = pair.pictures.pixels()
+        if model.config.model_type == "gemma3":
+            pixels["token_type_ids"] = (ids == model.config.image_token_id).int()
+        if "image_grid_thw" in pixels:
+            pixels["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
+        logits = model(input_ids=ids, **pixels).logits[0]
+        picked = logits[:-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        found.append(picked[side.num_prompt - 1 :].sum())
+    return found
+
+
+def tokenized(folder: Path, num: int, images_a_row: Sequence[int]) -> list[TokenizedPair]:
+    """Pairs for training of rows that are written beside the model of `folder`, all but one of `num`."""
+    rows = rows_with_images(folder, num, images_a_row, [(30, 20), (24, 24)])
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = load_records(DataConfig("file", str(folder / "pairs.jsonl"), eval_pairs=1))
+    tokenizer = load_tokenizer(ModelConfig(path=str(folder / "model")))
+    return list(tokenize_records(data.train, tokenizer, 256, None, "drop").pairs)

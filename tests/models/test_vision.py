@@ -9,17 +9,17 @@ import pytest
 import torch
 from transformers import (
     AutoProcessor,
+    Gemma3ForConditionalGeneration,
     Idefics3ForConditionalGeneration,
     LlavaForConditionalGeneration,
-    PreTrainedModel,
 )
 
-from helpers.tiny_vision import make_vision, png, rows_with_images
+from helpers.tiny_vision import make_vision, plain_z, png, rows_with_images, tokenized
 from rcpo.common.errors import UserError
 from rcpo.config.schema import DataConfig, ModelConfig
 from rcpo.data.batch import collate
 from rcpo.data.joint import collate_joint
-from rcpo.data.pairs import PackedPairs, TokenizedPair, pair_digest
+from rcpo.data.pairs import PackedPairs, pair_digest
 from rcpo.data.tokenize import TokenizedData, tokenize_records
 from rcpo.models.load import load_model, load_tokenizer
 from rcpo.models.policy import Policy
@@ -33,13 +33,19 @@ FAMILIES = (
     "qwen2_5_vl",
     *(
         pytest.param(family, marks=pytest.mark.ci("families of vision-language models"))
-        for family in ("idefics3", "internvl", "qwen2_vl", "qwen3_vl")
+        for family in ("idefics3", "internvl", "qwen2_vl", "qwen3_vl", "gemma3")
     ),
     pytest.param("smolvlm", marks=pytest.mark.ci("SmolVLM's processor", needs="num2words")),
 )
 
 
 TOWERS = ("vision_tower", "vision_model", "visual")
+
+
+WITH_OWN_PROCESSOR = (
+    LlavaForConditionalGeneration, Idefics3ForConditionalGeneration, Gemma3ForConditionalGeneration,
+)  # fmt: skip
+"""transformers builds that of others with torchvision alone."""
 
 
 class Made(NamedTuple):
@@ -68,7 +74,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def test_ids_are_the_processors_and_no_placeholder_is_scored(made: Made) -> None:
     processor = made.tokenizer.rcpo_sight.processor
-    if isinstance(load_model(made.config), LlavaForConditionalGeneration | Idefics3ForConditionalGeneration):
+    if isinstance(load_model(made.config), WITH_OWN_PROCESSOR):
         processor = AutoProcessor.from_pretrained(made.folder / "model", backend="pil")
     image_id = processor.image_token_id
     for pair in made.pairs:
@@ -77,23 +83,12 @@ def test_ids_are_the_processors_and_no_placeholder_is_scored(made: Made) -> None
         for side, name in ((pair.chosen, "chosen"), (pair.rejected, "rejected")):
             answer = [{"role": "assistant", "content": [{"type": "text", "text": row[name][0]["content"]}]}]
             text = made.tokenizer.apply_chat_template([*row["prompt"], *answer], tokenize=False)
-            ids = processor(images=images, text=[text], add_special_tokens=False)["input_ids"][0]
-            assert side.input_ids == ids
+            told = processor(images=images, text=[text], add_special_tokens=False)
+            assert side.input_ids == told["input_ids"][0]
+            if "token_type_ids" in told:  # of Gemma 3, by which the tokens of an image see each other
+                inner = processor.tokenizer.image_token_id
+                assert [int(each == inner) for each in side.input_ids] == told["token_type_ids"][0]
             assert image_id not in side.input_ids[side.num_prompt :]
-
-
-def plain_z(model: PreTrainedModel, pair: TokenizedPair) -> list[torch.Tensor]:
-    """z_w, z_l by the model's own forward method, each side with its own pass of the vision tower."""
-    found = []
-    for side in (pair.chosen, pair.rejected):
-        ids = torch.tensor([side.input_ids])
-        pixels = pair.pictures.pixels()
-        if "image_grid_thw" in pixels:
-            pixels["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
-        logits = model(input_ids=ids, **pixels).logits[0]
-        picked = logits[:-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-        found.append(picked[side.num_prompt - 1 :].sum())
-    return found
 
 
 def test_z_and_gradient_are_those_of_plain_torch(made: Made) -> None:
@@ -139,8 +134,8 @@ def test_the_tower_runs_on_each_image_once(made: Made) -> None:
 def test_a_prompt_with_images_computed_once_is_the_batch(packing: bool, made: Made) -> None:
     """z and the gradient of sum c z, of rows with each prompt twice and of rows with it once."""
     model, pairs = load_model(made.config), list(made.pairs)
-    if not made.tokenizer.rcpo_sight.joins:
-        assert model.config.model_type.startswith("qwen")
+    if made.tokenizer.rcpo_sight.why_apart is not None:
+        assert model.config.model_type.startswith(("qwen", "gemma3"))
         return
     coefficients = torch.tensor([-0.3, -0.7, 0.2, -0.5, 0.4, 0.6, 0.1, -0.8, 0.9, 0.3])
     found = []
@@ -227,3 +222,27 @@ def test_a_response_cannot_have_the_token_of_images(made: Made) -> None:
     bad = dataclasses.replace(data.train[0], chosen=chosen)
     dropped = tokenize_records([bad, *data.train], made.tokenizer, 256, None, "drop").dropped
     assert list(dropped) == [f"a response has the text {token}, which stands for images"]
+
+
+@pytest.mark.ci("families of vision-language models")
+def test_tokens_of_an_image_see_each_other(tmp_path: Path) -> None:
+    """Gemma 3: by sdpa as rcpo asks for it and by eager attention the same, without that another number; and
+    rows without images among others are what they are alone."""
+    make_vision(tmp_path / "model", "gemma3")
+    pairs = tokenized(tmp_path, 6, (1, 0, 2))
+    config = ModelConfig(path=str(tmp_path / "model"), dtype="float32")
+    ours, eager = (
+        Policy(load_model(dataclasses.replace(config, attention=kernel))) for kernel in (None, "eager")
+    )
+    batch = collate(pairs, 0)
+    with torch.no_grad():
+        z = ours(batch)
+        assert torch.allclose(z, eager(batch), atol=1e-4)
+        body = ours.model.base_model
+        causal = body.forward
+        body.forward = lambda *args, token_type_ids=None, **kwargs: causal(*args, **kwargs)
+        assert (ours(batch) - z).abs().max() > 2e-3
+        body.forward = causal
+        words = [place for place, pair in enumerate(pairs) if pair.pictures is None]
+        alone = ours(collate([pairs[place] for place in words], 0)).view(2, -1)
+        assert torch.allclose(alone, z.view(2, -1)[:, words], atol=1e-4)

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,9 @@ import torch
 from torch import Tensor
 
 from helpers import forked
+from helpers.forks import run_forked
 from rcpo import cli
-from rcpo.bench import block, curve, gpu, loops, plan, profiled
+from rcpo.bench import curve, gpu, loops, plan, profiled
 from rcpo.bench.machine import model_flops, peak_tflops
 from rcpo.bench.plan import Outcome, compare_first_steps, run_bench
 from rcpo.bench.shares import BUCKETS
@@ -37,21 +37,6 @@ TINY = [
     "--lengths", "prompt=12,response=9", "--repeats", "1",
     "model.attention=eager", "train.pairs_per_step=4", "train.pairs_per_device=2",
 ]  # fmt: skip
-
-
-def run_forked(file: Path, num_ranks: int) -> None:
-    """`plan._run_processes` for one rank, with everything imported already."""
-    assert num_ranks == 1
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            code = block.main([str(file)])
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    assert os.waitpid(child, 0)[1] == 0
 
 
 def bench(folder: Path, *words: str) -> Outcome:
@@ -287,7 +272,11 @@ def test_memory_of_the_head_stays_where_that_of_full_logits_grows(monkeypatch: p
 
 
 MISTAKES = {
-    "--baseline fast": "--baseline fast: no such baseline; choose of plain, response, trl",
+    "--baseline fast": "--baseline fast: no such baseline; choose of plain, response, trl, twice",
+    "--baseline twice": "--baseline twice: is of images alone; leave it out, or add --images",
+    "--images side=30": "--images side=30,patch=14,hidden=320,heads=5: side must be a multiple of patch",
+    "--images side=28 --baseline plain": "--baseline plain: is of text alone; leave it out, or leave out",
+    "--images side=28 model=tiny": "model=tiny: --images makes model and data itself; leave one of them out",
     "--shape width=3": "argument --shape: width=3: must be one of hidden=N, intermediate=N, ",
     "--shape hidden=10,heads=4": "--shape hidden=10,heads=4: hidden must be a multiple of twice the heads",
     "--lengths prompt=0": "argument --lengths: prompt=0: must be one of prompt=N, response=N, spread=N ",

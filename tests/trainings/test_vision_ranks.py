@@ -22,7 +22,7 @@ WORDS = (
     "model.vision=train", "train.max_length=256", "train.steps=4", "train.save_every=2", "train.eval_every=2",
     "optim.eps=1e-2",
 )  # fmt: skip
-LAYOUTS = (Layout(1, 4), Layout(1, 1), *(Layout(2, 1, stage) for stage in (0, 1, 2)))
+LAYOUTS = (Layout(1, 4), Layout(1, 1), *(Layout(2, 1, stage) for stage in (0, 1, 2, 3)))
 """The first is what the others must be."""
 
 

@@ -83,7 +83,7 @@ def test_micro_batches_do_not_matter(folder: Path) -> None:
 
 
 @pytest.mark.ci("families of vision-language models")
-@pytest.mark.parametrize("family", ["idefics3", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["idefics3", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3"])
 def test_every_family_trains_and_its_final_answers_an_image(family: str, tmp_path: Path) -> None:
     """Everything trains, for 3 steps. transformers builds no processor for most of them without torchvision;
     rcpo's does."""
@@ -101,7 +101,7 @@ def test_every_family_trains_and_its_final_answers_an_image(family: str, tmp_pat
     sight = sight_of(load_tokenizer(config))
     assert sight is not None
     for name in ("processor_config.json", "preprocessor_config.json"):
-        if (tmp_path / "model" / name).exists() and family != "idefics3":
+        if (tmp_path / "model" / name).exists() and family not in ("idefics3", "gemma3"):
             assert (run / "final" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
     text = f"<s> <|user|> {PLACES.get(family, '<image>')} what is it <|assistant|>"
     inputs = sight.processor(images=[picture(1)], text=[text], return_tensors="pt", add_special_tokens=False)
@@ -134,7 +134,7 @@ def test_data_shows_images_and_draws_a_sheet(folder: Path) -> None:
 
 REFUSED = {
     "train.packing=true": "train.packing=true: images are packed with their prompts once alone",
-    "deepspeed.stage=3": "deepspeed.stage=3: ranks with and without images would gather other weights",
+    "model.vision=lora": "model.vision=lora: there is no adapter; type model.lora.rank=16 as well, or",
     "metrics.answers=2": "metrics.answers=2: answers to images are not there yet",
     "train.evaluate=word_problems": "train.evaluate=word_problems: tasks with images are not there yet",
     "data.unpair=true": "data.unpair=true: images are trained in pairs so far",
@@ -160,3 +160,25 @@ def test_a_model_of_text_is_refused_images(folder: Path) -> None:
     done = run_cli("train", "model.vision=train", f"run_dir={folder}/text", cwd=folder)
     assert done.returncode == 2
     assert "model.vision=train: builtin:tiny reads text alone; type model.vision=frozen" in done.stderr
+
+
+@pytest.mark.ci("families of vision-language models")
+def test_gemma3_is_a_model_of_text_too(tmp_path: Path) -> None:
+    """On text alone it answers at evaluations; with images that and shared prompts are refused; what sees
+    trains on images alone."""
+    make_vision(tmp_path / "model", "gemma3")
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows_with_images(tmp_path, 24, (0,)))))
+    run = trained(tmp_path, "text", "metrics.answers=2", "metrics.answer_tokens=4")
+    assert not any("vision_gain" in row for row in rows_of(run / "eval.jsonl"))
+    (tmp_path / "images.jsonl").write_text("\n".join(map(json.dumps, rows_with_images(tmp_path, 24, (1, 0)))))
+    for more, message in (
+        (("model.vision=train",), "model.vision=train: no training pair has an image"),
+        ((f"data.path={tmp_path}/images.jsonl", "metrics.answers=2"), REFUSED["metrics.answers=2"]),
+        (
+            (f"data.path={tmp_path}/images.jsonl", "train.share_prefix=true"),
+            "train.share_prefix=true: the tokens of an image see each other in this family",
+        ),
+    ):
+        done = run_cli(*words(tmp_path, f"run_dir={tmp_path}/refused", *more), cwd=tmp_path)
+        assert done.returncode == 2
+        assert message in done.stderr
