@@ -28,7 +28,7 @@ STARTS = (
     Start(
         f"{', '.join(DISPLACE)} and the like",
         f"`calibration={AGAINST}`",
-        "chosen up, rejected down; few runs so far",
+        "chosen up, rejected down, on SmolLM2 too",
     ),
     Start(f"{', '.join(LIFT)}: both rise", f"`calibration={AGAINST}`", "the same at the end; cpo, orpo late"),
     Start(", ".join(DO_NOT), "`calibration=off`", "these did not displace"),
