@@ -107,13 +107,14 @@ def _checked_tokenizer(config: ResolvedConfig) -> PreTrainedTokenizerBase:
     check_optimizer(config)
     check_speedups(config)
     tokenizer = load_tokenizer(config.model)
-    if (sight := sight_of(tokenizer)) is not None and not sight.for_text_too:
-        check_run_with_images(config, sight)
-    elif config.metrics.vision_gain != "others":
+    sight = sight_of(tokenizer)
+    if sight is None and config.metrics.vision_gain != "others":
         raise UserError(
             f"metrics.vision_gain={config.metrics.vision_gain}: {config.model.path} reads text alone; type "
             "metrics.vision_gain=others"
         )
+    if sight is not None and not sight.for_text_too:
+        check_run_with_images(config, sight)
     check_vocabulary(config.model, tokenizer)
     check_model(config.model)
     return tokenizer
