@@ -119,7 +119,8 @@ def _hydra_kept() -> Iterator[None]:
     try:
         yield
     finally:
-        of_process.hydra, of_job.cfg = saved
+        # Not of_process: Hydra puts a copy into its place.
+        GlobalHydra.instance().hydra, HydraConfig.instance().cfg = saved
 
 
 @contextlib.contextmanager

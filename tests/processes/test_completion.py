@@ -32,7 +32,8 @@ OFFERED = {
     "rcpo train objective=s": "sft simpo slic sppo",
     "rcpo train tracking=": "none tensorboard trackio wandb",
     "rcpo train train.st": "train.steps= train.stop_when=",
-    "rcpo train metri": "metrics.answer_tokens= metrics.answers= metrics.geometry_every= metrics.population=",
+    "rcpo train metri": "metrics.answer_tokens= metrics.answers= metrics.geometry_every= metrics.population= "
+    "metrics.vision_gain=",
     "rcpo train objective=simpo objective.g": "objective.gamma=",
     "rcpo train objective=simpo calibration=on optim=s": "sgd ",
     "rcpo train objective=simpo --overwrite calibration=e": "exact ",

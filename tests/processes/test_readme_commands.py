@@ -43,7 +43,7 @@ NOT_RUN = {
 """Pattern of a command, and why it is not run here."""
 COMPOSED = ("train", "data", "score", "bench", "sweep")
 """Commands whose KEY=VALUE words are those of `rcpo train`."""
-WITH_A_VALUE = ("--shape", "--lengths", "--variant")
+WITH_A_VALUE = ("--images", "--shape", "--lengths", "--variant")
 """Flags before values that hold a =, too."""
 
 
