@@ -136,7 +136,7 @@ REFUSED = {
     "train.packing=true": "train.packing=true: images are packed with their prompts once alone",
     "model.vision=lora": "model.vision=lora: there is no adapter; type model.lora.rank=16 as well, or",
     "metrics.answers=2": "metrics.answers=2: answers to images are not there yet",
-    "train.evaluate=word_problems": "train.evaluate=word_problems: asks text alone; type train.evaluate=yes_no",
+    "train.evaluate=word_problems": "train.evaluate=word_problems: asks text alone",
     "data.unpair=true": "data.unpair=true: images are trained in pairs so far",
     "model.chat_template=plain": "model.chat_template=plain: has no place for images",
 }
