@@ -15,7 +15,14 @@ from rcpo.models.places import check_config_file, refuse_no_place
 from rcpo.monitor.other_trackers import refuse_missing_tracker
 from rcpo.ranks.environment import joined_world_size
 from rcpo.records.hub import revisions_at_commits
-from rcpo.records.places import files_of, held_out_place, refuse_absent, training_place
+from rcpo.records.places import (
+    files_of,
+    held_out_place,
+    local_path,
+    refuse_absent,
+    refuse_no_data,
+    training_place,
+)
 from rcpo.runs.folder import RunFolder
 
 
@@ -66,6 +73,8 @@ def _look_at_data(config: Config) -> None:
     for place in filter(None, places):
         for one in files_of(place):
             refuse_absent(one)
+            if (folder := local_path(one)).is_dir():
+                refuse_no_data(folder, one)
 
 
 def ask_hub(tree: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ so. Reads nothing (`rcpo.records.readers`).
 
 import dataclasses
 import glob
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -200,3 +201,19 @@ def refuse_absent(place: Place) -> None:
         raise place.error(
             f"no such file or folder; give a file ({', '.join(SUFFIXES)}), a folder or a hub id"
         )
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `datasets` wrote it, with `save_to_disk`."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def refuse_no_data(folder: Path, place: Place) -> None:
+    """Raise UserError for a folder, at `place`, that holds no file of data."""
+    if is_saved(folder):
+        return
+    files = list(itertools.islice(folder.rglob("*"), MOST_FILES + 1))
+    if len(files) > MOST_FILES:
+        raise place.error(f"holds more than {MOST_FILES} files; give the folder of the data alone")
+    if not any(file.name.lower().endswith(SUFFIXES) for file in files):
+        raise place.error(f"is a folder without data; it must hold {', '.join(SUFFIXES)} or a saved data set")

@@ -18,13 +18,14 @@ from rcpo.common.errors import UserError, first_line
 from rcpo.records.formats import Part, read_file
 from rcpo.records.hub import hub_name, load_at_commit
 from rcpo.records.places import (
-    MOST_FILES,
     SUFFIXES,
     Place,
     files_of,
     is_glob,
+    is_saved,
     local_path,
     refuse_absent,
+    refuse_no_data,
     slices_of,
 )
 
@@ -163,13 +164,8 @@ def _refuse_config(place: Place, kind: str) -> None:
 
 def _load_folder(path: Path, place: Place) -> Any:
     """What `save_to_disk` wrote, or a folder of data files laid out as on the hub."""
-    saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
-    files = [] if saved else list(itertools.islice(path.rglob("*"), MOST_FILES + 1))
-    if len(files) > MOST_FILES:
-        raise place.error(f"holds more than {MOST_FILES} files; give the folder of the data alone")
-    if not saved and not any(file.name.lower().endswith(SUFFIXES) for file in files):
-        raise place.error(f"is a folder without data; it must hold {', '.join(SUFFIXES)} or a saved data set")
-    if saved:
+    refuse_no_data(path, place)
+    if saved := is_saved(path):
         _refuse_config(place, "was saved by `datasets`")
     import datasets
 

@@ -132,6 +132,12 @@ def test_a_refused_word_loads_no_torch(words: list[str]) -> None:
     assert not {"torch", "transformers", "deepspeed", "datasets"} & set(facts["heavy"])
 
 
+def test_a_folder_without_data_is_refused_without_torch(tmp_path: Path) -> None:
+    facts = facts_of("train", "data=file", f"data.path={tmp_path}")
+    assert facts["code"] == 2
+    assert not {"torch", "transformers", "deepspeed", "datasets"} & set(facts["heavy"])
+
+
 @pytest.mark.ci("more words refused at once")
 @pytest.mark.parametrize(
     "line",
