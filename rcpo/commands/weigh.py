@@ -16,8 +16,7 @@ RESPONSES, PROBABILITIES = "responses", "probabilities"
 """Of a row that is a list of responses."""
 SETTINGS = (
     Setting("out", "a .jsonl file for the rows with the new columns; beside it .png, the reliability", Path),
-    Setting("source", "column: where a row's responses come from, or a list's each"
-            " (default: source)"),
+    Setting("source", "column: where a row's responses come from, or a list's each (default: source)"),
     Setting("chosen_source", "in its place, the column of the chosen response's source"),
     Setting("rejected_source", "and of the rejected one's"),
     Setting("target", "the source to be like: its value in that column"),

@@ -48,21 +48,7 @@ def paired_difference(delta: np.ndarray) -> Difference:
     parts = [(se_pairs**2, num_pairs - 1)]
     if num_seeds > 1:
         parts.append((se_seeds**2, num_seeds - 1))
-    variance = sum(part for part, _ in parts)
-    if math.isnan(variance):
-        low = high = p = math.nan
-    elif variance == 0:
-        low = high = mean
-        p = 1.0 if mean == 0 else 0.0
-    else:
-
-        def quantile(p: float) -> float:
-            """Of |mean| / SE where nothing differs."""
-            return sum(part * student_quantile(p, freedom) for part, freedom in parts) / variance
-
-        reach = quantile(0.05) * math.sqrt(variance)
-        low, high = mean - reach, mean + reach
-        p = _solve(quantile, abs(mean) / math.sqrt(variance))
+    low, high, p = _limits(mean, parts)
     return Difference(mean, low, high, p, se_pairs, se_seeds, num_seeds, num_pairs)
 
 
@@ -71,16 +57,25 @@ def seed_difference(delta: Sequence[float]) -> Difference:
     one. No pairs count."""
     mean, error = mean_and_error(delta)
     num = len(delta)
-    if math.isnan(error):
-        low = high = p = math.nan
-    elif error == 0:
-        low = high = mean
-        p = 1.0 if mean == 0 else 0.0
-    else:
-        reach = error * student_quantile(0.05, num - 1)
-        low, high = mean - reach, mean + reach
-        p = _solve(lambda tail: student_quantile(tail, num - 1), abs(mean) / error)
+    low, high, p = _limits(mean, [(error**2, num - 1)])
     return Difference(mean, low, high, p, math.nan, error, num, 0)
+
+
+def _limits(mean: float, parts: Sequence[tuple[float, int]]) -> tuple[float, float, float]:
+    """Ends of the 95 % interval, and p, of a mean whose variance is the sum of `parts`, each with its degrees
+    of freedom (Cochran and Cox; of one part Student's t); nan where a part is."""
+    variance = sum(part for part, _ in parts)
+    if math.isnan(variance):
+        return math.nan, math.nan, math.nan
+    if variance == 0:
+        return mean, mean, 1.0 if mean == 0 else 0.0
+
+    def quantile(p: float) -> float:
+        """Of |mean| / SE where nothing differs."""
+        return sum(part * student_quantile(p, freedom) for part, freedom in parts) / variance
+
+    reach = quantile(0.05) * math.sqrt(variance)
+    return mean - reach, mean + reach, _solve(quantile, abs(mean) / math.sqrt(variance))
 
 
 def _solve(quantile: Callable[[float], float], t: float) -> float:

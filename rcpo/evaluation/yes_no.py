@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from rcpo.common.errors import UserError
-from rcpo.config.evaluation import EvaluationConfig
+from rcpo.config.evaluation import YES_NO, EvaluationConfig
 from rcpo.data.tokenize import tokenize_records
 from rcpo.evaluation.decoding import Answer, Decoding, answer_all
 from rcpo.evaluation.generation import asked_first
@@ -34,7 +34,6 @@ from rcpo.records.places import Place
 from rcpo.records.readers import Rows, read_rows
 from rcpo.records.record import BadRowError, PreferenceRecord
 
-NAME = "yes_no"
 WORDS = (("yes", "no"), ("Yes", "No"))
 """How an answer may begin."""
 TEXTS, LABELS = ("text", "question"), ("label", "answer")
@@ -61,7 +60,7 @@ class Questions:
         """Raises UserError where they cannot be read: no file, no such column, a label that is neither yes
         nor no, an image that is not there."""
         if config.questions is None:
-            raise UserError(f"tasks={NAME}: has no questions of its own; type questions=FILE.jsonl as well")
+            raise UserError(f"tasks={YES_NO}: has no questions of its own; type questions=FILE.jsonl as well")
         self._where = f"questions={config.questions}"
         place = Place(
             config.questions, config.questions_split, "questions", "questions_split",
@@ -101,7 +100,7 @@ class Questions:
         words for an answer."""
         if self.have_images and not subject.sees:
             raise UserError(
-                f"tasks={NAME}: the questions have images, and {subject.name} reads text alone; give a "
+                f"tasks={YES_NO}: the questions have images, and {subject.name} reads text alone; give a "
                 "vision-language model, or questions without images"
             )
         tokenizer = subject.tokenizer(may_see=True)
@@ -146,7 +145,7 @@ def first_tokens(
     yes, no = (list(dict.fromkeys(both[side] for both in known)) for side in (0, 1))
     if not known or set(yes) & set(no):
         raise UserError(
-            f"tasks={NAME}: the model's tokenizer writes yes and no as the same token, or has no word for "
+            f"tasks={YES_NO}: the model's tokenizer writes yes and no as the same token, or has no word for "
             "them; give a model that has"
         )
     return yes, no
