@@ -16,17 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rcpo.builtin.make_tiny import BOS, EOS, PAD, SPECIAL_TOKENS, UNK
+from rcpo.builtin.make_tiny_vision import CHAT_TEMPLATE, IMAGE
+
 PAIRS = "pairs.jsonl"
 WIDTH, HEIGHT = 640, 480
 """Of a picture's file."""
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>' }}"
-    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
-SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<image>")
+SPECIAL = (*SPECIAL_TOKENS, IMAGE)
 
 
 def write_work(
@@ -59,16 +55,16 @@ def _write_model(images: dict[str, int], shape: dict[str, int], folder: Path) ->
 
     transformers_logging.disable_progress_bar()
     names = [*SPECIAL, *(f"w{number}" for number in range(shape["vocabulary"] - len(SPECIAL)))]
-    tokens = Tokenizer(WordLevel({name: idx for idx, name in enumerate(names)}, unk_token="<unk>"))
+    tokens = Tokenizer(WordLevel({name: idx for idx, name in enumerate(names)}, unk_token=UNK))
     tokens.pre_tokenizer = WhitespaceSplit()
     tokens.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tokens, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        tokenizer_object=tokens, pad_token=PAD, unk_token=UNK, bos_token=BOS, eos_token=EOS,
         chat_template=CHAT_TEMPLATE,
     )  # fmt: skip
     side = images["side"]
     seen = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-    processor = LlavaProcessor(seen, tokenizer, images["patch"], "default", CHAT_TEMPLATE, "<image>", 1)
+    processor = LlavaProcessor(seen, tokenizer, images["patch"], "default", CHAT_TEMPLATE, IMAGE, 1)
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(
         LlavaConfig(
@@ -76,7 +72,9 @@ def _write_model(images: dict[str, int], shape: dict[str, int], folder: Path) ->
                 "model_type": "llama", "vocab_size": shape["vocabulary"], "hidden_size": shape["hidden"],
                 "intermediate_size": shape["intermediate"], "num_hidden_layers": shape["layers"],
                 "num_attention_heads": shape["heads"], "num_key_value_heads": shape["heads"],
-                "max_position_embeddings": 4096, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0,
+                "max_position_embeddings": 4096,
+                "bos_token_id": SPECIAL.index(BOS), "eos_token_id": SPECIAL.index(EOS),
+                "pad_token_id": SPECIAL.index(PAD),
                 "tie_word_embeddings": False,
             },
             vision_config={
@@ -85,7 +83,7 @@ def _write_model(images: dict[str, int], shape: dict[str, int], folder: Path) ->
                 "num_attention_heads": images["heads"], "image_size": side, "patch_size": images["patch"],
                 "projection_dim": images["hidden"],
             },
-            image_token_id=SPECIAL.index("<image>"),
+            image_token_id=SPECIAL.index(IMAGE),
             vision_feature_layer=-1,
             tie_word_embeddings=False,
         )

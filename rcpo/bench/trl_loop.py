@@ -56,9 +56,34 @@ def collator_of(processor: Any) -> Any:
     return lambda rows: inner([images.opened(row) for row in rows])
 
 
+def arguments_of(work: Work, recorder: Recorder, has_reference: bool) -> Any:
+    """TRL's settings for those of the bench; without `has_reference` its own runs in every step."""
+    from trl import DPOConfig
+
+    config = work.config
+    return DPOConfig(
+        output_dir=str(work.run.path / "trl"),
+        beta=config.objective["beta"],
+        loss_type=[LOSSES[config.objective["name"]]],
+        per_device_train_batch_size=config.train.pairs_per_device,
+        gradient_accumulation_steps=accumulation_steps(config),
+        max_steps=recorder.num_steps,
+        max_length=None,
+        max_grad_norm=0.0 if recorder.block.mode == "check" else config.train.grad_clip,
+        precompute_ref_log_probs=has_reference,  # of images TRL has none
+        bf16=config.model.dtype == "bfloat16",
+        gradient_checkpointing=config.model.gradient_checkpointing,
+        use_cpu=recorder.device.type == "cpu",
+        dataloader_pin_memory=recorder.device.type == "cuda",
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+
+
 def run_trl(work: Work, recorder: Recorder) -> None:
     """Train with TRL until the recorder has seen enough. Raises UserError for what TRL does otherwise."""
-    from trl import DPOConfig, DPOTrainer
+    from trl import DPOTrainer
 
     config = work.config
     refuse(config.objective["name"])
@@ -88,26 +113,8 @@ def run_trl(work: Work, recorder: Recorder) -> None:
     watch = _Watch(recorder)
     optimizer = build_optimizer(config.optim, [each for each in model.parameters() if each.requires_grad])
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    arguments = DPOConfig(
-        output_dir=str(work.run.path / "trl"),
-        beta=config.objective["beta"],
-        loss_type=[LOSSES[config.objective["name"]]],
-        per_device_train_batch_size=config.train.pairs_per_device,
-        gradient_accumulation_steps=accumulation_steps(config),
-        max_steps=recorder.num_steps,
-        max_length=None,
-        max_grad_norm=0.0 if recorder.block.mode == "check" else config.train.grad_clip,
-        precompute_ref_log_probs=sight is None,  # of images TRL has none: its reference runs in every step
-        bf16=config.model.dtype == "bfloat16",
-        gradient_checkpointing=config.model.gradient_checkpointing,
-        use_cpu=recorder.device.type == "cpu",
-        dataloader_pin_memory=recorder.device.type == "cuda",
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-    )
     trainer = Prepared(
-        model=model, args=arguments,
+        model=model, args=arguments_of(work, recorder, sight is None),
         train_dataset=dataset_of(work) if sight is None else rows_with_images(work),
         processing_class=work.inputs.tokenizer if sight is None else sight.processor,
         data_collator=None if sight is None else collator_of(sight.processor),

@@ -9,8 +9,10 @@ import pytest
 
 from helpers.forks import run_forked
 from rcpo.bench import plan
+from rcpo.bench.images import SPECIAL
 from rcpo.bench.plan import run_bench
 from rcpo.bench.table import as_json, remarks
+from rcpo.builtin.make_tiny_vision import IMAGE
 from rcpo.commands.bench import options_of
 from rcpo.commands.parser import command_parser
 
@@ -36,6 +38,6 @@ def test_rcpo_trl_and_images_encoded_twice_do_the_same(
     losses = {name: blocks[0]["losses"] for name, blocks in outcome.blocks.items()}
     assert all(own == pytest.approx(losses["off"], abs=1e-4) for own in losses.values())
     prompt = outcome.pairs[0].chosen.input_ids[: outcome.pairs[0].chosen.num_prompt]
-    assert prompt.count(6) == 4
+    assert prompt.count(SPECIAL.index(IMAGE)) == 4
     assert as_json(outcome, {}, "")["contenders"]["trl"]["blocks"][0]["peak_gb"] > 0.1
     assert any("first step of trl" in line for line in remarks(outcome))
