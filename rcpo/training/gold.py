@@ -2,7 +2,7 @@
 (objective.sft_of=gold).
 
 They are on neither side, so that displacement of chosen and rejected ones says nothing of them. Called by
-`rcpo.training.loop` at every evaluation; without gold responses there are no such numbers and no such pass.
+`rcpo.training.evaluating`; without gold responses there are no such numbers and no such pass.
 """
 
 from collections.abc import Callable, Mapping, Sequence

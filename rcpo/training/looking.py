@@ -2,7 +2,7 @@
 with blank ones.
 
 A vision-language model may learn to prefer an answer by its words alone. Then a wrong image changes nothing.
-Called by `rcpo.training.loop` at every evaluation; runs of text have no such numbers and no such pass.
+Called by `rcpo.training.evaluating`; runs of text have no such numbers and no such pass.
 """
 
 import dataclasses

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import rcpo.training.checkpoint
+import rcpo.training.ending
 import rcpo.training.loop
 from helpers import forked
 from helpers.masters import record_masters
@@ -183,8 +184,8 @@ def train_here(run: RunFolder, resume: bool = False) -> None:
 
 def draw_nothing() -> None:
     """No picture at the end of a training: it takes longer than all the rest."""
-    assert callable(rcpo.training.loop.plot_run)
-    rcpo.training.loop.plot_run = lambda run, path: None
+    assert callable(rcpo.training.ending.plot_run)
+    rcpo.training.ending.plot_run = lambda run, path: None
 
 
 def seconds_file(job: Job) -> Path:
@@ -215,13 +216,13 @@ def die_at(moment: Moment, step: int) -> None:
         JsonlSink.log_step = log_step_and_die  # type: ignore[method-assign]
         return
     if moment == "export":
-        card = rcpo.training.loop.model_card
+        card = rcpo.training.ending.model_card
 
         def die_before_the_model_is_in_place(*args: Any) -> str:
             kill_when(True)
             return card(*args)
 
-        rcpo.training.loop.model_card = die_before_the_model_is_in_place
+        rcpo.training.ending.model_card = die_before_the_model_is_in_place
         return
     complete = rcpo.training.checkpoint._complete
 
@@ -234,7 +235,7 @@ def die_at(moment: Moment, step: int) -> None:
 
 def lose_a_number_at(step: int) -> None:
     """Let the last rank's last pair have no reference in that step, as a damaged cache would."""
-    micro_batches = rcpo.training.loop._micro_batches
+    micro_batches = rcpo.training.loop.micro_batches_of
 
     def with_nan(training: Training, measurement: Measurement) -> list[MicroBatch]:
         batches = micro_batches(training, measurement)
@@ -244,4 +245,4 @@ def lose_a_number_at(step: int) -> None:
             batches[-1] = batches[-1]._replace(ref_w=ref_w)
         return batches
 
-    rcpo.training.loop._micro_batches = with_nan
+    rcpo.training.loop.micro_batches_of = with_nan

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from deepspeed.utils.groups import _clone_world_group
 
 import rcpo.ranks.distributed
-import rcpo.training.loop
+import rcpo.training.ending
 from rcpo.common.errors import StoppedError, UserError
 from rcpo.launch import start
 from rcpo.ranks.distributed import RANK_VARIABLES, done_by_rank_zero, free_port, spoken_for
@@ -174,9 +174,9 @@ def test_the_other_ranks_stay_until_rank_0_has_written_the_model(
         dist.init_process_group("gloo")
         engine = SimpleNamespace(whole_weights=lambda: {"w": torch.zeros(1)} if number == 0 else None)
         training: Any = SimpleNamespace(engine=engine)
-        return rcpo.training.loop._finish(training, None, dict), written.exists()
+        return rcpo.training.ending.finish(training, None, dict), written.exists()
 
-    monkeypatch.setattr(rcpo.training.loop, "_write_end", write)
+    monkeypatch.setattr(rcpo.training.ending, "_write_end", write)
     assert in_two_ranks(work, tmp_path) == ["returned ({'step': 1}, True)"] * 2
 
 

@@ -56,7 +56,7 @@ def compare_peaks(run: RunFolder) -> None:
 
     leave_gloo_s_threads_out()
 
-    rehearse, finish = rcpo.training.loop.rehearse, rcpo.training.loop._finish
+    rehearse, finish = rcpo.training.loop.rehearse, rcpo.training.loop.finish
 
     def marked_rehearse(*args: object) -> None:
         with torch.profiler.record_function("rehearsal"):
@@ -67,7 +67,7 @@ def compare_peaks(run: RunFolder) -> None:
             return {}
 
     rcpo.training.loop.rehearse = marked_rehearse
-    rcpo.training.loop._finish = marked_finish  # type: ignore[assignment]
+    rcpo.training.loop.finish = marked_finish  # type: ignore[assignment]
     assert finish
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         train_here(run)

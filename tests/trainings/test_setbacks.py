@@ -99,7 +99,7 @@ def test_a_lost_gradient_stops_before_the_weights_change(inputs: Path, tmp_path:
         *_, rows = (
             [read.train[idx].row for idx in part] for part in read.sampler(config).micro_batches(0, 0, 1, 4)
         )
-        build, make = loop.Measurements, loop._micro_batches
+        build, make = loop.Measurements, loop.micro_batches_of
         second: list[MicroBatch] = []
         at_work: list[PairBatch] = []
 
@@ -125,7 +125,7 @@ def test_a_lost_gradient_stops_before_the_weights_change(inputs: Path, tmp_path:
             second[:] = made[1:2]
             return made
 
-        loop.Measurements, loop._micro_batches = with_fault, remember  # type: ignore[assignment,misc]
+        loop.Measurements, loop.micro_batches_of = with_fault, remember  # type: ignore[assignment,misc]
         with pytest.raises(NonFiniteError) as caught:
             train_here(run)
         seen = "step 1: a loss, log-probability or gradient is not finite"
@@ -180,7 +180,7 @@ def test_a_checkpoint_that_does_not_fit_is_a_line_and_the_one_before_it_stays(
     def with_full_disk(name: str) -> None:
         import rcpo.training.loop
 
-        collate = rcpo.training.loop._micro_batches
+        collate = rcpo.training.loop.micro_batches_of
 
         def fill(training: rcpo.training.state.Training, may_join: bool) -> object:
             if training.state.step == 2:
@@ -194,8 +194,8 @@ def test_a_checkpoint_that_does_not_fit_is_a_line_and_the_one_before_it_stays(
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
             return finish(*args)
 
-        finish = rcpo.training.loop._finish
-        rcpo.training.loop._micro_batches, rcpo.training.loop._finish = fill, free  # type: ignore[assignment]
+        finish = rcpo.training.loop.finish
+        rcpo.training.loop.micro_batches_of, rcpo.training.loop.finish = fill, free  # type: ignore[assignment]
         with caplog.at_level(logging.WARNING, "rcpo.training.setbacks"):
             if name == "goes-on":
                 train_here(runs[name])
