@@ -118,9 +118,13 @@ def compare_runs(runs: Sequence[ComparedRun]) -> Comparison:
             f"{runs[0].path}: {unreadable[0].reason}; there is nothing to compare; give other runs"
         )
     grouped: dict[str, list[ComparedRun]] = {}
-    for run in (run for run in runs if run.settings):
-        grouped.setdefault(repr(sorted(distinguishing(run).items(), key=str)), []).append(run)
-    settings = [distinguishing(members[0]) for members in grouped.values()]
+    readable = [run for run in runs if run.settings]
+    settings_of: dict[str, Settings] = {}
+    for run, own in zip(readable, with_absent([distinguishing(run) for run in readable]), strict=True):
+        key = repr(sorted(own.items(), key=str))
+        grouped.setdefault(key, []).append(run)
+        settings_of[key] = own
+    settings = [settings_of[key] for key in grouped]
     differing = _differing(settings)
     usual_of = {
         str(name): usual_values([own for own in settings if own.get("objective.name") == name], "objective.")
@@ -163,9 +167,23 @@ def distinguishing(run: ComparedRun) -> Settings:
         section, _, rest = key.partition(".")
         if section == "calibration" and rest != "name" and reads is not None and not matches(rest, reads):
             continue
-        if not matches(key, IGNORED) and (key, value) not in ABSENT:
+        if not matches(key, IGNORED):
             kept[key] = value
     return kept
+
+
+def with_absent(settings: Sequence[Settings]) -> list[Settings]:
+    """The settings of runs, with what an older run lacks and another one has, of an objective's the same
+    objective: as ABSENT says that it trained."""
+
+    def of(own: Settings, key: str) -> tuple[str, object]:
+        return key, own.get("objective.name") if key.startswith("objective.") else None
+
+    known = {of(own, key) for own in settings for key in own}
+    return [
+        own | {key: value for key, value in ABSENT.items() if key not in own and of(own, key) in known}
+        for own in settings
+    ]
 
 
 def _differing(settings: Sequence[Settings], within: str = "") -> list[str]:

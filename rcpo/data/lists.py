@@ -39,18 +39,26 @@ def pairs_of_list(
 ) -> list[TokenizedPair]:
     """What `lists` (data.lists) makes of a record's responses, the best first."""
     row, weight, scores, num = record.row, record.weight, record.scores, len(sides)
+    of = record.of_responses
     if lists != "whole":
-        of = record.of_responses
         return [
-            TokenizedPair(sides[both[0]], sides[both[1]], row, weight if of is None else of.of(both))
+            TokenizedPair(
+                sides[both[0]], sides[both[1]], row, weight if of is None else of.of(both),
+                spread=None if of is None else of.spread(both),
+            )
             for both in pairs_among(scores, lists)
-        ]
+        ]  # fmt: skip
+    spread = None if of is None else of.spread(range(num))
     slots = [
-        TokenizedPair(sides[best], sides[num - 1 - best], row, weight, (scores[best], scores[num - 1 - best]))
+        TokenizedPair(
+            sides[best], sides[num - 1 - best], row, weight, (scores[best], scores[num - 1 - best]),
+            spread=spread,
+        )
         for best in range(num // 2)
-    ]
+    ]  # fmt: skip
     if num % 2:
-        slots.append(TokenizedPair(sides[num // 2], NO_SIDE, row, weight, (scores[num // 2], 0.0)))
+        middle = num // 2
+        slots.append(TokenizedPair(sides[middle], NO_SIDE, row, weight, (scores[middle], 0.0), spread=spread))
     return slots
 
 
@@ -128,5 +136,8 @@ def by_sign(pairs: Sequence[TokenizedPair], lists: Lists, is_up: Tensor) -> BySi
                 places[which, number * 2 * num_slots + slot] = old[rank]
                 kept[which][slot] = sides[old[rank]]
         first = pairs[number * num_slots]
-        made += [TokenizedPair(up, down, first.row, first.weight) for up, down in zip(*kept, strict=True)]
+        made += [
+            TokenizedPair(up, down, first.row, first.weight, spread=first.spread)
+            for up, down in zip(*kept, strict=True)
+        ]
     return BySign(made, lists._replace(order=order), places.flatten())

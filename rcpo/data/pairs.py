@@ -94,6 +94,9 @@ class TokenizedPair:
     """What the prompt shows, which both sides see."""
     gold: TokenizedSide | None = None
     """The gold response with the same prompt; None where the objective reads none."""
+    spread: tuple[float, ...] | None = None
+    """Of each response of the pair, or of the list that this is a slot of, its own weight over `weight`; None
+    where `weight` is all that counts."""
 
     @property
     def sides(self) -> tuple[TokenizedSide, ...]:
@@ -125,6 +128,9 @@ class PairArrays(NamedTuple):
     """(n, 2) of a list's responses; nan where these are pairs."""
     scored: NDArray[np.bool_]
     """(N,) which tokens behind a prompt are scored; (0,) where all of all sides are."""
+    spread: NDArray[np.float64]
+    """(n, K) of up to K responses their weights over the pair's, then nan; K is 0 where pairs have one
+    weight."""
 
 
 class PackedPairs(Sequence[TokenizedPair]):
@@ -170,8 +176,9 @@ class PackedPairs(Sequence[TokenizedPair]):
         scores = None if math.isnan(score_w) else (score_w, score_l)
         pictures = None if self.pictures is None else self.pictures[where]
         gold = None if self.gold is None else self.gold[where].chosen
+        spread = tuple(of.spread[where][~np.isnan(of.spread[where])].tolist()) or None
         return TokenizedPair(
-            sides[0], sides[1], int(of.rows[where]), float(of.weights[where]), scores, pictures, gold
+            sides[0], sides[1], int(of.rows[where]), float(of.weights[where]), scores, pictures, gold, spread
         )
 
     def __iter__(self) -> Iterator[TokenizedPair]:
@@ -196,6 +203,7 @@ class PackedPairs(Sequence[TokenizedPair]):
                 of.weights[where],
                 of.scores[where],
                 of.scored,
+                of.spread[where],
             ),
             None if self.pictures is None else self.pictures[where],
             None if self.gold is None else self.gold.take(indices),
@@ -251,14 +259,15 @@ class PackedPairs(Sequence[TokenizedPair]):
         taken = self.take(places.tolist())
         of = taken.arrays
         kept = np.arange(2)[None] == columns[:, None]
-        arrays = of._replace(lengths=of.lengths * kept, num_prompt=of.num_prompt * kept)
+        spread = np.where(kept, of.spread, math.nan) if of.spread.size else of.spread
+        arrays = of._replace(lengths=of.lengths * kept, num_prompt=of.num_prompt * kept, spread=spread)
         return PackedPairs(arrays, taken.pictures)
 
     def flipped(self, which: Sequence[int]) -> "PackedPairs":
         """With chosen and rejected exchanged in the pairs at these places."""
         of, where = self.arrays, np.asarray(which, dtype=np.int64)
         columns = {}
-        for name in ("starts", "lengths", "num_prompt"):
+        for name in ("starts", "lengths", "num_prompt", "spread"):
             columns[name] = getattr(of, name).copy()
             columns[name][where] = columns[name][where][:, ::-1]
         return PackedPairs(of._replace(**columns), self.pictures, self.gold)
@@ -307,6 +316,7 @@ class Packer:
                 scored=np.concatenate([_whole_mask(side) for both in sides for side in both])
                 if has_masks
                 else np.zeros(0, np.bool_),
+                spread=_as_columns([pair.spread or () for pair in pairs]),
             )
         )
 
@@ -316,6 +326,8 @@ class Packer:
             self.add([])
         if any(len(part.scored) for part in self._parts):
             self._parts = [_with_mask(part) for part in self._parts]
+        width = max(part.spread.shape[1] for part in self._parts)
+        self._parts = [part._replace(spread=_widened(part.spread, width)) for part in self._parts]
         firsts = np.cumsum([0, *(len(part.ids) for part in self._parts[:-1])])
         moved = [
             part._replace(starts=part.starts + first) for part, first in zip(self._parts, firsts, strict=True)
@@ -347,6 +359,19 @@ def _whole_mask(side: TokenizedSide) -> NDArray[np.bool_]:
 def _with_mask(part: PairArrays) -> PairArrays:
     """Beside parts that have one."""
     return part if len(part.scored) else part._replace(scored=np.ones(len(part.ids), np.bool_))
+
+
+def _as_columns(rows: Sequence[Sequence[float]]) -> NDArray[np.float64]:
+    """(n, K) of rows of up to K numbers, nan behind them."""
+    columns = np.full((len(rows), max(map(len, rows), default=0)), math.nan)
+    for number, row in enumerate(rows):
+        columns[number, : len(row)] = row
+    return columns
+
+
+def _widened(columns: NDArray[np.float64], width: int) -> NDArray[np.float64]:
+    """(n, width) with nan behind what is there."""
+    return np.pad(columns, ((0, 0), (0, width - columns.shape[1])), constant_values=math.nan)
 
 
 def pack(pairs: Iterable[TokenizedPair]) -> PackedPairs:

@@ -381,7 +381,9 @@ class _Work:
         if not record.scores:
             gold = None if record.gold is None else cut[-1]
             pictures = rendered.pictures
-            return [TokenizedPair(cut[0], cut[1], record.row, record.weight, None, pictures, gold)]
+            of = record.of_responses
+            spread = None if of is None else of.spread((0, 1))
+            return [TokenizedPair(cut[0], cut[1], record.row, record.weight, None, pictures, gold, spread)]
         if self._lists != "best_worst":
             self._counts["ties"] += num_ties(record.scores)
         return pairs_of_list(cut, record, self._lists)

@@ -17,6 +17,11 @@ def refuse_no_place(path: str) -> None:
         return
     if os.path.exists(path):
         raise UserError(f"model.path={path}: is a file; it must be a folder with config.json and weights")
+    if path.startswith("cell:"):
+        raise UserError(
+            f"model.path={path[:200]}: is a cell of a sweep, which only a file of rcpo sweep can name; give "
+            "its folder, SWEEP/cells/NAME/final"
+        )
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise UserError(
             f"model.path={path[:200]}: no such folder; give a model folder, a hub id or builtin:tiny"

@@ -28,8 +28,9 @@ from rcpo.objectives.reading import AS_WRITTEN, DIVERGENCES, SFT_MEANS, SFT_OF, 
 from rcpo.objectives.registry import TOP, load_at, one_line
 from rcpo.objectives.trial import losses_of_trial
 
-SAMPLE_WEIGHTS = (None, "weight", "dora", "dora_mean", "dora_product")
-OF_DORA = ("dora", "dora_mean", "dora_product")
+OF_RESPONSES = ("dora_mean", "dora_product", "dora_each")
+OF_DORA = ("dora", *OF_RESPONSES)
+SAMPLE_WEIGHTS = (None, "weight", *OF_DORA)
 WEIGHT_OF = ("pair", "batch")
 AGGREGATES = ("mean", "kl_dro", "dr_dpo")
 LOG_PROBS = ("sum", "mean")
@@ -84,10 +85,12 @@ class Composition:
     """null: every pair counts alike. weight: by the column `weight`. dora: by 1/(a + a_i (1-p)/p) of the
     column `probability` (`rcpo.records.weights`). dora_mean, dora_product: by the mean or the product of
     the responses' weights, from `probability_chosen` and `probability_rejected`, or of a list's from
-    `probabilities`, as `rcpo weigh` writes them."""
+    `probabilities`, as `rcpo weigh` writes them. dora_each: of aggregate=kl_dro alone, which then has one
+    exponent for each response, its weight times the loss of the pair or list, as DoRA's published code has it
+    for RRHF."""
     weight_of: str = IN_CONF
     """pair: a pair's weight multiplies its own loss, inside the exponent of an aggregate, as DoRA's published
-    code has it for DPO and RRHF. batch: the mean weight of the global batch multiplies the aggregate of its
+    code has it for DPO. batch: the mean weight of the global batch multiplies the aggregate of its
     losses, outside, as that code has it for LIRE."""
     dora_a: float = IN_CONF
     """DoRA's a > 0: the target distribution's share of the data; the weight is at most 1/a. Published code:
@@ -110,7 +113,10 @@ class Composition:
             raise ParameterError("log_probs", self.log_probs, "sum or mean", "sum")
         if self.sample_weight not in SAMPLE_WEIGHTS:
             raise ParameterError(
-                "sample_weight", self.sample_weight, "null, weight, dora, dora_mean or dora_product", "weight"
+                "sample_weight",
+                self.sample_weight,
+                "null, weight, dora, dora_mean, dora_product or dora_each",
+                "weight",
             )
         if self.weight_of not in WEIGHT_OF:
             raise ParameterError("weight_of", self.weight_of, "pair or batch", "pair")
@@ -128,6 +134,8 @@ class Composition:
         require(self, "divergence_alpha", self.divergence_alpha != 1, "other than 1, where it is reverse_kl")
         require_positive(self, "dora_a", "dro_lambda")
         require_not_negative(self, "dora_a_i")
+        if self.sample_weight == "dora_each":
+            self._check_each()
         defaults = composition_defaults()
         for key, switch, options in (
             ("weight_of", "sample_weight", SAMPLE_WEIGHTS[1:]),
@@ -140,6 +148,18 @@ class Composition:
                 raise UserError(
                     f"{TOP}.{key}={getattr(self, key)}: has no effect without {' or '.join(options)}; type "
                     f"{TOP}.{switch}={options[0]}, or {TOP}.{key}={defaults[key]}"
+                )
+
+    def _check_each(self) -> None:
+        """Raise UserError where there is no exponent for each response's weight."""
+        for key, value, needed in (
+            ("aggregate", self.aggregate, "kl_dro"),
+            ("weight_of", self.weight_of, "pair"),
+        ):
+            if value != needed:
+                raise UserError(
+                    f"{TOP}.sample_weight=dora_each: has an exponent of kl_dro for each response, and not "
+                    f"{TOP}.{key}={value}; type {TOP}.{key}={needed}, or {TOP}.sample_weight=dora_mean"
                 )
 
     def describe(self) -> str:
@@ -168,7 +188,9 @@ class Composition:
             parts.append("each pair's loss times how likely its responses are to the policy (WPO)")
         if self.sample_weight == "weight":
             parts.append("each pair's loss times its weight in the data")
-        if self.sample_weight in OF_DORA[1:]:
+        if self.sample_weight == "dora_each":
+            parts.append("an exponent for each response, each pair's loss times the response's DoRA weight")
+        elif self.sample_weight in OF_RESPONSES:
             how = str(self.sample_weight).removeprefix("dora_")
             parts.append(f"each pair's loss times the {how} of DoRA's weights of its responses")
         if self.sample_weight == "dora":
@@ -230,6 +252,7 @@ def objective_of(section: Mapping[str, Any], fresh: bool = False) -> Objective:
         averages=composition.log_probs == "mean",
         reading=reading,
         ld_alpha=composition.ld_alpha,
+        spread_lambda=composition.dro_lambda if composition.sample_weight == "dora_each" else None,
         wpo=composition.wpo,
         needs_reference=loaded.needs_reference and not reading.reference_free,
     )

@@ -255,6 +255,9 @@ class Objective:
     """What a response's tokens past the length of the shorter one count in z and ref; 1: as the others do."""
     wpo: bool = False
     """Whether each pair's loss is times how likely its responses are to the policy, WPO's weight."""
+    spread_lambda: float | None = None
+    """lambda of the exponents of a pair or list, one for the weight of each of its responses; None: it has
+    one weight."""
     listwise: bool = False
     """Whether the loss is of a list of responses (`PairLogProbs.lists`), of which a pair is the shortest."""
     match: Match | None = None

@@ -92,7 +92,7 @@ def num_pairs(record: PreferenceRecord, lists: str) -> int:
 def weights_made(record: PreferenceRecord, lists: str) -> list[float]:
     """Of what `lists` (data.lists) makes of a record: of each pair where responses have weights of their own,
     else the record's."""
-    if record.of_responses is None or lists == "whole":
+    if record.of_responses is None or not record.scores or lists == "whole":
         return [record.weight]
     return [record.of_responses.of(places) for places in pairs_among(record.scores, lists)]
 

@@ -25,7 +25,14 @@ from rcpo.records.record import BadRowError, PreferenceRecord, as_messages, as_t
 from rcpo.records.scenes import shapes_records
 from rcpo.records.selection import NOTE, Judge, SourceRecords, all_usable, content, select
 from rcpo.records.shapes import Shape
-from rcpo.records.weights import PROBABILITIES, UNWEIGHTED, WEIGHT_PARTS, Weighing, describe_weights
+from rcpo.records.weights import (
+    PROBABILITIES,
+    UNWEIGHTED,
+    WEIGHT_PARTS,
+    Weighing,
+    describe_weights,
+    weighed,
+)
 
 PARTS = ("prompt", "chosen", "rejected")
 FOR_TEMPLATES = ("tools", "documents", "chat_template_kwargs")
@@ -329,7 +336,7 @@ def _read_records(
             folder = functools.partial(source.folder_of, number)
             record = images.with_images(record, values, folder, config.image_megapixels)
             if record.of_responses is None:
-                record = dataclasses.replace(record, weight=weighing.weight(values))
+                record = weighed(record, weighing, values)
             records.append(record)
         except BadRowError as error:
             if config.on_bad_row == "error":

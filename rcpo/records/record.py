@@ -61,7 +61,8 @@ class PreferenceRecord:
     scores: tuple[float, ...] = ()
     """Of a list: of each response, the best first, the highest is best; empty: a pair."""
     of_responses: "ResponseWeights | None" = None
-    """Of a list whose responses have weights of their own, which `weight` is made of."""
+    """Where responses have weights of their own, which `weight` is made of: these, the best response's
+    first."""
 
     @property
     def responses(self) -> list[str | Messages]:

@@ -56,6 +56,7 @@ _NO_PAIRS = {
     ("completions", "instruction"): "several scored completions a row (UltraFeedback's first form; "
     "data=ultrafeedback reads the binarised one)",
     ("answers", "prompt"): "several ranked answers a row",
+    ("responses", "prompt"): "lists of responses without scores or ranks",
     ("conversations", "label"): "single conversations with a label (KTO's form)",
     ("conversations", "kto_tag"): "single conversations with a label (KTO's form)",
     ("instruction", "output"): "one answer a row (objective=sft trains on such; type "

@@ -5,13 +5,14 @@ kind a run uses; `rcpo.records.load` applies it to training rows. Held-out pairs
 and need no such column.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from rcpo.objectives.composition import Composition
-from rcpo.records.record import BadRowError
+from rcpo.objectives.composition import OF_RESPONSES, Composition
+from rcpo.records.record import BadRowError, PreferenceRecord
 
 WEIGHT, PROBABILITY = "weight", "probability"
 OF_SIDES = ("probability_chosen", "probability_rejected")
@@ -27,12 +28,17 @@ class ResponseWeights:
 
     each: tuple[float, ...]
     how: str
-    """mean or product."""
+    """mean, product, or each: a mean of exponents, which is `of` times `spread`."""
 
     def of(self, places: Sequence[int]) -> float:
         """The weight of a pair, or a list, of the responses at these places."""
         chosen = [self.each[place] for place in places]
         return math.prod(chosen) if self.how == "product" else math.fsum(chosen) / len(chosen)
+
+    def spread(self, places: Sequence[int]) -> tuple[float, ...] | None:
+        """Each of these responses' weights over `of` them; None where one weight is all that counts."""
+        mean = self.of(places)
+        return tuple(self.each[place] / mean for place in places) if self.how == "each" else None
 
 
 class Weighing(Protocol):
@@ -51,6 +57,10 @@ class Weighing(Protocol):
         """From the values of PROBABILITIES, the best response's first, to the responses' weights; raises
         BadRowError. None: a list has one weight, as a pair has."""
 
+    @property
+    def weigh_sides(self) -> Callable[[Mapping[str, Any]], ResponseWeights] | None:
+        """The same of a pair, from its parts, the chosen response first."""
+
     def weight(self, values: Mapping[str, Any]) -> float:
         """The weight, finite and >= 0. Raises BadRowError."""
 
@@ -61,6 +71,7 @@ class Unweighted:
     parts: tuple[str, ...] = ()
     list_parts: tuple[str, ...] = ()
     weigh_list: None = None
+    weigh_sides: None = None
 
     def weight(self, values: Mapping[str, Any]) -> float:
         return 1.0
@@ -72,6 +83,7 @@ class ColumnWeight:
     parts: tuple[str, ...] = (WEIGHT,)
     list_parts: tuple[str, ...] = (WEIGHT,)
     weigh_list: None = None
+    weigh_sides: None = None
 
     def weight(self, values: Mapping[str, Any]) -> float:
         weight = _number(WEIGHT, values[WEIGHT])
@@ -98,6 +110,7 @@ class DoraWeight:
     parts: tuple[str, ...] = (PROBABILITY,)
     list_parts: tuple[str, ...] = (PROBABILITY,)
     weigh_list: None = None
+    weigh_sides: None = None
 
     def weight(self, values: Mapping[str, Any]) -> float:
         return self.of(PROBABILITY, values[PROBABILITY])
@@ -118,8 +131,11 @@ class DoraSidesWeight:
     mean: (1/n) sum_i w_i, as the published code does for DPO of pairs and of lists
     (github.com/stevie1023/DoRA, dpo_loss), which has it inside the exponent of KL-DRO. product: their
     product, the density ratio where responses are drawn independently and a = 0 or the weights are small; not
-    published. A pair that is made of two responses of a list has the weight of these two. The published code
-    has an a_i of each response's source; here it is the same for all, as there for n = 2 and 4.
+    published. each: one exponent for each response, (1/n) sum_i e^(w_i L / lambda) with L the loss of the
+    pair or list, as that code does for RRHF (rrhf_loss); its L is the mean loss of a micro-batch, which its
+    script makes of one list. A pair that is made of two responses of a list has the weights of these two. The
+    published code has an a_i of each response's source; here it is the same for all, as there for n = 2 and
+    4.
     """
 
     a: float
@@ -129,7 +145,11 @@ class DoraSidesWeight:
     list_parts: tuple[str, ...] = (PROBABILITIES,)
 
     def weight(self, values: Mapping[str, Any]) -> float:
-        return self._weights([(part, values[part]) for part in OF_SIDES]).of((0, 1))
+        return self.weigh_sides(values).of((0, 1))
+
+    def weigh_sides(self, values: Mapping[str, Any]) -> ResponseWeights:
+        """As `Weighing` says."""
+        return self._weights([(part, values[part]) for part in OF_SIDES])
 
     def weigh_list(self, probabilities: Sequence[Any]) -> ResponseWeights:
         """As `Weighing` says."""
@@ -149,10 +169,19 @@ def weighing_of(composition: Composition) -> Weighing:
         return ColumnWeight()
     if composition.sample_weight == "dora":
         return DoraWeight(composition.dora_a, composition.dora_a_i)
-    if composition.sample_weight in ("dora_mean", "dora_product"):
+    if composition.sample_weight in OF_RESPONSES:
         how = str(composition.sample_weight).removeprefix("dora_")
         return DoraSidesWeight(composition.dora_a, composition.dora_a_i, how)
     return UNWEIGHTED
+
+
+def weighed(record: PreferenceRecord, weighing: Weighing, values: Mapping[str, Any]) -> PreferenceRecord:
+    """The record with the weight that its row has, and the weights of its two responses where they have their
+    own. Raises BadRowError."""
+    if weighing.weigh_sides is None:
+        return dataclasses.replace(record, weight=weighing.weight(values))
+    of = weighing.weigh_sides(values)
+    return dataclasses.replace(record, weight=of.of((0, 1)), of_responses=of)
 
 
 def _number(part: str, value: Any) -> float:

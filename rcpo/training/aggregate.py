@@ -96,6 +96,20 @@ def tilt(losses: Tensor, dro_lambda: float) -> tuple[Tensor, Tensor]:
     return (exponents - log_mean).exp().to(losses.dtype), (dro_lambda * log_mean).to(losses.dtype)
 
 
+def spread_over(spread: Tensor, weight: Tensor, losses: Tensor, dro_lambda: float) -> tuple[Tensor, Tensor]:
+    """From losses L (B,) of pairs or lists, one weight w_i = weight spread_i for each of their n responses,
+    spread (B, K) with nan behind the n:
+
+        l = lambda log((1/n) sum_i exp(w_i L / lambda)),    dl/dL = sum_i p_i w_i,  p the exponents' softmax
+
+    so that KL-DRO of l has an exponent for each response (`rcpo.records.weights`, each). Both (B,)."""
+    is_there = ~spread.isnan()
+    each = weight[:, None] * spread.masked_fill(~is_there, 0.0)
+    exponents = (each * losses[:, None] / dro_lambda).masked_fill(~is_there, -math.inf)
+    mean = exponents.logsumexp(1) - is_there.sum(1).log()
+    return dro_lambda * mean, (exponents.softmax(1) * each).sum(1)
+
+
 def aggregate_of(composition: Composition) -> Aggregate:
     """The aggregate that a composition names."""
     kind = {"kl_dro": KlDro, "dr_dpo": DrDpo}.get(composition.aggregate)

@@ -12,7 +12,7 @@ from torch import Tensor
 from rcpo.data.batch import PairBatch
 from rcpo.data.lists import by_sign, lists_of
 from rcpo.data.pairs import TokenizedPair
-from rcpo.training.micro_batch import MicroBatch
+from rcpo.training.micro_batch import MicroBatch, spread_of
 
 
 def slots_of_step(num_slots: int) -> int:
@@ -43,9 +43,10 @@ def with_lists(
         ref_w, ref_l = moved(micro_batch.ref_w, micro_batch.ref_l)
         read_ref = None if micro_batch.read_ref is None else moved(*micro_batch.read_ref)
         weight = torch.tensor([pair.weight for pair in found.pairs]).to(device)
+        spread = None if micro_batch.spread is None else spread_of(found.pairs).to(device)
         return MicroBatch(
             lay(found.pairs).to(device), ref_w, ref_l, weight, read_ref=read_ref,
-            lists=found.lists.to(device),
+            lists=found.lists.to(device), spread=spread,
         )  # fmt: skip
 
     return micro_batch._replace(lists=lists.to(device), by_sign=made if num_slots > 1 else None)

@@ -4,6 +4,7 @@ Owns how that is put together from pairs and the reference's rows. Made by `rcpo
 `rcpo.training.step`; `rcpo.training.beforehand` adds what the global batch decides.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -39,6 +40,9 @@ class MicroBatch(NamedTuple):
     measured against."""
     likely: PairBatch | None = None
     """One side alone: a text for each pair that a likelihood term is of, beside the chosen response."""
+    spread: Tensor | None = None
+    """(B, K) of the responses of a pair, or of its list, their weights over `weight`, nan behind them; None
+    where one weight is all that counts."""
     lists: Lists | None = None
     """Which pairs make a list of responses; None: each is a pair."""
     by_sign: "Callable[[Tensor], MicroBatch] | None" = None
@@ -54,7 +58,7 @@ class MicroBatch(NamedTuple):
         likely = None if self.likely is None else self.likely.to(device)
         return self._replace(
             batch=self.batch.to(device), ref_w=ref_w, ref_l=ref_l, weight=weight, read_ref=read_ref,
-            likely=likely,
+            likely=likely, spread=None if self.spread is None else to_device(self.spread, device),
         )  # fmt: skip
 
 
@@ -87,7 +91,14 @@ def made_for(
         read_ref = (read_w, read_l)
     likely = beside(objective, pairs, pad_id)
     weight = torch.tensor([pair.weight for pair in pairs])
-    return MicroBatch(batch, ref_w, ref_l, weight, read_ref=read_ref, likely=likely)
+    spread = None if objective.spread_lambda is None else spread_of(pairs)
+    return MicroBatch(batch, ref_w, ref_l, weight, read_ref=read_ref, likely=likely, spread=spread)
+
+
+def spread_of(pairs: Sequence[TokenizedPair]) -> Tensor:
+    """`MicroBatch.spread` of these pairs, on the CPU; 1 where a pair has one weight."""
+    rows = [torch.tensor(pair.spread or (1.0,)) for pair in pairs]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=math.nan)
 
 
 def beside(objective: Objective, pairs: Sequence[TokenizedPair], pad_id: int) -> PairBatch | None:

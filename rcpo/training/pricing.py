@@ -13,6 +13,7 @@ from rcpo.method.incentives import Incentives, derivatives
 from rcpo.models.policy import Read
 from rcpo.objectives import Objective, PairLogProbs
 from rcpo.objectives.loss import sides_there
+from rcpo.training.aggregate import spread_over
 from rcpo.training.micro_batch import MicroBatch
 from rcpo.training.state import Method, TrainState
 
@@ -82,7 +83,11 @@ def price(
     weight = micro_batch.weight
     if more.log_weight is not None:
         weight = weight * more.log_weight.exp()
-    loss, d_w, d_l = weight * loss, weight * d_w, weight * d_l
+    if micro_batch.spread is None or objective.spread_lambda is None:
+        loss = weight * loss
+    else:
+        loss, weight = spread_over(micro_batch.spread, weight, loss, objective.spread_lambda)
+    d_w, d_l = weight * d_w, weight * d_l
     if micro_batch.tilt is not None:
         p, total = micro_batch.tilt
         loss, d_w, d_l, weight = total.expand_as(loss), p * d_w, p * d_l, p * weight

@@ -50,13 +50,16 @@ def policy_and_reference(experts: bool = False) -> tuple[PreTrainedModel, PreTra
     return policy, reference
 
 
-def peer(trainer: str, keys: dict[str, Any], folder: Path, unpaired: bool = False) -> Peer:
+def peer(
+    trainer: str, keys: dict[str, Any], folder: Path, unpaired: bool = False, only: int | None = None
+) -> Peer:
     """`keys` are of the trainer's own config class; `unpaired`: of single answers, more chosen ones than
-    rejected ones."""
+    rejected ones; `only`: of this row alone (DPOTrainer)."""
     policy, reference = policy_and_reference("router_aux_loss_coef" in keys)
     maker, reader = (_kto_unpaired, _of_answers) if unpaired else (MAKERS[trainer], READERS[trainer])
     made = maker(policy, reference, keys, folder)
-    batch = made.data_collator([made.train_dataset[row] for row in range(len(made.train_dataset))])
+    rows = range(len(made.train_dataset)) if only is None else [only]
+    batch = made.data_collator([made.train_dataset[row] for row in rows])
     policy.train()
     loss = made.compute_loss(policy, batch)
     loss.backward()
@@ -215,8 +218,9 @@ def _pairs(chosen: list[TokenizedSide], rejected: list[TokenizedSide]) -> list[T
 
 def _of_masks(batch: dict[str, Tensor]) -> list[TokenizedPair]:
     sides = _sides(batch["input_ids"], batch["completion_mask"].bool())
-    pairs = _pairs(sides[: len(TEXTS)], sides[len(TEXTS) : 2 * len(TEXTS)])
-    golden = sides[2 * len(TEXTS) :]
+    num = min(len(TEXTS), len(sides) // 2)
+    pairs = _pairs(sides[:num], sides[num : 2 * num])
+    golden = sides[2 * num :]
     return [replace(pair, gold=side) for pair, side in zip(pairs, golden, strict=True)] if golden else pairs
 
 

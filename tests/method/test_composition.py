@@ -323,8 +323,18 @@ def test_a_users_own_option_may_set_them_and_the_command_line_wins(tmp_path: Pat
         ),
         (
             {"sample_weight": "weight", "dora_a": 0.1},
-            "objective.dora_a=0.1: has no effect without dora or dora_mean or dora_product; type "
-            "objective.sample_weight=dora, or ",
+            "objective.dora_a=0.1: has no effect without dora or dora_mean or dora_product or dora_each; "
+            "type objective.sample_weight=dora, or ",
+        ),
+        (
+            {"sample_weight": "dora_each"},
+            "objective.sample_weight=dora_each: has an exponent of kl_dro for each response, and not "
+            "objective.aggregate=mean; type objective.aggregate=kl_dro, or objective.sample_weight=dora_mean",
+        ),
+        (
+            {"sample_weight": "dora_each", "aggregate": "kl_dro", "weight_of": "batch"},
+            "objective.sample_weight=dora_each: has an exponent of kl_dro for each response, and not "
+            "objective.weight_of=batch; type objective.weight_of=pair, or ",
         ),
     ],
 )

@@ -105,3 +105,23 @@ def assert_equals_peer(
         squared += float(theirs.square().sum())
     print(f"{abs(row['train/loss'] / found.loss - 1):.1e} {(difference / squared) ** 0.5:.1e}")
     assert difference <= (1e-5) ** 2 * squared
+
+
+@pytest.mark.ci("TRL's own losses", needs="trl")
+def test_likelihood_beside_wpo_is_trl_s_of_one_pair_at_a_time(tmp_path: Path) -> None:
+    """TRL 1.16 multiplies an expanded tensor in place, which torch refuses for two pairs and more."""
+    from helpers.trl_peer import Peer, peer, policy_and_reference
+
+    keys = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5], "use_weighting": True}
+    with pytest.raises(RuntimeError, match="refers to a single memory location"):
+        peer("DPOTrainer", keys, tmp_path / "all")
+    found = [peer("DPOTrainer", keys, tmp_path / str(row), only=row) for row in range(6)]
+    mean = {name: sum(each.gradient[name] for each in found) / 6 for name in found[0].gradient}
+    whole = Peer([pair for each in found for pair in each.pairs], sum(each.loss for each in found) / 6, mean)
+    policy, reference = policy_and_reference()
+    config = make_config(
+        tmp_path, tmp_path / "run", Case("mix", "off", "llama", "sgd"), Layout(1, 2), "objective.wpo=true",
+        "objective.terms=[{name: dpo}, {name: sft, weight: 0.5}]", "objective.sft_mean=pairs",
+        f"optim.lr={LEARNING_RATE}", "train.grad_clip=0",
+    )  # fmt: skip
+    assert_equals_peer(policy, whole.pairs, config, (2, 2, 2), SmallEngine(reference, config, 1), whole)

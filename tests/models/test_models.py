@@ -129,6 +129,7 @@ def test_folders_that_are_no_models_are_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert line(tmp_path / "file").endswith("is a file; it must be a folder with config.json and weights")
     assert line("./nothing").endswith("no such folder; give a model folder, a hub id or builtin:tiny")
+    assert line("cell:sft").endswith("can name; give its folder, SWEEP/cells/NAME/final")
     assert line("a/b/c").endswith("no such folder; give a model folder, a hub id or builtin:tiny")
     assert line(tmp_path).endswith("has no config.json, so it is no model folder; give another")
     (tmp_path / "config.json").write_text("{}")

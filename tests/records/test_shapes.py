@@ -237,6 +237,7 @@ NO_PAIRS: dict[str, tuple[dict[str, Any], str]] = {
         "binarised one)",
     ),
     "Nectar": ({"prompt": "q", "answers": [{"answer": "a", "rank": 1}]}, "several ranked answers a row"),
+    "lists": ({"prompt": "q", "responses": ["a", "b"]}, "lists of responses without scores or ranks"),
     "KTO, ShareGPT": (
         {"conversations": [said("human", "a")], "label": True},
         "single conversations with a label (KTO's form)",

@@ -108,11 +108,11 @@ def test_rows_that_are_lists_get_one_probability_a_response(tmp_path: Path) -> N
     assert set(weighed[-1]) - set(rows[-1]) == set(OF_SIDES)
 
 
-@pytest.mark.ci("four short trainings")
+@pytest.mark.ci("five short trainings")
 def test_what_weigh_writes_is_what_a_training_weighs_by(tmp_path: Path) -> None:
     """Before the first update DPO's loss is log 2 of every pair, so that the first step of a batch of all
     pairs has mean(w) log 2, and with KL-DRO, inside whose exponent w stands, log mean e^(w log 2); outside
-    it mean(w) log 2 again."""
+    it mean(w) log 2 again. With an exponent for each response the mean is over these."""
     records, held_out = arithmetic_records(60, 8, seed=0)
     for name, part in (("rows", records), ("held_out", held_out)):
         rows = []
@@ -125,9 +125,10 @@ def test_what_weigh_writes_is_what_a_training_weighs_by(tmp_path: Path) -> None:
     assert rcpo("weigh", *words, cwd=tmp_path).returncode == 0
     weighed = [json.loads(line) for line in (tmp_path / "weighed.jsonl").read_text().splitlines()]
     cases = (("mean", "mean", "pair"), ("product", "mean", "pair"), ("mean", "kl_dro", "pair"))
-    for how, aggregate, of in (*cases, ("mean", "kl_dro", "batch")):
+    for how, aggregate, of in (*cases, ("mean", "kl_dro", "batch"), ("each", "kl_dro", "pair")):
         weighing = DoraSidesWeight(0.5, 0.5, how)
-        loss = np.array([weighing.weight(row) for row in weighed]) * math.log(2)
+        each = np.array([weighing.weigh_sides(row).each for row in weighed])
+        loss = (each if how == "each" else np.array([weighing.weight(row) for row in weighed])) * math.log(2)
         is_inside = aggregate == "kl_dro" and of == "pair"
         expected = math.log(np.exp(loss).mean()) if is_inside else loss.mean()
         folder = f"{how}-{aggregate}-{of}"

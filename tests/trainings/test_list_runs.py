@@ -161,14 +161,21 @@ def dora_of(rows: Sequence[dict[str, Any]]) -> list[float]:
     return [2 * sum(row["probabilities"]) / len(row["probabilities"]) for row in rows]
 
 
-@pytest.mark.ci("four short trainings")
-@pytest.mark.parametrize("of", ["pair", "batch"])
+@pytest.mark.ci("six short trainings")
+@pytest.mark.parametrize("of", ["pair", "batch", "each"])
 def test_weights_of_responses_are_inside_the_exponent_or_outside(of: str, tmp_path: Path) -> None:
     """Before the first update pl_dpo's loss of n responses is log n!. Of a step of all lists KL-DRO then is
-    log mean e^(w log n!), or mean(w) log mean n!. A split of the batch changes nothing."""
+    log mean e^(w log n!), mean(w) log mean n!, or of an exponent for each response the mean of lists' means.
+    A split of the batch changes nothing."""
     write_inputs(tmp_path)
-    words = (*write_lists(tmp_path), "objective.sample_weight=dora_mean", "objective.aggregate=kl_dro")
-    words = (*words, f"objective.weight_of={of}", "train.pairs_per_step=14", *EVERY_STEP)
+    how = "each" if of == "each" else "mean"
+    words = (*write_lists(tmp_path), f"objective.sample_weight=dora_{how}", "objective.aggregate=kl_dro")
+    words = (
+        *words,
+        f"objective.weight_of={of.replace('each', 'pair')}",
+        "train.pairs_per_step=14",
+        *EVERY_STEP,
+    )
     runs = [
         make_run(make_config(tmp_path, tmp_path / f"run-{size}", PL, Layout(1, size), *words))
         for size in (14, 2)
@@ -177,7 +184,13 @@ def test_weights_of_responses_are_inside_the_exponent_or_outside(of: str, tmp_pa
     rows = [json.loads(line) for line in Path(words[0].removeprefix("data.path=")).read_text().splitlines()]
     weights, losses = dora_of(rows), [math.lgamma(len(row["responses"]) + 1) for row in rows]
     inside = [weight * loss for weight, loss in zip(weights, losses, strict=True)]
-    exponents, outside = (inside, 1.0) if of == "pair" else (losses, sum(weights) / 14)
+    if of == "each":
+        of_lists = [
+            [math.exp(2 * p * loss) for p in row["probabilities"]]
+            for row, loss in zip(rows, losses, strict=True)
+        ]
+        inside = [math.log(sum(own) / len(own)) for own in of_lists]
+    exponents, outside = (losses, sum(weights) / 14) if of == "batch" else (inside, 1.0)
     expected = outside * math.log(sum(map(math.exp, exponents)) / 14)
     assert metrics(runs[0])[0]["train/loss"] == pytest.approx(expected, rel=1e-5)
     assert_equal_rows(metrics(runs[1]), metrics(runs[0]))
