@@ -16,8 +16,8 @@ from rcpo.config.types import STRICT, Positive, Text
 YES_NO = "yes_no"
 OWN = ("arithmetic", YES_NO)
 """Tasks that need no package and no network; all others are lm-eval's, or of a folder of the user's."""
-MAY_SHOW = (YES_NO,)
-"""Tasks whose questions may have images; models that see are asked no others."""
+ASKS_TEXT = ("arithmetic",)
+"""Tasks that models for images and text alone are not asked."""
 DEFAULT = "word_problems"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from rcpo.common.code_version import code_hash
 from rcpo.common.errors import UserError
-from rcpo.config.evaluation import MAY_SHOW, OWN, YES_NO, EvaluationConfig
+from rcpo.config.evaluation import ASKS_TEXT, OWN, YES_NO, EvaluationConfig
 from rcpo.evaluation import arithmetic
 from rcpo.evaluation.harness import Harness
 from rcpo.evaluation.kept import keep, kept, turn
@@ -83,13 +83,15 @@ class Evaluation:
     def _refuse(self, subject: Subject, task: str) -> None:
         """Raise UserError where questions are user turns and the model has no chat template, or where they
         show images and it sees none, or the other way round; before its weights are loaded."""
-        if subject.only_sees and task not in MAY_SHOW:
+        if subject.only_sees and task in ASKS_TEXT:
             raise UserError(
                 f"tasks={task}: asks text alone, and {subject.name} sees images; type tasks={YES_NO} "
-                "questions=FILE"
+                "questions=FILE, or a task of lm-eval's"
             )
         if task == YES_NO and self._questions is not None:
             self._questions.refuse(subject)
+        if task not in OWN and self._harness is not None:
+            self._harness.refuse(task, subject)
         if (task in OWN or self._is_chat) and subject.tokenizer(may_see=True).chat_template is None:
             what = f"tasks={task}" if task in OWN else "chat=yes"
             raise UserError(
