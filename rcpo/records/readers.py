@@ -259,7 +259,9 @@ def _split_of(loaded: Any, place: Place, split: str | None, wanted: set[str]) ->
         raise _unknown_split(place, named, known)
     dataset = splits[named]
     columns = dataset.column_names
-    kept = _with_files(dataset.select_columns([name for name in columns if name in wanted]))
+    # Of a data set without columns `datasets` has no rows, and what is wrong would not be said.
+    looked_at = [name for name in columns if name in wanted] or columns[:1]
+    kept = _with_files(dataset.select_columns(looked_at))
 
     def take(chosen: range) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = (kept if len(chosen) == len(kept) else kept.select(chosen)).to_list()
