@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rcpo.commands.flags import Flags, add_array_flags, positive_int
 from rcpo.commands.settings import Setting, add_settings, names, split_words, whole_number, yes_or_no
 from rcpo.common.errors import UserError
+from rcpo.config.evaluation import OF_QUESTIONS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,8 +29,10 @@ SETTINGS = (
     ),
     Setting("tasks_dir", "a folder of lm-eval's task files (YAML) of your own"),
     Setting("questions", "of yes_no: a file, a folder or a hub id, in the form of POPE's rows"),
+    Setting("questions_images", "the folder of their images (default: that of the file)"),
     Setting("questions_split", "which split of such a data set, where it has several"),
     Setting("questions_config", "which config of such a data set, where it has several"),
+    Setting("questions_revision", "which branch, tag or commit of a hub id (default: main)"),
     Setting("step", "the runs' checkpoints of that step, in place of their ends"),
     Setting(
         "initial", "yes (default): the models that runs started from, too", yes_or_no, True, ("yes", "no")
@@ -40,9 +43,7 @@ SETTINGS = (
     Setting("chat", "yes: lm-eval's questions as user turns (default: no)", yes_or_no, None, ("yes", "no")),
 )
 
-OF_OPTION = (
-    "tasks", "tasks_dir", "batch", "limit", "chat", "questions", "questions_split", "questions_config",
-)  # fmt: skip
+OF_OPTION = ("tasks", "tasks_dir", "batch", "limit", "chat", *OF_QUESTIONS)
 """Those that stand for keys of an option of the group evaluation."""
 
 
@@ -231,6 +232,33 @@ def _print(console: object, tasks: list[str], found: "list[tuple[Subject, dict[s
         table.add_row(*line)
     assert isinstance(console, Console)
     console.print(table)
+    for task in tasks:
+        _print_categories(console, task, found)
+
+
+def _print_categories(
+    console: "Console", task: str, found: "list[tuple[Subject, dict[str, TaskResult]]]"
+) -> None:
+    """A line a model and category, where questions have some; the same initial model once."""
+    from rich.table import Table
+
+    from rcpo.evaluation.results import INITIAL
+
+    names = ("accuracy", "precision", "recall", "f1", "yes_rate", "generated_accuracy")
+    table, seen = Table("model", "which", task, *names, box=None, pad_edge=False), set[str]()
+    for subject, results in found:
+        is_initial = subject.when == INITIAL
+        if is_initial and subject.fingerprint in seen:
+            continue
+        seen |= {subject.fingerprint} if is_initial else set()
+        metrics, name = results[task].metrics, "initial model" if is_initial else subject.name
+        for category in dict.fromkeys(key.rpartition("/")[0] for key in metrics if "/" in key):
+            own = [metrics.get(f"{category}/{each}") for each in names]
+            numbers = ["-" if score is None else f"{score.value:.3f}" for score in own]
+            table.add_row(name, "" if is_initial else subject.when, category, *numbers)
+    if table.rows:
+        console.print()
+        console.print(table)
 
 
 def _text(result: "TaskResult") -> str:

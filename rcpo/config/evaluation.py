@@ -16,8 +16,12 @@ from rcpo.config.types import STRICT, Positive, Text
 YES_NO = "yes_no"
 OWN = ("arithmetic", YES_NO)
 """Tasks that need no package and no network; all others are lm-eval's, or of a folder of the user's."""
-MAY_SHOW = (YES_NO,)
-"""Tasks whose questions may have images; models that see are asked no others."""
+ASKS_TEXT = ("arithmetic",)
+"""Tasks that models for images and text alone are not asked."""
+OF_QUESTIONS = (
+    "questions", "questions_images", "questions_split", "questions_config", "questions_revision",
+)  # fmt: skip
+"""Keys that are of yes_no alone."""
 DEFAULT = "word_problems"
 
 
@@ -37,12 +41,17 @@ class EvaluationConfig:
     batch: Positive = IN_CONF
     """Prompts at once."""
     questions: Text | None = IN_CONF
-    """Of yes_no: a file, a folder of `datasets` or a hub id with a row a question, as POPE has them: text (or
-    question), label (or answer), which is yes or no, and image, whose path is relative to the file."""
+    """Of yes_no: a file, a glob, a folder of `datasets` or a hub id with a row a question, as POPE has them:
+    text (or question), label (or answer), which is yes or no, and image, whose path is relative to the file.
+    Scores are of each category too, where a column says which, or several files do."""
+    questions_images: Text | None = IN_CONF
+    """Folder that the images' paths are relative to; null: that of the file."""
     questions_split: Text | None = IN_CONF
     """Which split of such a data set; null: the only one."""
     questions_config: Text | None = IN_CONF
     """Which config of such a data set, where it has several."""
+    questions_revision: Text | None = IN_CONF
+    """Branch, tag or commit of a hub id in questions; null: main. The run keeps the commit."""
 
     @property
     def folder(self) -> Path | None:

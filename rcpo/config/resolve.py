@@ -13,6 +13,7 @@ from rcpo.common.errors import UserError
 from rcpo.config.names import (
     BUILTIN,
     absolute,
+    absolute_glob,
     absolute_run_dir,
     all_absolute,
     check_name,
@@ -77,7 +78,10 @@ def resolve(
             deepspeed=dataclasses.replace(config.deepspeed, stage=_stage(config, device)),
             tracking=_tracking(config),
             evaluation=dataclasses.replace(
-                config.evaluation, tasks_dir=absolute(config.evaluation.tasks_dir)
+                config.evaluation,
+                tasks_dir=absolute(config.evaluation.tasks_dir),
+                questions=config.evaluation.questions and absolute_glob(config.evaluation.questions),
+                questions_images=absolute(config.evaluation.questions_images),
             ),
         )
     )

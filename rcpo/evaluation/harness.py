@@ -1,8 +1,8 @@
 """Tasks of lm-eval (the extra [evaluate]), used as a library: its own, and YAML files in a folder of the
 user's.
 
-Owns which tasks there are, and what of lm-eval's answer is kept. lm-eval asks the model; rcpo has loaded it,
-so that adapters and checkpoints are what `rcpo.evaluation.subject` says."""
+Owns which tasks there are, which of them show images, and what of lm-eval's answer is kept. lm-eval asks the
+model; rcpo has loaded it, so that adapters and checkpoints are what `rcpo.evaluation.subject` says."""
 
 import contextlib
 import difflib
@@ -15,14 +15,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from rcpo.common.errors import UserError, first_line
 from rcpo.config.evaluation import refuse_missing_harness
+from rcpo.data.pictures import sight_of
 from rcpo.evaluation.decoding import see_masks
 from rcpo.evaluation.results import Score, score_of
-from rcpo.evaluation.subject import Loaded
+from rcpo.evaluation.subject import Loaded, Subject
 
 MOST_NAMED = 5
 """Names of tasks that an error lists."""
+GENERATED = "generate_until"
+"""lm-eval's kind of tasks whose answers are written."""
 
 
 class Harness:
@@ -49,13 +54,36 @@ class Harness:
                 f"tasks={name}: no such task; {hint} arithmetic is rcpo's own; choose one of them"
             )
         try:
-            return self._manager.load([name])
+            loaded = self._manager.load([name])
         # A task file, its data and the hub raise whatever they like.
         except Exception as error:
             raise UserError(
                 f"tasks={name}: cannot be loaded ({first_line(error)}); give a task whose data are on this "
                 "machine, or mend its file"
             ) from None
+        for task in loaded["tasks"].values():
+            if task.config.doc_to_audio:
+                raise UserError(
+                    f"tasks={name}: plays sounds ({task.task_name}); give tasks of text and images"
+                )
+            if task.config.doc_to_image and task.OUTPUT_TYPE != GENERATED:
+                raise UserError(
+                    f"tasks={name}: shows images, and lm-eval asks such tasks for answers that are written "
+                    f"alone; {task.task_name} has output_type {task.OUTPUT_TYPE}: give one of {GENERATED}"
+                )
+        return loaded
+
+    def shows(self, name: str) -> bool:
+        """Whether questions have images."""
+        return any(task.config.doc_to_image for task in self._loaded[name]["tasks"].values())
+
+    def refuse(self, name: str, subject: Subject) -> None:
+        """Raise UserError where questions have images and the model reads text alone."""
+        if self.shows(name) and sight_of(subject.tokenizer(may_see=True)) is None:
+            raise UserError(
+                f"tasks={name}: the questions have images, and {subject.name} reads text alone; give a "
+                "vision-language model, or tasks of text"
+            )
 
     def digest(self, name: str) -> str:
         """Of what is asked: the task's settings, its version and how many questions it has."""
@@ -67,26 +95,42 @@ class Harness:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def ask(self, name: str, loaded: Loaded, batch: int) -> tuple[dict[str, Score], list[dict[str, Any]]]:
-        """Scores with lm-eval's standard errors, and a row a question."""
+        """Scores with lm-eval's standard errors, and a row a question. Raises UserError where lm-eval cannot
+        ask them."""
         from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
 
         see_masks(loaded.model)
         with _quiet():
-            model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch)
-            found = simple_evaluate(
-                model,
-                tasks=[name],
-                task_manager=self._manager,
-                limit=self._limit,
-                apply_chat_template=self._is_chat,
-            )
+            try:
+                found = simple_evaluate(
+                    self._model(name, loaded, batch),
+                    tasks=[name],
+                    task_manager=self._manager,
+                    limit=self._limit,
+                    apply_chat_template=self._is_chat,
+                )
+            # Of what a processor, a template or a model cannot take, each raises a class of its own.
+            except (ValueError, TypeError, RuntimeError, LookupError, AttributeError, TemplateError) as error:
+                raise UserError(
+                    f"tasks={name}: lm-eval could not ask {loaded.subject.name} ({first_line(error)}); "
+                    "give another task, a smaller batch or limit, or mend its file"
+                ) from error
         rows, metrics = found["samples"], _scores(found["results"].get(name, {}))
         main = next(iter(metrics), None) or _first_metric(rows)
         questions = [_question(task, row, main) for task, own in rows.items() for row in own]
         if not metrics:  # a tag, or a group without a mean of its own
             metrics = {str(main): score_of([float(row["value"]) for row in questions])}
         return metrics, questions
+
+    def _model(self, name: str, loaded: Loaded, batch: int) -> Any:
+        """The loaded model as lm-eval knows models."""
+        if (sight := sight_of(loaded.tokenizer)) is not None:
+            from rcpo.evaluation.harness_images import SeeingLM
+
+            return SeeingLM(loaded, sight, batch, self.shows(name))
+        from lm_eval.models.huggingface import HFLM
+
+        return HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch)
 
 
 def _manager(names: Sequence[str], folder: Path | None) -> Any:

@@ -40,6 +40,8 @@ class TaskResult:
     num_questions: int
     made_with: dict[str, Any]
     """Weights and settings: equal where another evaluation would find the same."""
+    source: str | None = None
+    """Where the questions come from, where that may change: ID@COMMIT of a data set of the hub."""
 
     @property
     def main(self) -> tuple[str, Score]:
@@ -108,4 +110,4 @@ def result_of(entry: dict[str, Any]) -> TaskResult:
     metrics = {name: Score(**score) for name, score in entry["metrics"].items()}
     if not metrics:
         raise ValueError("no metric")
-    return TaskResult(metrics, entry["num_questions"], entry["made_with"])
+    return TaskResult(metrics, entry["num_questions"], entry["made_with"], entry.get("source"))

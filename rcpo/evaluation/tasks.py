@@ -10,7 +10,7 @@ from typing import Any
 
 from rcpo.common.code_version import code_hash
 from rcpo.common.errors import UserError
-from rcpo.config.evaluation import MAY_SHOW, OWN, YES_NO, EvaluationConfig
+from rcpo.config.evaluation import ASKS_TEXT, OF_QUESTIONS, OWN, YES_NO, EvaluationConfig
 from rcpo.evaluation import arithmetic
 from rcpo.evaluation.harness import Harness
 from rcpo.evaluation.kept import keep, kept, turn
@@ -31,11 +31,12 @@ class Evaluation:
         """Raises UserError for a task that there is not, and for one without its questions."""
         self.tasks, self._batch, self._is_chat = list(asked.tasks), asked.batch, asked.chat
         self._known: dict[str, Found] = {}
-        if asked.questions is not None and YES_NO not in asked.tasks:
-            raise UserError(
-                f"questions={asked.questions}: no task asks them; type tasks={YES_NO} as well, or leave "
-                "them out"
-            )
+        for key in OF_QUESTIONS if YES_NO not in asked.tasks else ():
+            if (given := getattr(asked, key)) is not None:
+                raise UserError(
+                    f"{key}={given}: no task asks questions of yours; type tasks={YES_NO} as well, or leave "
+                    "it out"
+                )
         self._questions = Questions(asked) if YES_NO in asked.tasks else None
         self._harness: Harness | None = None
         if theirs := [task for task in asked.tasks if task not in OWN]:
@@ -59,7 +60,10 @@ class Evaluation:
                         say(f"{subject.name} {subject.when}: {task}")
                         loaded = loaded or Loaded(subject, may_see=True)
                         metrics, questions = self._ask(task, loaded)
-                        known = TaskResult(metrics, len(questions), made_with), questions
+                        source = (
+                            self._questions.source if task == YES_NO and self._questions is not None else None
+                        )
+                        known = TaskResult(metrics, len(questions), made_with, source), questions
                         if is_shared:
                             keep(KIND, _versioned(key), {"result": asdict(known[0]), "questions": questions})
                 self._known[key] = result, questions = known
@@ -83,13 +87,15 @@ class Evaluation:
     def _refuse(self, subject: Subject, task: str) -> None:
         """Raise UserError where questions are user turns and the model has no chat template, or where they
         show images and it sees none, or the other way round; before its weights are loaded."""
-        if subject.only_sees and task not in MAY_SHOW:
+        if subject.only_sees and task in ASKS_TEXT:
             raise UserError(
                 f"tasks={task}: asks text alone, and {subject.name} sees images; type tasks={YES_NO} "
-                "questions=FILE"
+                "questions=FILE, or a task of lm-eval's"
             )
         if task == YES_NO and self._questions is not None:
             self._questions.refuse(subject)
+        if task not in OWN and self._harness is not None:
+            self._harness.refuse(task, subject)
         if (task in OWN or self._is_chat) and subject.tokenizer(may_see=True).chat_template is None:
             what = f"tasks={task}" if task in OWN else "chat=yes"
             raise UserError(

@@ -5,17 +5,11 @@ A question is scored twice. By log-probability: whether yes is likelier than no 
 answer; p(yes) is the sum over yes and Yes, as far as the model has tokens for them. By generation: the first
 word of a greedy answer; one that begins with neither is unreadable. Both come from one pass.
 
-Reads the questions too: POPE's own rows, {"question_id", "image", "text", "label"}, or with `question` and
-`answer` in the place of text and label, from files, folders and data sets of the hub. Called by
-`rcpo.evaluation.tasks`."""
+Does not read the questions (`rcpo.evaluation.questions`). Called by `rcpo.evaluation.tasks`."""
 
-import functools
-import hashlib
-import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -25,80 +19,33 @@ from rcpo.config.evaluation import YES_NO, EvaluationConfig
 from rcpo.data.tokenize import tokenize_records
 from rcpo.evaluation.decoding import Answer, Decoding, answer_all
 from rcpo.evaluation.generation import asked_first
-from rcpo.evaluation.prompts import MEGAPIXELS, Prompt
+from rcpo.evaluation.questions import Question, read_questions
 from rcpo.evaluation.results import Score, score_of
 from rcpo.evaluation.subject import Loaded, Subject
 from rcpo.records.arithmetic import assistant_turn, user_turn
-from rcpo.records.images import COLUMNS, Image, refuse_missing, with_images
-from rcpo.records.places import Place
-from rcpo.records.readers import Rows, read_rows
-from rcpo.records.record import BadRowError, PreferenceRecord
+from rcpo.records.record import PreferenceRecord
 
 WORDS = (("yes", "no"), ("Yes", "No"))
 """How an answer may begin."""
-TEXTS, LABELS = ("text", "question"), ("label", "answer")
-"""Names of columns: POPE's own, and those of its data sets on the hub."""
 NEW_TOKENS = 8
 """Of an answer, of which the first word counts."""
 UNREADABLE = "unreadable"
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is asked."""
-
-    text: str
-    is_yes: bool
-    """The right answer."""
-    prompt: Prompt
+NO_CATEGORY = "none"
+"""Of rows without one, among others that have one."""
 
 
 class Questions:
-    """All questions of a run of `rcpo evaluate`."""
+    """All questions of a run of `rcpo evaluate`, and their asking."""
 
     def __init__(self, config: EvaluationConfig) -> None:
-        """Raises UserError where they cannot be read: no file, no such column, a label that is neither yes
-        nor no, an image that is not there."""
-        if config.questions is None:
-            raise UserError(f"tasks={YES_NO}: has no questions of its own; type questions=FILE.jsonl as well")
-        self._where = f"questions={config.questions}"
-        place = Place(
-            config.questions, config.questions_split, "questions", "questions_split",
-            config.questions_config, "questions_config",
-        )  # fmt: skip
-        rows = read_rows(place, {*TEXTS, *LABELS, *COLUMNS})
-        text, label = (_column(names, rows, place) for names in (TEXTS, LABELS))
-        found = []
-        for number, row in zip(rows.numbers[: config.limit], rows.rows, strict=False):
-            try:
-                found.append(_question(row, text, label, number, rows))
-            except BadRowError as error:
-                raise UserError(
-                    f"{self._where}: {rows.where(number)}: {error}; mend it or leave it out"
-                ) from None
-        self.questions: Sequence[Question] = found
-
-    @property
-    def have_images(self) -> bool:
-        return any(question.prompt.images for question in self.questions)
-
-    @functools.cached_property
-    def digest(self) -> str:
-        """Of texts, labels and images."""
-        images: dict[str, str] = {}
-
-        def of(image: Image) -> str:
-            if image.identity not in images:
-                images[image.identity] = image.digest()
-            return images[image.identity]
-
-        parts = [[each.text, each.is_yes, *map(of, each.prompt.images)] for each in self.questions]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        """Raises UserError where they cannot be read: `read_questions`."""
+        self._set = read_questions(config)
+        self.questions, self.digest, self.source = self._set.questions, self._set.digest, self._set.source
 
     def refuse(self, subject: Subject) -> None:
         """Raise UserError where the model reads text alone and a question shows an image, or where it has no
         words for an answer."""
-        if self.have_images and not subject.sees:
+        if self._set.have_images and not subject.sees:
             raise UserError(
                 f"tasks={YES_NO}: the questions have images, and {subject.name} reads text alone; give a "
                 "vision-language model, or questions without images"
@@ -112,7 +59,7 @@ class Questions:
         asking, subject = loaded.asking, loaded.subject
         yes, no = first_tokens(loaded.tokenizer, subject.model.chat_template_kwargs)
         prompts = [question.prompt for question in self.questions]
-        asked = asked_first(asking, prompts, self._where, None)
+        asked = asked_first(asking, prompts, self._set.where, None)
         decoding = Decoding(max_new_tokens=NEW_TOKENS, answers_per_batch=batch)
         answers: dict[int, Answer] = {}
         for found in answer_all(loaded.model, asked, decoding, asking.stop_ids, asking.pad_id, [*yes, *no]):
@@ -121,7 +68,7 @@ class Questions:
         for place, question in enumerate(self.questions):
             answer = answers[place]
             if not answer.watched:
-                raise UserError(f"{self._where}: row {place} (counted from 0) leaves the model no room")
+                raise UserError(f"{self._set.where}: row {place} (counted from 0) leaves the model no room")
             log_yes, log_no = _log_sum(answer.watched[: len(yes)]), _log_sum(answer.watched[len(yes) :])
             rows.append(_row(place, question, log_yes - log_no, asking.text(answer.ids)))
         return scores(rows), rows
@@ -178,6 +125,16 @@ class Counts(NamedTuple):
 
 
 def scores(rows: Sequence[dict[str, Any]]) -> dict[str, Score]:
+    """Of all rows, and of each category, where there are several, behind CATEGORY/."""
+    found = _scores(rows)
+    categories = dict.fromkeys(row.get("category") for row in rows)
+    for each in categories if len(categories) > 1 else ():
+        own = _scores([row for row in rows if row.get("category") == each])
+        found |= {f"{each or NO_CATEGORY}/{name}": score for name, score in own.items()}
+    return found
+
+
+def _scores(rows: Sequence[dict[str, Any]]) -> dict[str, Score]:
     """accuracy, precision, recall, f1 (of yes) and yes_rate by log-probability; the same by generation behind
     `generated_`, where an unreadable answer is wrong and no yes, and `unreadable`, their share."""
     is_yes = [row["label"] == "yes" for row in rows]
@@ -201,6 +158,7 @@ def _row(place: int, question: Question, log_odds: float, answer: str) -> dict[s
     value = 0.5 if log_odds == 0 else float((log_odds > 0) == question.is_yes)
     return {
         "id": str(place),
+        "category": question.category,
         "value": value,
         "label": label,
         "log_odds": log_odds,
@@ -214,25 +172,3 @@ def _log_sum(values: Sequence[float]) -> float:
     """log of the sum of the probabilities; -inf of none."""
     largest = max(values)
     return largest + math.log(math.fsum(math.exp(each - largest) for each in values))
-
-
-def _column(names: Sequence[str], rows: Rows, place: Place) -> str:
-    for name in names:
-        if name in rows.columns:
-            return name
-    known = ", ".join(map(str, rows.columns))
-    raise place.error(f"has neither a column {' nor '.join(names)}, but {known}; rename one")
-
-
-def _question(row: dict[str, Any], text: str, label: str, number: int, rows: Rows) -> Question:
-    """Raises BadRowError."""
-    asked, right = row.get(text), row.get(label)
-    if not isinstance(asked, str) or not asked.strip():
-        raise BadRowError(f"its {text} is no text")
-    said = right.strip().casefold() if isinstance(right, str) else right
-    if said not in ("yes", "no"):
-        raise BadRowError(f"its {label} is {right!r}, which is neither yes nor no")
-    record = PreferenceRecord(user_turn(asked), [], [], number)
-    record = with_images(record, row, lambda: rows.folder_of(number), MEGAPIXELS)
-    refuse_missing(record.images)
-    return Question(asked, said == "yes", Prompt(record.prompt, images=record.images))

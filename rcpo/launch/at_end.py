@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from rcpo.common.errors import UserError, first_line
-from rcpo.config.evaluation import EvaluationConfig, refuse_missing_harness
+from rcpo.config.evaluation import OF_QUESTIONS, EvaluationConfig, refuse_missing_harness
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.ranks.stopping import interrupting
 from rcpo.runs.folder import RunFolder
@@ -56,7 +56,7 @@ def _scores(config: ResolvedConfig, run: RunFolder) -> dict[str, float]:
 def _command(asked: EvaluationConfig, run: RunFolder) -> str:
     """The words that ask the same later."""
     given = {"tasks": ",".join(asked.tasks), "tasks_dir": asked.tasks_dir, "limit": asked.limit}
-    given |= {key: getattr(asked, key) for key in ("questions", "questions_split", "questions_config")}
+    given |= {key: getattr(asked, key) for key in OF_QUESTIONS}
     given["chat"] = "yes" if asked.chat else None
     words = [f"{key}={value}" for key, value in given.items() if value is not None]
     return shlex.join(["rcpo", "evaluate", run.shown(run.path), *words])

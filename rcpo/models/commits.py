@@ -4,12 +4,12 @@ import dataclasses
 
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.models.hub import commit_of, commit_of_adapter, is_hub_id
-from rcpo.records.hub import revisions_at_commits
+from rcpo.records.hub import commit_of_questions, revisions_at_commits
 
 
 def at_commit(config: ResolvedConfig) -> ResolvedConfig:
-    """`config` with model.revision, reference.revision, model.lora.adapter_revision and data.revision as
-    commits. Raises UserError where the hub has none and none is here."""
+    """`config` with model.revision, reference.revision, model.lora.adapter_revision, data.revision and
+    evaluation.questions_revision as commits. Raises UserError where the hub has none and none is here."""
     model, reference, lora = config.model, config.reference, config.model.lora
     if is_hub_id(model.path):
         model = dataclasses.replace(model, revision=commit_of(model.path, model.revision))
@@ -21,4 +21,7 @@ def at_commit(config: ResolvedConfig) -> ResolvedConfig:
         commit = commit_of(str(reference.path), reference.revision)
         reference = dataclasses.replace(reference, revision=commit)
     data = dataclasses.replace(config.data, revision=revisions_at_commits(config.data))
-    return dataclasses.replace(config, model=model, reference=reference, data=data)
+    evaluation = config.evaluation
+    if config.train.evaluate is not None and (commit := commit_of_questions(evaluation)) is not None:
+        evaluation = dataclasses.replace(evaluation, questions_revision=commit)
+    return dataclasses.replace(config, model=model, reference=reference, data=data, evaluation=evaluation)

@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from rcpo.common.errors import UserError
-from rcpo.config.evaluation import MAY_SHOW
+from rcpo.config.evaluation import ASKS_TEXT
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.config.schema import ModelConfig
 from rcpo.data.batch import PairBatch
@@ -111,7 +111,7 @@ def check_run_with_images(config: ResolvedConfig, sight: Sight) -> None:
     elif config.metrics.answers:
         key = f"metrics.answers={config.metrics.answers}"
         advice = "answers to images are not there yet; type metrics.answers=0"
-    elif train.evaluate is not None and not set(config.evaluation.tasks) <= set(MAY_SHOW):
+    elif train.evaluate is not None and set(config.evaluation.tasks) & set(ASKS_TEXT):
         key = f"train.evaluate={train.evaluate}"
         advice = "asks text alone; type train.evaluate=yes_no evaluation.questions=FILE, or null"
     elif config.data.unpair:

@@ -10,14 +10,15 @@ from typing import Any
 
 from rcpo.common.errors import UserError
 from rcpo.common.hub import COMMIT, SECONDS, HubName, commit_now, unreachable
+from rcpo.config.evaluation import EvaluationConfig
 from rcpo.config.schema import DataConfig
 from rcpo.records.places import is_hub_id
 
-REVISION = "data.revision"
+REVISION, OF_QUESTIONS = "data.revision", "questions_revision"
 
 
-def hub_name(path: str, revision: str | None, key: str) -> HubName:
-    return HubName(path, revision, "data set", key, REVISION)
+def hub_name(path: str, revision: str | None, key: str, revision_key: str = REVISION) -> HubName:
+    return HubName(path, revision, "data set", key, revision_key)
 
 
 @functools.cache
@@ -103,3 +104,11 @@ def revisions_at_commits(config: DataConfig) -> dict[str, str] | str | None:
         if is_hub_id(path)
     }
     return found or config.revision
+
+
+def commit_of_questions(config: EvaluationConfig) -> str | None:
+    """The commit of evaluation.questions where they are a data set of the hub."""
+    path, revision = config.questions, config.questions_revision
+    if path is None or not is_hub_id(path):
+        return None
+    return commit_of_data(hub_name(path, revision, "questions", OF_QUESTIONS))

@@ -39,6 +39,7 @@ class Place:
     config_key: str = "data.config"
     revision: str | Mapping[str, str] | None = None
     """Of hub ids: of all, or by id."""
+    revision_key: str = "data.revision"
 
     @property
     def paths(self) -> tuple[str, ...]:

@@ -49,14 +49,25 @@ class Rows:
         """A row for an error: its number in the whole, and, of several parts, in its own."""
         if len(self.parts) == 1:
             return f"row {number} (counted from 0)"
-        name, start = self.parts[bisect.bisect_right([first for _, first in self.parts], number) - 1]
+        name, start = self._part(number)
         return f"row {number} (counted from 0; row {number - start} of {name})"
 
     def folder_of(self, number: int) -> Path | None:
         """Where the file of a row lies, which paths in it are relative to; None of data of the hub."""
-        name = self.parts[bisect.bisect_right([first for _, first in self.parts], number) - 1][0]
+        name, _ = self._part(number)
         place = Path(name.rpartition(" [")[0] or name).expanduser()
         return place.parent if place.is_file() else place if place.is_dir() else None
+
+    def part_of(self, number: int) -> str | None:
+        """The split, or the file's name without its end, that a row is of; None where there is one alone."""
+        if len(self.parts) == 1:
+            return None
+        name, _ = self._part(number)
+        _, is_split, split = name.removesuffix("]").rpartition(" [")
+        return split if is_split else Path(name).name.partition(".")[0]
+
+    def _part(self, number: int) -> tuple[str, int]:
+        return self.parts[bisect.bisect_right([first for _, first in self.parts], number) - 1]
 
 
 def read_rows(place: Place, wanted: set[str]) -> Rows:
@@ -194,7 +205,8 @@ def _load_hub(place: Place) -> Any:
     path = place.shown
     refuse_absent(place)
     try:
-        return load_at_commit(hub_name(path, place.revision_of(path), place.path_key), place.config)
+        name = hub_name(path, place.revision_of(path), place.path_key, place.revision_key)
+        return load_at_commit(name, place.config)
     except UserError:
         raise
     # No network, no such data set, no access: the hub's clients raise nearly any class.
@@ -247,7 +259,9 @@ def _split_of(loaded: Any, place: Place, split: str | None, wanted: set[str]) ->
         raise _unknown_split(place, named, known)
     dataset = splits[named]
     columns = dataset.column_names
-    kept = _with_files(dataset.select_columns([name for name in columns if name in wanted]))
+    # Of a data set without columns `datasets` has no rows, and what is wrong would not be said.
+    looked_at = [name for name in columns if name in wanted] or columns[:1]
+    kept = _with_files(dataset.select_columns(looked_at))
 
     def take(chosen: range) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = (kept if len(chosen) == len(kept) else kept.select(chosen)).to_list()

@@ -109,6 +109,102 @@ def test_questions_are_those_of_popes_file_and_of_a_data_set_with_other_names(tm
     assert Questions(config_of(questions=str(tmp_path / "pope.jsonl"))).digest != pope.digest
 
 
+POPE_CARD = """---
+configs:
+- config_name: Full
+  data_files:
+  - {split: adversarial, path: Full/adversarial-*}
+  - {split: popular, path: Full/popular-*}
+  - {split: random, path: Full/random-*}
+- config_name: default
+  data_files:
+  - {split: test, path: data/test-*}
+---
+"""
+CATEGORIES = ("adversarial", "popular", "random")
+
+
+def write_as_on_the_hub(folder: Path, rows: list[dict[str, Any]], images: Path) -> Path:
+    """Files and columns of lmms-lab/POPE, whose card is the head of its README.md: the same rows twice."""
+    names = ("id", "question_id", "question", "answer", "image_source", "image", "category")
+    features = datasets.Features(
+        {name: datasets.Value("string") for name in names} | {"image": datasets.Image()}
+    )
+
+    def write(name: str, some: list[dict[str, Any]]) -> None:
+        columns = {
+            "id": [str(row["question_id"]) for row in some],
+            "question_id": [str(row["question_id"]) for row in some],
+            "question": [row["text"] for row in some],
+            "answer": [row["label"] for row in some],
+            "image_source": [row["image"].removesuffix(".png") for row in some],
+            "image": [{"bytes": (images / row["image"]).read_bytes(), "path": row["image"]} for row in some],
+            "category": [row["category"] for row in some],
+        }
+        place = folder / f"{name}-00000-of-00001.parquet"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(place)
+
+    write("data/test", rows)
+    for category in CATEGORIES:
+        write(f"Full/{category}", [row for row in rows if row["category"] == category])
+    (folder / "README.md").write_text(POPE_CARD)
+    return folder
+
+
+@pytest.mark.ci("data sets")
+def test_popes_files_and_its_data_set_of_the_hub_are_read_as_they_are(tmp_path: Path) -> None:
+    """The data set's default config, its config of three splits, and the three files of POPE's repository
+    (coco_pope_random.json, of a JSON object a line) with the images in a folder of their own."""
+    images, files = tmp_path / "val2014", tmp_path / "output"
+    for folder in (images, files):
+        folder.mkdir()
+    rows = make_questions(images, 12)
+    rows = [row | {"category": CATEGORIES[place // 4]} for place, row in enumerate(rows)]
+    hub = write_as_on_the_hub(tmp_path / "POPE", rows, images)
+    found = Questions(config_of(questions=str(hub)))
+    assert [each.text for each in found.questions] == [row["text"] for row in rows]
+    assert [each.category for each in found.questions] == [row["category"] for row in rows]
+    own = {"questions_config": "Full", "questions_split": "adversarial+popular+random"}
+    assert Questions(config_of(questions=str(hub), **own)).digest == found.digest
+    one = Questions(config_of(questions=str(hub), questions_config="Full", questions_split="popular"))
+    assert [each.text for each in one.questions] == [row["text"] for row in rows[4:8]]
+    for category in CATEGORIES:
+        kept = ("question_id", "image", "text", "label")
+        some = [{key: row[key] for key in kept} for row in rows if row["category"] == category]
+        write_lines(files / f"coco_pope_{category}.json", some)
+    settings = {"questions": f"{files}/coco_pope_*.json", "questions_images": str(images)}
+    pope = Questions(config_of(**settings))
+    assert [each.category for each in pope.questions] == [f"coco_pope_{row['category']}" for row in rows]
+    assert [each.prompt.images[0].digest() for each in pope.questions] == [
+        each.prompt.images[0].digest() for each in found.questions
+    ]
+    with pytest.raises(
+        UserError, match=r"row 0 \(.*of .*coco_pope_adversarial.json\): an image file is missing"
+    ):
+        Questions(config_of(questions=settings["questions"]))
+    with pytest.raises(UserError, match=r"questions_images=.*: the images are in the rows, or there are"):
+        Questions(config_of(questions=str(hub), questions_images=str(images)))
+    with pytest.raises(UserError, match="questions_images=gone: is no folder; give that of the images"):
+        Questions(config_of(questions=settings["questions"], questions_images="gone"))
+
+
+def test_categories_have_scores_of_their_own() -> None:
+    """Of popular one of two is right, of random both; one category alone has no more than the whole."""
+    rows = [
+        row("yes", 1.0, "yes") | {"category": "popular"}, row("no", 1.0, "no") | {"category": "popular"},
+        row("yes", 1.0, "yes") | {"category": "random"}, row("no", -1.0, "no") | {"category": "random"},
+    ]  # fmt: skip
+    found = scores(rows)
+    assert next(iter(found)) == "accuracy"
+    assert found["accuracy"].value == 0.75
+    of_popular = {name: found[f"popular/{name}"].value for name in ("accuracy", "precision", "recall", "f1")}
+    assert of_popular == {"accuracy": 0.5, "precision": 0.5, "recall": 1.0, "f1": pytest.approx(2 / 3)}
+    assert found["popular/generated_accuracy"].value == found["random/f1"].value == 1.0
+    assert found["random/yes_rate"].value == 0.5
+    assert not [name for name in scores(rows[:2]) if "/" in name]
+
+
 GOOD = {"image": "a.png", "text": "is there a red square ?", "label": "yes"}
 
 
@@ -123,7 +219,7 @@ GOOD = {"image": "a.png", "text": "is there a red square ?", "label": "yes"}
         ([GOOD], [TINY], "the questions have images, and tiny reads text alone; give a vision"),
         ([GOOD], [SEES], "writes yes and no as the same token, or has no word for them"),
         ([GOOD], [SEES, "tasks=arithmetic,yes_no"], "tasks=arithmetic: asks text alone, and tiny"),
-        ([GOOD], [TINY, "tasks=arithmetic"], "questions=.*: no task asks them; type tasks=yes_no as well"),
+        ([GOOD], [TINY, "tasks=arithmetic"], "questions=.*: no task asks questions of yours; type"),
         ([], [TINY], "questions=.*: is empty; give a file"),
     ],
 )  # fmt: skip

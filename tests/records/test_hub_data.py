@@ -16,7 +16,13 @@ import pytest
 from huggingface_hub import HfApi, errors
 
 from rcpo.common.errors import UserError
+from rcpo.config.compose import compose
+from rcpo.config.evaluation import EvaluationConfig
+from rcpo.config.resolve import resolve
 from rcpo.config.schema import DataConfig
+from rcpo.config.validate import validate
+from rcpo.evaluation.questions import read_questions
+from rcpo.models.commits import at_commit
 from rcpo.records import hub
 from rcpo.records.places import Place, training_place
 from rcpo.records.readers import hub_fingerprint, read_rows
@@ -147,3 +153,27 @@ def test_tokens_are_kept_by_commit(cache: Path) -> None:
         hub_fingerprint(dataclasses.replace(PLACE, revision=revision)) for revision in (OLD, NEW, None)
     )
     assert old != new == found
+
+
+def test_questions_are_of_one_commit_too(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `rcpo evaluate` asks says which, a run keeps it, and faults name the key of the questions."""
+    commit = "c" * 40
+    keep(cache, commit, {"question": ["is it ?"], "answer": ["yes"], "category": ["random"]}, 9)
+    asked = EvaluationConfig(name="yes_no", tasks=["yes_no"], questions=str(PLACE.path))
+    found = read_questions(asked)
+    assert found.source == f"org/My-Pairs@{commit}"
+    assert [each.text for each in found.questions] == ["is it ?"]
+    tree = compose([
+        "train.evaluate=yes_no", "evaluation=yes_no", "evaluation.questions=org/My-Pairs", "tracking=none",
+    ])  # fmt: skip
+    assert tree is not None
+    kept = at_commit(resolve(validate(tree), None)).evaluation
+    assert kept.questions_revision == commit
+    keep(cache, "d" * 40, {"question": ["another ?"], "answer": ["no"]}, 4 * 10**9)
+    hub.commit_of_data.cache_clear()
+    assert read_questions(kept).source == found.source
+    assert read_questions(asked).source == f"org/My-Pairs@{'d' * 40}"
+    with pytest.raises(UserError, match=r"^questions=org/My-Pairs: is not on this machine, and the hub cann"):
+        read_questions(dataclasses.replace(asked, questions_revision="v9"))
+    with pytest.raises(UserError, match=r"^questions=org/My-Pairs: has neither a column text nor question"):
+        read_questions(dataclasses.replace(asked, questions_revision=OLD))
