@@ -280,11 +280,13 @@ def left_out_lines(left_out: Sequence[LeftOut]) -> list[str]:
 
 
 def _downstream_notes(comparison: Comparison) -> list[str]:
-    """What each task's number is, and what the models that the runs started from have."""
+    """What each task's number is, which other engine than transformers asked it, and what the models that the
+    runs started from have."""
     found: dict[str, list[float]] = {}
     for run in (run for group in comparison.groups for run in group.runs):
         for task, item in run.downstream.items():
-            known = found.setdefault(f"{PREFIX}{task}: {item.metric} at the end", [])
+            by = "" if item.engine == TRANSFORMERS else f", by {item.engine}"
+            known = found.setdefault(f"{PREFIX}{task}: {item.metric} at the end{by}", [])
             if item.initial is not None and item.initial not in known:
                 known.append(item.initial)
     return [

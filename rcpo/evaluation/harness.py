@@ -18,6 +18,7 @@ from typing import Any
 from rcpo.common.errors import UserError, first_line
 from rcpo.config.evaluation import refuse_missing_harness
 from rcpo.evaluation.decoding import see_masks
+from rcpo.evaluation.engines import TRANSFORMERS
 from rcpo.evaluation.results import Score, score_of
 from rcpo.evaluation.subject import Loaded
 
@@ -69,11 +70,9 @@ class Harness:
     def ask(self, name: str, loaded: Loaded, batch: int) -> tuple[dict[str, Score], list[dict[str, Any]]]:
         """Scores with lm-eval's standard errors, and a row a question."""
         from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
 
-        see_masks(loaded.model)
         with _quiet():
-            model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch)
+            model = _model(loaded, batch)
             found = simple_evaluate(
                 model,
                 tasks=[name],
@@ -87,6 +86,16 @@ class Harness:
         if not metrics:  # a tag, or a group without a mean of its own
             metrics = {str(main): score_of([float(row["value"]) for row in questions])}
         return metrics, questions
+
+
+def _model(loaded: Loaded, batch: int) -> Any:
+    """lm-eval's own class for the subject's engine."""
+    if loaded.subject.engine != TRANSFORMERS:
+        return loaded.in_vllm.for_harness(loaded.tokenizer, batch)
+    from lm_eval.models.huggingface import HFLM
+
+    see_masks(loaded.model)
+    return HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch)
 
 
 def _manager(names: Sequence[str], folder: Path | None) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 from rcpo.common.errors import UserError
 from rcpo.common.files import replacing, write_atomically
 from rcpo.common.locks import turn_at
+from rcpo.evaluation.engines import TRANSFORMERS
 
 FINAL = "final"
 """A run's model at its end, in results."""
@@ -39,7 +40,7 @@ class TaskResult:
     """The first is the one that tables show."""
     num_questions: int
     made_with: dict[str, Any]
-    """Weights and settings: equal where another evaluation would find the same."""
+    """Weights, settings and engine: equal where another evaluation would find the same."""
 
     @property
     def main(self) -> tuple[str, Score]:
@@ -108,4 +109,5 @@ def result_of(entry: dict[str, Any]) -> TaskResult:
     metrics = {name: Score(**score) for name, score in entry["metrics"].items()}
     if not metrics:
         raise ValueError("no metric")
-    return TaskResult(metrics, entry["num_questions"], entry["made_with"])
+    # Before there were other engines, none was named.
+    return TaskResult(metrics, entry["num_questions"], {"engine": TRANSFORMERS} | entry["made_with"])

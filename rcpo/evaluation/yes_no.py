@@ -24,6 +24,7 @@ from rcpo.common.errors import UserError
 from rcpo.config.evaluation import YES_NO, EvaluationConfig
 from rcpo.data.tokenize import tokenize_records
 from rcpo.evaluation.decoding import Answer, Decoding, answer_all
+from rcpo.evaluation.engines import refuse_images
 from rcpo.evaluation.generation import asked_first
 from rcpo.evaluation.prompts import MEGAPIXELS, Prompt
 from rcpo.evaluation.results import Score, score_of
@@ -103,6 +104,8 @@ class Questions:
                 f"tasks={YES_NO}: the questions have images, and {subject.name} reads text alone; give a "
                 "vision-language model, or questions without images"
             )
+        if self.have_images:
+            refuse_images(subject.engine, f"the questions of tasks={YES_NO} have images")
         tokenizer = subject.tokenizer(may_see=True)
         if tokenizer.chat_template is not None:
             first_tokens(tokenizer, subject.model.chat_template_kwargs)
@@ -115,7 +118,7 @@ class Questions:
         asked = asked_first(asking, prompts, self._where, None)
         decoding = Decoding(max_new_tokens=NEW_TOKENS, answers_per_batch=batch)
         answers: dict[int, Answer] = {}
-        for found in answer_all(loaded.model, asked, decoding, asking.stop_ids, asking.pad_id, [*yes, *no]):
+        for found in answer_all(loaded.writer, asked, decoding, asking.stop_ids, asking.pad_id, [*yes, *no]):
             answers |= found
         rows = []
         for place, question in enumerate(self.questions):
