@@ -118,9 +118,7 @@ def run(options: argparse.Namespace) -> int:
     from rcpo.evaluation.subject import find_subject
     from rcpo.evaluation.tasks import Evaluation, with_initial
 
-    subjects = [
-        find_subject(word, settings.step, settings.chat_template, settings.engine) for word in words
-    ]
+    subjects = [find_subject(word, settings.step, settings.chat_template, settings.engine) for word in words]
     evaluation = Evaluation(option)
     console = RunConsole()
     asked_now = [each for each in subjects if options.again or not evaluation.knows(each)]

@@ -17,6 +17,7 @@ from rcpo.comparison.downstream import PREFIX
 from rcpo.comparison.groups import OF_VISION, OTHER_KIND, PER_PAIR, Comparison, Group, LeftOut
 from rcpo.comparison.load import ComparedRun
 from rcpo.comparison.statistics import mean_and_error
+from rcpo.evaluation.engines import TRANSFORMERS
 
 
 def _last(name: str) -> Callable[[ComparedRun, Group], float]:

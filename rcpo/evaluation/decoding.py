@@ -1,5 +1,5 @@
-"""From prompts as token ids to answers as token ids, by transformers' `generate`, or by another engine that is
-a `Writer`: greedy, or drawn with a seed for every answer.
+"""From prompts as token ids to answers as token ids, by transformers' `generate` or by another engine
+(`Writer`): greedy, or drawn with a seed for every answer.
 
 An answer depends on its prompt and its seed alone. Rows of a batch are padded on the left, where attention
 does not look, and positions are counted from a row's first real token, which `generate` does by the mask. In

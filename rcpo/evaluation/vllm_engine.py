@@ -1,8 +1,9 @@
-"""A model in vLLM, in the place of transformers' `generate` (`engine=vllm`): prompts as token ids in, token ids
-out, as `rcpo.evaluation.decoding` has them; and lm-eval's own `vllm` model of the same weights, for its tasks.
+"""A model in vLLM, in the place of transformers' `generate` (`engine=vllm`): token ids in, token ids out, as
+`rcpo.evaluation.decoding` has them; and lm-eval's own `vllm` model of the same weights, for its tasks.
 
-vLLM computes in a process of its own, which ends with `close`. Adapters go through its LoRA, beside the base's
-weights. Does not render or decode text, and shows no images. Imports vLLM when a model is first asked."""
+vLLM computes in a process of its own, which ends with `close`. Adapters go through its LoRA, beside the
+base's weights. Does not render or decode text, and shows no images. vLLM is imported when a model is first
+asked."""
 
 import contextlib
 import hashlib
@@ -77,9 +78,9 @@ class VllmModel(Writer):
             folder = Path(self._tokens.enter_context(tempfile.TemporaryDirectory()))
             save_tokenizer(tokenizer, folder)
             with self._loading():
-                from lm_eval.models.vllm_causallms import VLLM as OfHarness
+                from lm_eval.models import vllm_causallms
 
-                self._harness = OfHarness(
+                self._harness = vllm_causallms.VLLM(
                     self._place, tokenizer=str(folder), lora_local_path=self._adapter, batch_size=batch,
                     **self._options,
                 )  # fmt: skip
@@ -131,11 +132,10 @@ class VllmModel(Writer):
                     yield
             except Exception as error:
                 said.seek(0)
-                lines = _SAID.findall(said.read().decode("utf-8", "replace"))
+                lines = _SAID.findall(said.read().decode("utf-8", "replace")) or [first_line(error)]
                 raise UserError(
-                    f"engine={VLLM}: {self._name} cannot be loaded by vLLM "
-                    f"({(lines[0] if lines else first_line(error)).strip()[:300]}); leave engine={VLLM} out, or "
-                    "give another model"
+                    f"engine={VLLM}: {self._name} cannot be loaded by vLLM ({lines[0].strip()[:300]}); leave "
+                    f"engine={VLLM} out, or give another model"
                 ) from error
 
 
