@@ -11,11 +11,16 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.adapters import write_sft_adapter
+from helpers.compare_folders import compare, make_run
+from helpers.lm_eval_tasks import write_task
 from helpers.tiny_models import make_llama
 from helpers.wide_heads import WIDTH, write_wide
 from rcpo import cli
 from rcpo.common.errors import UserError
 from rcpo.comparison.downstream import read_downstream
+from rcpo.comparison.forms import as_markdown
+from rcpo.comparison.table import make_lines
 from rcpo.evaluation.decoding import Answer, Asked, Decoding, Task, Writer, answer_all
 from rcpo.evaluation.engines import ENGINES, TRANSFORMERS, VLLM, refuse_missing_engine
 from rcpo.evaluation.results import FINAL, Results, Score, TaskResult
@@ -115,6 +120,24 @@ def test_results_say_their_engine_and_none_is_transformers(tmp_path: Path) -> No
     assert set(found) == set(ENGINES)
 
 
+def test_scores_of_different_engines_are_not_subtracted(tmp_path: Path) -> None:
+    """Two seeds of off and on; of the second, on was asked by vLLM: the difference is of the first alone."""
+    values = {"off": [0.0, 0.0], "on": [1.0, 0.0]}
+    for seed in (0, 1):
+        for calibration, of_questions in values.items():
+            engine = VLLM if (seed, calibration) == (1, "on") else TRANSFORMERS
+            add_result(
+                make_run(tmp_path / f"{calibration}-{seed}", "dpo", calibration, seed), engine, of_questions
+            )
+    comparison = compare(tmp_path)
+    lines = make_lines(comparison)
+    on = next(line.group for line in lines if line.group.calibration == "on")
+    assert on.differences["downstream/sums"].num_seeds == 1
+    said = as_markdown(lines, comparison)
+    assert "downstream/sums: acc at the end." in said
+    assert "downstream/sums: acc at the end, by vllm." in said
+
+
 def test_answers_of_one_engine_are_not_gone_on_with_by_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,6 +188,52 @@ def test_greedy_answers_are_those_of_transformers(tmp_path: Path) -> None:
     torch.testing.assert_close(*watched, atol=1e-4, rtol=1e-4)
     assert draws == backwards[::-1]
     assert draws != [answer._replace(watched=()) for answer in theirs]
+
+
+@pytest.mark.ci("vLLM, where it is installed")
+@pytest.mark.timeout(900)
+def test_an_adapter_beside_its_base_answers_as_merged(tmp_path: Path) -> None:
+    needs_vllm()
+    make_wide_llama(tmp_path / "llama")
+    adapter = write_sft_adapter(tmp_path / "llama", tmp_path / "adapter")
+    asked = [Asked([4 + (5 * num + idx) % 33 for idx in range(1 + num)]) for num in range(8)]
+    ours = in_order(find_subject(str(adapter)).load(), asked, Decoding(max_new_tokens=8), watched=[5, 9])
+    with find_subject(str(adapter), engine=VLLM).writer() as writer:
+        theirs = in_order(writer, asked, Decoding(max_new_tokens=8), watched=[5, 9])
+    assert [answer.ids for answer in theirs] == [answer.ids for answer in ours]
+    watched = [torch.tensor([answer.watched for answer in each]) for each in (theirs, ours)]
+    torch.testing.assert_close(*watched, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.ci("vLLM, where it is installed")
+@pytest.mark.timeout(900)
+def test_commands_say_the_engine_and_score_as_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Word problems and a task of lm-eval's, asked of the model that ships, through vLLM and through
+    transformers; the answers' file says which."""
+    needs_vllm()
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    monkeypatch.chdir(tmp_path)
+    write_wide(Path("wide"))
+    write_task(tmp_path / "tasks")
+    words = ["evaluate", "wide", "tasks=arithmetic,sums", "tasks_dir=tasks"]
+    said = {engine: succeeded(capsys, *words, f"engine={engine}").splitlines() for engine in ENGINES}
+    assert "wide final: arithmetic, by vllm" in said[VLLM]
+    assert said[VLLM][-1] == said[TRANSFORMERS][-1]
+    words = ["generate", "wide", "prompts=arithmetic", "max_new_tokens=16"]
+    succeeded(capsys, *words, "out=v.jsonl", "engine=vllm")
+    succeeded(capsys, *words, "out=t.jsonl")
+    theirs, ours = ([json.loads(line) for line in Path(name).read_text().splitlines()]
+                    for name in ("v.jsonl", "t.jsonl"))  # fmt: skip
+    assert theirs == [line | {"engine": VLLM} for line in ours]
+
+
+def succeeded(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(words))
+    assert stop.value.code == 0
+    return capsys.readouterr().out
 
 
 def make_wide_llama(folder: Path) -> Any:
