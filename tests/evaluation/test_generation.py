@@ -274,7 +274,8 @@ def test_held_out_prompts_are_the_rows_that_the_run_has_noted(place: Path) -> No
     assert len(rows(Path("drawn.jsonl"))) == 2
     folder.update_run(rows={"held_out_rows": [5, 1]})
     run("run", "prompts=held_out", "out=noted.jsonl", "max_new_tokens=1")
-    assert [row["prompt"] for row in rows(Path("noted.jsonl"))] == [texts[5], texts[1]]
+    asked = [row["prompt"][-1]["content"] for row in rows(Path("noted.jsonl"))]
+    assert asked == [texts[5], texts[1]]
     folder.update_run(rows={"held_out_rows": [5, 8]})
     with pytest.raises(SystemExit) as stop:
         cli.main(["generate", "run", "prompts=held_out", "out=lost.jsonl"])
