@@ -16,7 +16,7 @@ def refuse_missing_engine(engine: str) -> None:
     """Raise UserError where the engine is not installed."""
     if engine == VLLM and importlib.util.find_spec("vllm") is None:
         raise UserError(
-            f"engine={VLLM}: vLLM is not installed; type pip install vllm, or leave engine={VLLM} out"
+            f"engine={VLLM}: vLLM is not installed; type pip install 'rcpo[vllm]', or leave engine={VLLM} out"
         )
 
 

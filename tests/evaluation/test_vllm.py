@@ -49,7 +49,9 @@ def test_without_vllm_one_line_says_what_to_type(
 ) -> None:
     without_vllm(monkeypatch)
     monkeypatch.chdir(tmp_path)
-    said = "rcpo: engine=vllm: vLLM is not installed; type pip install vllm, or leave engine=vllm out\n"
+    said = (
+        "rcpo: engine=vllm: vLLM is not installed; type pip install 'rcpo[vllm]', or leave engine=vllm out\n"
+    )
     Path("q.jsonl").write_text(json.dumps({"prompt": QUESTION}) + "\n")
     assert failed(capsys, "generate", TINY, "prompts=q.jsonl", "out=o.jsonl", "engine=vllm") == said
     assert failed(capsys, "evaluate", TINY, "engine=vllm") == said
