@@ -25,7 +25,7 @@ from rcpo.comparison.view import make_view
 from rcpo.config.compose import compose as compose_config
 from rcpo.config.resolve import resolve
 from rcpo.config.validate import validate
-from rcpo.evaluation import arithmetic, tasks
+from rcpo.evaluation import arithmetic
 from rcpo.evaluation.arithmetic import kind_of
 from rcpo.evaluation.harness import Harness
 from rcpo.evaluation.results import INITIAL, Results, Score, TaskResult, score_of
@@ -108,7 +108,6 @@ def test_what_is_known_is_not_asked_again(tmp_path: Path, monkeypatch: pytest.Mo
         return {"exact_match": Score(0.5, None)}, [{"id": "a", "value": 0.5}]
 
     monkeypatch.setattr(arithmetic, "ask", ask)
-    monkeypatch.setattr(tasks, "Loaded", lambda subject, may_see: type("", (), {"subject": subject}))
     runs = [str(make_done(tmp_path / name, f"name={name}")) for name in ("a", "b")]
     evaluate(*runs)
     assert asked == ["a step-000000"]
