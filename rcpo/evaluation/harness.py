@@ -71,7 +71,7 @@ class Harness:
         """Scores with lm-eval's standard errors, and a row a question."""
         from lm_eval import simple_evaluate
 
-        with _quiet():
+        with _quiet(), _faults(loaded):
             model = _model(loaded, batch)
             found = simple_evaluate(
                 model,
@@ -96,6 +96,13 @@ def _model(loaded: Loaded, batch: int) -> Any:
 
     see_masks(loaded.model)
     return HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch)
+
+
+def _faults(loaded: Loaded) -> contextlib.AbstractContextManager[None]:
+    """Of an engine that may fail in a process of its own."""
+    if loaded.subject.engine == TRANSFORMERS:
+        return contextlib.nullcontext()
+    return loaded.in_vllm.one_line_faults("answer")
 
 
 def _manager(names: Sequence[str], folder: Path | None) -> Any:

@@ -27,8 +27,15 @@ from rcpo.models.load import model_place, save_tokenizer
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Of adapters, for which vLLM has room (vllm.config.lora.MaxLoRARanks)."""
-QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
-"""Of its environment, where the user has said nothing: no log, and nothing is sent to its authors."""
+QUIET = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+"""Of its environment, where the user has said nothing: no log but of faults, and nothing is sent to its
+authors."""
+LONGEST_SAID = 10**6
+"""Bytes that are looked at for what went wrong."""
 _SAID = re.compile(r"\b[A-Za-z_.]*(?:Error|Exception): (.+)")
 
 
@@ -51,7 +58,8 @@ class VllmModel(Writer):
             self._options["max_lora_rank"] = lora_room(adapter)
         self._engine: Any = None
         self._harness: Any = None
-        self._tokens = contextlib.ExitStack()
+        self._tokens, files = contextlib.ExitStack(), contextlib.ExitStack()
+        self._said = files.enter_context(tempfile.TemporaryFile("w+b"))  # as long as this is here
 
     @property
     def positions(self) -> int | None:
@@ -65,7 +73,9 @@ class VllmModel(Writer):
             members = tasks[start : start + size]
             prompts = [{"prompt_token_ids": task.asked.ids} for task in members]
             settings = [sampling(task, decoding, stop_ids, watched) for task in members]
-            found = self._llm.generate(prompts, settings, use_tqdm=False, lora_request=self._lora)
+            llm = self._llm
+            with self.one_line_faults("write answers"):
+                found = llm.generate(prompts, settings, use_tqdm=False, lora_request=self._lora)
             yield {
                 task.place: _answer(output.outputs[0], stops, watched)
                 for task, output in zip(members, found, strict=True)
@@ -123,20 +133,30 @@ class VllmModel(Writer):
 
     @contextlib.contextmanager
     def _loading(self) -> Iterator[None]:
-        """Quietly; a fault is one line, which may be of vLLM's process: that one says it on stderr alone."""
+        """What is said on stderr, here and later by the processes that are started, goes to a file."""
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
-        with tempfile.TemporaryFile("w+b") as said:
-            try:
-                with _stderr_into(said.fileno()):
-                    yield
-            except Exception as error:
-                said.seek(0)
-                lines = _SAID.findall(said.read().decode("utf-8", "replace")) or [first_line(error)]
-                raise UserError(
-                    f"engine={VLLM}: {self._name} cannot be loaded by vLLM ({lines[0].strip()[:300]}); leave "
-                    f"engine={VLLM} out, or give another model"
-                ) from error
+        with self.one_line_faults("load it"), _stderr_into(self._said.fileno()):
+            yield
+
+    @contextlib.contextmanager
+    def one_line_faults(self, doing: str) -> Iterator[None]:
+        """Raise UserError for whatever vLLM raises. What went wrong in a process of its own, that process has
+        said on stderr alone."""
+        descriptor = self._said.fileno()
+        start = os.fstat(descriptor).st_size
+        try:
+            yield
+        except UserError:
+            raise
+        # Its exceptions are of many classes, of other libraries too.
+        except Exception as error:
+            said = os.pread(descriptor, LONGEST_SAID, start).decode("utf-8", "replace")
+            why = (_SAID.findall(said) or [first_line(error)])[0].strip()[:300]
+            raise UserError(
+                f"engine={VLLM}: {self._name}: vLLM cannot {doing} ({why}); leave engine={VLLM} out, or give "
+                "another model"
+            ) from error
 
 
 def lora_room(adapter: str) -> int:
