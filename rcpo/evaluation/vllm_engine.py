@@ -58,8 +58,8 @@ class VllmModel(Writer):
             self._options["max_lora_rank"] = lora_room(adapter)
         self._engine: Any = None
         self._harness: Any = None
-        self._tokens, files = contextlib.ExitStack(), contextlib.ExitStack()
-        self._said = files.enter_context(tempfile.TemporaryFile("w+b"))  # as long as this is here
+        self._tokens = contextlib.ExitStack()
+        self._said = tempfile.TemporaryFile("w+b")  # noqa: SIM115  # its processes write into it until they end
 
     @property
     def positions(self) -> int | None:
