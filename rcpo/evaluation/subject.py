@@ -28,6 +28,7 @@ from rcpo.models.load import load_frozen_model, load_tokenizer, model_place, rea
 from rcpo.models.merge import merged_model
 from rcpo.models.places import is_adapter
 from rcpo.models.vision import is_vision, reads_images
+from rcpo.ranks.stopping import ending
 from rcpo.reference.cache import weights_fingerprint
 from rcpo.runs.folder import RunFolder
 from rcpo.runs.frozen import open_run
@@ -96,7 +97,7 @@ class Subject:
         if self.engine == TRANSFORMERS:
             yield self.load()
             return
-        with self.in_vllm() as model:
+        with ending(), self.in_vllm() as model:
             yield model
 
     @cached_property
@@ -150,6 +151,10 @@ class Loaded:
     def writer(self) -> PreTrainedModel | Writer:
         """What writes its answers."""
         return self.model if self.subject.engine == TRANSFORMERS else self.in_vllm
+
+    def ending(self) -> contextlib.AbstractContextManager[None]:
+        """While open, a signal ends the command in order, where an engine has processes of its own."""
+        return contextlib.nullcontext() if self.subject.engine == TRANSFORMERS else ending()
 
     def close(self) -> None:
         """End an engine that has processes of its own."""

@@ -67,6 +67,7 @@ class Evaluation:
                         say(f"{subject.name} {subject.when}: {task}{by}")
                         if loaded is None:
                             loaded = Loaded(subject, may_see=True)
+                            at_end.enter_context(loaded.ending())
                             at_end.callback(loaded.close)
                         metrics, questions = self._ask(task, loaded)
                         known = TaskResult(metrics, len(questions), made_with), questions
