@@ -4,6 +4,7 @@ vLLM is installed, the same greedy answers as transformers'."""
 import importlib.util
 import json
 import shutil
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,26 @@ def test_another_engine_is_given_the_prompts_that_leave_room() -> None:
     for batch in answer_all(Counting(), asked, Decoding(max_new_tokens=3), [2], pad_id=0):
         found |= batch
     assert [found[place].ids for place in range(4)] == [[1, 3], [], [3, 2], [4, 1]]
+
+
+class Ending(Counting):
+    ended = False
+
+    def __enter__(self) -> "Ending":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended = True
+
+
+def test_a_signal_ends_the_engine_before_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM would end this process at once, and leave vLLM's, which hold a GPU's memory."""
+    before, engine = signal.getsignal(signal.SIGTERM), Ending()
+    monkeypatch.setattr(Subject, "in_vllm", lambda subject: engine)
+    with pytest.raises(KeyboardInterrupt), find_subject(TINY, engine=VLLM).writer():
+        signal.raise_signal(signal.SIGTERM)
+    assert engine.ended
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def add_result(run: Path, engine: str | None, values: list[float]) -> None:
