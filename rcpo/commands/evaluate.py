@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rcpo.commands.flags import Flags, add_array_flags, positive_int
-from rcpo.commands.settings import Setting, add_settings, names, split_words, whole_number, yes_or_no
+from rcpo.commands.settings import ENGINE, Setting, add_settings, names, split_words, whole_number, yes_or_no
 from rcpo.common.errors import UserError
 from rcpo.config.evaluation import OF_QUESTIONS
+from rcpo.evaluation.engines import ANSWERS_AT_ONCE, TRANSFORMERS, refuse_missing_engine
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,9 +38,10 @@ SETTINGS = (
     Setting(
         "initial", "yes (default): the models that runs started from, too", yes_or_no, True, ("yes", "no")
     ),
-    Setting("batch", "prompts at once (default: 32)", whole_number(1)),
+    Setting("batch", "prompts at once (default: 32; given to vllm: 256)", whole_number(1)),
     Setting("limit", "only so many of the first questions of yes_no and lm-eval's tasks", whole_number(1)),
     Setting("chat_template", "plain, or a jinja file; by default the model's own"),
+    ENGINE,
     Setting("chat", "yes: lm-eval's questions as user turns (default: no)", yes_or_no, None, ("yes", "no")),
 )
 
@@ -106,7 +108,10 @@ def run(options: argparse.Namespace) -> int:
     from rcpo.common.console import RunConsole
     from rcpo.evaluation.options import option_named, with_settings
 
+    refuse_missing_engine(settings.engine)
     asked = {key: getattr(settings, key) for key in OF_OPTION}
+    if settings.engine != TRANSFORMERS:
+        asked["batch"] = settings.batch or ANSWERS_AT_ONCE[settings.engine]
     option = with_settings(option_named(settings.evaluation), asked)
     if options.slurm is not None:
         return _submit(places, options, option)
@@ -114,7 +119,7 @@ def run(options: argparse.Namespace) -> int:
     from rcpo.evaluation.subject import find_subject
     from rcpo.evaluation.tasks import Evaluation, with_initial
 
-    subjects = [find_subject(word, settings.step, settings.chat_template) for word in words]
+    subjects = [find_subject(word, settings.step, settings.chat_template, settings.engine) for word in words]
     evaluation = Evaluation(option)
     console = RunConsole()
     asked_now = [each for each in subjects if options.again or not evaluation.knows(each)]

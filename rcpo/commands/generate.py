@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rcpo.commands.flags import Flags, check_writable
 from rcpo.commands.settings import (
+    ENGINE,
     Setting,
     add_settings,
     number_in,
@@ -16,10 +17,12 @@ from rcpo.commands.settings import (
 )
 from rcpo.common.errors import UserError
 from rcpo.common.files import write_atomically
+from rcpo.evaluation.engines import TRANSFORMERS, refuse_images, refuse_missing_engine
 
 if TYPE_CHECKING:
     from rcpo.evaluation.prompts import Asking, Prompt
     from rcpo.evaluation.subject import Subject
+    from rcpo.records.record import PreferenceRecord
 
 FORMATS = ("jsonl", "alpaca_eval", "mt_bench", "arena_hard")
 NAMED = ("held_out", "arithmetic")
@@ -40,7 +43,8 @@ SETTINGS = (
     ),
     Setting("seed", "of the draws (default: 0)", whole_number(0), 0),
     Setting("max_new_tokens", "of an answer (default: 512)", whole_number(1), 512),
-    Setting("batch", "prompts at once (default: 16)", whole_number(1), 16),
+    Setting("batch", "prompts at once (default: 16; given to vllm: 256)", whole_number(1)),
+    ENGINE,
     Setting("system", "a system turn for prompts that have none"),
     Setting("chat_template", "plain, or a jinja file; by default the model's own"),
     Setting("name", "the model's name in the file (default: the run's)"),
@@ -71,6 +75,7 @@ def run(options: argparse.Namespace) -> int:
             f"{' '.join(places) or 'nothing'}: give one run folder or model; `rcpo generate --help`"
         )
     out = _check_out(settings, options.overwrite)
+    refuse_missing_engine(settings.engine)
     from rcpo.models.places import refuse_no_run_or_model
 
     refuse_no_run_or_model(places[0])
@@ -80,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
     from rcpo.evaluation.subject import find_subject
     from rcpo.models.load import read_config
 
-    subject = find_subject(places[0], settings.step, settings.chat_template)
+    subject = find_subject(places[0], settings.step, settings.chat_template, settings.engine)
     prompts = read(settings.prompts, subject)
     check_format(settings.format, prompts, settings.answers)
     kwargs = subject.model.chat_template_kwargs
@@ -91,7 +96,9 @@ def run(options: argparse.Namespace) -> int:
     partial = Partial(out, _made_with(settings, subject, prompts), options.overwrite)
     write_atomically_or_say(out, _generate(settings, subject, asking, prompts, first, partial))
     partial.remove()
-    print(f"wrote {out}: {len(prompts) * settings.answers} answers of {settings.name or subject.name}")
+    by = "" if subject.engine == TRANSFORMERS else f", by {subject.engine}"
+    num, name = len(prompts) * settings.answers, settings.name or subject.name
+    print(f"wrote {out}: {num} answers of {name}{by}")
     return 0
 
 
@@ -123,15 +130,33 @@ def read(named: str, subject: "Subject") -> "list[Prompt]":
     if named == "held_out":
         if subject.config is None:
             raise UserError("prompts=held_out: a model has no held-out pairs; give a run, or prompts=FILE")
-        from rcpo.records.load import load_records
-
-        held_out = load_records(subject.config.data).held_out
+        held_out = _held_out(subject)
         return with_rows([record.prompt for record in held_out], [record.images for record in held_out])
     if not Path(named).is_file():
         raise UserError(
             f"prompts={named}: no such file; give one, or type prompts={' or prompts='.join(NAMED)}"
         )
     return read_prompts(Path(named))
+
+
+def _held_out(subject: "Subject") -> "list[PreferenceRecord]":
+    """The records that the run has noted as held out; where it has noted none, those that its data give."""
+    from rcpo.records.load import load_records, records_at
+    from rcpo.records.weights import weighing_of
+
+    assert subject.config is not None
+    assert subject.run is not None
+    data = subject.config.data
+    rows = (subject.run.read_run().get("rows") or {}).get("held_out_rows")
+    if data.source != "file" or not rows:
+        return load_records(data, weighing_of(subject.config.composition)).held_out
+    try:
+        return records_at(data, rows)
+    except KeyError as error:
+        raise UserError(
+            f"prompts=held_out: the run's data has no row {error} any more that was held out; bring the file "
+            "back, or give prompts=FILE"
+        ) from None
 
 
 def _check_images(prompts: "list[Prompt]", subject: "Subject", named: str, form: str) -> None:
@@ -150,12 +175,15 @@ def _check_images(prompts: "list[Prompt]", subject: "Subject", named: str, form:
             f"prompts={named}: row {number} (counted from 0) has an image, and {subject.name} reads text "
             "alone; give a vision-language model, or prompts without images"
         )
+    refuse_images(subject.engine, f"row {number} of the prompts (counted from 0) has an image")
 
 
 def _made_with(settings: argparse.Namespace, subject: "Subject", prompts: "list[Prompt]") -> dict[str, Any]:
     from rcpo.evaluation.generation import digest_of
 
-    keys = ("answers", "temperature", "top_p", "seed", "max_new_tokens", "system", "chat_template")
+    keys = (
+        "answers", "temperature", "top_p", "seed", "max_new_tokens", "system", "chat_template", "engine",
+    )  # fmt: skip
     made_with = {key: getattr(settings, key) for key in keys}
     return made_with | {"prompts": digest_of(prompts), "weights": subject.fingerprint}
 
@@ -171,14 +199,19 @@ def _generate(
     """The file's text."""
     from rcpo.common.console import RunConsole, work_shown
     from rcpo.evaluation.decoding import Decoding
+    from rcpo.evaluation.engines import ANSWERS_AT_ONCE
     from rcpo.evaluation.forms import written
     from rcpo.evaluation.generation import generate
 
-    decoding = Decoding(settings.temperature, settings.top_p, settings.max_new_tokens, settings.batch)
+    batch = settings.batch or ANSWERS_AT_ONCE[subject.engine]
+    decoding = Decoding(settings.temperature, settings.top_p, settings.max_new_tokens, batch)
     total = settings.answers * sum(1 + len(prompt.later) for prompt in prompts)
-    with work_shown(RunConsole(), "generating", total, "answers") as advance:
+    with (
+        work_shown(RunConsole(), "generating", total, "answers") as advance,
+        subject.writer() as writer,
+    ):
         answered = generate(
-            subject.load(),
+            writer,
             asking,
             prompts,
             first,
@@ -188,7 +221,7 @@ def _generate(
             partial,
             advance,
         )
-    return written(settings.format, answered, settings.name or subject.name)
+    return written(settings.format, answered, settings.name or subject.name, subject.engine)
 
 
 def write_atomically_or_say(out: Path, text: str) -> None:

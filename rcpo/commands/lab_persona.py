@@ -242,6 +242,32 @@ class _Watch:
         return found
 
 
+def _shown(numbers: dict[str, Any]) -> tuple[str, ...]:
+    chosen, rejected = (
+        f"{numbers[side]['before']:.3f} -> {numbers[side]['after']:.3f}" for side in ("chosen", "rejected")
+    )
+    lowest = numbers["lowest"]
+    return chosen, f"{lowest['p']:.3f}", str(lowest["step"]), rejected, f"{numbers['fell']:.0%}"
+
+
+def _means(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Over the prompts that were trained by themselves with the same words, objective, calibration and seed;
+    none where there is one alone."""
+    from rcpo.evaluation.one_token_course import mean_of
+
+    alike: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for each in found:
+        label = str(each["pair"]).rpartition("-")[0]
+        key = (label, *(str(each[axis]) for axis in ("objective", "calibration", "seed")))
+        alike.setdefault(key, []).append(each)
+    return [
+        members[0] | {"pair": f"{key[0]}, mean of {len(members)}"}
+        | {"trained": mean_of([each["trained"] for each in members])}
+        for key, members in alike.items()
+        if len(members) > 1
+    ]  # fmt: skip
+
+
 def _print(console: Any, found: Sequence[dict[str, Any]]) -> None:
     from rcpo.sweep.table import new_table
 
@@ -252,15 +278,8 @@ def _print(console: Any, found: Sequence[dict[str, Any]]) -> None:
     several = len({each["seed"] for each in found}) > 1
     columns = ["pair", "objective", "calibration", *(["seed"] if several else [])]
     table = new_table(console, columns, ["p(chosen)", "lowest", "at step", "p(rejected)", "fell"])
-    for each in found:
-        numbers = each[which]
-        chosen, rejected = (
-            f"{numbers[side]['before']:.3f} -> {numbers[side]['after']:.3f}"
-            for side in ("chosen", "rejected")
-        )
-        lowest = numbers["lowest"]
-        shown = (chosen, f"{lowest['p']:.3f}", str(lowest["step"]), rejected, f"{numbers['fell']:.0%}")
-        table.add_row(*(str(each[column]) for column in columns), *shown)
+    for each in [*found, *(_means(found) if is_alone else [])]:
+        table.add_row(*(str(each[column]) for column in columns), *_shown(each[which]))
     said = "the trained prompt" if is_alone else f"{found[0][which]['prompts']} held-out prompts"
     looked = "step" if is_alone else "evaluation"
     console.print(

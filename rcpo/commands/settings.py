@@ -9,6 +9,7 @@ from typing import Any
 
 from rcpo.commands.flags import Flags
 from rcpo.common.errors import UserError, shortened
+from rcpo.evaluation.engines import ENGINES, TRANSFORMERS
 
 _WORD = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
 
@@ -71,6 +72,15 @@ def yes_or_no(text: str) -> bool:
     if text not in ("yes", "no"):
         raise ValueError("must be yes or no")
     return text == "yes"
+
+
+ENGINE = Setting(
+    "engine",
+    "what runs the model: transformers (default), or vllm where it is installed",
+    one_of(ENGINES),
+    TRANSFORMERS,
+    ENGINES,
+)
 
 
 def add_settings(parser: Flags, settings: Sequence[Setting], places: str) -> None:

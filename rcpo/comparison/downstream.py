@@ -22,6 +22,8 @@ class Downstream:
     value: float
     initial: float | None
     """Of the model that the run started from."""
+    engine: str
+    """What asked them: scores of different engines are not subtracted."""
     questions: dict[str, float]
     """Value by question; empty where they are not there any more."""
 
@@ -35,7 +37,13 @@ def read_downstream(run: Path) -> dict[str, Downstream]:
         metric, score = result.main
         initial = before[task].metrics.get(metric) if task in before else None
         questions = _questions(questions_file(run, FINAL, task))
-        found[task] = Downstream(metric, score.value, None if initial is None else initial.value, questions)
+        found[task] = Downstream(
+            metric,
+            score.value,
+            None if initial is None else initial.value,
+            str(result.made_with.get("engine")),
+            questions,
+        )
     return found
 
 

@@ -344,7 +344,9 @@ def _by_question(group: Group, baseline: Group) -> dict[str, np.ndarray]:
         both = [
             (run.downstream[task], off[run.seed][task])
             for run in group.runs
-            if task in run.downstream and task in off.get(run.seed, {})
+            if task in run.downstream
+            and task in off.get(run.seed, {})
+            and run.downstream[task].engine == off[run.seed][task].engine
         ]
         delta = differences_by_question(both) if both else None
         if delta is not None:

@@ -17,6 +17,7 @@ from rcpo.comparison.downstream import PREFIX
 from rcpo.comparison.groups import OF_VISION, OTHER_KIND, PER_PAIR, Comparison, Group, LeftOut
 from rcpo.comparison.load import ComparedRun
 from rcpo.comparison.statistics import mean_and_error
+from rcpo.evaluation.engines import TRANSFORMERS
 
 
 def _last(name: str) -> Callable[[ComparedRun, Group], float]:
@@ -280,11 +281,13 @@ def left_out_lines(left_out: Sequence[LeftOut]) -> list[str]:
 
 
 def _downstream_notes(comparison: Comparison) -> list[str]:
-    """What each task's number is, and what the models that the runs started from have."""
+    """What each task's number is, which other engine than transformers asked it, and what the models that the
+    runs started from have."""
     found: dict[str, list[float]] = {}
     for run in (run for group in comparison.groups for run in group.runs):
         for task, item in run.downstream.items():
-            known = found.setdefault(f"{PREFIX}{task}: {item.metric} at the end", [])
+            by = "" if item.engine == TRANSFORMERS else f", by {item.engine}"
+            known = found.setdefault(f"{PREFIX}{task}: {item.metric} at the end{by}", [])
             if item.initial is not None and item.initial not in known:
                 known.append(item.initial)
     return [

@@ -36,7 +36,7 @@ def ask(loaded: Loaded, batch: int) -> tuple[dict[str, Score], list[dict[str, An
     asked = [Asked(asking.ids(asking.conversation(prompt)), "") for prompt in prompts]
     decoding = Decoding(max_new_tokens=NEW_TOKENS, answers_per_batch=batch)
     answers: dict[int, str] = {}
-    for found in answer_all(loaded.model, asked, decoding, asking.stop_ids, asking.pad_id):
+    for found in answer_all(loaded.writer, asked, decoding, asking.stop_ids, asking.pad_id):
         answers |= {place: asking.text(answer.ids) for place, answer in found.items()}
     rows = [_row(problem, answers[place]) for place, problem in enumerate(problems)]
     kinds = ("exact_match", "near_miss", "other")

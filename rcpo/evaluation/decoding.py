@@ -1,5 +1,5 @@
-"""From prompts as token ids to answers as token ids, by transformers' `generate`: greedy, or drawn with a
-seed for every answer.
+"""From prompts as token ids to answers as token ids, by transformers' `generate` or by another engine
+(`Writer`): greedy, or drawn with a seed for every answer.
 
 An answer depends on its prompt and its seed alone. Rows of a batch are padded on the left, where attention
 does not look, and positions are counted from a row's first real token, which `generate` does by the mask. In
@@ -7,6 +7,7 @@ fp32 the same prompt thus has the same answer whatever it is batched with; bf16 
 shapes. Does not render or decode text (`rcpo.evaluation.prompts`)."""
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -55,8 +56,35 @@ class Answer(NamedTuple):
     """Log-probabilities of the watched tokens as its first one, fp32."""
 
 
-def positions_of(model: PreTrainedModel) -> int | None:
+class Task(NamedTuple):
+    """An answer that is to be written."""
+
+    place: int
+    """Its number."""
+    asked: Asked
+    num_new: int
+    """Tokens that it may have at most."""
+
+
+class Writer(ABC):
+    """An engine that batches by itself, in the place of a model of transformers."""
+
+    @property
+    @abstractmethod
+    def positions(self) -> int | None:
+        """Tokens that the model takes."""
+
+    @abstractmethod
+    def write(
+        self, tasks: Sequence[Task], decoding: Decoding, stop_ids: Sequence[int], watched: Sequence[int]
+    ) -> Iterator[dict[int, Answer]]:
+        """Answers by their places, as `answer_all` gives them."""
+
+
+def positions_of(model: PreTrainedModel | Writer) -> int | None:
     """Tokens that the model takes, where its config says it."""
+    if isinstance(model, Writer):
+        return model.positions
     found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return found if isinstance(found, int) else None
 
@@ -70,7 +98,7 @@ def room(num_prompt: int, decoding: Decoding, positions: int | None) -> int:
 
 @torch.inference_mode()
 def answer_all(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Writer,
     asked: Sequence[Asked],
     decoding: Decoding,
     stop_ids: Sequence[int],
@@ -79,7 +107,6 @@ def answer_all(
 ) -> Iterator[dict[int, Answer]]:
     """Answers by their place in `asked`, batch by batch, the longest prompts first; an empty one where a
     prompt leaves no room. `watched`: tokens whose log-probability as the first of an answer is told."""
-    see_masks(model)
     positions = positions_of(model)
     rooms = [room(len(each.ids), decoding, positions) for each in asked]
     full = [place for place, tokens in enumerate(rooms) if tokens < 1]
@@ -87,6 +114,11 @@ def answer_all(
         yield {place: Answer([], False) for place in full}
     waiting = [place for place, tokens in enumerate(rooms) if tokens >= 1]
     waiting.sort(key=lambda place: (rooms[place], -len(asked[place].ids), asked[place].ids))
+    if isinstance(model, Writer):
+        tasks = [Task(place, asked[place], rooms[place]) for place in waiting]
+        yield from model.write(tasks, decoding, stop_ids, watched)
+        return
+    see_masks(model)
     while waiting:
         tokens = rooms[waiting[0]]
         members = [place for place in waiting[: decoding.answers_per_batch] if rooms[place] == tokens]
@@ -132,12 +164,13 @@ def _answer_batch(
         max_new_tokens=num_new,
         logits_processor=LogitsProcessorList(processors),
     )
-    answers = [_up_to_stop(row, set(stop_ids)) for row in written[:, longest:].tolist()]
+    answers = [up_to_stop(row, set(stop_ids)) for row in written[:, longest:].tolist()]
     rows = [()] * len(answers) if first.found is None else map(tuple, first.found.tolist())
     return [answer._replace(watched=row) for answer, row in zip(answers, rows, strict=True)]
 
 
-def _up_to_stop(ids: list[int], stop_ids: set[int]) -> Answer:
+def up_to_stop(ids: list[int], stop_ids: set[int]) -> Answer:
+    """Without the token that ended it, and what is behind that."""
     end = next((place for place, token in enumerate(ids) if token in stop_ids), None)
     return Answer(ids, False) if end is None else Answer(ids[:end], True)
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rcpo.common.errors import UserError
+from rcpo.evaluation.engines import TRANSFORMERS
 from rcpo.evaluation.prompts import Prompt
 from rcpo.records.messages import Messages, in_parts
 
@@ -84,13 +85,15 @@ def _user_text(prompt: Prompt) -> str | None:
     return str(said[0]) if len(said) == 1 else None
 
 
-def written(name: str, answered: Sequence[Answered], generator: str) -> str:
-    """The file's text. `generator` is the model's name in it."""
+def written(name: str, answered: Sequence[Answered], generator: str, engine: str = TRANSFORMERS) -> str:
+    """The file's text. `generator` is the model's name in it; lines of rcpo's own say another engine than
+    transformers."""
     if name == "alpaca_eval":
         rows = [_alpaca(each, generator) for each in answered]
         return json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
     if name == "jsonl":
-        lines = [line for number, each in enumerate(answered) for line in _plain(number, each)]
+        by = {} if engine == TRANSFORMERS else {"engine": engine}
+        lines = [line | by for number, each in enumerate(answered) for line in _plain(number, each)]
     else:
         now = time.time()
         form = _mt_bench if name == "mt_bench" else _arena_hard

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from rcpo.common.errors import UserError
 from rcpo.common.files import remove, write_atomically
 from rcpo.common.locks import HeldError, hold
-from rcpo.evaluation.decoding import Asked, Decoding, answer_all
+from rcpo.evaluation.decoding import Asked, Decoding, Writer, answer_all
 from rcpo.evaluation.forms import Answered, Turn
 from rcpo.evaluation.prompts import Asking, Prompt, answered
 from rcpo.records.messages import Messages
@@ -131,7 +131,7 @@ def asked_first(asking: Asking, prompts: Sequence[Prompt], where: str, positions
 
 
 def generate(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Writer,
     asking: Asking,
     prompts: Sequence[Prompt],
     first: Sequence[Asked],

@@ -21,6 +21,7 @@ from rcpo.common.errors import UserError, first_line
 from rcpo.config.evaluation import refuse_missing_harness
 from rcpo.data.pictures import sight_of
 from rcpo.evaluation.decoding import see_masks
+from rcpo.evaluation.engines import TRANSFORMERS, refuse_images
 from rcpo.evaluation.results import Score, score_of
 from rcpo.evaluation.subject import Loaded, Subject
 
@@ -84,6 +85,8 @@ class Harness:
                 f"tasks={name}: the questions have images, and {subject.name} reads text alone; give a "
                 "vision-language model, or tasks of text"
             )
+        if self.shows(name):
+            refuse_images(subject.engine, f"the questions of tasks={name} have images")
 
     def digest(self, name: str) -> str:
         """Of what is asked: the task's settings, its version and how many questions it has."""
@@ -99,22 +102,14 @@ class Harness:
         ask them."""
         from lm_eval import simple_evaluate
 
-        see_masks(loaded.model)
-        with _quiet():
-            try:
-                found = simple_evaluate(
-                    self._model(name, loaded, batch),
-                    tasks=[name],
-                    task_manager=self._manager,
-                    limit=self._limit,
-                    apply_chat_template=self._is_chat,
-                )
-            # Of what a processor, a template or a model cannot take, each raises a class of its own.
-            except (ValueError, TypeError, RuntimeError, LookupError, AttributeError, TemplateError) as error:
-                raise UserError(
-                    f"tasks={name}: lm-eval could not ask {loaded.subject.name} ({first_line(error)}); "
-                    "give another task, a smaller batch or limit, or mend its file"
-                ) from error
+        with _quiet(), _faults(name, loaded):
+            found = simple_evaluate(
+                self._model(name, loaded, batch),
+                tasks=[name],
+                task_manager=self._manager,
+                limit=self._limit,
+                apply_chat_template=self._is_chat,
+            )
         rows, metrics = found["samples"], _scores(found["results"].get(name, {}))
         main = next(iter(metrics), None) or _first_metric(rows)
         questions = [_question(task, row, main) for task, own in rows.items() for row in own]
@@ -123,7 +118,10 @@ class Harness:
         return metrics, questions
 
     def _model(self, name: str, loaded: Loaded, batch: int) -> Any:
-        """The loaded model as lm-eval knows models."""
+        """The loaded model as lm-eval knows models, of the subject's engine."""
+        if loaded.subject.engine != TRANSFORMERS:
+            return loaded.in_vllm.for_harness(loaded.tokenizer, batch)
+        see_masks(loaded.model)
         if (sight := sight_of(loaded.tokenizer)) is not None:
             from rcpo.evaluation.harness_images import SeeingLM
 
@@ -131,6 +129,24 @@ class Harness:
         from lm_eval.models.huggingface import HFLM
 
         return HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch)
+
+
+@contextlib.contextmanager
+def _faults(name: str, loaded: Loaded) -> Iterator[None]:
+    """Raise UserError for what a model, its processor or its template cannot take, and for an engine that
+    fails in a process of its own."""
+    if loaded.subject.engine != TRANSFORMERS:
+        with loaded.in_vllm.one_line_faults("answer"):
+            yield
+        return
+    try:
+        yield
+    # Each of them raises a class of its own.
+    except (ValueError, TypeError, RuntimeError, LookupError, AttributeError, TemplateError) as error:
+        raise UserError(
+            f"tasks={name}: lm-eval could not ask {loaded.subject.name} ({first_line(error)}); "
+            "give another task, a smaller batch or limit, or mend its file"
+        ) from error
 
 
 def _manager(names: Sequence[str], folder: Path | None) -> Any:

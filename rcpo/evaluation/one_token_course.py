@@ -5,7 +5,7 @@ one prompt: exp(logps/chosen) of row k + 1 of metrics.jsonl, which is of that pr
 k + 1; the trained model says the end. Does not run a model (`rcpo.evaluation.one_token`)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rcpo.runs.folder import RunFolder
@@ -38,3 +38,20 @@ def summary(course: Mapping[int, float]) -> dict[str, Any]:
         "lowest": {"p": course[step], "step": step},
         "course": [{"step": each, "p": course[each]} for each in sorted(course)],
     }
+
+
+def mean_of(prompts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of several prompts, each trained by itself: means of p(chosen) and p(rejected) before and after and of
+    the smallest p(chosen), whose steps differ, and the share of prompts whose chosen token fell."""
+
+    def mean(values: Sequence[float]) -> float:
+        return math.fsum(values) / len(values)
+
+    sides = {
+        side: {when: mean([each[side][when] for each in prompts]) for when in ("before", "after")}
+        for side in ("chosen", "rejected")
+    }
+    steps = sorted({each["lowest"]["step"] for each in prompts})
+    step = steps[0] if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
+    lowest = {"p": mean([each["lowest"]["p"] for each in prompts]), "step": step}
+    return sides | {"lowest": lowest, "fell": mean([each["fell"] for each in prompts])}

@@ -14,6 +14,7 @@ from typing import Any
 from rcpo.common.errors import UserError
 from rcpo.common.files import replacing, write_atomically
 from rcpo.common.locks import turn_at
+from rcpo.evaluation.engines import TRANSFORMERS
 
 FINAL = "final"
 """A run's model at its end, in results."""
@@ -39,7 +40,7 @@ class TaskResult:
     """The first is the one that tables show."""
     num_questions: int
     made_with: dict[str, Any]
-    """Weights and settings: equal where another evaluation would find the same."""
+    """Weights, settings and engine: equal where another evaluation would find the same."""
     source: str | None = None
     """Where the questions come from, where that may change: ID@COMMIT of a data set of the hub."""
 
@@ -110,4 +111,6 @@ def result_of(entry: dict[str, Any]) -> TaskResult:
     metrics = {name: Score(**score) for name, score in entry["metrics"].items()}
     if not metrics:
         raise ValueError("no metric")
-    return TaskResult(metrics, entry["num_questions"], entry["made_with"], entry.get("source"))
+    # Before there were other engines, none was named.
+    made_with = {"engine": TRANSFORMERS} | entry["made_with"]
+    return TaskResult(metrics, entry["num_questions"], made_with, entry.get("source"))

@@ -3,8 +3,10 @@ base.
 
 Owns which weights, tokenizer and chat settings a word stands for. Loads no weights before `load`."""
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,13 +18,17 @@ from rcpo.common.errors import UserError
 from rcpo.config.names import last_part
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.config.schema import LoraConfig, ModelConfig
+from rcpo.evaluation.decoding import Writer
+from rcpo.evaluation.engines import TRANSFORMERS
 from rcpo.evaluation.prompts import Asking
 from rcpo.evaluation.results import FINAL, INITIAL
+from rcpo.evaluation.vllm_engine import VllmModel
 from rcpo.models.adapter_files import CONFIG_FILE
 from rcpo.models.load import load_frozen_model, load_tokenizer, model_place, read_config
 from rcpo.models.merge import merged_model
 from rcpo.models.places import is_adapter
 from rcpo.models.vision import is_vision, reads_images
+from rcpo.ranks.stopping import ending
 from rcpo.reference.cache import weights_fingerprint
 from rcpo.runs.folder import RunFolder
 from rcpo.runs.frozen import open_run
@@ -43,6 +49,8 @@ class Subject:
     """Of the run."""
     when: str = FINAL
     """Which of the run's models: `FINAL`, or step-N."""
+    engine: str = TRANSFORMERS
+    """What runs it where it answers, one of `rcpo.evaluation.engines.ENGINES`."""
 
     @property
     def device(self) -> torch.device:
@@ -78,6 +86,20 @@ class Subject:
         model = load_frozen_model(config) if self.adapter is None else merged_model(self.adapter, config)
         return model.to(self.device).eval()
 
+    def in_vllm(self) -> VllmModel:
+        """The model in vLLM, which loads it when it is first asked. Raises UserError for an adapter that
+        cannot be read."""
+        return VllmModel(self.name, _with_dtype(self.model, self.device), self.adapter, self.device.type)
+
+    @contextlib.contextmanager
+    def writer(self) -> Iterator[PreTrainedModel | Writer]:
+        """What writes its answers: the model, or its engine, which ends with the context."""
+        if self.engine == TRANSFORMERS:
+            yield self.load()
+            return
+        with ending(), self.in_vllm() as model:
+            yield model
+
     @cached_property
     def fingerprint(self) -> str:
         """The same for the same weights and dtype, wherever they lie; of a hub model by its commit."""
@@ -86,7 +108,9 @@ class Subject:
         return weights_fingerprint(config)
 
 
-def find_subject(word: str, step: str | None = None, chat_template: str | None = None) -> Subject:
+def find_subject(
+    word: str, step: str | None = None, chat_template: str | None = None, engine: str = TRANSFORMERS
+) -> Subject:
     """What `word` stands for: a run folder (its model at the end, or at `step`; 0 is the model that it
     started from), a model folder, an adapter's folder, a hub id or builtin:tiny. Raises UserError where there
     is no such model; `chat_template` is as in model.chat_template."""
@@ -98,6 +122,7 @@ def find_subject(word: str, step: str | None = None, chat_template: str | None =
         )
     else:
         subject = _of_model(word)
+    subject = dataclasses.replace(subject, engine=engine)
     if chat_template is not None:
         subject = dataclasses.replace(
             subject, model=dataclasses.replace(subject.model, chat_template=chat_template)
@@ -106,12 +131,35 @@ def find_subject(word: str, step: str | None = None, chat_template: str | None =
 
 
 class Loaded:
-    """A subject's model, and its tokenizer with what prompts are made of."""
+    """A subject's model, and its tokenizer with what prompts are made of. Its weights are loaded when they
+    are first asked for, by the one engine or the other."""
 
     def __init__(self, subject: Subject, may_see: bool = False) -> None:
         self.subject, self.tokenizer = subject, subject.tokenizer(may_see)
         self.asking = Asking(self.tokenizer, subject.model.chat_template_kwargs, None, subject.system)
-        self.model = subject.load()
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """In transformers."""
+        return self.subject.load()
+
+    @cached_property
+    def in_vllm(self) -> VllmModel:
+        return self.subject.in_vllm()
+
+    @property
+    def writer(self) -> PreTrainedModel | Writer:
+        """What writes its answers."""
+        return self.model if self.subject.engine == TRANSFORMERS else self.in_vllm
+
+    def ending(self) -> contextlib.AbstractContextManager[None]:
+        """While open, a signal ends the command in order, where an engine has processes of its own."""
+        return contextlib.nullcontext() if self.subject.engine == TRANSFORMERS else ending()
+
+    def close(self) -> None:
+        """End an engine that has processes of its own."""
+        if "in_vllm" in self.__dict__:
+            self.in_vllm.close()
 
 
 def initial_of(subject: Subject) -> Subject:

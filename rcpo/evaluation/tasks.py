@@ -12,6 +12,7 @@ from rcpo.common.code_version import code_hash
 from rcpo.common.errors import UserError
 from rcpo.config.evaluation import ASKS_TEXT, OF_QUESTIONS, OWN, YES_NO, EvaluationConfig
 from rcpo.evaluation import arithmetic
+from rcpo.evaluation.engines import TRANSFORMERS
 from rcpo.evaluation.harness import Harness
 from rcpo.evaluation.kept import keep, kept, turn
 from rcpo.evaluation.results import INITIAL, Results, TaskResult, result_of
@@ -44,6 +45,13 @@ class Evaluation:
 
     def of(self, subject: Subject, again: bool, say: Callable[[str], None]) -> dict[str, TaskResult]:
         """Results of all tasks, the run's own first; written into the run's folder task by task."""
+        with contextlib.ExitStack() as at_end:
+            return self._of(subject, again, say, at_end)
+
+    def _of(
+        self, subject: Subject, again: bool, say: Callable[[str], None], at_end: contextlib.ExitStack
+    ) -> dict[str, TaskResult]:
+        by = "" if subject.engine == TRANSFORMERS else f", by {subject.engine}"
         results = None if subject.run is None else Results(subject.run.path)
         before = {} if results is None or again else results.of(subject.when)
         found, loaded = {}, None
@@ -57,8 +65,11 @@ class Evaluation:
                     known = self._known.get(key) or (_shared(key) if is_shared and not again else None)
                     if known is None:
                         self._refuse(subject, task)
-                        say(f"{subject.name} {subject.when}: {task}")
-                        loaded = loaded or Loaded(subject, may_see=True)
+                        say(f"{subject.name} {subject.when}: {task}{by}")
+                        if loaded is None:
+                            loaded = Loaded(subject, may_see=True)
+                            at_end.enter_context(loaded.ending())
+                            at_end.callback(loaded.close)
                         metrics, questions = self._ask(task, loaded)
                         source = (
                             self._questions.source if task == YES_NO and self._questions is not None else None
@@ -120,6 +131,7 @@ class Evaluation:
             data = self._questions.digest
         template = [subject.model.chat_template, subject.model.chat_template_kwargs]
         made_with = {"weights": subject.fingerprint, "data": data, "template": template}
+        made_with["engine"] = subject.engine
         if task in OWN:
             return made_with
         assert self._harness is not None

@@ -18,6 +18,7 @@ from rcpo.common.errors import UserError
 from rcpo.config.evaluation import YES_NO, EvaluationConfig
 from rcpo.data.tokenize import tokenize_records
 from rcpo.evaluation.decoding import Answer, Decoding, answer_all
+from rcpo.evaluation.engines import refuse_images
 from rcpo.evaluation.generation import asked_first
 from rcpo.evaluation.questions import Question, read_questions
 from rcpo.evaluation.results import Score, score_of
@@ -50,6 +51,8 @@ class Questions:
                 f"tasks={YES_NO}: the questions have images, and {subject.name} reads text alone; give a "
                 "vision-language model, or questions without images"
             )
+        if self._set.have_images:
+            refuse_images(subject.engine, f"the questions of tasks={YES_NO} have images")
         tokenizer = subject.tokenizer(may_see=True)
         if tokenizer.chat_template is not None:
             first_tokens(tokenizer, subject.model.chat_template_kwargs)
@@ -62,7 +65,7 @@ class Questions:
         asked = asked_first(asking, prompts, self._set.where, None)
         decoding = Decoding(max_new_tokens=NEW_TOKENS, answers_per_batch=batch)
         answers: dict[int, Answer] = {}
-        for found in answer_all(loaded.model, asked, decoding, asking.stop_ids, asking.pad_id, [*yes, *no]):
+        for found in answer_all(loaded.writer, asked, decoding, asking.stop_ids, asking.pad_id, [*yes, *no]):
             answers |= found
         rows = []
         for place, question in enumerate(self.questions):

@@ -80,6 +80,16 @@ def interrupting() -> contextlib.AbstractContextManager[None]:
     return _handled_with(_interrupt)
 
 
+def ending() -> contextlib.AbstractContextManager[None]:
+    """While open, a signal raises KeyboardInterrupt, as Ctrl-C does: for a command that ends processes of its
+    own first."""
+    return _handled_with(_end)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise InterruptedError(f"stopped by {signal.Signals(number).name}")
 

@@ -122,7 +122,6 @@ def test_an_initial_model_is_asked_once_for_all_processes(monkeypatch: pytest.Mo
         return {"exact_match": Score(0.5, 0.1)}, [{"id": "a", "value": 0.5}]
 
     monkeypatch.setattr(tasks.Evaluation, "_ask", answers)
-    monkeypatch.setattr(tasks, "Loaded", lambda subject, may_see: None)
     (subject,) = [dataclasses.replace(find_subject("builtin:tiny"), when=INITIAL)]
 
     def found(again: bool = False) -> TaskResult:

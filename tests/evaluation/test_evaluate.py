@@ -14,9 +14,9 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-import yaml
 
 from helpers.compare_folders import compare, make_run
+from helpers.lm_eval_tasks import write_task
 from rcpo import cli
 from rcpo.common.errors import UserError
 from rcpo.comparison.forms import as_csv, as_markdown
@@ -25,7 +25,7 @@ from rcpo.comparison.view import make_view
 from rcpo.config.compose import compose as compose_config
 from rcpo.config.resolve import resolve
 from rcpo.config.validate import validate
-from rcpo.evaluation import arithmetic, tasks
+from rcpo.evaluation import arithmetic
 from rcpo.evaluation.arithmetic import kind_of
 from rcpo.evaluation.harness import Harness
 from rcpo.evaluation.results import INITIAL, Results, Score, TaskResult, score_of
@@ -108,7 +108,6 @@ def test_what_is_known_is_not_asked_again(tmp_path: Path, monkeypatch: pytest.Mo
         return {"exact_match": Score(0.5, None)}, [{"id": "a", "value": 0.5}]
 
     monkeypatch.setattr(arithmetic, "ask", ask)
-    monkeypatch.setattr(tasks, "Loaded", lambda subject, may_see: type("", (), {"subject": subject}))
     runs = [str(make_done(tmp_path / name, f"name={name}")) for name in ("a", "b")]
     evaluate(*runs)
     assert asked == ["a step-000000"]
@@ -202,26 +201,6 @@ def test_without_lm_eval_its_tasks_are_refused(monkeypatch: pytest.MonkeyPatch) 
     )
     with pytest.raises(UserError, match=r"^tasks=mmlu: needs lm-eval; type pip install 'rcpo\[evaluate\]'"):
         Harness(["mmlu"], None, None, False)
-
-
-def write_task(folder: Path) -> list[dict[str, Any]]:
-    """A task file with its data beside it: word problems, each with the right answer and two near misses."""
-    folder.mkdir()
-    rows = [
-        {"question": f"<s><|user|>{problem.prompt()}<|assistant|>",
-         "choices": [problem.response(number) for number in (problem.answer, *problem.near_misses()[:2])],
-         "answer": 0}
-        for problem in problem_split(0, 12, 3)[1]
-    ]  # fmt: skip
-    (folder / "sums.json").write_text(json.dumps(rows))
-    entries = {
-        "task": "sums", "dataset_path": "json", "dataset_kwargs": {"data_files": str(folder / "sums.json")},
-        "test_split": "train", "output_type": "multiple_choice", "doc_to_text": "{{question}}",
-        "doc_to_choice": "{{choices}}", "doc_to_target": "answer", "target_delimiter": "",
-        "metric_list": [{"metric": "acc"}],
-    }  # fmt: skip
-    (folder / "sums.yaml").write_text(yaml.safe_dump(entries))
-    return rows
 
 
 @pytest.mark.ci("lm-eval", needs="lm_eval")

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import resource
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,19 @@ from rcpo.builtin.make_tiny import CHAT_TEMPLATE
 from rcpo.commands.generate import FORMATS, SETTINGS
 from rcpo.common.errors import UserError
 from rcpo.common.locks import hold
+from rcpo.config.compose import compose
+from rcpo.config.resolve import resolve
+from rcpo.config.validate import validate
 from rcpo.data.template import apply
 from rcpo.evaluation import generation
 from rcpo.evaluation.decoding import answer_all
 from rcpo.evaluation.forms import markdown_counts
 from rcpo.evaluation.prompts import Asking, Prompt, read_prompts
 from rcpo.evaluation.subject import find_subject
+from rcpo.models.load import model_place
 from rcpo.records.arithmetic import problem_split
+from rcpo.runs.folder import RunFolder
+from rcpo.runs.frozen import config_tree
 
 QUESTION = "alice has three apples and gets four more . how many ?"
 SECOND = "alice has seven apples and drops five of them . how many ?"
@@ -249,6 +256,30 @@ def test_a_full_disk_keeps_what_was_generated(
     assert seen == [24 - len(kept)]
     assert Path("o.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
     assert not Path("o.jsonl.partial").exists()
+
+
+def test_held_out_prompts_are_the_rows_that_the_run_has_noted(place: Path) -> None:
+    """A run of weighted pairs, which were drawn among those that its tokenizer could use: rows 5 and 1. One
+    that has noted none is asked what its data give now."""
+    texts = [problem.prompt() for problem in problem_split(0, 8, 3)[1]]
+    pairs = [{"prompt": text, "chosen": "a", "rejected": "b", "w": 2.0} for text in texts]
+    write("pairs.jsonl", *pairs)
+    words = ["run_dir=run", "data=file", "data.path=pairs.jsonl", "data.eval_pairs=2", "tracking=none"]
+    tree = compose([*words, "data.columns={weight: w}", "objective.sample_weight=weight"])
+    assert tree is not None
+    config, folder = resolve(validate(tree), None), RunFolder("run")
+    folder.create(config, config_tree(config))
+    shutil.copytree(model_place(TINY), folder.final)
+    run("run", "prompts=held_out", "out=drawn.jsonl", "max_new_tokens=1")
+    assert len(rows(Path("drawn.jsonl"))) == 2
+    folder.update_run(rows={"held_out_rows": [5, 1]})
+    run("run", "prompts=held_out", "out=noted.jsonl", "max_new_tokens=1")
+    asked = [row["prompt"][-1]["content"] for row in rows(Path("noted.jsonl"))]
+    assert asked == [texts[5], texts[1]]
+    folder.update_run(rows={"held_out_rows": [5, 8]})
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["generate", "run", "prompts=held_out", "out=lost.jsonl"])
+    assert stop.value.code == 2
 
 
 def test_prompts_in_every_form_are_read(place: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rcpo import cli
+from rcpo.commands.lab_persona import _means
 from rcpo.common.errors import UserError
 from rcpo.data.pairs import SideLogProbs
 from rcpo.evaluation import one_token_course as course
@@ -105,6 +106,31 @@ def test_the_largest_fall_is_during_training(tmp_path: Path) -> None:
     assert [each["p"] for each in of_held_out["course"]] == pytest.approx([0.5, 0.2, 0.4, 0.3])
     assert of_held_out["lowest"] == {"p": pytest.approx(0.2), "step": 2}
     assert course.summary({0: 0.5, 4: 0.25, 2: 0.25})["lowest"]["step"] == 2
+
+
+def test_prompts_that_are_trained_alone_have_a_mean() -> None:
+    """p(chosen) .9 -> .3 and .7 -> .8, p(rejected) .1 -> .5 and .3 -> .1; smallest .2 at step 4 and .6 at
+    step 1; the first fell."""
+    prompts = [
+        {"chosen": {"before": 0.9, "after": 0.3}, "rejected": {"before": 0.1, "after": 0.5},
+         "lowest": {"p": 0.2, "step": 4}, "fell": 1.0},
+        {"chosen": {"before": 0.7, "after": 0.8}, "rejected": {"before": 0.3, "after": 0.1},
+         "lowest": {"p": 0.6, "step": 1}, "fell": 0.0},
+    ]  # fmt: skip
+    found = course.mean_of(prompts)
+    assert found["chosen"] == pytest.approx({"before": 0.8, "after": 0.55})
+    assert found["rejected"] == pytest.approx({"before": 0.2, "after": 0.3})
+    assert found["lowest"] == {"p": pytest.approx(0.4), "step": "1 to 4"}
+    assert found["fell"] == 0.5
+    axes = {"objective": "dpo", "calibration": "off", "seed": 0}
+    cells = [
+        axes | {"pair": f"{label}-{number}", "trained": each}
+        for label in ("yes-no", "no-never")
+        for number, each in enumerate(prompts)
+    ]
+    assert [each["pair"] for each in _means(cells)] == ["yes-no, mean of 2", "no-never, mean of 2"]
+    assert _means(cells)[0]["trained"] == found
+    assert _means(cells[:1]) == []
 
 
 def directions(mean: Tensor) -> list[Tensor]:

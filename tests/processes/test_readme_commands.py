@@ -33,6 +33,7 @@ NOT_RUN = {
     r"--wandb ENTITY|^rcpo sync|^rcpo dashboard (?!.*--print)": "needs W&B; tests/report have a server",
     r"^rcpo judge": "needs a judge; tests/evaluation/test_judge.py has one",
     r"^rcpo lab (persona|refusal)": "trains for minutes; tests/evaluation/test_one_token.py and others do",
+    r"engine=vllm": "needs vLLM; tests/evaluation/test_vllm.py asks it where it is installed",
     r"^rcpo weigh": "needs rows that name their sources; tests/report/test_weigh.py has some",
     r"^rcpo bench": "takes minutes; tests/trainings/test_bench.py does the like",
     r"RUN\|": "is a synopsis; the README's first commands are examples of it",
