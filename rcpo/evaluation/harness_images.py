@@ -15,7 +15,7 @@ from rcpo.evaluation.subject import Loaded
 from rcpo.records.messages import PLACE
 
 
-class SeeingLM(HFMultimodalLM):  # type: ignore[misc]
+class SeeingLM(HFMultimodalLM):
     """A loaded model that sees, for lm-eval: tasks that show images are answered, those of text alone are
     scored and answered as any model's."""
 

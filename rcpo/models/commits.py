@@ -22,6 +22,7 @@ def at_commit(config: ResolvedConfig) -> ResolvedConfig:
         reference = dataclasses.replace(reference, revision=commit)
     data = dataclasses.replace(config.data, revision=revisions_at_commits(config.data))
     evaluation = config.evaluation
-    if config.train.evaluate is not None and (commit := commit_of_questions(evaluation)) is not None:
-        evaluation = dataclasses.replace(evaluation, questions_revision=commit)
+    asked = commit_of_questions(evaluation) if config.train.evaluate is not None else None
+    if asked is not None:
+        evaluation = dataclasses.replace(evaluation, questions_revision=asked)
     return dataclasses.replace(config, model=model, reference=reference, data=data, evaluation=evaluation)
