@@ -29,7 +29,7 @@ PARTS: list[tuple[str, Any, tuple[str, ...]]] = [
     ("calibration", scores.ParameterScores, ("_take", "_deliver", "sides", "reset")),
     ("communication", torch.distributed, ("all_reduce", "reduce", "broadcast", "barrier")),
     ("communication", torch.distributed, ("all_gather_into_tensor", "reduce_scatter_tensor")),
-    ("input", loop, ("_micro_batches", "_mismatched", "_num_tokens")),
+    ("input", loop, ("micro_batches_of", "mismatched_of", "num_tokens_of")),
     ("optimizer", Engine, ("step",)),
     ("body", Engine, ("logprobs", "backward")),
 ]

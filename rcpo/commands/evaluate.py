@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from rcpo.commands.flags import Flags, add_array_flags, positive_int
 from rcpo.commands.settings import ENGINE, Setting, add_settings, names, split_words, whole_number, yes_or_no
 from rcpo.common.errors import UserError
-from rcpo.config.evaluation import OF_QUESTIONS
 from rcpo.evaluation.engines import ANSWERS_AT_ONCE, TRANSFORMERS, refuse_missing_engine
 
 if TYPE_CHECKING:
@@ -45,6 +44,7 @@ SETTINGS = (
     Setting("chat", "yes: lm-eval's questions as user turns (default: no)", yes_or_no, None, ("yes", "no")),
 )
 
+OF_QUESTIONS = tuple(setting.name for setting in SETTINGS if setting.name.startswith("questions"))
 OF_OPTION = ("tasks", "tasks_dir", "batch", "limit", "chat", *OF_QUESTIONS)
 """Those that stand for keys of an option of the group evaluation."""
 

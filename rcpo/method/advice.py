@@ -33,7 +33,9 @@ STARTS = (
     Start(f"{', '.join(LIFT)}: both rise", f"`calibration={AGAINST}`", "the same at the end; cpo, orpo late"),
     Start(", ".join(DO_NOT), "`calibration=off`", "these did not displace"),
     Start("dpo; no passes for measuring", "`calibration=feedback`", "held the chosen one up"),
-    Start("the same; the rejected may rise too", "`calibration=exact` or `on`", "lifted the chosen one most"),
+    Start(
+        "short, sure answers; the rejected may rise", "`calibration=exact` or `on`", "lifted the chosen most"
+    ),
     Start("you only want to look", "`calibration=off metrics.geometry_every=10`", "changes no bit"),
 )
 
