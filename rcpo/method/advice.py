@@ -34,7 +34,7 @@ STARTS = (
     Start(", ".join(DO_NOT), "`calibration=off`", "these did not displace"),
     Start("dpo; no passes for measuring", "`calibration=feedback`", "held the chosen one up"),
     Start(
-        "short, sure answers; the rejected may rise", "`calibration=exact` or `on`", "lifted the chosen most"
+        "short sure answers; the rejected may rise", "`calibration=exact` or `on`", "lifted the chosen most"
     ),
     Start("you only want to look", "`calibration=off metrics.geometry_every=10`", "changes no bit"),
 )
