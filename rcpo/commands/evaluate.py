@@ -44,8 +44,10 @@ SETTINGS = (
     Setting("chat", "yes: lm-eval's questions as user turns (default: no)", yes_or_no, None, ("yes", "no")),
 )
 
-OF_QUESTIONS = tuple(setting.name for setting in SETTINGS if setting.name.startswith("questions"))
-OF_OPTION = ("tasks", "tasks_dir", "batch", "limit", "chat", *OF_QUESTIONS)
+OF_OPTION = (
+    "tasks", "tasks_dir", "batch", "limit", "chat",
+    *(setting.name for setting in SETTINGS if setting.name.startswith("questions")),
+)  # fmt: skip
 """Those that stand for keys of an option of the group evaluation."""
 
 

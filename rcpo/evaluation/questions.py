@@ -17,7 +17,7 @@ from rcpo.common.errors import UserError
 from rcpo.config.evaluation import YES_NO, EvaluationConfig
 from rcpo.evaluation.prompts import MEGAPIXELS, Prompt
 from rcpo.records.arithmetic import user_turn
-from rcpo.records.hub import OF_QUESTIONS, commit_of_questions
+from rcpo.records.hub import QUESTIONS_REVISION, commit_of_questions
 from rcpo.records.images import COLUMNS, Image, refuse_missing, with_images
 from rcpo.records.places import Place
 from rcpo.records.readers import Rows, read_rows
@@ -77,7 +77,7 @@ def read_questions(config: EvaluationConfig) -> QuestionSet:
         raise UserError(f"tasks={YES_NO}: has no questions of its own; type questions=FILE.jsonl as well")
     place = Place(
         config.questions, config.questions_split, "questions", "questions_split", config.questions_config,
-        "questions_config", config.questions_revision, OF_QUESTIONS,
+        "questions_config", config.questions_revision, QUESTIONS_REVISION,
     )  # fmt: skip
     folder = _folder(config)
     rows = read_rows(place, {*TEXTS, *LABELS, *COLUMNS, CATEGORY})

@@ -14,7 +14,7 @@ from rcpo.config.evaluation import EvaluationConfig
 from rcpo.config.schema import DataConfig
 from rcpo.records.places import is_hub_id
 
-REVISION, OF_QUESTIONS = "data.revision", "questions_revision"
+REVISION, QUESTIONS_REVISION = "data.revision", "questions_revision"
 
 
 def hub_name(path: str, revision: str | None, key: str, revision_key: str = REVISION) -> HubName:
@@ -111,4 +111,4 @@ def commit_of_questions(config: EvaluationConfig) -> str | None:
     path, revision = config.questions, config.questions_revision
     if path is None or not is_hub_id(path):
         return None
-    return commit_of_data(hub_name(path, revision, "questions", OF_QUESTIONS))
+    return commit_of_data(hub_name(path, revision, "questions", QUESTIONS_REVISION))
