@@ -19,7 +19,8 @@ from torch import Tensor
 from rcpo.bench.images import PAIRS as ROWS
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.inputs import Inputs
-from rcpo.data.pairs import SideLogProbs, TokenizedPair, TokenizedSide, pack
+from rcpo.data.packer import pack
+from rcpo.data.pairs import SideLogProbs, TokenizedPair, TokenizedSide
 from rcpo.models.load import load_tokenizer
 from rcpo.records.account import Account, RowAccount
 from rcpo.runs.folder import RunFolder

@@ -27,7 +27,8 @@ from rcpo.data.conversation import fitted, is_conversation, render_conversation,
 from rcpo.data.describe import describe_lengths
 from rcpo.data.generation import special_ids, tokens_in_front
 from rcpo.data.lists import listed, num_ties, pairs_of_list, weighed_by_row
-from rcpo.data.pairs import NO_SIDE, PackedPairs, Packer, TokenizedPair, TokenizedSide
+from rcpo.data.packer import Packer
+from rcpo.data.pairs import NO_SIDE, PackedPairs, TokenizedPair, TokenizedSide
 from rcpo.data.pictures import sight_of
 from rcpo.data.render import (
     LostPartError,

@@ -14,7 +14,8 @@ from helpers.tiny_tokenizers import chat, make_bpe, response_of
 from rcpo.data.batch import collate
 from rcpo.data.describe import answers_marked
 from rcpo.data.joint import collate_joint
-from rcpo.data.pairs import NO_SIDE, TokenizedPair, TokenizedSide, pack, pair_digest
+from rcpo.data.packer import pack
+from rcpo.data.pairs import NO_SIDE, TokenizedPair, TokenizedSide, pair_digest
 from rcpo.data.token_store import Tokens, TokenStore
 from rcpo.data.tokenize import TokenizedData, tokenize_records
 from rcpo.method.metrics import displacement_row

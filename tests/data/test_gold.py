@@ -10,7 +10,8 @@ import torch
 from helpers.tiny_models import make_llama
 from helpers.tiny_tokenizers import make_words, tokenize
 from rcpo.config.schema import DataConfig
-from rcpo.data.pairs import TokenizedPair, TokenizedSide, pack
+from rcpo.data.packer import pack
+from rcpo.data.pairs import TokenizedPair, TokenizedSide
 from rcpo.models.policy import Policy
 from rcpo.objectives.composition import objective_of
 from rcpo.objectives.loss import PairLogProbs

@@ -5,7 +5,8 @@ import pytest
 from helpers.tiny_models import make_pairs
 from rcpo.data.batch import width
 from rcpo.data.mismatched import Mismatch, MismatchedPairs, longest_mismatched
-from rcpo.data.pairs import TokenizedPair, TokenizedSide, pack
+from rcpo.data.packer import pack
+from rcpo.data.pairs import TokenizedPair, TokenizedSide
 
 PAIRS = pack(
     [

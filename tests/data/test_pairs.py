@@ -9,7 +9,8 @@ import torch
 
 from rcpo.data.batch import PairBatch, collate
 from rcpo.data.joint import collate_joint
-from rcpo.data.pairs import PackedPairs, Packer, TokenizedPair, TokenizedSide, pack
+from rcpo.data.packer import Packer, pack
+from rcpo.data.pairs import PackedPairs, TokenizedPair, TokenizedSide
 
 PAIRS = [
     TokenizedPair(TokenizedSide([1, 5, 6], 2), TokenizedSide([1, 5, 70000, 8], 2), 4, weight=0.1),

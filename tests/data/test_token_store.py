@@ -13,7 +13,8 @@ import pytest
 import rcpo.data.token_store
 from rcpo.common.errors import UserError
 from rcpo.common.files import path_beside
-from rcpo.data.pairs import TokenizedPair, TokenizedSide, pack
+from rcpo.data.packer import pack
+from rcpo.data.pairs import TokenizedPair, TokenizedSide
 from rcpo.data.token_store import Tokens, TokenStore
 from rcpo.records.account import Account, RowAccount
 

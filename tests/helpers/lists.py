@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from helpers.tiny_models import VOCABULARY
 from rcpo.data.lists import listed, pairs_of_list
-from rcpo.data.pairs import PackedPairs, TokenizedSide, pack
+from rcpo.data.packer import pack
+from rcpo.data.pairs import PackedPairs, TokenizedSide
 from rcpo.records.record import PreferenceRecord
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from rcpo.config.resolved import ResolvedConfig
 from rcpo.data.batch import PairBatch, collate
 from rcpo.data.mismatched import Mismatch, MismatchedPairs
-from rcpo.data.pairs import pack
+from rcpo.data.packer import pack
 from rcpo.data.tokenize import TokenizedPair
 from rcpo.engine.gradient_norm import group_norms
 from rcpo.engine.optimizer import build_optimizer

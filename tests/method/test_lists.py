@@ -25,7 +25,7 @@ from helpers.tiny_models import make_llama, make_pairs
 from rcpo.data.batch import collate
 from rcpo.data.joint import collate_joint
 from rcpo.data.lists import by_sign, lists_of, weighed_by_row
-from rcpo.data.pairs import pack
+from rcpo.data.packer import pack
 from rcpo.method.incentives import incentives, loss_and_incentives
 from rcpo.method.metrics import list_row
 from rcpo.models.policy import Policy

@@ -13,7 +13,8 @@ from helpers.cases import Case, Layout, make_config
 from helpers.small_engine import SmallEngine, train_small
 from helpers.tiny_models import make_llama, make_pairs
 from rcpo.data.lists import by_sign, lists_of, pairs_of_list
-from rcpo.data.pairs import TokenizedPair, TokenizedSide, pack
+from rcpo.data.packer import pack
+from rcpo.data.pairs import TokenizedPair, TokenizedSide
 from rcpo.records.lists import read_list
 from rcpo.records.weights import DoraSidesWeight, weighed
 from rcpo.training.aggregate import spread_over

@@ -17,7 +17,8 @@ from rcpo.data.batch import collate
 from rcpo.data.joint import collate_joint
 from rcpo.data.labels import drawn_to_flip
 from rcpo.data.mismatched import Mismatch, MismatchedPairs
-from rcpo.data.pairs import NO_SIDE, SideLogProbs, TokenizedPair, pack, present_in_pairs, without_missing
+from rcpo.data.packer import pack
+from rcpo.data.pairs import NO_SIDE, SideLogProbs, TokenizedPair, present_in_pairs, without_missing
 from rcpo.method.incentives import incentives, loss_and_incentives
 from rcpo.method.metrics import QUANTITIES, balance_row, displacement_row, means_of, pair_sums
 from rcpo.models.policy import Policy
