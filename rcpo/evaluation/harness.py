@@ -123,9 +123,9 @@ class Harness:
             return loaded.in_vllm.for_harness(loaded.tokenizer, batch)
         see_masks(loaded.model)
         if (sight := sight_of(loaded.tokenizer)) is not None:
-            from rcpo.evaluation.harness_images import SeeingLM
+            from rcpo.evaluation.harness_images import seeing_model
 
-            return SeeingLM(loaded, sight, batch, self.shows(name))
+            return seeing_model(loaded, sight, batch, self.shows(name))
         from lm_eval.models.huggingface import HFLM
 
         return HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch)

@@ -134,7 +134,10 @@ class ForkServer:
             "env": dict(os.environ if env is None else env), "input": str(source),
             "output": str(child.output), "errors": str(child.errors),
         }  # fmt: skip
-        self._socket.sendall(json.dumps(request).encode() + b"\n")
+        try:
+            self._socket.sendall(json.dumps(request).encode() + b"\n")
+        except BrokenPipeError:
+            raise AssertionError(self._why_it_ended()) from None
         return child
 
     def listen(self, seconds: float) -> None:
@@ -144,7 +147,7 @@ class ForkServer:
             if not selector.select(seconds):
                 return
         received = self._socket.recv(1 << 16)
-        assert received, f"the fork server has ended:\n{self._log.read_text()[-4000:]}"
+        assert received, self._why_it_ended()
         *lines, self._waiting = (self._waiting + received).split(b"\n")
         for line in lines:
             answer = json.loads(line)
@@ -152,6 +155,9 @@ class ForkServer:
                 self._children[answer["name"]].pid = answer["pid"]
             else:
                 self._children.pop(answer["name"]).code = answer["code"]
+
+    def _why_it_ended(self) -> str:
+        return f"the fork server has ended:\n{self._log.read_text()[-4000:]}"
 
     def close(self) -> None:
         """End the server and its children, and remove what they have said."""

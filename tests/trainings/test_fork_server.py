@@ -58,6 +58,7 @@ def is_there(pid: int) -> bool:
 
 
 def test_a_child_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
+    forked.script("", cwd=tmp_path)  # the server has started
     with pytest.raises(AssertionError, match=r"not done within 1 s"):
         forked.script(STARTS_ANOTHER, cwd=tmp_path, seconds=1, output=tmp_path / "said")
     pids = [int(word) for word in (tmp_path / "said").read_text().split()]
