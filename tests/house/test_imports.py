@@ -1,5 +1,5 @@
 """What a module of rcpo may import where it is itself imported: the standard library, rcpo, and what every
-installation has. Extras are imported where they are asked for, so that each module can be read without them."""
+installation has. Extras are imported where they are asked for, so that each module loads without them."""
 
 import ast
 import re
@@ -51,5 +51,9 @@ def test_no_module_needs_an_extra_to_be_imported() -> None:
 
 
 def test_an_extra_that_is_imported_at_once_is_found() -> None:
-    code = "import os\nfrom lm_eval.models import x\ndef f():\n    import trl\nif TYPE_CHECKING:\n    import vllm\n"
+    code = (
+        "import os\nfrom lm_eval.models import x\n"
+        "def f():\n    import trl\n"
+        "if TYPE_CHECKING:\n    import vllm\n"
+    )
     assert list(imported_at_once(ast.parse(code).body)) == ["os", "lm_eval"]
