@@ -15,7 +15,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from jinja2 import TemplateError
+from PIL import Image
 
 from rcpo.common.errors import UserError, first_line
 from rcpo.config.evaluation import refuse_missing_harness
@@ -24,6 +26,7 @@ from rcpo.evaluation.decoding import see_masks
 from rcpo.evaluation.engines import TRANSFORMERS, refuse_images
 from rcpo.evaluation.results import Score, score_of
 from rcpo.evaluation.subject import Loaded, Subject
+from rcpo.records.readers import with_files
 
 MOST_NAMED = 5
 """Names of tasks that an error lists."""
@@ -42,6 +45,7 @@ class Harness:
         if folder is not None and not any(folder.glob("**/*.yaml")):
             raise UserError(f"tasks_dir={folder}: holds no .yaml file; give a folder of lm-eval's task files")
         self._limit, self._is_chat = limit, is_chat
+        self._digests: dict[str, str] = {}
         with _quiet():
             self._manager = _manager(names, folder)
             self._loaded = {name: self._load(name) for name in names}
@@ -89,13 +93,12 @@ class Harness:
             refuse_images(subject.engine, f"the questions of tasks={name} have images")
 
     def digest(self, name: str) -> str:
-        """Of what is asked: the task's settings, its version and how many questions it has."""
-        parts = [
-            [task.task_name, task.VERSION, len(task.eval_docs), task.config.to_dict()]
-            for task in self._loaded[name]["tasks"].values()
-        ]
-        text = json.dumps([parts, self._limit, self._is_chat], sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        """Of what is asked: the task's settings, its version, its questions and the examples it shows."""
+        if name not in self._digests:
+            parts = [_asked(task) for task in self._loaded[name]["tasks"].values()]
+            text = json.dumps([parts, self._limit, self._is_chat], sort_keys=True, default=str)
+            self._digests[name] = hashlib.sha256(text.encode()).hexdigest()[:16]
+        return self._digests[name]
 
     def ask(self, name: str, loaded: Loaded, batch: int) -> tuple[dict[str, Score], list[dict[str, Any]]]:
         """Scores with lm-eval's standard errors, and a row a question. Raises UserError where lm-eval cannot
@@ -129,6 +132,30 @@ class Harness:
         from lm_eval.models.huggingface import HFLM
 
         return HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch)
+
+
+def _asked(task: Any) -> list[Any]:
+    """Of a task that is loaded, what its scores depend on."""
+    settings = task.config.to_dict()
+    shown = _digest_of_rows(task.fewshot_docs()) if task.config.num_fewshot else None
+    return [task.task_name, task.VERSION, _digest_of_rows(task.eval_docs), shown, settings]
+
+
+def _digest_of_rows(rows: Any) -> str:
+    """Of what rows hold; of an image, its file or its pixels."""
+    if isinstance(rows, Dataset):
+        rows = with_files(rows)
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=_in_words).encode())
+    return digest.hexdigest()
+
+
+def _in_words(value: object) -> str:
+    """What JSON has no form for."""
+    if isinstance(value, Image.Image):
+        value = repr((value.mode, value.size)).encode() + value.tobytes()
+    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else str(value)
 
 
 @contextlib.contextmanager

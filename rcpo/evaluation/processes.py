@@ -21,8 +21,8 @@ from rcpo.runs.folder import RunFolder
 
 SECONDS_BETWEEN_LOOKS = 0.1
 LOG_NAME = "evaluation.log"
-GRACE_SECONDS = 10.0
-"""Between asking processes to end and ending them."""
+GRACE_SECONDS = 30.0
+"""Between asking processes to end and ending them; vLLM takes 20 to end its own."""
 
 
 def num_processes(num_runs: int, asked: int | None) -> int:

@@ -165,8 +165,13 @@ class Loaded:
 def initial_of(subject: Subject) -> Subject:
     """The model that the run of `subject` started from."""
     assert subject.config is not None
-    model = subject.config.model
-    return dataclasses.replace(subject, model=_plain(model), adapter=model.lora.adapter, when=INITIAL)
+    return dataclasses.replace(start_of(subject.config), run=subject.run, engine=subject.engine)
+
+
+def start_of(config: ResolvedConfig) -> Subject:
+    """The model that a run of this config starts from, before there is a run."""
+    model = config.model
+    return Subject(config.name, _plain(model), model.lora.adapter, config=config, when=INITIAL)
 
 
 def _of_run(word: str, step: str | None) -> Subject:

@@ -64,7 +64,7 @@ class Evaluation:
                 with turn(KIND, _versioned(key)) if is_shared else contextlib.nullcontext():
                     known = self._known.get(key) or (_shared(key) if is_shared and not again else None)
                     if known is None:
-                        self._refuse(subject, task)
+                        self.refuse(subject, task)
                         say(f"{subject.name} {subject.when}: {task}{by}")
                         if loaded is None:
                             loaded = Loaded(subject, may_see=True)
@@ -95,7 +95,7 @@ class Evaluation:
             task in before and before[task].made_with == self._made_with(subject, task) for task in self.tasks
         )
 
-    def _refuse(self, subject: Subject, task: str) -> None:
+    def refuse(self, subject: Subject, task: str) -> None:
         """Raise UserError where questions are user turns and the model has no chat template, or where they
         show images and it sees none, or the other way round; before its weights are loaded."""
         if subject.only_sees and task in ASKS_TEXT:

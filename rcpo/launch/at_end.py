@@ -20,15 +20,18 @@ logger = logging.getLogger(__name__)
 
 def check_tasks(config: ResolvedConfig) -> None:
     """Raise UserError where a task of train.evaluate needs a package that is not here, is none of lm-eval's,
-    or cannot be loaded with its data or questions."""
+    cannot be loaded with its data or questions, or cannot be asked of the run's model."""
     asked, name = config.evaluation, config.train.evaluate
     if name is None or (asked.tasks == ["arithmetic"] and asked.questions is None):
         return
     refuse_missing_harness(asked.tasks, f"train.evaluate={name}", "train.evaluate=word_problems")
+    from rcpo.evaluation.subject import start_of
     from rcpo.evaluation.tasks import Evaluation
 
     try:
-        Evaluation(asked)
+        evaluation, start = Evaluation(asked), start_of(config)
+        for task in evaluation.tasks:
+            evaluation.refuse(start, task)
     except UserError as error:
         raise UserError(f"train.evaluate={name}: {error}") from None
 

@@ -261,7 +261,7 @@ def _split_of(loaded: Any, place: Place, split: str | None, wanted: set[str]) ->
     columns = dataset.column_names
     # Of a data set without columns `datasets` has no rows, and what is wrong would not be said.
     looked_at = [name for name in columns if name in wanted] or columns[:1]
-    kept = _with_files(dataset.select_columns(looked_at))
+    kept = with_files(dataset.select_columns(looked_at))
 
     def take(chosen: range) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = (kept if len(chosen) == len(kept) else kept.select(chosen)).to_list()
@@ -270,7 +270,7 @@ def _split_of(loaded: Any, place: Place, split: str | None, wanted: set[str]) ->
     return Part(f"{place.shown} [{named}]", columns, len(dataset), take)
 
 
-def _with_files(dataset: Any) -> Any:
+def with_files(dataset: Any) -> Any:
     """The data set with its images as their files' bytes and paths: decoded ones would be pixels of all rows
     at once."""
     import datasets

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import lm_eval
 import pandas as pd
 import pytest
 import torch
@@ -130,6 +129,32 @@ def test_scores_are_those_of_rcpos_own_answers(tmp_path: Path) -> None:
     assert compared[0]["downstream/scenes"] == found["final"]["scenes"]["metrics"]["exact_match"]["value"]
 
 
+def test_what_is_asked_is_known_by_what_it_holds(tmp_path: Path) -> None:
+    """Another word, another pixel, another example in front: another digest; the same rows written again: the
+    same."""
+
+    def digest(rows: list[dict[str, Any]], **entries: Any) -> str:
+        folder = write_rows(tmp_path / "tasks", rows)
+        write_shown(folder, "scenes", "<image>{{question}}", **entries)
+        return Harness(["scenes"], folder, None, True).digest("scenes")
+
+    rows = shapes(4)
+    plain = digest(rows)
+    other_word = [{**rows[0], "question": "how many?"}, *rows[1:]]
+    other_picture = [{**rows[0], "images": rows[1]["images"]}, *rows[1:]]
+    assert len({plain, digest(other_word), digest(other_picture), digest(rows, num_fewshot=1)}) == 4
+    assert digest(rows) == plain
+
+
+def test_a_run_whose_model_reads_text_alone_is_refused_at_its_start(tmp_path: Path) -> None:
+    tasks = write_shown(write_rows(tmp_path / "tasks", shapes(2)), "scenes", "<image>{{question}}")
+    words = ["train.evaluate=word_problems", "evaluation.tasks=[scenes]", f"evaluation.tasks_dir={tasks}"]
+    done = run_cli("train", *words, "tracking=none", f"run_dir={tmp_path}/run", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "train.evaluate=word_problems: tasks=scenes: the questions have images" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     "family",
     ["llava", "idefics3", "smolvlm", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3"],
@@ -156,6 +181,8 @@ def test_every_family_answers_as_rcpo_asks_it(family: str, tmp_path: Path) -> No
 
 def test_mmmus_own_task_file_asks_rows_like_its_own(tmp_path: Path) -> None:
     """Its template and functions as lm-eval ships them: two images in one question, a choice by letter."""
+    import lm_eval
+
     make_vision(tmp_path / "model", "qwen2_5_vl")
     shipped, folder = Path(lm_eval.__file__).parent / "tasks" / "mmmu", tmp_path / "tasks"
     folder.mkdir()

@@ -8,10 +8,12 @@ import tomllib
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 
+import pytest
+
 from helpers import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-BROUGHT = {"numpy", "huggingface-hub", "tokenizers", "fsspec", "markupsafe"}
+BROUGHT = {"numpy", "huggingface-hub", "tokenizers", "fsspec", "httpx", "markupsafe"}
 """By transformers, datasets and jinja2, which cannot do without."""
 
 
@@ -37,17 +39,23 @@ def imported_at_once(body: list[ast.stmt]) -> Iterator[str]:
             yield from imported_at_once(statement.body)
 
 
-def test_no_module_needs_an_extra_to_be_imported() -> None:
-    allowed = {normal(text) for text in PROJECT["dependencies"]} | BROUGHT
+@pytest.mark.parametrize(
+    ("folder", "own", "extras"),
+    [("rcpo", {"rcpo"}, []), ("tests", {"rcpo", "helpers", "conftest"}, ["test"])],
+)
+def test_no_module_needs_an_extra_to_be_imported(folder: str, own: set[str], extras: list[str]) -> None:
+    """Nor is a file of tests that need one anything but left out where it is not there."""
+    asked = [PROJECT["dependencies"], *(PROJECT["optional-dependencies"][extra] for extra in extras)]
+    allowed = {normal(text) for part in asked for text in part} | BROUGHT
     homes = packages_distributions()
     wrong = []
-    for path in sorted((ROOT / "rcpo").rglob("*.py")):
+    for path in sorted((ROOT / folder).rglob("*.py")):
         for name in imported_at_once(ast.parse(path.read_text()).body):
-            if name in sys.stdlib_module_names or name == "rcpo":
+            if name in sys.stdlib_module_names or name in own:
                 continue
             if not {normal(home) for home in homes.get(name, [])} & allowed:
                 wrong.append(f"{path.relative_to(ROOT)}: {name}")
-    assert wrong == []
+    assert wrong == [], wrong
 
 
 def test_an_extra_that_is_imported_at_once_is_found() -> None:
