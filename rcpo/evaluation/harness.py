@@ -95,7 +95,8 @@ class Harness:
     def digest(self, name: str) -> str:
         """Of what is asked: the task's settings, its version, its questions and the examples it shows."""
         if name not in self._digests:
-            parts = [_asked(task) for task in self._loaded[name]["tasks"].values()]
+            with _quiet():
+                parts = [_asked(task) for task in self._loaded[name]["tasks"].values()]
             text = json.dumps([parts, self._limit, self._is_chat], sort_keys=True, default=str)
             self._digests[name] = hashlib.sha256(text.encode()).hexdigest()[:16]
         return self._digests[name]

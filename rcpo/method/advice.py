@@ -20,7 +20,7 @@ DISPLACE = ("dpo", "simpo", "ipo")
 LIFT = ("cpo", "orpo", "rpo")
 """Objectives whose likelihood term was seen to lift both sides, by 6 nats and more on real weights."""
 DO_NOT = ("dil_bce", "ddro")
-"""Objectives that were seen to do neither."""
+"""Objectives that were seen to do neither on the default model; on SmolLM2 `balance` changed little."""
 AGAINST = "balance"
 """The calibration to start with where the chosen response falls."""
 
@@ -31,7 +31,7 @@ STARTS = (
         "chosen up, rejected down, on SmolLM2 too",
     ),
     Start(f"{', '.join(LIFT)}: both rise", f"`calibration={AGAINST}`", "the same at the end; cpo, orpo late"),
-    Start(", ".join(DO_NOT), "`calibration=off`", "these did not displace"),
+    Start(", ".join(DO_NOT), "`calibration=off`", "rose by themselves; on SmolLM2 `balance` changed nothing"),
     Start("dpo; no passes for measuring", "`calibration=feedback`", "held the chosen one up"),
     Start(
         "short sure answers; the rejected may rise", "`calibration=exact` or `on`", "lifted the chosen most"
@@ -44,8 +44,8 @@ def after_a_fall(calibration: str, objective: str) -> str:
     """What to do about chosen responses that fell under `calibration`, as the end of a sentence."""
     if calibration == "off":
         text = f"calibration={AGAINST} is made against it"
-        return (
-            f"{text}, though {objective} was not seen to need one" if objective in (*DO_NOT, *LIFT) else text
-        )
+        if objective in DO_NOT:
+            return f"{text}, though it was not seen to help {objective} on real weights"
+        return f"{text}, though {objective} was not seen to need one" if objective in LIFT else text
     text = f"calibration={calibration} did not prevent it here"
     return text if calibration == AGAINST else f"{text}; calibration={AGAINST} may"
