@@ -40,7 +40,8 @@ class BalanceConfig:
     limit: Annotated[float, Field(gt=0, le=3)] = IN_CONF
     """Limit of |log alpha|, to both sides; limited steps are counted in calibration/clamped."""
     every: Positive = IN_CONF
-    """Optimizer steps from one probe of the held-out pairs to the next."""
+    """Optimizer steps from one probe of the held-out pairs to the next, from step 30 on; 2 at most
+    before that."""
     pairs: Positive = IN_CONF
     """Pairs of a probe: the first of the held-out ones."""
 

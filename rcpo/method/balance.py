@@ -47,15 +47,18 @@ from rcpo.method.statistics import StepStatistics
 
 Grid = NDArray[np.float64]
 
-POLE = 0.85
-"""Both poles of the closed loop, per step: an error is down to a tenth after some 24 steps."""
+POLE = 0.8
+"""Both poles of the closed loop, per step: an error is down to a tenth after some 17 steps."""
 WALK = 0.015
 """Standard deviation of u*'s change per step, at most: it was seen to move by .15 in 100 steps (simpo). A
 tenth of the drift where that is less."""
 SLEW = 0.2
 """The most that log alpha moves in one step."""
-FIRST_PROBES = (1, 2, 4)
-"""Steps that are measured beside every `every`-th: both sides may move by a nat in the first five."""
+EARLY_STEPS = 30
+"""So many steps are measured more often: alpha may have to go far before the filters know their plant, and
+both sides may move by a nat in the first five."""
+EARLY_EVERY = 2
+"""Steps from one of these measurements to the next."""
 PROBE_NATS = 0.003
 """Standard deviation of a measurement beside what the steps themselves do: rounding."""
 FORGET = 0.98
@@ -129,8 +132,8 @@ class BalanceCalibration(PerStep):
     """Steers c = (r_w + r_l) / 2 of held-out probe pairs to 0; two-sided, and nothing to tune. The module
     says how.
 
-    Measured before every `every`-th optimizer step, and before steps 1, 2 and 4 (from 0; at 0 c is 0); the
-    measurement of step t moves alpha from step t+1 on. Needs no score geometry.
+    Measured before steps 1, 2, 4, 6, ... 28 (from 0; at 0 c is 0), and from 30 on before every `every`-th
+    optimizer step; the measurement of step t moves alpha from step t+1 on. Needs no score geometry.
     """
 
     limit: float
@@ -151,8 +154,8 @@ class BalanceCalibration(PerStep):
     """The newest measurement used."""
 
     def probes_at(self, step: int) -> bool:
-        is_early = step in FIRST_PROBES and step < self.every
-        return step > 0 and (step % self.every == 0 or is_early)
+        every = min(self.every, EARLY_EVERY) if step < EARLY_STEPS else self.every
+        return step == 1 or (step > 0 and step % every == 0)
 
     def alpha(self) -> float:
         return math.exp(self.log_alpha)

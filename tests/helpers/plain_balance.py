@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-POLE, WALK, SLEW, PROBE_NATS, FORGET = 0.85, 0.015, 0.2, 0.003, 0.98
+POLE, WALK, SLEW, PROBE_NATS, FORGET = 0.8, 0.015, 0.2, 0.003, 0.98
 STRENGTHS = [10.0 ** (exponent / 4) for exponent in range(-16, 13)]
 NOISES = (0.03, 0.1, 0.3)
 DRIFTS = (0.02, 0.1, 0.4, 1.2)

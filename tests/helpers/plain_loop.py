@@ -148,7 +148,7 @@ def train_plainly(
                 loop.see(_mean_r(model, start, probe)[0], settings.steering.every)
         if balance is not None and settings.balance_every is not None:
             every = settings.balance_every
-            is_measured = step > 0 and (step % every == 0 or (step < every and step in (1, 2, 4)))
+            is_measured = step == 1 or (step > 0 and step % (min(every, 2) if step < 30 else every) == 0)
             balance.step(sum(_mean_r(model, start, probe)) / 2 if is_measured else None)
         is_due = step < settings.warmup_steps or step % settings.every == 0
         if settings.calibration in ("on", "exact") and is_due:

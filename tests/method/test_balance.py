@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from helpers.plain_balance import PlainBalance
-from rcpo.method.balance import STRENGTHS, BalanceCalibration
+from rcpo.method.balance import POLE, STRENGTHS, BalanceCalibration
 from rcpo.method.statistics import Probe, StepStatistics
 
 
@@ -21,9 +21,9 @@ def seen(c: float | None, lr_share: float = 1.0) -> StepStatistics:
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_alpha_is_what_dense_conditioning_says(momentum: float) -> None:
-    """12 steps, measured before 1, 2, 3, 6 and 9, in a warm-up of the learning rate: to 1e-6 each."""
+    """12 steps, measured before 1, 2, 4, 6, 8 and 10, in a warm-up of the learning rate: to 1e-6 each."""
     ours, plain = BalanceCalibration(1.0, 3, momentum), PlainBalance(momentum)
-    measurements, moved = iter([-0.3, -0.5, -0.9, -1.5, -1.4]), 0.0
+    measurements, moved = iter([-0.3, -0.5, -0.9, -1.5, -1.4, -1.2]), 0.0
     for step in range(12):
         c = next(measurements) if ours.probes_at(step) else None
         share = min(1.0, (step + 1) / 4)
@@ -47,14 +47,14 @@ def test_the_first_answers_by_hand() -> None:
 
 
 def test_both_poles_are_where_the_law_puts_them() -> None:
-    """c' = c + k (m' - u*), m' - u* = b (m - u*) + (1 - b)(u - u*) with the law's u, at b = .9: a = .225 and
-    g = 1.775, so the matrix of (c/k, m - u*) is [[.9775, .7225], [-.0225, .7225]]: trace 1.7, determinant
-    .7225, both eigenvalues .85."""
-    a, g = (1 - 0.85) ** 2 / 0.1, (0.9 - 0.85**2) / 0.1
-    assert (a, g) == pytest.approx((0.225, 1.775))
+    """c' = c + k (m' - u*), m' - u* = b (m - u*) + (1 - b)(u - u*) with the law's u, at b = .9: a = .4 and
+    g = 2.6, so the matrix of (c/k, m - u*) is [[.96, .64], [-.04, .64]]: trace 1.6, determinant .64, both
+    eigenvalues .8."""
+    a, g = (1 - POLE) ** 2 / 0.1, (0.9 - POLE**2) / 0.1
+    assert (a, g) == pytest.approx((0.4, 2.6))
     loop = np.array([[1 - 0.1 * a, 0.9 - 0.1 * g], [-0.1 * a, 0.9 - 0.1 * g]])
-    assert loop == pytest.approx(np.array([[0.9775, 0.7225], [-0.0225, 0.7225]]))
-    assert np.abs(np.linalg.eigvals(loop)) == pytest.approx([0.85, 0.85], abs=1e-6)
+    assert loop == pytest.approx(np.array([[0.96, 0.64], [-0.04, 0.64]]))
+    assert np.abs(np.linalg.eigvals(loop)) == pytest.approx([0.8, 0.8], abs=1e-6)
 
 
 class Plant:
@@ -101,7 +101,9 @@ def toy(step: int) -> float:
 
 
 @pytest.mark.parametrize("k", [0.01, 0.1, 1.2, 10.0, 100.0])
-@pytest.mark.parametrize(("drift", "worst", "spread"), [(dpo, 1.0, 0.55), (simpo, 2.5, 0.7), (toy, 6.0, 1.1)])
+@pytest.mark.parametrize(
+    ("drift", "worst", "spread"), [(dpo, 0.5, 0.42), (simpo, 2.3, 0.55), (toy, 2.0, 0.65)]
+)
 def test_the_loop_settles_without_swinging_for_every_plant(
     k: float, drift: Callable[[int], float], worst: float, spread: float
 ) -> None:
@@ -115,46 +117,60 @@ def test_the_loop_settles_without_swinging_for_every_plant(
     assert np.sqrt((cs[:, 60:] ** 2).mean()) < spread
     holding = -np.mean([drift(step) for step in range(80, 100)])
     assert late.mean() == pytest.approx(holding, abs=0.06)
-    assert late.std() < 0.12
+    assert late.std() < 0.14
     uncalibrated = Plant(k, 0.0, drift, 0).run(None)[0]
     assert np.abs(uncalibrated).max() > 2  # or there was nothing to settle
 
 
 @pytest.mark.parametrize("k", [0.01, 0.5, 10.0])
 def test_what_lifts_both_sides_at_once_is_back_by_step_32(k: float) -> None:
-    """As cpo does on real weights: e^-.86 would hold it from the first step on. In units of k: below 7 at the
-    worst, and below .4 on average from step 32 on."""
+    """As cpo does on real weights: e^-.86 would hold it from the first step on. In units of k: below 6 at the
+    worst, and below .3 on average from step 32 on."""
     paths = [
         Plant(k, 0.1, lambda step: 0.86, seed).run(BalanceCalibration(2.0, 5, 0.9), 80) for seed in range(8)
     ]
     cs = np.abs([path[0] for path in paths])
-    assert cs.mean(axis=0).max() < 7
-    assert cs[:, 32:].mean() < 0.4
+    assert cs.mean(axis=0).max() < 6
+    assert cs[:, 32:].mean() < 0.3
     assert np.mean([path[1][60:] for path in paths]) == pytest.approx(-0.86, abs=0.05)
 
 
+def test_what_turns_round_within_twenty_steps_is_back_by_step_40() -> None:
+    """As simpo does on real weights with 32 pairs a step: e^-.2 would hold it at first, 1 from step 22 on. In
+    units of k, the mean path is below 1 in between (a probe every 5 steps from the start had made it 1.3)
+    and below .25 from step 40 on (.6)."""
+
+    def turning(step: int) -> float:
+        return float(np.interp(step, [0, 8, 13, 18, 23, 28], [0.2, 0.18, 0.08, 0.06, -0.02, -0.03]))
+
+    paths = [Plant(1.0, 0.04, turning, seed).run(BalanceCalibration(2.0, 5, 0.9), 80) for seed in range(8)]
+    mean = np.abs(np.mean([path[0] for path in paths], axis=0))
+    assert mean.max() < 1
+    assert mean[40:].max() < 0.25
+
+
 def test_probes_are_close_together_at_first() -> None:
-    assert [step for step in range(16) if BalanceCalibration(1.0, 5, 0.9).probes_at(step)] == [
-        1,
-        2,
-        4,
-        5,
-        10,
-        15,
-    ]
-    assert [step for step in range(5) if BalanceCalibration(1.0, 2, 0.9).probes_at(step)] == [1, 2, 4]
+    """Every 2 steps up to step 28, then as configured; never before step 0; every step if asked."""
+
+    def steps(every: int, num_steps: int) -> list[int]:
+        return [step for step in range(num_steps) if BalanceCalibration(1.0, every, 0.9).probes_at(step)]
+
+    assert steps(5, 46) == [1, *range(2, 30, 2), 30, 35, 40, 45]
+    assert steps(20, 70) == [1, *range(2, 30, 2), 40, 60]
+    assert steps(1, 4) == [1, 2, 3]
 
 
 @pytest.mark.parametrize(("delay", "momentum"), [(2, 0.9), (0, 0.95), (0, 0.5)])
 def test_a_plant_that_is_another_than_thought_settles_too(delay: int, momentum: float) -> None:
-    """Two more steps of delay, more momentum, less: log alpha stays near what holds c, for all drifts."""
+    """Two more steps of delay, more momentum, less: log alpha stays near what holds c and c near 0, for
+    all drifts."""
     for drift in (dpo, simpo, toy):
         for seed in range(4):
             plant = Plant(1.2, 0.1, drift, seed)
             cs, log_alphas = plant.run(BalanceCalibration(1.0, 5, 0.9), 100, momentum, delay)
             held = [log_alpha + drift(step) for step, log_alpha in enumerate(log_alphas)]
-            assert np.sqrt(np.square(held[60:]).mean()) < 0.2
-            assert np.sqrt(np.square(cs[60:]).mean()) < 2
+            assert np.sqrt(np.square(held[60:]).mean()) < 0.3
+            assert np.sqrt(np.square(cs[60:]).mean()) < 1
 
 
 def test_without_noise_the_error_goes_and_stays_away() -> None:
