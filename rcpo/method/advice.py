@@ -30,7 +30,7 @@ STARTS = (
         f"`calibration={AGAINST}`",
         "chosen up, rejected down, on SmolLM2 too",
     ),
-    Start(f"{', '.join(LIFT)}: both rise", f"`calibration={AGAINST}`", "the same at the end; cpo, orpo late"),
+    Start(f"{', '.join(LIFT)}: both rise", f"`calibration={AGAINST}`", "the same at the end; orpo late"),
     Start(", ".join(DO_NOT), "`calibration=off`", "rose by themselves; on SmolLM2 `balance` changed nothing"),
     Start("dpo; no passes for measuring", "`calibration=feedback`", "held the chosen one up"),
     Start(
