@@ -40,8 +40,10 @@ class Case(NamedTuple):
     scores: dict[str, list[Any]]
 
     def page(self, choice: ChesChoice = "auto") -> str:
+        """The page, without the minute in which it was made."""
         comparison = compare(self.runs)
-        return html.unescape(make_page(make_lines(comparison), comparison, choice))
+        made = html.unescape(make_page(make_lines(comparison), comparison, choice))
+        return re.sub(r"\d\d:\d\d UTC", "UTC", made)
 
 
 @pytest.fixture(scope="module")
