@@ -50,8 +50,8 @@ Grid = NDArray[np.float64]
 POLE = 0.8
 """Both poles of the closed loop, per step: an error is down to a tenth after some 17 steps."""
 WALK = 0.015
-"""Standard deviation of u*'s change per step, at most: it was seen to move by .15 in 100 steps (simpo). A
-tenth of the drift where that is less."""
+"""Standard deviation of u*'s change per step, at most: it was seen to move by .15 in 100 steps (simpo), and
+in 35 with 32 pairs a step, where the law is late. A tenth of the drift where that is less."""
 SLEW = 0.2
 """The most that log alpha moves in one step."""
 EARLY_STEPS = 30

@@ -137,16 +137,16 @@ def test_what_lifts_both_sides_at_once_is_back_by_step_32(k: float) -> None:
 
 def test_what_turns_round_within_twenty_steps_is_back_by_step_40() -> None:
     """As simpo does on real weights with 32 pairs a step: e^-.2 would hold it at first, 1 from step 22 on. In
-    units of k, the mean path is below 1 in between (a probe every 5 steps from the start had made it 1.3)
-    and below .25 from step 40 on (.6)."""
+    units of k, the mean path goes .72 away and is below .15 from step 40 on. With poles at .85 it is 1.04 and
+    .42, with a probe every 5 steps from the start .98 and .25, with both 1.33 and .58."""
 
     def turning(step: int) -> float:
         return float(np.interp(step, [0, 8, 13, 18, 23, 28], [0.2, 0.18, 0.08, 0.06, -0.02, -0.03]))
 
     paths = [Plant(1.0, 0.04, turning, seed).run(BalanceCalibration(2.0, 5, 0.9), 80) for seed in range(8)]
     mean = np.abs(np.mean([path[0] for path in paths], axis=0))
-    assert mean.max() < 1
-    assert mean[40:].max() < 0.25
+    assert mean.max() < 0.8
+    assert mean[40:].max() < 0.2
 
 
 def test_probes_are_close_together_at_first() -> None:
