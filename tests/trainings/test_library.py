@@ -211,7 +211,7 @@ def test_a_calibrator_in_another_loop_has_the_runs_alpha(run: rcpo.Run) -> None:
         optimizer.step()
         optimizer.zero_grad()
         logged = run.metrics.iloc[step]
-        for key in set(row) - OF_SIGNS:
+        for key in set(row) - (OF_SIGNS if step == 0 else set()):
             assert row[key] == pytest.approx(logged[key], rel=2e-4, abs=2e-5), (step, key)
     assert len(set(run.metrics["calibration/alpha"])) == 6
 
